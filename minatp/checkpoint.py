@@ -1,0 +1,302 @@
+"""Weights in and out: Hugging Face directories, and the checkpoints of a run. safetensors and JSON only; no pickle is ever loaded.
+
+A saved model is a Hugging Face directory that other programs load; what they do not know (heads, decoder LM) lies in minatp/:
+    DIR/config.json  model.safetensors  tokenizer.json  [tokenizer_config.json  generation_config.json]
+    DIR/minatp/config.json  heads.safetensors  decoder.safetensors
+"""
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from .config import UserError
+from .data import Tokens
+from .latent import ATP, START
+from .llama import LlamaConfig
+
+KEPT = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")  # copied from where a model came
+
+
+def read_json(path):
+    """The object in a JSON file. Raises UserError naming file and line."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}:0: cannot be read ({e.strerror}); is this a Hugging Face directory or a run's folder?")
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}:{getattr(e, 'lineno', 1)}: is not valid JSON ({e}); the file may be truncated")
+    if not isinstance(value, dict):
+        raise UserError(f"{path}:1: must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+# ---- config.json --------------------------------------------------------------------------------------------------------
+
+def read_config(path):
+    """A LLaMA config.json, either spelling of RoPE (rope_theta + rope_scaling, or rope_parameters) -> LlamaConfig."""
+    j = read_json(path)
+
+    def get(name, kind, default=None):
+        value = j.get(name, default)
+        if value is None and default is None:
+            raise UserError(f'{path}:1: "{name}" is missing; this does not look like a LLaMA\'s config.json')
+        if kind is float and isinstance(value, int):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise UserError(f'{path}:1: "{name}" must be {kind.__name__}, not {value!r}')
+        if kind in (int, float) and value <= 0 and not name.endswith("token_id"):
+            raise UserError(f'{path}:1: "{name}" must be positive, not {value!r}')
+        return value
+
+    if j.get("model_type", "llama") != "llama":
+        raise UserError(f'{path}:1: "model_type" is {j["model_type"]!r}; only llama can be loaded')
+    for name, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if j.get(name, expected) != expected:
+            raise UserError(f'{path}:1: "{name}" is {j[name]!r}; only {expected!r} is supported')
+    rope = dict(j.get("rope_parameters") or j.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", None) or j.get("rope_theta") or 10000.0
+    kind = rope.get("rope_type", rope.pop("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f'{path}:1: RoPE of type {kind!r} is not supported; only default and llama3')
+    missing = [k for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+               if kind == "llama3" and not isinstance(rope.get(k), (int, float))]
+    if missing:
+        raise UserError(f'{path}:1: the llama3 RoPE scaling lacks the number "{missing[0]}"')
+    n_head, D = get("num_attention_heads", int), get("hidden_size", int)
+    eos = get("eos_token_id", (int, list), -1)
+    cfg = LlamaConfig(
+        vocab_size=get("vocab_size", int), n_layer=get("num_hidden_layers", int), n_head=n_head,
+        n_kv_head=get("num_key_value_heads", int, n_head), n_embd=D, n_inner=get("intermediate_size", int),
+        head_dim=get("head_dim", int, D // n_head), block_size=get("max_position_embeddings", int, 2048),
+        norm_eps=get("rms_norm_eps", float, 1e-6), rope_theta=float(theta), rope_scaling=rope if kind == "llama3" else None,
+        tied=get("tie_word_embeddings", bool, False), bos=get("bos_token_id", int),
+        eos=tuple(eos) if isinstance(eos, list) else (eos,))
+    if not cfg.eos or not all(isinstance(e, int) and 0 <= e for e in (cfg.bos, *cfg.eos)):
+        raise UserError(f'{path}:1: "eos_token_id" must be a token id or a list of them, not {j.get("eos_token_id")!r}')
+    if max(cfg.bos, *cfg.eos) >= cfg.vocab_size:
+        raise UserError(f'{path}:1: a bos or eos id is outside the vocabulary of {cfg.vocab_size}')
+    if cfg.n_head % cfg.n_kv_head or cfg.head_dim % 2:
+        raise UserError(f"{path}:1: {cfg.n_head} heads cannot share {cfg.n_kv_head} key/value heads, or head_dim {cfg.head_dim} is odd")
+    return cfg
+
+
+def hf_config(cfg):
+    """LlamaConfig -> the dict of a config.json in the spelling that every version of transformers and vLLM reads."""
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+        "mlp_bias": False, "attention_dropout": 0.0, "vocab_size": cfg.vocab_size, "hidden_size": cfg.n_embd,
+        "intermediate_size": cfg.n_inner, "num_hidden_layers": cfg.n_layer, "num_attention_heads": cfg.n_head,
+        "num_key_value_heads": cfg.n_kv_head, "head_dim": cfg.head_dim, "max_position_embeddings": cfg.block_size,
+        "rms_norm_eps": cfg.norm_eps, "rope_theta": cfg.rope_theta, "rope_scaling": cfg.rope_scaling,
+        "tie_word_embeddings": cfg.tied, "initializer_range": 0.02, "use_cache": True, "torch_dtype": "float32",
+        "bos_token_id": cfg.bos, "eos_token_id": list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0],
+    }
+
+
+# ---- tensors ------------------------------------------------------------------------------------------------------------
+
+def read_tensors(directory, name="model"):
+    """(tensors, file of each) of `name`.safetensors, or of the shards that `name`.safetensors.index.json lists."""
+    directory = Path(directory)
+    index = directory / f"{name}.safetensors.index.json"
+    if (directory / f"{name}.safetensors").exists() or not index.exists():
+        files = [directory / f"{name}.safetensors"]
+    else:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+            raise UserError(f'{index}:1: "weight_map" must map tensor names to files')
+        files = [directory / Path(f).name for f in sorted(set(weight_map.values()))]
+    tensors, home = {}, {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as f:
+                for key in f.keys():
+                    tensors[key], home[key] = f.get_tensor(key), file
+        except OSError as e:
+            raise UserError(f"{file}:0: cannot be read ({e.strerror or e}); is the download complete?")
+        except SafetensorError as e:
+            raise UserError(f"{file}:0: is not a whole safetensors file ({e}); is the download complete?")
+    for key, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{home[key]}:0: tensor {key} holds NaN or infinity; the weights are broken")
+    return tensors, files[0]
+
+
+def fill(module, tensors, file):
+    """Copy tensors into a module's parameters. A missing, extra or misshapen one is a UserError with name, shapes and file."""
+    own = dict(module.named_parameters())
+    for name, p in own.items():
+        if name not in tensors:
+            raise UserError(f"{file}:0: tensor {name} {tuple(p.shape)} is missing")
+        if tensors[name].shape != p.shape:
+            raise UserError(f"{file}:0: tensor {name} has shape {tuple(tensors[name].shape)}, but the config asks for {tuple(p.shape)}")
+    if extra := sorted(set(tensors) - set(own)):
+        raise UserError(f"{file}:0: tensor {extra[0]} {tuple(tensors[extra[0]].shape)} is not one of this model's ({len(extra)} such)")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(tensors[name])
+
+
+def fill_llama(llama, directory, name="model"):
+    tensors, file = read_tensors(directory, name)
+    tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}  # old files store what is computed
+    if llama.cfg.tied:
+        tensors.pop("lm_head.weight", None)
+    fill(llama, tensors, file)
+
+
+def read_tokens(directory, cfg):
+    """The tokenizer.json of a directory as Tokens, with the three added tokens."""
+    path = Path(directory) / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{path}:0: is missing; a model needs its tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # tokenizers raises no narrower type
+        raise UserError(f"{path}:1: is not a tokenizer ({e})")
+    if tokenizer.get_vocab_size() > cfg.vocab_size:
+        raise UserError(f"{path}:1: has {tokenizer.get_vocab_size()} tokens, but the embedding has only {cfg.vocab_size} rows")
+    return Tokens(tokenizer, cfg.bos, cfg.eos)
+
+
+# ---- models -------------------------------------------------------------------------------------------------------------
+
+def add_tokens(model, tokens):
+    """Give `model` (ATP) the three control tokens: a new row of the embeddings starts as a copy of the row of `<<`, or as the
+    mean row if that is not one token."""
+    source = tokens.encode("<<")
+    source = source if len(source) == 1 else slice(None)
+    for llama in [model.policy] + ([model.decoder] if model.decode else []):
+        llama.resize(len(tokens), source)
+    model.start, model.latent, model.end = tokens.start, tokens.latent, tokens.end
+
+
+def load(directory, **switches):
+    """(model, tokens) of a Hugging Face directory or of a directory saved by `save`.
+
+    switches (c, K, vae, stop, decode, …: ATP's) apply where the directory has no heads of ours; with heads, theirs rule, and
+    parts that a switch asks for but the directory lacks start fresh: heads at their initial values, φ from π's weights.
+    """
+    directory = Path(directory)
+    if (directory / "final").is_dir():
+        directory = directory / "final"
+    if not directory.is_dir():
+        raise UserError(f"{directory}:0: is not a directory; give a Hugging Face directory or a run's folder")
+    cfg = read_config(directory / "config.json")
+    tokens, vocab_size = read_tokens(directory, cfg), cfg.vocab_size
+    ours = directory / "minatp"
+    saved = read_json(ours / "config.json") if ours.is_dir() else {}
+    model = ATP(cfg, **{**switches, **{k: v for k, v in saved.items() if k not in switches}})
+    model.start, model.latent, model.end = tokens.start, tokens.latent, tokens.end
+    fill_llama(model.policy, directory)
+    if model.decode:
+        if saved.get("decode"):
+            fill_llama(model.decoder, ours, "decoder")
+        else:
+            mine = dict(model.policy.named_parameters())
+            fill(model.decoder, {k: mine[k] for k, _ in model.decoder.named_parameters()}, directory)
+    if saved:
+        tensors, file = read_tensors(ours, "heads")
+        for name in ("latent_head", "stop_head"):
+            part = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
+            if hasattr(model, name) and part:
+                fill(getattr(model, name), part, file)
+    if len(tokens) > vocab_size or not _knows(directory):
+        add_tokens(model, tokens)
+    return model, tokens
+
+
+def _knows(directory):
+    """Whether the directory's tokenizer had the control tokens already."""
+    return START in (directory / "tokenizer.json").read_text(encoding="utf-8")
+
+
+def save(directory, model, tokens, source=None):
+    """Write the directory described above. source: where the model came from, for the files to keep."""
+    directory, ours = Path(directory), Path(directory) / "minatp"
+    ours.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(hf_config(model.policy.cfg), indent=2) + "\n")
+    cpu = lambda m, prefix="": {prefix + k: p.detach().cpu().contiguous() for k, p in m.named_parameters()}
+    save_file(cpu(model.policy), directory / "model.safetensors", metadata={"format": "pt"})
+    tokens.tokenizer.save(str(directory / "tokenizer.json"))
+    kept = {name: Path(source) / name for name in KEPT if source and (Path(source) / name).exists()}
+    for name, path in kept.items():
+        shutil.copyfile(path, directory / name)
+    eos = list(tokens.eos) if len(tokens.eos) > 1 else tokens.eos[0]
+    for name, text in (("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                                                  "bos_token": tokens.tokenizer.id_to_token(tokens.bos),
+                                                  "eos_token": tokens.tokenizer.id_to_token(tokens.eos[0])}),
+                       ("generation_config.json", {"bos_token_id": tokens.bos, "eos_token_id": eos})):
+        if name not in kept:
+            (directory / name).write_text(json.dumps(text, indent=2) + "\n")
+    ours_config = {"c": model.c, "K": model.K, "vae": model.vae, "stop": model.stop, "decode": model.decode}
+    if model.decode:
+        ours_config["decoder_layers"] = model.decoder.cfg.n_layer
+        save_file(cpu(model.decoder), ours / "decoder.safetensors")
+    (ours / "config.json").write_text(json.dumps(ours_config, indent=2) + "\n")
+    heads = {}
+    for name in ("latent_head", "stop_head"):
+        if hasattr(model, name):
+            heads |= cpu(getattr(model, name), name + ".")
+    save_file(heads, ours / "heads.safetensors")
+
+
+# ---- checkpoints of a run -----------------------------------------------------------------------------------------------
+
+def write_folder(path, write):
+    """Make the folder `path` all at once: write(tmp) fills a temporary one, which is fsynced and renamed. An older folder of
+    that name is replaced only then."""
+    path = Path(path)
+    tmp = path.with_name(path.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    write(tmp)
+    for file in [*tmp.rglob("*"), tmp]:
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    tmp.rename(path)
+    fd = os.open(path.parent, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_checkpoint(out, state, model, optimizer, keep=2):
+    """out/checkpoints/{step}: parameters, AdamW's moments and `state` (JSON: step, seconds …). Older ones but `keep` are removed."""
+    def write(tmp):
+        save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}, tmp / "model.safetensors")
+        moments = {}
+        for n, p in model.named_parameters():
+            moments |= {f"{n}/{k}": v.cpu().contiguous() for k, v in optimizer.state.get(p, {}).items()}
+        save_file(moments, tmp / "optimizer.safetensors")
+        (tmp / "state.json").write_text(json.dumps(state))
+
+    folder = Path(out) / "checkpoints"
+    write_folder(folder / f"{state['step']:08d}", write)
+    for old in sorted(folder.glob("*[0-9]"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(out, model, optimizer):
+    """Restore the newest checkpoint of a run into model and optimizer; returns its state, or raises UserError where there is none."""
+    found = sorted((Path(out) / "checkpoints").glob("*[0-9]"))
+    if not found:
+        raise UserError(f"{out}/checkpoints:0: holds no checkpoint to resume from; start without --resume")
+    state = read_json(found[-1] / "state.json")
+    fill(model, *read_tensors(found[-1], "model"))
+    moments, _ = read_tensors(found[-1], "optimizer")
+    for n, p in model.named_parameters():
+        mine = {k.split("/")[1]: v for k, v in moments.items() if k.split("/")[0] == n}
+        if mine:
+            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in mine.items()}
+    return state

@@ -1,0 +1,222 @@
+"""Text to tensors: problem files, the tokenizer, and Batch, one padded piece of the curriculum."""
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from .config import UserError
+from .latent import END, LATENT, START
+from .loss import IGNORE
+
+
+@dataclass
+class Problem:
+    question: str
+    steps: list
+    answer: str
+
+
+# ---- files --------------------------------------------------------------------------------------------------------------
+
+def read_problems(path):
+    """Problems of a file. Coconut's JSON list or JSONL of {"question", "steps", "answer"}, or iCoT's `question||steps #### answer`.
+
+    Raises UserError with file, line and reason.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{path}:0: cannot be read ({e.strerror}); give a problem file to --data")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}:0: is not UTF-8 text (byte {e.start}); give JSON, JSONL or iCoT text")
+    if not text.strip():
+        raise UserError(f"{path}:1: is empty; it needs at least one problem")
+    if text.lstrip().startswith("["):
+        return list(_json_list(path, text))
+    lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    read = _json_line if lines[0][1].lstrip().startswith("{") else _icot_line
+    return [read(f"{path}:{i}", line) for i, line in lines]
+
+
+def _json_list(path, text):
+    decoder, at = json.JSONDecoder(), text.index("[") + 1
+
+    def skip(at):
+        while at < len(text) and text[at] in " \t\r\n":
+            at += 1
+        return at
+
+    at = skip(at)
+    if text[at:at + 1] == "]":
+        raise UserError(f"{path}:1: the list is empty; it needs at least one problem")
+    while True:  # one record at a time, so that an error knows its line
+        where = f"{path}:{text.count(chr(10), 0, at) + 1}"
+        try:
+            record, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{path}:{e.lineno}: is not valid JSON ({e.msg}); the file may be truncated")
+        yield _record(where, record)
+        at = skip(at)
+        if text[at:at + 1] == "]":
+            break
+        if text[at:at + 1] != ",":
+            raise UserError(f"{path}:{text.count(chr(10), 0, at) + 1}: expected ',' or ']' after a problem; the file may be truncated")
+        at = skip(at + 1)
+    if text[at + 1:].strip():
+        raise UserError(f"{path}:{text.count(chr(10), 0, at) + 1}: text after the end of the list; give one list a file")
+
+
+def _json_line(where, line):
+    try:
+        return _record(where, json.loads(line))
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where}: is not valid JSON ({e.msg}); each line must be one object")
+
+
+def _record(where, r):
+    if not isinstance(r, dict):
+        raise UserError(f"{where}: a problem must be an object, not {type(r).__name__}; give question, steps and answer")
+    for key, kind, name in (("question", str, "a string"), ("steps", list, "a list of strings"), ("answer", str, "a string")):
+        if key not in r:
+            raise UserError(f'{where}: "{key}" is missing; a problem has question, steps and answer')
+        if not isinstance(r[key], kind):
+            raise UserError(f'{where}: "{key}" must be {name}, not {type(r[key]).__name__}')
+    for step in r["steps"]:
+        if not isinstance(step, str) or not step.strip():
+            raise UserError(f'{where}: "steps" must hold non-empty strings, not {step!r}')
+    for key in ("question", "answer"):
+        if not r[key].strip():
+            raise UserError(f'{where}: "{key}" is empty; write it or leave the problem out')
+    return Problem(r["question"].strip(), [s.strip() for s in r["steps"]], r["answer"].strip())
+
+
+def _icot_line(where, line):
+    question, bar, rest = line.partition("||")
+    steps, hashes, answer = rest.partition("####")
+    if not bar or not hashes:
+        raise UserError(f"{where}: is not `question||<<…>> <<…>> #### answer`; see README, Data")
+    return _record(where, {"question": question, "steps": steps.split(), "answer": answer})
+
+
+# ---- tokens -------------------------------------------------------------------------------------------------------------
+
+class Tokens:
+    """A tokenizer with the ids that the method needs. Text of a user never becomes a control token."""
+    def __init__(self, tokenizer, bos, eos):
+        """tokenizer: a `tokenizers.Tokenizer`; bos: id; eos: ids, the first of which is written."""
+        self.tokenizer, self.bos, self.eos = tokenizer, bos, tuple(eos)
+        tokenizer.encode_special_tokens = True
+        tokenizer.add_special_tokens([START, LATENT, END])
+        self.start, self.latent, self.end = (tokenizer.token_to_id(t) for t in (START, LATENT, END))
+
+    def __len__(self):
+        """Smallest embedding that holds every id."""
+        return 1 + max(self.tokenizer.get_vocab().values())
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_all(self, texts):
+        return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids):
+        return self.tokenizer.decode([i for i in ids if i not in self.eos], skip_special_tokens=False)
+
+    def prompt(self, question):
+        """bos question "\\n" <|start-latent|>"""
+        return [self.bos, *self.encode(question + "\n"), self.start]
+
+
+@dataclass
+class Encoded:
+    prompt: list   # ids: bos question "\n" <|start-latent|>
+    lines: list    # per step, ids of step "\n": as the policy writes it
+    texts: list    # per step, ids of the step and eos: as the decoder LM writes it
+    rest: list     # as texts, the K-th step joined with all that follow; empty where there are not more than K
+    answer: list   # ids: "### " answer eos
+
+
+def encode(problems, tokens, K, block_size):
+    """Problems -> list of Encoded. Raises UserError where one is longer than the context of block_size tokens."""
+    prompts = tokens.encode_all([p.question + "\n" for p in problems])
+    answers = tokens.encode_all(["### " + p.answer for p in problems])
+    steps = [s for p in problems for s in p.steps]
+    lines, texts = iter(tokens.encode_all([s + "\n" for s in steps])), iter(tokens.encode_all(steps))
+    out, eos = [], tokens.eos[0]
+    for n, (p, q, a) in enumerate(zip(problems, prompts, answers), 1):
+        n_step = len(p.steps)
+        e = Encoded([tokens.bos, *q, tokens.start], [next(lines) for _ in range(n_step)],
+                    [next(texts) + [eos] for _ in range(n_step)],
+                    tokens.encode("\n".join(p.steps[K - 1:])) + [eos] if n_step > K else [], a + [eos])
+        length = len(e.prompt) + 1 + sum(map(len, e.lines)) + len(e.answer)
+        if length > block_size:
+            raise UserError(f"problem {n}: is {length} tokens long and the model's context is {block_size}; shorten it: {p.question[:60]!r}")
+        out.append(e)
+    return out
+
+
+# ---- batches ------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Batch:
+    """One batch at one curriculum stage. The prompt is left-padded, so that latents align; what follows is right-padded."""
+    prompt: torch.Tensor        # (B, Tq) ids, ending in <|start-latent|>
+    prompt_valid: torch.Tensor  # (B, Tq) bool
+    n_latent: torch.Tensor      # (B,) latents used
+    asks: torch.Tensor          # (B,) bool: a candidate after the last one, labelled "stop"
+    tail: torch.Tensor          # (B, Tt) ids read after the latents: <|end-latent|> … answer
+    target: torch.Tensor        # (B, Tt) ids to write there, IGNORE where padded
+    thought_row: torch.Tensor   # (N,) problem of each latent step that has a text
+    thought_step: torch.Tensor  # (N,) which step of it
+    thought: torch.Tensor       # (N, Ts) the step's text and eos, IGNORE where padded
+    L: int                      # most latents of a row
+    n_candidate: int            # L, and one more where a row of L latents asks
+    counts: dict                # what each loss is a mean over
+
+    def to(self, device):
+        return Batch(**{f.name: v.to(device) if torch.is_tensor(v := getattr(self, f.name)) else v for f in fields(self)})
+
+
+def pad(rows, value, left=False):
+    """Lists of ids -> (B, T) LongTensor."""
+    T = max(map(len, rows), default=0)
+    return torch.tensor([[value] * (T - len(r)) + r if left else r + [value] * (T - len(r)) for r in rows],
+                        dtype=torch.long).view(len(rows), T)
+
+
+def collate(rows, stage, tokens, model):
+    """Batch of Encoded `rows` at a curriculum stage (0 … K+1). model: ATP, for c, K and its switches."""
+    c, K = model.c, model.K
+    cap = min(stage, K)
+    n_step = [min(len(r.lines), cap) for r in rows]
+    n_latent = torch.tensor([c * n for n in n_step] if model.stop else [c * cap] * len(rows))
+    asks = torch.tensor([model.stop and n < cap for n in n_step])
+    last = stage > K  # the last stage: nothing stays text, the K-th step stands for all that are left
+    tails = [[tokens.end, *(i for line in ([] if last else r.lines[n:]) for i in line), *r.answer] for r, n in zip(rows, n_step)]
+    thoughts = [(b, s, r.rest if last and s == K - 1 and r.rest else r.texts[s])
+                for b, (r, n) in enumerate(zip(rows, n_step)) for s in range(n)] if model.decode else []
+    tail = pad(tails, tokens.end)
+    target = pad([t[1:] for t in tails], IGNORE)
+    prompt = pad([r.prompt for r in rows], tokens.end, left=True)
+    n_prompt = torch.tensor([len(r.prompt) for r in rows])
+    L = int(n_latent.max())
+    counts = {"enc": sum(len(t) - 1 for t in tails), "dec": len(thoughts), "kl": int(n_latent.sum()),
+              "stop": int(sum(n_step) + asks.sum())}
+    return Batch(prompt, torch.arange(prompt.shape[1]) >= prompt.shape[1] - n_prompt[:, None], n_latent, asks,
+                 tail[:, :-1], target, torch.tensor([b for b, _, _ in thoughts], dtype=torch.long),
+                 torch.tensor([s for _, s, _ in thoughts], dtype=torch.long), pad([t for _, _, t in thoughts], IGNORE),
+                 L, L + int((asks & (n_latent == L)).any()), counts)
+
+
+def batches(n, batch_size, seed):
+    """Endless index lists of batch_size problems out of n: a new order each epoch, nothing repeated within one, the same
+    for the same seed. The last, short batch of an epoch is filled from the next."""
+    g = torch.Generator().manual_seed(seed)
+    queue = []
+    while True:
+        while len(queue) < batch_size:
+            queue += torch.randperm(n, generator=g).tolist()
+        yield queue[:batch_size]
+        queue = queue[batch_size:]

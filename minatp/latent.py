@@ -1,0 +1,59 @@
+"""The thinking part: a latent head that proposes a thought, a stop head that ends the thinking, and ATP, which holds both
+beside the policy LM π and the decoder LM φ (method.md, Sequence)."""
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .llama import Llama
+
+START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
+
+
+class LatentHead(nn.Module):
+    """h (..., D) -> μ and logσ² of the next thought: x = LayerNorm(W2·GELU(W1·h + b1) + b2), μ = Wμ·x + bμ, logσ² = Wσ·x + bσ."""
+    def __init__(self, D, init_logvar=-4.0):
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D), nn.LayerNorm(D))
+        self.mean, self.log_var = nn.Linear(D, D), nn.Linear(D, D)
+        nn.init.zeros_(self.log_var.weight)
+        nn.init.constant_(self.log_var.bias, init_logvar)
+
+    def forward(self, h):
+        # one product for both: the weights are small and the call is not
+        x = self.fc(h)
+        W = torch.cat((self.mean.weight, self.log_var.weight))
+        b = torch.cat((self.mean.bias, self.log_var.bias))
+        return F.linear(x, W, b).float().chunk(2, -1)
+
+
+def stop_head(D):
+    """z (..., D) -> two logits, 0 continue and 1 stop: Wb·GELU(Wa·z + ba) + bb."""
+    return nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 2))
+
+
+class ATP(nn.Module):
+    """π, φ and the two heads.
+
+    vae=False: the thought is the hidden state itself (Coconut). stop=False: reasoning always takes the stage's full length.
+    decode=False: no decoder LM. c: latents per step. K: most steps kept latent.
+    """
+    def __init__(self, cfg, c=2, K=10, vae=True, stop=True, decode=True, decoder_layers=0, init_logvar=-4.0):
+        super().__init__()
+        self.c, self.K, self.vae, self.stop, self.decode = c, K, vae, stop, decode
+        self.start = self.latent = self.end = None  # token ids, set by checkpoint.add_tokens
+        self.policy = Llama(cfg)
+        if decode:
+            self.decoder = Llama(replace(cfg, n_layer=decoder_layers or cfg.n_layer))
+        if vae:
+            self.latent_head = LatentHead(cfg.n_embd, init_logvar)
+        if stop:
+            self.stop_head = stop_head(cfg.n_embd)
+
+    def propose(self, h, eps=None):
+        """The candidate thought after hidden state h (..., D): z, μ, logσ² (..., D). eps (..., D) standard normal; None takes z = μ."""
+        if not self.vae:
+            return h.float(), h.float(), None
+        mu, logvar = self.latent_head(h)
+        return (mu if eps is None else mu + torch.exp(0.5 * logvar) * eps), mu, logvar

@@ -1,0 +1,193 @@
+"""Prompt → latents → answer.
+
+`supervise`  the stops are given and gradients on: SFT.
+`rollout`    the model decides, without gradients: evaluation, sample.py and RL's exploration.
+`score`      everything sampled is given, in one parallel pass: the log-probabilities that RL differentiates.
+All three go through ATP.propose, the stop head and the same KV cache.
+"""
+from dataclasses import dataclass
+
+import torch
+
+from .explain import thought_nll
+from .loss import IGNORE, gaussian_log_prob, kl_normal, token_nll
+
+
+def think(model, batch, eps=None):
+    """The chain of latents with the stops of the batch. eps (B, ≥ n_candidate, D) or None for z = μ.
+
+    Returns z, μ, logσ² (B, n_candidate, D) (logσ² None without the VAE) and the cache, ready for the tail. Row b's dropped
+    candidate stands at column n_latent[b]. Gradients run through every latent into the prompt.
+    """
+    B, Tq = batch.prompt.shape
+    policy = model.policy
+    cache = policy.cache(B, Tq + batch.L + batch.tail.shape[1])
+    h = policy(policy.embed(batch.prompt), batch.prompt_valid, cache)[:, -1]
+    proposed = []
+    for t in range(batch.n_candidate):
+        proposed.append(model.propose(h, None if eps is None else eps[:, t]))
+        if t < batch.L:
+            h = policy(proposed[-1][0][:, None], (t < batch.n_latent)[:, None], cache)[:, 0]
+    if not proposed:
+        return None, None, None, cache
+    z, mu, logvar = zip(*proposed)
+    return torch.stack(z, 1), torch.stack(mu, 1), torch.stack(logvar, 1) if model.vae else None, cache
+
+
+def read_tail(model, batch, cache):
+    """Hidden states (B, Tt, D) of the tail, read after the thoughts in the cache."""
+    valid = torch.cat((torch.ones_like(batch.target[:, :1], dtype=torch.bool), batch.target[:, :-1] >= 0), 1)
+    return model.policy(model.policy.embed(batch.tail), valid, cache)
+
+
+def supervise(model, batch, eps=None):
+    """Stage 1's losses, each summed over the batch: {"enc", "dec", "stop", "kl"} (those that apply); see loss.sft_loss."""
+    z, mu, logvar, cache = think(model, batch, eps)
+    h = read_tail(model, batch, cache)
+    labelled = batch.target >= 0
+    sums = {"enc": token_nll(model.policy.logits(h[labelled]), batch.target[labelled]).sum()}
+    if z is None:
+        return sums
+    t = torch.arange(z.shape[1], device=z.device)
+    used = t < batch.n_latent[:, None]                                            # (B, n_candidate)
+    if model.vae:
+        sums["kl"] = kl_normal(mu[used], logvar[used]).sum()
+    if model.stop:
+        dropped = (t == batch.n_latent[:, None]) & batch.asks[:, None]
+        asked = (used | dropped) & (t % model.c == 0)
+        sums["stop"] = token_nll(model.stop_head(z[asked]), dropped[asked].long()).sum()
+    if model.decode and len(batch.thought):
+        steps = z[:, : z.shape[1] // model.c * model.c].unflatten(1, (-1, model.c))  # (B, steps, c, D)
+        sums["dec"] = thought_nll(model.decoder, steps[batch.thought_row, batch.thought_step], batch.thought).sum()
+    return sums
+
+
+@dataclass
+class Noise:
+    """What chance decides, drawn for each problem before any batch is made, so that a batch does not change a problem's luck."""
+    eps: torch.Tensor   # (B, cK, D) standard normal, times the temperature
+    stop: torch.Tensor  # (B, K) uniform
+    token: torch.Tensor  # (B, max_new) uniform
+    temperature: float = 1.0
+
+    @staticmethod
+    def draw(model, B, max_new, seed, temperature=1.0):
+        g = torch.Generator().manual_seed(seed)
+        D = model.policy.cfg.n_embd
+        return Noise(temperature * torch.randn(B, model.c * model.K, D, generator=g), torch.rand(B, model.K, generator=g),
+                     torch.rand(B, max_new, generator=g), temperature)
+
+    def at(self, rows, device):
+        return Noise(self.eps[rows].to(device), self.stop[rows].to(device), self.token[rows].to(device), self.temperature)
+
+
+@dataclass
+class Rollout:
+    """B finished chains. Entries past a row's end are 0 (−1 for tokens)."""
+    z: torch.Tensor          # (B, cK, D) the used latents, then the candidate dropped at a stop
+    logvar: torch.Tensor     # (B, cK, D) or None without the VAE
+    n_latent: torch.Tensor   # (B,) latents used
+    stopped: torch.Tensor    # (B,) bool: ended by the stop head, so a dropped candidate stands at z[b, n_latent[b]]
+    stop_prob: torch.Tensor  # (B, K) probability of stopping at each question asked, NaN where none was
+    token: torch.Tensor      # (B, max_new) what was written, eos included
+    n_token: torch.Tensor    # (B,)
+    logp_z: torch.Tensor     # (B, cK) log-densities of the candidates
+    logp_stop: torch.Tensor  # (B, K) log-probabilities of the decisions taken
+    logp_token: torch.Tensor  # (B, max_new)
+
+
+@torch.no_grad()
+def rollout(model, prompt, valid, max_new, max_steps=None, noise=None):
+    """Think, stop and answer. prompt (B, Tq) ids left-padded, valid (B, Tq) bool; max_steps ≤ K latent steps (default K).
+
+    noise None is the mean policy: z = μ, stop by argmax, greedy answer. Every tick feeds one column to every unfinished row,
+    a thought or a word; a row that has written eos leaves the batch, so early stops save real work.
+    """
+    B, Tq = prompt.shape
+    policy, c, device = model.policy, model.c, prompt.device
+    K, D = (model.K if max_steps is None else max_steps), policy.cfg.n_embd
+    zeros = lambda *s: torch.zeros(B, *s, device=device)
+    out = Rollout(zeros(c * model.K, D), zeros(c * model.K, D) if model.vae else None, zeros().long(), zeros().bool(),
+                  zeros(model.K) + torch.nan, zeros(max_new).long() - 1, zeros().long(), zeros(c * model.K), zeros(model.K),
+                  zeros(max_new))
+    cache = policy.cache(B, Tq + c * K + 1 + max_new)
+    h = policy(policy.embed(prompt), valid, cache)[:, -1]
+    rows = torch.arange(B, device=device)                       # which problems are still in the batch
+    thinking = torch.ones(B, dtype=torch.bool, device=device)
+    eos = torch.tensor(policy.cfg.eos, device=device)
+    for t in range(c * K + 1 + max_new):
+        token = torch.full_like(rows, model.end)                # fed by a row that ends its thinking now
+        x = policy.embed(token)
+        answering = ~thinking
+        if answering.any():                                     # write a word
+            r = rows[answering]
+            token[answering], logp = choose(policy.logits(h[answering]), noise, r, out.n_token[r])
+            out.token[r, out.n_token[r]], out.logp_token[r, out.n_token[r]] = token[answering], logp
+            out.n_token[r] += 1
+            x = policy.embed(token)
+        if t == c * K:
+            thinking = torch.zeros_like(thinking)
+        elif t < c * K and thinking.any():                      # think
+            r, i = rows[thinking], thinking.nonzero()[:, 0]
+            z, mu, logvar = model.propose(h[i], noise and noise.eps[r, t])
+            out.z[r, t] = z
+            if model.vae:
+                out.logvar[r, t], out.logp_z[r, t] = logvar, gaussian_log_prob(z, mu, logvar)
+            if model.stop and t % c == 0:
+                logp = model.stop_head(z).float().log_softmax(-1)
+                stop = logp[:, 1] > logp[:, 0] if noise is None else noise.stop[r, t // c] < logp[:, 1].exp()
+                out.stop_prob[r, t // c] = logp[:, 1].exp()
+                out.logp_stop[r, t // c] = torch.where(stop, logp[:, 1], logp[:, 0])
+                out.stopped[r] = stop
+                thinking[i[stop]] = False
+                z, r, i = z[~stop], r[~stop], i[~stop]
+            out.n_latent[r] += 1
+            x = x.index_put((i,), z.to(x.dtype))
+        done = answering & (torch.isin(token, eos) | (out.n_token[rows] == max_new))
+        if done.any():
+            left = (~done).nonzero()[:, 0]
+            if not len(left):
+                break
+            rows, thinking, x = rows[left], thinking[left], x[left]
+            cache.keep(left)
+        h = policy(x[:, None], torch.ones_like(rows, dtype=torch.bool)[:, None], cache)[:, 0]
+    return out
+
+
+def choose(logits, noise, rows, at):
+    """Next tokens (A,) and their log-probabilities: greedy, or sampled by the row's own uniform number."""
+    logp = logits.float().log_softmax(-1)
+    if noise is None:
+        token = logp.argmax(-1)
+    else:
+        cdf = (logits.float() / noise.temperature).softmax(-1).cumsum(-1)
+        token = torch.searchsorted(cdf, noise.token[rows, at][:, None] * cdf[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1)
+    return token, logp.gather(1, token[:, None])[:, 0]
+
+
+def score(model, prompt, valid, r):
+    """Log-probability of everything in Rollout r, in one pass with gradients. Returns (logp_z, logp_stop, logp_token) as r has them.
+
+    z is given, so the chain need not be walked: the whole sequence is read at once, the dropped candidate scored from the
+    hidden state before it and never fed.
+    """
+    policy, c = model.policy, model.c
+    (B, Tq), L, W = prompt.shape, r.z.shape[1], r.token.shape[1]
+    column = torch.arange(max(L, W), device=prompt.device)
+    used, written = column[:L] < r.n_latent[:, None], column[:W] < r.n_token[:, None]
+    end = torch.full_like(prompt[:, :1], model.end)
+    x = torch.cat((policy.embed(prompt), r.z, policy.embed(torch.cat((end, r.token[:, :-1].clamp(min=0)), 1))), 1)
+    h = policy(x, torch.cat((valid, used, written), 1), policy.cache(B, x.shape[1]))
+    # column t's proposal comes from the column before it; unused columns in between hold nothing that is read
+    before, after = h[:, Tq - 1: Tq - 1 + L], h[:, Tq + L:]
+    candidate = used | ((column[:L] == r.n_latent[:, None]) & r.stopped[:, None])
+    logp_z, logp_stop = r.logp_z.new_zeros(B, L), r.logp_stop.new_zeros(B, model.K)
+    if model.vae:
+        _, mu, logvar = model.propose(before)
+        logp_z = torch.where(candidate, gaussian_log_prob(r.z, mu, logvar), 0.0)
+    if model.stop:
+        logp = model.stop_head(r.z[:, ::c]).float().log_softmax(-1)              # (B, K, 2)
+        taken = torch.where(used[:, ::c], logp[..., 0], logp[..., 1])
+        logp_stop = torch.where(candidate[:, ::c], taken, 0.0)
+    logp_token = -token_nll(policy.logits(after), r.token.masked_fill(~written, IGNORE))
+    return logp_z, logp_stop, logp_token

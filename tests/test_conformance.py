@@ -1,0 +1,156 @@
+"""Every number of the conformance fixture, through the code that trains and samples: batched, padded, cached, float32.
+
+MINATP_CONFORMANCE names another folder of the same form.
+"""
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minatp import checkpoint, data, rollout
+from minatp.explain import read_thoughts
+from minatp.loss import sft_loss
+
+ROOT = Path(os.environ.get("MINATP_CONFORMANCE", Path(__file__).parent / "fixtures" / "conformance"))
+GOLD = json.loads((ROOT / "golden.json").read_text())
+T = load_file(ROOT / "golden.safetensors")
+
+
+@pytest.fixture(scope="module")
+def world():
+    """(model, tokens): the fixture's two directories and heads, loaded by the code that loads a user's."""
+    c, K = GOLD["c_latent"], GOLD["max_steps"]
+    model, tokens = checkpoint.load(ROOT / "policy", c=c, K=K)
+    other, _ = checkpoint.load(ROOT / "decoder", c=c, K=K)
+    model.decoder = other.policy
+    heads = load_file(ROOT / "heads.safetensors")
+    for name in ("latent_head", "stop_head"):
+        checkpoint.fill(getattr(model, name), {k.removeprefix(name + "."): v for k, v in heads.items() if k.startswith(name)}, ROOT)
+    return model, tokens
+
+
+def encoded(world):
+    model, tokens = world
+    return data.encode([data.Problem(**s) for s in GOLD["samples"]], tokens, model.K, model.policy.cfg.block_size)
+
+
+def close(got, want, tol, what):
+    want = torch.as_tensor(want, dtype=torch.float64)
+    error = (got.detach().double() - want).norm() / want.norm().clamp(min=1e-12)
+    assert error <= tol, f"{what}: relative error {error:.2e}"
+
+
+def left_padded(rows, tokens):
+    prompt = data.pad(rows, tokens.end, left=True)
+    return prompt, torch.arange(prompt.shape[1]) >= prompt.shape[1] - torch.tensor([len(r) for r in rows])[:, None]
+
+
+def test_both_rope_spellings_read_the_same():
+    a, b = (json.loads((ROOT / d / "config.json").read_text()) for d in ("policy", "decoder"))
+    assert ("rope_parameters" in a) != ("rope_parameters" in b)
+    a, b = (checkpoint.read_config(ROOT / d / "config.json") for d in ("policy", "decoder"))
+    assert (a.rope_theta, a.rope_scaling) == (b.rope_theta, b.rope_scaling)
+
+
+def test_added_tokens(world):
+    model, tokens = world
+    assert (tokens.bos, tokens.eos[0]) == (GOLD["bos"], GOLD["eos"])
+    assert (tokens.start, tokens.latent, tokens.end) == (GOLD["start"], GOLD["latent"], GOLD["end"])
+    assert model.policy.cfg.vocab_size == model.decoder.cfg.vocab_size == GOLD["vocab_size"]
+
+
+@pytest.mark.parametrize("pad", [0, 5])
+def test_logits(world, pad):
+    lm, ids = world[0].policy, T["lm.ids"][None]
+    x = torch.cat((torch.randn(1, pad, lm.cfg.n_embd), lm.embed(ids)), 1)
+    valid = torch.arange(x.shape[1])[None] >= pad
+    close(lm.logits(lm(x, valid, lm.cache(*x.shape[:2]))[0, pad:]), T["lm.logits"], 1e-5, "whole")
+    with torch.no_grad():  # the same, by the preallocated cache in three pieces
+        cache = lm.cache(*x.shape[:2])
+        h = torch.cat([lm(p, v, cache) for p, v in zip(x.split((9 + pad, 1, 27), 1), valid.split((9 + pad, 1, 27), 1))], 1)
+    close(lm.logits(h[0, pad:]), T["lm.logits"], 1e-5, "in pieces")
+
+
+@pytest.mark.parametrize("stage", range(GOLD["max_steps"] + 2))
+def test_token_ids(world, stage):
+    model, tokens = world
+    gold, batch = GOLD["sft"][str(stage)], data.collate(encoded(world), stage, tokens, model)
+    assert batch.n_latent.tolist() == gold["latents"]
+    for b, want in enumerate(gold["sequences"]):
+        prompt, target = batch.prompt[b][batch.prompt_valid[b]].tolist(), batch.target[b][batch.target[b] >= 0].tolist()
+        assert prompt + [tokens.latent] * gold["latents"][b] + [tokens.end] + target == want
+        assert len(target) == gold["labels_at_end"][b]
+
+
+@pytest.mark.parametrize("stage", range(GOLD["max_steps"] + 2))
+@pytest.mark.parametrize("micro", [4, 1])
+def test_sft_losses_and_gradients(world, stage, micro):
+    model, tokens = world
+    rows, gold, eps = encoded(world), GOLD["sft"][str(stage)], T[f"sft{stage}.eps"].float()
+    counts = data.collate(rows, stage, tokens, model).counts
+    model.zero_grad()
+    total = {"enc": 0.0, "dec": 0.0, "stop": 0.0, "kl": 0.0}
+    for i in range(0, len(rows), micro):  # one batch of four, or four accumulated
+        batch = data.collate(rows[i:i + micro], stage, tokens, model)
+        sums = rollout.supervise(model, batch, eps[i:i + micro])
+        sft_loss(sums, counts, GOLD["beta"]).backward()
+        for name, value in sums.items():
+            total[name] += value.item() / max(1, counts[name])
+    for name in total:
+        assert total[name] == pytest.approx(gold[name], rel=1e-4), name
+    assert sum(total[n] * (GOLD["beta"] if n == "kl" else 1) for n in total) == pytest.approx(gold["total"], rel=1e-4)
+    want = {k.removeprefix(f"sft{stage}.grad."): v for k, v in T.items() if k.startswith(f"sft{stage}.grad.")}
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    for name, g in want.items():
+        close(grads[name], g, 1e-3, name)
+    assert all(g is None or g.norm() < 1e-6 for n, g in grads.items() if stage == 0 and not n.startswith("policy."))
+
+
+@pytest.mark.parametrize("stage", range(1, GOLD["max_steps"] + 2))
+def test_proposals(world, stage):
+    model, tokens = world
+    batch = data.collate(encoded(world), stage, tokens, model)
+    _, mu, logvar, _ = rollout.think(model, batch, T[f"sft{stage}.eps"].float())
+    for i in range(len(GOLD["samples"])):
+        n = len(T[f"sft{stage}.mu{i}"])
+        assert n == batch.n_latent[i] + batch.asks[i]
+        close(mu[i, :n], T[f"sft{stage}.mu{i}"], 1e-4, f"mu{i}")
+        close(logvar[i, :n], T[f"sft{stage}.logvar{i}"], 1e-4, f"logvar{i}")
+
+
+def test_rollout_log_probabilities(world):
+    model, tokens = world
+    c, K, n = model.c, model.K, len(GOLD["rl"])
+    width = max(len(g["answer_ids"]) for g in GOLD["rl"])
+    prompt, valid = left_padded([tokens.prompt(GOLD["samples"][g["sample"]]["question"]) for g in GOLD["rl"]], tokens)
+    zeros = lambda *s: torch.zeros(n, *s)
+    r = rollout.Rollout(zeros(c * K, model.policy.cfg.n_embd), None, zeros().long(), zeros().bool(), zeros(K),
+                        zeros(width).long() - 1, zeros().long(), zeros(c * K), zeros(K), zeros(width))
+    for i, g in enumerate(GOLD["rl"]):
+        z = T[f"rl{i}.z"].float()
+        r.z[i, : len(z)], r.n_latent[i], r.stopped[i] = z, c * g["steps_used"], len(z) > c * g["steps_used"]
+        r.token[i, : len(g["answer_ids"])], r.n_token[i] = torch.tensor(g["answer_ids"]), len(g["answer_ids"])
+    logp_z, logp_stop, logp_token = rollout.score(model, prompt, valid, r)
+    for i in range(n):
+        for got, name in ((logp_z, "gauss"), (logp_stop, "stop"), (logp_token, "answer")):
+            want = T[f"rl{i}.{name}"]
+            close(got[i, : len(want)], want, 1e-4, f"rl{i}.{name}")
+            assert (got[i, len(want):] == 0).all()
+
+
+def test_generation_and_decoded_steps(world):
+    model, tokens = world
+    prompt, valid = left_padded([tokens.prompt(s["question"]) for s in GOLD["samples"]], tokens)
+    r = rollout.rollout(model, prompt, valid, max_new=8)
+    for i, g in enumerate(GOLD["generate"]):
+        assert r.n_latent[i] == g["latents"]
+        close(r.stop_prob[i, : len(g["stop_probs"])], g["stop_probs"], 1e-4, f"stop{i}")
+        assert r.token[i, : r.n_token[i]].tolist() == g["answer_ids"]
+        steps = r.z[i, : g["latents"]].view(-1, model.c, model.policy.cfg.n_embd)
+        texts = read_thoughts(model.decoder, steps, tokens.eos[0], max_new=8)
+        for text, want in zip(texts, g["decoded_step_ids"]):
+            assert text == (want[: want.index(tokens.eos[0])] if tokens.eos[0] in want else want)
+        assert len(texts) == len(g["decoded_step_ids"])
