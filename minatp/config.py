@@ -1,2 +1,225 @@
+"""Every option, once. The command line, --help and a run's config.json are made from these dataclasses."""
+import argparse
+import difflib
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+
 class UserError(Exception):
-    pass
+    """A mistake of the user, told in one line, `path:line: what is wrong and what to do`; the program ends with exit code 2."""
+
+
+def opt(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+METHODS = {  # latent steps, VAE, stop head, decoder LM
+    "no-cot": dict(latent=False, vae=False, stop=False, decode=False),
+    "cot": dict(latent=False, vae=False, stop=False, decode=False),
+    "coconut": dict(latent=True, vae=False, stop=False, decode=False),
+    "sim-cot": dict(latent=True, vae=False, stop=False, decode=True),
+    "atp": dict(latent=True, vae=True, stop=True, decode=True),
+}
+
+
+@dataclass
+class Run:
+    """run"""
+    stage: str = opt("sft", "sft (supervised)")
+    method: str = opt("atp", " | ".join(METHODS))
+    preset: str = opt("tiny", "tiny (from scratch, for a laptop) | llama-1b (the paper's)")
+    init: str = opt("", "start from a Hugging Face directory or an earlier run's folder, not from scratch")
+    out: str = opt("", "folder of the run [out/STAGE]")
+    resume: bool = opt(False, "go on from the newest checkpoint in --out")
+    dry_run: bool = opt(False, "check data and sizes, run one step, write nothing")
+    seed: int = opt(0, "of weights, data order and noise")
+    device: str = opt("", "cpu | cuda | cuda:N [cuda where there is one]")
+
+
+@dataclass
+class Data:
+    """data"""
+    data: str = opt("", "training problems: JSON, JSONL or iCoT text [the built-in task]")
+    val: str = opt("", "validation problems [200 held out of --data]")
+    test: str = opt("", "test problems, several files separated by commas [with --data: the validation problems]")
+    labelled: int = opt(30000, "built-in task: labelled training problems")
+    val_size: int = opt(500, "validation problems, built-in or held out of --data")
+    test_size: int = opt(3000, "built-in task: test problems")
+
+
+@dataclass
+class Size:
+    """model (from scratch; --init brings its own)"""
+    n_layer: int = opt(3, "layers")
+    n_head: int = opt(4, "query heads")
+    n_kv_head: int = opt(2, "key/value heads")
+    n_embd: int = opt(128, "D")
+    n_inner: int = opt(352, "inner size of the MLP")
+    block_size: int = opt(512, "longest context, tokens")
+    vocab_size: int = opt(1024, "most tokens of the tokenizer that is trained on the data")
+    decoder_layers: int = opt(2, "layers of the decoder LM; 0: as many as the policy")
+
+
+@dataclass
+class Latents:
+    """latents"""
+    c: int = opt(2, "latents per reasoning step")
+    K: int = opt(4, "most reasoning steps kept latent")
+    beta: float = opt(1e-3, "weight of the KL term")
+    init_logvar: float = opt(-4.0, "log σ² of an untrained latent head")
+    no_vae: bool = opt(False, "ablation: the thought is the hidden state itself")
+    no_stop: bool = opt(False, "ablation: no stop head, always K steps")
+    no_decoder: bool = opt(False, "ablation: no decoder LM")
+
+
+@dataclass
+class Optim:
+    """training"""
+    epochs: str = opt("", "epochs of each curriculum stage 0 … K+1, separated by commas; one number: of every stage")
+    batch_size: int = opt(32, "problems per step")
+    micro_batch: int = opt(0, "problems per forward pass, gradients accumulated; 0: all of the batch at once")
+    lr: float = opt(2e-3, "peak learning rate; a cosine in each stage")
+    warmup: int = opt(50, "steps of linear warm-up, at the start of each stage")
+    weight_decay: float = opt(0.01, "of AdamW, on matrices")
+    clip: float = opt(1.0, "largest gradient norm")
+    recompute: bool = opt(False, "compute MLP activations again in the backward pass: less memory, a fifth more work")
+
+
+@dataclass
+class Report:
+    """evaluation and files"""
+    max_new: int = opt(0, "most tokens of an answer [16 after latents; what the longest training text takes otherwise]")
+    eval_batch: int = opt(500, "problems per batch in evaluation")
+    votes: int = opt(0, "also sample this many chains per test problem: pass@k and majority vote")
+    temperature: float = opt(1.0, "of those samples")
+    log_every: int = opt(50, "steps between lines")
+    save_every: int = opt(500, "steps between checkpoints")
+
+
+@dataclass
+class Config(Report, Optim, Latents, Size, Data, Run):
+    @property
+    def switches(self):
+        """ATP's keyword arguments."""
+        m = METHODS[self.method]
+        return dict(c=self.c, K=self.K, vae=m["vae"] and not self.no_vae, stop=m["stop"] and not self.no_stop,
+                    decode=m["decode"] and not self.no_decoder, decoder_layers=self.decoder_layers, init_logvar=self.init_logvar)
+
+    @property
+    def latent(self):
+        return METHODS[self.method]["latent"]
+
+    def schedule(self):
+        """[(curriculum stage, epochs)], the stages that the method has."""
+        stages = range(self.K + 2) if self.latent else range(1)
+        try:
+            epochs = [float(e) for e in self.epochs.split(",")]
+        except ValueError:
+            raise UserError(f"command line: --epochs must be numbers separated by commas, not {self.epochs!r}")
+        if len(epochs) == 1:
+            epochs *= len(stages)
+        if len(epochs) != len(stages) or min(epochs) < 0 or not sum(epochs):
+            raise UserError(f"command line: --epochs needs 1 or {len(stages)} numbers ≥ 0 for --method {self.method} with --K {self.K}, "
+                            f"not {self.epochs!r}")
+        return [(k, e) for k, e in zip(stages, epochs) if e]
+
+    def check(self):
+        """Refuse what contradicts itself. Raises UserError."""
+        def need(ok, message):
+            if not ok:
+                raise UserError(f"command line: {message}")
+
+        need(self.stage == "sft", f"--stage must be sft, not {self.stage!r}")
+        need(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, not {self.method!r}")
+        for name in ("K", "c", "batch_size", "lr", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "block_size", "eval_batch",
+                     "log_every", "save_every", "labelled", "val_size", "test_size", "temperature", "clip"):
+            need(getattr(self, name) > 0, f"{flag(name)} must be positive, not {getattr(self, name)}")
+        for name in ("seed", "micro_batch", "decoder_layers", "beta", "warmup", "weight_decay", "max_new", "votes"):
+            need(getattr(self, name) >= 0, f"{flag(name)} must not be negative, but is {getattr(self, name)}")
+        need(self.n_embd % self.n_head == 0 and self.n_embd // self.n_head % 2 == 0,
+             f"--n-embd {self.n_embd} must be an even multiple of --n-head {self.n_head}")
+        need(self.n_head % self.n_kv_head == 0, f"--n-head {self.n_head} must be a multiple of --n-kv-head {self.n_kv_head}")
+        need(self.preset != "llama-1b" or self.init or self.dry_run or self.data,
+             "--preset llama-1b needs --init DIR, a Hugging Face directory of Llama-3.2-1B")
+        need(not self.test or self.data, "--test needs --data: the built-in task brings its own test set")
+        need(not self.val or self.data, "--val needs --data: the built-in task brings its own validation set")
+        for name in ("vae", "stop", "decoder"):
+            need(not getattr(self, "no_" + name) or METHODS[self.method]["decode" if name == "decoder" else name],
+                 f"--no-{name} contradicts --method {self.method}, which has none")
+        need(not (self.no_vae and self.no_stop and self.no_decoder), "--no-vae --no-stop --no-decoder is --method coconut; say so")
+        self.schedule()
+
+
+PRESETS = {
+    "tiny": {"epochs": {"no-cot": "8", "cot": "2", "coconut": "2,.4,.4,.4,.7,1", "sim-cot": "2,.4,.4,.4,.7,1", "atp": "2,.4,.4,.4,.7,1"}},
+    "llama-1b": {"n_layer": 16, "n_head": 32, "n_kv_head": 8, "n_embd": 2048, "n_inner": 8192, "block_size": 131072,
+                 "vocab_size": 128256, "decoder_layers": 0, "K": 10, "lr": 1e-4, "epochs": "2", "log_every": 10},
+}
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    known = ()
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments:"):
+            word = message.split(": ")[1].split()[0]
+            close = difflib.get_close_matches(word.split("=")[0], self.known, 1)
+            message = f"there is no option {word}; " + (f"did you mean {close[0]}?" if close else "--help lists them")
+        sys.exit(fail(f"command line: {message}"))
+
+
+def fail(message):
+    """Print one line to stderr; returns the exit code of a user's mistake."""
+    print(" ".join(str(message).split()), file=sys.stderr)
+    return 2
+
+
+def parse(argv, description):
+    """Command line -> Config. Precedence: what is given, then the preset, then the defaults; --resume takes the run's config.json."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.known = [flag(f.name) for f in fields(Config)]
+    for group_class in (Run, Data, Latents, Optim, Size, Report):
+        group = parser.add_argument_group(group_class.__doc__)
+        for f in fields(group_class):
+            shown = f.metadata["help"] + (f" [{f.default}]" if f.default not in ("", False) else "")
+            kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
+            group.add_argument(flag(f.name), dest=f.name, default=None, help=shown.replace("%", "%%"), **kind)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    preset = given.get("preset", "tiny")
+    if preset not in PRESETS:
+        raise UserError(f"command line: --preset must be one of {', '.join(PRESETS)}, not {preset!r}")
+    chosen = {**PRESETS[preset], **given}
+    if isinstance(chosen["epochs"], dict):
+        chosen["epochs"] = chosen["epochs"].get(chosen.get("method", "atp"), "2")
+    cfg = Config(**chosen)
+    cfg.out = cfg.out or f"out/{cfg.stage}"
+    if cfg.resume:
+        return resumed(cfg, given)
+    cfg.check()
+    return cfg
+
+
+def resumed(cfg, given):
+    """The Config that the run in cfg.out was started with. Raises UserError where a given option contradicts it."""
+    path = Path(cfg.out) / "config.json"
+    try:
+        old = json.loads(path.read_text())
+        before = Config(**old)
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"{path}:1: cannot resume from it ({e}); start without --resume")
+    for name, value in given.items():
+        if name not in ("resume", "out", "device") and old[name] != value:
+            raise UserError(f"{path}:1: the run has {flag(name)} {old[name]}, not {value}; resume without that option")
+    before.resume, before.out, before.device = True, cfg.out, cfg.device
+    return before
+
+
+def write_config(cfg, path):
+    """A run's config.json."""
+    Path(path).write_text(json.dumps(asdict(cfg), indent=2) + "\n")
