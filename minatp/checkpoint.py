@@ -179,8 +179,8 @@ def add_tokens(model, tokens):
 def load(directory, **switches):
     """(model, tokens) of a Hugging Face directory or of a directory saved by `save`.
 
-    switches (c, K, vae, stop, decode, …: ATP's) apply where the directory has no heads of ours; with heads, theirs rule, and
-    parts that a switch asks for but the directory lacks start fresh: heads at their initial values, φ from π's weights.
+    switches (ATP's keyword arguments) win over what was saved with the heads. What a switch asks for and the directory lacks
+    starts fresh: heads at their initial values, φ from π's weights.
     """
     directory = Path(directory)
     if (directory / "final").is_dir():
@@ -271,15 +271,16 @@ def write_folder(path, write):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_checkpoint(out, state, model, optimizer, keep=2):
-    """out/checkpoints/{step}: parameters, AdamW's moments and `state` (JSON: step, seconds …). Older ones but `keep` are removed."""
+def save_checkpoint(out, state, model, tokens, optimizer, source=None, keep=2):
+    """out/checkpoints/{step}: the directory that `save` writes, AdamW's moments and `state` (JSON: step, seconds …).
+
+    Older ones but the last `keep` are removed. A checkpoint serves --init and sample.py as well as --resume.
+    """
     def write(tmp):
-        save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}, tmp / "model.safetensors")
-        moments = {}
-        for n, p in model.named_parameters():
-            moments |= {f"{n}/{k}": v.cpu().contiguous() for k, v in optimizer.state.get(p, {}).items()}
-        save_file(moments, tmp / "optimizer.safetensors")
-        (tmp / "state.json").write_text(json.dumps(state))
+        save(tmp, model, tokens, source)
+        save_file({f"{n}/{k}": v.cpu().contiguous() for n, p in model.named_parameters()
+                   for k, v in optimizer.state.get(p, {}).items()}, tmp / "optimizer.safetensors")
+        (tmp / "state.json").write_text(json.dumps(state) + "\n")
 
     folder = Path(out) / "checkpoints"
     write_folder(folder / f"{state['step']:08d}", write)
@@ -287,16 +288,21 @@ def save_checkpoint(out, state, model, optimizer, keep=2):
         shutil.rmtree(old)
 
 
-def load_checkpoint(out, model, optimizer):
-    """Restore the newest checkpoint of a run into model and optimizer; returns its state, or raises UserError where there is none."""
+def newest_checkpoint(out):
+    """Folder of the newest checkpoint of a run. Raises UserError where there is none."""
     found = sorted((Path(out) / "checkpoints").glob("*[0-9]"))
     if not found:
         raise UserError(f"{out}/checkpoints:0: holds no checkpoint to resume from; start without --resume")
-    state = read_json(found[-1] / "state.json")
-    fill(model, *read_tensors(found[-1], "model"))
-    moments, _ = read_tensors(found[-1], "optimizer")
+    return found[-1]
+
+
+def restore(folder, model, optimizer):
+    """Put the AdamW moments of a checkpoint's folder into optimizer; returns the checkpoint's state."""
+    moments, file = read_tensors(folder, "optimizer")
     for n, p in model.named_parameters():
-        mine = {k.split("/")[1]: v for k, v in moments.items() if k.split("/")[0] == n}
+        mine = {k: moments.pop(f"{n}/{k}") for k in ("step", "exp_avg", "exp_avg_sq") if f"{n}/{k}" in moments}
         if mine:
             optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in mine.items()}
-    return state
+    if moments:
+        raise UserError(f"{file}:0: tensor {min(moments)} belongs to no parameter of this model; the checkpoint is of another run")
+    return read_json(Path(folder) / "state.json")

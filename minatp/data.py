@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .config import UserError
 from .latent import END, LATENT, START
@@ -127,6 +128,24 @@ class Tokens:
     def prompt(self, question):
         """bos question "\\n" <|start-latent|>"""
         return [self.bos, *self.encode(question + "\n"), self.start]
+
+
+def train_tokenizer(problems, vocab_size):
+    """Tokens of a byte-level BPE learned from problems, at most vocab_size ids with the control tokens.
+
+    A word takes the spaces around it and a number stands alone, so that frequent words and numbers become one token each.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    pieces = Regex(r" ?\p{L}+ ?|\p{N}+|[^\p{L}\p{N}\s]+\s?|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(t, special=True) for t in ("<|bos|>", "<|eos|>", START, LATENT, END)]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    texts = ["".join((p.question, "\n", *(s + "\n" for s in p.steps), "### ", p.answer)) for p in problems]
+    tokenizer.train_from_iterator(texts, trainer)
+    return Tokens(tokenizer, bos=0, eos=(1,))
 
 
 @dataclass

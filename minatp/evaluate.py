@@ -1,0 +1,110 @@
+"""Solve problems and measure the answers: what train.py reports and sample.py shows."""
+import math
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from . import reward
+from .data import pad
+from .explain import read_thoughts
+from .rollout import Noise, rollout
+
+
+@dataclass
+class Chain:
+    """One problem, solved once, as text."""
+    thoughts: list    # what φ reads in each latent step; [] without a decoder
+    text: str         # what the policy wrote, "### 19" at its end
+    ended: bool       # with eos, not by running out of room
+    n_latent: int
+    n_token: int      # written, eos included
+    stop_prob: list   # at each boundary where the stop head was asked
+    sigma: list       # mean σ of each latent step; [] without the VAE
+
+    @property
+    def steps(self):
+        """Every reasoning step in words: the thoughts, then the lines written before the answer."""
+        lines = [line for t in (*self.thoughts, self.text.partition("### ")[0]) for line in t.split("\n")]
+        return [line for line in lines if line.strip()]
+
+    @property
+    def answer(self):
+        return reward.answer(self.text)
+
+
+@torch.no_grad()
+def solve(model, tokens, prompts, max_new, batch_size=500, max_steps=None, seed=None, temperature=1.0, progress=None):
+    """One Chain per prompt (a list of ids). The mean policy, or sampled where a seed is given.
+
+    Prompts of like length share a batch; a problem's result depends neither on that nor on its neighbours.
+    """
+    device = model.policy.freq.device
+    noise = None if seed is None else Noise.draw(model, len(prompts), max_new, seed, temperature)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    chains = [None] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        prompt = pad([prompts[i] for i in rows], tokens.end, left=True).to(device)
+        valid = torch.arange(prompt.shape[1]) >= prompt.shape[1] - torch.tensor([len(prompts[i]) for i in rows])[:, None]
+        r = rollout(model, prompt, valid.to(device), max_new, max_steps, noise and noise.at(rows, device))
+        for i, chain in zip(rows, as_text(model, tokens, r)):
+            chains[i] = chain
+        if progress:
+            progress(start + len(rows))
+    return chains
+
+
+def as_text(model, tokens, r):
+    """Rollout -> a list of Chains."""
+    c, K = model.c, model.K
+    step_used = torch.arange(K, device=r.z.device) * c < r.n_latent[:, None]     # (B, K)
+    row, s = step_used.nonzero(as_tuple=True)
+    thoughts = [[] for _ in range(len(r.z))]
+    if model.decode:
+        texts = read_thoughts(model.decoder, r.z.unflatten(1, (K, c))[row, s], tokens.eos[0])
+        for b, ids in zip(row.tolist(), texts):
+            thoughts[b].append(tokens.decode(ids))
+    sigma = (0.5 * r.logvar).exp().mean(-1).unflatten(1, (K, c)).mean(-1).tolist() if model.vae else None
+    out = []
+    for b, (n_latent, n, ids, asked) in enumerate(zip(r.n_latent.tolist(), r.n_token.tolist(), r.token.tolist(), r.stop_prob.tolist())):
+        out.append(Chain(thoughts[b], tokens.decode(ids[:n]), n > 0 and ids[n - 1] in tokens.eos, n_latent, n,
+                         [p for p in asked if not math.isnan(p)], sigma[b][: n_latent // c] if model.vae else []))
+    return out
+
+
+def wilson(k, n, z=1.959964):
+    """95 % interval [low, high] of a share k/n (Wilson's score interval)."""
+    centre, half = k / n + z * z / (2 * n), z * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n))
+    return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
+
+
+def measure(chains, problems):
+    """Accuracy with its interval, lengths and coherence of one chain per problem."""
+    right = [reward.accuracy(c.text, p.answer) for c, p in zip(chains, problems)]
+    by_steps = Counter(len(p.steps) for p in problems)
+    solved = Counter(len(p.steps) for r, p in zip(right, problems) if r)
+    spoken = any(c.steps for c in chains)  # a method whose thoughts nobody reads has no coherence
+    n = len(problems)
+    return {
+        "n_problems": n, "accuracy": sum(right) / n, "accuracy_ci95": wilson(sum(right), n),
+        "latents": sum(c.n_latent for c in chains) / n, "answer_tokens": sum(c.n_token for c in chains) / n,
+        "tokens": sum(c.n_latent + c.n_token for c in chains) / n,
+        "coherence": statistics.fmean(reward.coherence(c.steps, c.answer) for c in chains) if spoken else None,
+        "accuracy_by_steps": {s: solved[s] / by_steps[s] for s in sorted(by_steps)},
+    }
+
+
+def vote(samples, problems):
+    """samples: k lists of one Chain per problem. Share of problems that any of the k solves, and that their majority solves."""
+    n, k = len(problems), len(samples)
+    solved = majority = 0
+    for i, p in enumerate(problems):
+        answers = [s[i].answer for s in samples]
+        solved += any(reward.same(a, p.answer) for a in answers)
+        votes = Counter(reward.number(a) if reward.number(a) is not None else a for a in answers if a is not None)
+        if votes:
+            best = votes.most_common(1)[0][0]
+            majority += reward.same(str(best), p.answer) or best == reward.number(p.answer)
+    return {"k": k, "pass": solved / n, "pass_ci95": wilson(solved, n), "majority": majority / n, "majority_ci95": wilson(majority, n)}
