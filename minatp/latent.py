@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .llama import Llama
+from .llama import Block, Llama
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
@@ -57,3 +57,10 @@ class ATP(nn.Module):
             return h.float(), h.float(), None
         mu, logvar = self.latent_head(h)
         return (mu if eps is None else mu + torch.exp(0.5 * logvar) * eps), mu, logvar
+
+    def set_recompute(self, on):
+        """Whether MLP activations are computed again in the backward pass. Returns self."""
+        for m in self.modules():
+            if isinstance(m, Block):
+                m.recompute = on
+        return self
