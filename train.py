@@ -28,7 +28,7 @@ def main(argv=None):
         (f"test ({name})", p) for name, p in splits.tests.items()))) + (f"   {splits.note}" if splits.note else ""))
     if cfg.dry_run:
         from minatp.dry import dry_run
-        return dry_run(cfg, splits, device)
+        return dry_run(cfg, splits, device, lambda *a: gradients(cfg, *a, 0, device))
     sft(cfg, splits, device)
 
 
@@ -47,6 +47,7 @@ def sft(cfg, splits, device):
             f"{cfg.batch_size} problems on {device}; files in {cfg.out}")
 
     for stage, n_steps in plan:
+        model.stage = stage
         order = data.batches(len(rows), cfg.batch_size, cfg.seed * 1000 + stage)
         for i in range(n_steps):
             chosen = next(order)
@@ -128,7 +129,7 @@ def validate(cfg, model, tokens, rows, problems, stage):
     """Accuracy of the mean policy on the validation set, thinking as far as the stage has taught it."""
     prompts = [tokens.prompt(p.question) for p in problems]
     with run.autocast(model.policy.freq.device):
-        chains = evaluate.solve(model, tokens, prompts, room(cfg, rows, stage), cfg.eval_batch, max_steps=min(stage, cfg.K))
+        chains = evaluate.solve(model, tokens, prompts, room(cfg, rows, stage), cfg.eval_batch)
     return evaluate.measure(chains, problems)
 
 
@@ -140,7 +141,7 @@ def summarise(cfg, model, tokens, rows, splits, seconds, device):
         prompts = [tokens.prompt(p.question) for p in problems]
         started = time.perf_counter()
         with run.autocast(device):
-            solve = lambda seed: evaluate.solve(model, tokens, prompts, max_new, cfg.eval_batch, min(stage, cfg.K), seed, cfg.temperature)
+            solve = lambda seed: evaluate.solve(model, tokens, prompts, max_new, cfg.eval_batch, seed, cfg.temperature)
             measured[name] = evaluate.measure(solve(None), problems)
             measured[name]["test_seconds"] = time.perf_counter() - started
             if cfg.votes:

@@ -191,7 +191,8 @@ def load(directory, **switches):
     tokens, vocab_size = read_tokens(directory, cfg), cfg.vocab_size
     ours = directory / "minatp"
     saved = read_json(ours / "config.json") if ours.is_dir() else {}
-    model = ATP(cfg, **{**switches, **{k: v for k, v in saved.items() if k not in switches}})
+    model = ATP(cfg, **{k: v for k, v in {**saved, **switches}.items() if k != "stage"})
+    model.stage = saved.get("stage", model.stage)
     model.start, model.latent, model.end = tokens.start, tokens.latent, tokens.end
     fill_llama(model.policy, directory)
     if model.decode:
@@ -234,7 +235,8 @@ def save(directory, model, tokens, source=None):
                        ("generation_config.json", {"bos_token_id": tokens.bos, "eos_token_id": eos})):
         if name not in kept:
             (directory / name).write_text(json.dumps(text, indent=2) + "\n")
-    ours_config = {"c": model.c, "K": model.K, "vae": model.vae, "stop": model.stop, "decode": model.decode}
+    ours_config = {"c": model.c, "K": model.K, "vae": model.vae, "stop": model.stop, "decode": model.decode,
+                   "stage": model.stage}
     if model.decode:
         ours_config["decoder_layers"] = model.decoder.cfg.n_layer
         save_file(cpu(model.decoder), ours / "decoder.safetensors")

@@ -42,8 +42,8 @@ class Run:
 class Data:
     """data"""
     data: str = opt("", "training problems: JSON, JSONL or iCoT text [the built-in task]")
-    val: str = opt("", "validation problems [200 held out of --data]")
-    test: str = opt("", "test problems, several files separated by commas [with --data: the validation problems]")
+    val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
+    test: str = opt("", "test problems, several files separated by commas [as many again]")
     labelled: int = opt(30000, "built-in task: labelled training problems")
     val_size: int = opt(500, "validation problems, built-in or held out of --data")
     test_size: int = opt(3000, "built-in task: test problems")
@@ -58,6 +58,7 @@ class Size:
     n_embd: int = opt(128, "D")
     n_inner: int = opt(352, "inner size of the MLP")
     block_size: int = opt(512, "longest context, tokens")
+    rope_theta: float = opt(10000.0, "base of RoPE")
     vocab_size: int = opt(1024, "most tokens of the tokenizer that is trained on the data")
     decoder_layers: int = opt(2, "layers of the decoder LM; 0: as many as the policy")
 
@@ -154,7 +155,7 @@ class Config(Report, Optim, Latents, Size, Data, Run):
 
 PRESETS = {
     "tiny": {"epochs": {"no-cot": "8", "cot": "2", "coconut": "2,.4,.4,.4,.7,1", "sim-cot": "2,.4,.4,.4,.7,1", "atp": "2,.4,.4,.4,.7,1"}},
-    "llama-1b": {"n_layer": 16, "n_head": 32, "n_kv_head": 8, "n_embd": 2048, "n_inner": 8192, "block_size": 131072,
+    "llama-1b": {"n_layer": 16, "n_head": 32, "n_kv_head": 8, "n_embd": 2048, "n_inner": 8192, "block_size": 131072, "rope_theta": 500000.0,
                  "vocab_size": 128256, "decoder_layers": 0, "K": 10, "lr": 1e-4, "epochs": "2", "log_every": 10},
 }
 

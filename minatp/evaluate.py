@@ -35,7 +35,7 @@ class Chain:
 
 
 @torch.no_grad()
-def solve(model, tokens, prompts, max_new, batch_size=500, max_steps=None, seed=None, temperature=1.0, progress=None):
+def solve(model, tokens, prompts, max_new, batch_size=500, seed=None, temperature=1.0, progress=None):
     """One Chain per prompt (a list of ids). The mean policy, or sampled where a seed is given.
 
     Prompts of like length share a batch; a problem's result depends neither on that nor on its neighbours.
@@ -48,7 +48,7 @@ def solve(model, tokens, prompts, max_new, batch_size=500, max_steps=None, seed=
         rows = order[start:start + batch_size]
         prompt = pad([prompts[i] for i in rows], tokens.end, left=True).to(device)
         valid = torch.arange(prompt.shape[1]) >= prompt.shape[1] - torch.tensor([len(prompts[i]) for i in rows])[:, None]
-        r = rollout(model, prompt, valid.to(device), max_new, max_steps, noise and noise.at(rows, device))
+        r = rollout(model, prompt, valid.to(device), max_new, noise and noise.at(rows, device))
         for i, chain in zip(rows, as_text(model, tokens, r)):
             chains[i] = chain
         if progress:

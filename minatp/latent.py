@@ -37,11 +37,13 @@ class ATP(nn.Module):
     """π, φ and the two heads.
 
     vae=False: the thought is the hidden state itself (Coconut). stop=False: reasoning always takes the stage's full length.
-    decode=False: no decoder LM. c: latents per step. K: most steps kept latent.
+    decode=False: no decoder LM. c: latents per step. K: most steps kept latent. stage: the last curriculum stage taught,
+    which bounds the thinking: a model in its k-th stage thinks at most k steps and writes the rest.
     """
     def __init__(self, cfg, c=2, K=10, vae=True, stop=True, decode=True, decoder_layers=0, init_logvar=-4.0):
         super().__init__()
         self.c, self.K, self.vae, self.stop, self.decode = c, K, vae, stop, decode
+        self.stage = K + 1
         self.start = self.latent = self.end = None  # token ids, set by checkpoint.add_tokens
         self.policy = Llama(cfg)
         if decode:

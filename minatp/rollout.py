@@ -97,15 +97,15 @@ class Rollout:
 
 
 @torch.no_grad()
-def rollout(model, prompt, valid, max_new, max_steps=None, noise=None):
-    """Think, stop and answer. prompt (B, Tq) ids left-padded, valid (B, Tq) bool; max_steps ≤ K latent steps (default K).
+def rollout(model, prompt, valid, max_new, noise=None):
+    """Think, stop and answer. prompt (B, Tq) ids left-padded, valid (B, Tq) bool.
 
     noise None is the mean policy: z = μ, stop by argmax, greedy answer. Every tick feeds one column to every unfinished row,
     a thought or a word; a row that has written eos leaves the batch, so early stops save real work.
     """
     B, Tq = prompt.shape
     policy, c, device = model.policy, model.c, prompt.device
-    K, D = (model.K if max_steps is None else max_steps), policy.cfg.n_embd
+    K, D = min(model.stage, model.K), policy.cfg.n_embd
     zeros = lambda *s: torch.zeros(B, *s, device=device)
     out = Rollout(zeros(c * model.K, D), zeros(c * model.K, D) if model.vae else None, zeros().long(), zeros().bool(),
                   zeros(model.K) + torch.nan, zeros(max_new).long() - 1, zeros().long(), zeros(c * model.K), zeros(model.K),

@@ -13,7 +13,7 @@ import torch
 from . import checkpoint, data, problems
 from .config import UserError, write_config
 from .latent import ATP
-from .llama import LlamaConfig
+from .llama import LLAMA3_ROPE, LlamaConfig
 
 
 # ---- problems -----------------------------------------------------------------------------------------------------------
@@ -78,8 +78,8 @@ def build(cfg, train):
 def shape(cfg, vocab_size):
     """LlamaConfig from the options, for a model from scratch."""
     return LlamaConfig(vocab_size=vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head, n_embd=cfg.n_embd,
-                       n_inner=cfg.n_inner, head_dim=cfg.n_embd // cfg.n_head, block_size=cfg.block_size, rope_theta=10000.0,
-                       rope_scaling=None, bos=0, eos=(1,))
+                       n_inner=cfg.n_inner, head_dim=cfg.n_embd // cfg.n_head, block_size=cfg.block_size, rope_theta=cfg.rope_theta,
+                       rope_scaling=dict(LLAMA3_ROPE) if cfg.preset == "llama-1b" else None, bos=0, eos=(1,))
 
 
 def pick_device(name):
