@@ -153,8 +153,6 @@ def closing(chains, seconds, where):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
-    except config.UserError as e:
-        sys.exit(config.fail(e))
+        sys.exit(config.guarded(main))
     except BrokenPipeError:  # sample.py | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

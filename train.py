@@ -161,7 +161,4 @@ def tell(m):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except config.UserError as e:
-        sys.exit(config.fail(e))
+    sys.exit(config.guarded(main))

@@ -172,13 +172,16 @@ class Parser(argparse.ArgumentParser):
             word = message.split(": ")[1].split()[0]
             close = difflib.get_close_matches(word.split("=")[0], self.known, 1)
             message = f"there is no option {word}; " + (f"did you mean {close[0]}?" if close else "--help lists them")
-        sys.exit(fail(f"command line: {message}"))
+        raise UserError(f"command line: {message}")
 
 
-def fail(message):
-    """Print one line to stderr; returns the exit code of a user's mistake."""
-    print(" ".join(str(message).split()), file=sys.stderr)
-    return 2
+def guarded(main, argv=None):
+    """main(argv) as a process should end: its exit code, and for a UserError one line on stderr and 2."""
+    try:
+        return main(argv) or 0
+    except UserError as e:
+        sys.stderr.write(" ".join(str(e).split()) + "\n")
+        return 2
 
 
 def parse(argv, description):

@@ -1,0 +1,101 @@
+"""Problems, tokenizer and batches."""
+import re
+
+import pytest
+import torch
+
+from minatp import data, problems, reward
+from minatp.config import UserError
+
+
+def test_sets_are_disjoint_seeded_and_exact():
+    sets = {which: problems.generate(which, 400, 7) for which in problems.SETS}
+    assert sets == {which: problems.generate(which, 400, 7) for which in sets}
+    assert sets["test"] != problems.generate("test", 400, 8)
+    arithmetic = {which: {tuple(sorted(p.steps)) for p in problems.generate(which, 400, 8)} for which in sets if which != "answers"}
+    for a in arithmetic:
+        for b in arithmetic:
+            assert a == b or not arithmetic[a] & arithmetic[b]
+    assert not any(p.steps for p in sets.pop("answers"))
+    for p in (p for ps in sets.values() for p in ps):
+        assert 1 <= len(p.steps) <= 4 and reward.same(str(reward.result(p.steps[-1])), p.answer)
+        assert all(reward.coherent(p.steps, p.answer)), p
+        for s in p.steps:
+            a, op, b, c = re.fullmatch(r"<<(\d+)([-+*/])(\d+)=(\d+)>>", s).groups()
+            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[op] == int(c)
+    assert {len(p.steps) for p in sets["test"]} == {1, 2, 3, 4}
+
+
+def test_some_problems_have_several_step_orders():
+    """Equivalent orders of the same steps, which a question does not tell apart: the paper's reason to plan."""
+    shopping = [p for p in problems.generate("labelled", 3000, 0) if len(p.steps) == 4 and "coins are left" in p.question]
+    seen = set()
+    for p in shopping:
+        money, a, _, b, _ = re.findall(r"\d+", p.question)
+        first = {a: "first", b: "second"}[re.match(r"<<(\d+)", p.steps[0])[1]]
+        seen.add((first, "".join(re.findall(r"(?<=\d)[-+*/]", " ".join(p.steps)))))
+    assert seen >= {(who, ops) for who in ("first", "second") for ops in ("**+-", "*-*-")}
+
+
+def test_tokenizer_reads_back_what_it_wrote_and_knows_no_injection():
+    tokens = data.train_tokenizer(problems.generate("labelled", 500, 0), 600)
+    assert len(tokens) <= 600
+    for text in ("Ann has 12 pens.", "<<5+3=8>>\n", "### 19", "naïve ünïcode → 🙂 \t x", "<|start-latent|> <|eos|>", "  two  spaces "):
+        ids = tokens.encode(text)
+        assert tokens.decode(ids) == text
+        assert not {tokens.bos, *tokens.eos, tokens.start, tokens.latent, tokens.end} & set(ids), text
+    assert len(tokens.encode("### 19")) == 2 and len(tokens.encode("<<12+7=19>>\n")) == 7
+
+
+FORMATS = {
+    "list.json": '[{"question": "Q 1", "steps": ["<<1+2=3>>"], "answer": "3"},\n {"question": "R", "steps": [], "answer": "4"}]',
+    "lines.jsonl": '{"question": "Q 1", "steps": ["<<1+2=3>>"], "answer": "3"}\n\n{"question": "R", "steps": [], "answer": "4"}\n',
+    "icot.txt": "Q 1||<<1+2=3>> #### 3\nR|| #### 4\n",
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_three_formats_read_the_same(name, tmp_path):
+    (tmp_path / name).write_text(FORMATS[name])
+    assert data.read_problems(tmp_path / name) == [data.Problem("Q 1", ["<<1+2=3>>"], "3"), data.Problem("R", [], "4")]
+
+
+@pytest.mark.parametrize("text, line, reason", [
+    ("", 1, "is empty"),
+    ("[]", 1, "the list is empty"),
+    ("[\n{}]", 2, '"question" is missing'),
+    ('[{"question": "q", "steps": [], "answer": "1"},\n\n 7]', 3, "must be an object, not int"),
+    ('[{"question": "q", "steps": [], "answer": "1"}\n', 2, "may be truncated"),
+    ('[{"question": "q", "steps": [], "answer": "1"}] x', 1, "after the end of the list"),
+    ('{"question": "q", "steps": [], "answer": "1"}\n{"question": "q"', 2, "not valid JSON"),
+    ('{"question": "q", "steps": "s", "answer": "1"}', 1, '"steps" must be a list'),
+    ('{"question": "q", "steps": [""], "answer": "1"}', 1, "non-empty strings"),
+    ('{"question": "q", "steps": [], "answer": 1}', 1, '"answer" must be a string, not int'),
+    ('{"question": " ", "steps": [], "answer": "1"}', 1, '"question" is empty'),
+    ("q||<<1+1=2>> #### 2\nno bars #### 3", 2, "is not `question||"),
+    ("q||<<1+1=2>> 2", 1, "is not `question||"),
+    ("q||<<1+1=2>> #### ", 1, '"answer" is empty'),
+])
+def test_bad_records_are_named(text, line, reason, tmp_path):
+    path = tmp_path / "bad"
+    path.write_text(text)
+    with pytest.raises(UserError) as e:
+        data.read_problems(path)
+    assert str(e.value).startswith(f"{path}:{line}: ") and reason in str(e.value)
+
+
+def test_batches_give_everything_once_an_epoch():
+    order = data.batches(10, 4, seed=3)
+    seen = [i for _ in range(5) for i in next(order)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+
+
+def test_too_long_a_problem_is_refused():
+    tokens = data.train_tokenizer(problems.generate("labelled", 50, 0), 400)
+    with pytest.raises(UserError, match="problem 1: is .* tokens long and the model's context is 20"):
+        data.encode([data.Problem("word " * 60, [], "1")], tokens, 4, 20)
+
+
+def test_left_padding_aligns_the_latents():
+    rows = data.pad([[1], [1, 2, 3]], 9, left=True)
+    assert torch.equal(rows, torch.tensor([[9, 9, 1], [1, 2, 3]]))

@@ -1,0 +1,119 @@
+"""The LLaMA and its files: shapes of the published model, Hugging Face directories in and out."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from minatp import checkpoint
+from minatp.config import UserError
+from minatp.latent import ATP
+from minatp.llama import Llama, LlamaConfig
+
+FIXTURE = Path(__file__).parent / "fixtures" / "conformance"
+
+
+def read(llama, ids):
+    valid = torch.ones(ids.shape, dtype=torch.bool)
+    return llama.logits(llama(llama.embed(ids), valid, llama.cache(*ids.shape)))
+
+
+def test_llama_1b_has_the_published_size():
+    with torch.device("meta"):
+        llama = Llama(LlamaConfig())
+    assert sum(p.numel() for p in llama.parameters()) == 1_235_814_400
+    names = {n: tuple(p.shape) for n, p in llama.named_parameters()}
+    assert names["model.layers.15.self_attn.k_proj.weight"] == (512, 2048) and "lm_head.weight" not in names
+    with torch.device("meta"):
+        ids = torch.zeros(2, 7, dtype=torch.long)
+        assert read(llama, ids).shape == (2, 7, 128256)
+
+
+@pytest.mark.parametrize("name", ["policy", "decoder"])
+def test_transformers_agrees_before_and_after_a_round_trip(name, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    ids = torch.randint(10, 300, (2, 11), generator=torch.Generator().manual_seed(0))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(FIXTURE / name, dtype=torch.float32)
+    llama = Llama(checkpoint.read_config(FIXTURE / name / "config.json"))
+    checkpoint.fill_llama(llama, FIXTURE / name)
+    torch.testing.assert_close(read(llama, ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+    model, tokens = checkpoint.load(FIXTURE / name, c=2, K=3)
+    checkpoint.save(tmp_path, model, tokens, source=FIXTURE / name)
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(again(ids).logits, read(model.policy, ids), rtol=1e-5, atol=1e-5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("<<5+3=8>>", add_special_tokens=False).input_ids == tokens.encode("<<5+3=8>>")
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_theta" in saved and "rope_parameters" not in saved and saved["vocab_size"] == len(tokens)
+
+
+def test_a_saved_model_loads_as_it_was(tmp_path):
+    torch.manual_seed(1)
+    model, tokens = checkpoint.load(FIXTURE / "policy", c=2, K=3, decoder_layers=1)
+    model.stage = 2
+    checkpoint.save(tmp_path, model, tokens)
+    again, tokens2 = checkpoint.load(tmp_path)
+    assert (again.c, again.K, again.vae, again.stop, again.decode, again.stage) == (2, 3, True, True, True, 2)
+    for (n, a), (m, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert n == m and torch.equal(a, b), n
+    assert (tokens2.start, tokens2.end, tokens2.encode("a 12")) == (tokens.start, tokens.end, tokens.encode("a 12"))
+    # as another method: parts that it has not are left, parts that it adds start fresh
+    coconut, _ = checkpoint.load(tmp_path, vae=False, stop=False, decode=False)
+    assert not any(hasattr(coconut, part) for part in ("latent_head", "stop_head", "decoder"))
+    checkpoint.save(tmp_path / "coconut", coconut, tokens)
+    full, _ = checkpoint.load(tmp_path / "coconut", vae=True, stop=True, decode=True)
+    assert torch.equal(full.decoder.model.norm.weight, full.policy.model.norm.weight)
+
+
+def test_shards_are_joined(tmp_path):
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(FIXTURE / "policy", tmp_path, dirs_exist_ok=True)
+    for old in tmp_path.glob("*.safetensors*"):
+        old.unlink()
+    tensors = {}
+    for file in (FIXTURE / "policy").glob("*.safetensors"):
+        tensors |= load_file(file)
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, keys in parts.items():
+        save_file({k: tensors[k] for k in keys}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {k: f for f, keys in parts.items() for k in keys}}))
+    a, b = (checkpoint.load(d, K=3)[0].policy for d in (FIXTURE / "policy", tmp_path))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("model.norm.weight"), r"tensor model.norm.weight \(\d+,\) is missing"),
+    (lambda t: t.update(extra=torch.zeros(3)), r"tensor extra \(3,\) is not one of this model's"),
+    (lambda t: t.update({"model.norm.weight": torch.zeros(5)}), r"tensor model.norm.weight has shape \(5,\), but the config asks"),
+    (lambda t: t["model.norm.weight"].fill_(float("nan")), r"tensor model.norm.weight holds NaN"),
+])
+def test_wrong_tensors_are_named(change, message, tmp_path):
+    from safetensors.torch import save_file
+    tensors, _ = checkpoint.read_tensors(FIXTURE / "policy")
+    shutil.copytree(FIXTURE / "policy", tmp_path, dirs_exist_ok=True)
+    for old in tmp_path.glob("*.safetensors*"):
+        old.unlink()
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message) as e:
+        checkpoint.load(tmp_path)
+    assert str(e.value).startswith(str(tmp_path / "model.safetensors") + ":")
+
+
+def test_gradient_and_preallocated_caches_agree_with_gqa_and_padding():
+    torch.manual_seed(0)
+    cfg = LlamaConfig(vocab_size=50, n_layer=2, n_head=4, n_kv_head=1, n_embd=32, n_inner=40, head_dim=8, rope_theta=100.0,
+                      rope_scaling=None, bos=0, eos=(1,))
+    model = ATP(cfg, K=2)
+    x, valid = torch.randn(3, 9, 32), torch.rand(3, 9) > 0.3
+    valid[1] = False
+    valid[:, -1] = True
+    whole = model.policy(x, valid, model.policy.cache(3, 9))
+    with torch.no_grad():
+        cache = model.policy.cache(3, 9)
+        pieces = torch.cat([model.policy(x[:, t:t + 1], valid[:, t:t + 1], cache) for t in range(9)], 1)
+    torch.testing.assert_close(whole[valid], pieces[valid], rtol=1e-5, atol=1e-5)
