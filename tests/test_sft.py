@@ -1,0 +1,233 @@
+"""The training loop from the command line: what a run writes, resumes, refuses; and that batching changes nothing."""
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sample
+import train
+from minatp import checkpoint, config, data, evaluate, problems, run
+from minatp.rollout import Noise, rollout, score
+
+SMALL = ("--n-layer 2 --n-embd 32 --n-inner 48 --labelled 160 --val-size 8 --test-size 24 --batch-size 8 --epochs .2 --K 2 "
+         "--decoder-layers 1 --log-every 2 --save-every 3 --device cpu").split()
+
+
+def go(*argv, expect=0):
+    code = config.guarded(train.main, [str(a) for a in argv])
+    assert code == expect
+    return code
+
+
+@pytest.fixture(scope="module")
+def atp(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "atp"
+    go(*SMALL, "--out", out, "--votes", 2)
+    return out
+
+
+def test_a_run_leaves_what_others_rely_on(atp):
+    summary = json.loads((atp / "summary.json").read_text())
+    assert {"stage", "method", "seed", "n_problems", "accuracy", "accuracy_ci95", "latents", "answer_tokens", "tokens", "coherence",
+            "seconds", "device"} <= summary.keys()
+    assert (summary["stage"], summary["method"], summary["n_problems"], summary["sampled"]["k"]) == ("sft", "atp", 24, 2)
+    records = [json.loads(line) for line in (atp / "metrics.jsonl").read_text().splitlines()]
+    assert [r["stage"] for r in records if "validation" in r] == [0, 1, 2, 3]
+    assert {"enc", "dec", "kl", "stop", "loss", "lr", "grad_norm", "tokens_per_second"} <= records[-2].keys()
+    assert {f.name for f in fields(config.Config)} == json.loads((atp / "config.json").read_text()).keys()
+    names = {str(f.relative_to(atp)) for f in atp.rglob("*") if f.is_file()}
+    assert {"final/config.json", "final/model.safetensors", "final/tokenizer.json", "final/minatp/heads.safetensors"} <= names
+    assert all(n.endswith((".json", ".jsonl", ".safetensors")) for n in names)
+
+
+@pytest.mark.parametrize("method", ["no-cot", "cot", "coconut", "sim-cot"])
+def test_the_baselines_run_by_the_same_code(method, tmp_path):
+    go(*SMALL, "--out", tmp_path, "--method", method, "--epochs", "0.1")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["method"], summary["latents"]) == (method, 4 if method in ("coconut", "sim-cot") else 0)
+    model, _ = checkpoint.load(tmp_path)
+    assert [hasattr(model, part) for part in ("decoder", "latent_head", "stop_head")] == [method == "sim-cot", False, False]
+
+
+@pytest.mark.parametrize("ablation", ["--no-vae", "--no-stop", "--no-decoder"])
+def test_the_ablations_run(ablation, tmp_path):
+    go(*SMALL, "--out", tmp_path, ablation, "--epochs", "0.05")
+    assert json.loads((tmp_path / "config.json").read_text())[ablation[2:].replace("-", "_")] is True
+
+
+@pytest.mark.parametrize("cut", [4, 8, 10])
+def test_a_resumed_run_ends_as_one_never_stopped(atp, cut, tmp_path, monkeypatch):
+    """Stopped after `cut` of 16 steps (4 a stage): inside a stage, at its end, and where a later checkpoint does not exist yet."""
+    real, seen = train.gradients, []
+
+    def interrupted(*a):
+        if len(seen) == cut:
+            raise KeyboardInterrupt
+        seen.append(0)
+        return real(*a)
+
+    monkeypatch.setattr(train, "gradients", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*SMALL, "--out", str(tmp_path), "--votes", "2"])
+    monkeypatch.setattr(train, "gradients", real)
+    go("--out", tmp_path, "--resume")
+    for file in ("model.safetensors", "minatp/heads.safetensors", "minatp/decoder.safetensors"):
+        a, b = load_file(atp / "final" / file), load_file(tmp_path / "final" / file)
+        assert all(torch.equal(a[k], b[k]) for k in a), file
+    drop = lambda d: {k: v for k, v in d.items() if "seconds" not in k and k != "tests" and k != "tokens_per_second"}
+    a, b = (json.loads((d / "summary.json").read_text()) for d in (atp, tmp_path))
+    assert drop(a) == drop(b)
+    losses = [{r["step"]: r["loss"] for r in map(json.loads, (d / "metrics.jsonl").read_text().splitlines()) if "loss" in r} for d in (atp, tmp_path)]
+    assert losses[0].keys() == losses[1].keys() and losses[0][16] == losses[1][16]
+
+
+def test_accumulation_changes_nothing(atp):
+    model, tokens = checkpoint.load(atp)
+    grads = []
+    for size in ("0", "3", "1"):
+        cfg = config.parse([*SMALL, "--micro-batch", size], "")
+        rows = run.encoded(cfg, problems.generate("labelled", 8, 1), tokens, model)
+        model.zero_grad()
+        train.gradients(cfg, model, tokens, rows, 3, 5, torch.device("cpu"))
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    for g in grads[1:]:
+        assert (g - grads[0]).norm() / grads[0].norm() < 1e-6
+
+
+def test_recomputing_activations_changes_nothing(atp):
+    model, tokens = checkpoint.load(atp)
+    cfg = config.parse(SMALL, "")
+    rows = run.encoded(cfg, problems.generate("labelled", 8, 1), tokens, model)
+    grads = []
+    for on in (False, True):
+        model.set_recompute(on).zero_grad()
+        train.gradients(cfg, model, tokens, rows, 3, 5, torch.device("cpu"))
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def ragged(run_folder):
+    """(model, tokens) whose stops and answers end at all lengths: random weights, large enough to disagree."""
+    model, tokens = checkpoint.load(run_folder)
+    g = torch.Generator().manual_seed(3)
+    for p in [*model.policy.parameters(), *model.stop_head.parameters(), model.latent_head.mean.weight]:
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.4, generator=g)
+    torch.nn.init.zeros_(model.stop_head[2].bias)
+    model.policy.cfg.eos = tuple(range(1, 300, 2))  # every other token ends
+    tokens.eos = model.policy.cfg.eos
+    return model, tokens
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_result_does_not_depend_on_its_neighbours(atp, temperature):
+    model, tokens = ragged(atp)
+    prompts = [tokens.prompt(p.question) for p in problems.generate("test", 17, 3)]
+    solve = lambda size: evaluate.solve(model, tokens, prompts, 12, size, seed=5 if temperature else None, temperature=temperature or 1)
+    whole = solve(17)
+    for size in (1, 4):
+        for a, b in zip(whole, solve(size)):
+            assert (a.text, a.thoughts, a.n_latent, a.n_token, a.ended) == (b.text, b.thoughts, b.n_latent, b.n_token, b.ended)
+            assert a.sigma == pytest.approx(b.sigma, rel=1e-4) and a.stop_prob == pytest.approx(b.stop_prob, rel=1e-3)
+    assert len({c.n_latent for c in whole}) > 1 and len({c.n_token for c in whole}) > 1  # ragged, or nothing was tested
+
+
+def test_score_is_what_the_rollout_recorded(atp):
+    model, tokens = ragged(atp)
+    prompts = [tokens.prompt(p.question) for p in problems.generate("test", 9, 4)]
+    prompt = data.pad(prompts, tokens.end, left=True)
+    valid = torch.arange(prompt.shape[1]) >= prompt.shape[1] - torch.tensor([len(p) for p in prompts])[:, None]
+    r = rollout(model, prompt, valid, 6, Noise.draw(model, 9, 6, seed=1).at(slice(None), "cpu"))
+    assert r.stopped.any() and not r.stopped.all()
+    for got, want in zip(score(model, prompt, valid, r), (r.logp_z, r.logp_stop, r.logp_token)):
+        torch.testing.assert_close(got.detach(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_finished_rows_cost_nothing(atp, monkeypatch):
+    """Work is counted: positions that the policy reads per row are the row's own latents and tokens, not the longest row's."""
+    model, tokens = ragged(atp)
+    prompts = [tokens.prompt(p.question) for p in problems.generate("test", 9, 4)]
+    read, forward = [], type(model.policy).forward
+    monkeypatch.setattr(type(model.policy), "forward", lambda self, x, *a: read.append((self, x.shape[0] * x.shape[1])) or forward(self, x, *a))
+    chains = evaluate.solve(model, tokens, prompts, 12)
+    steps = sum(n for m, n in read[1:] if m is model.policy)
+    assert steps == sum(c.n_latent + c.n_token for c in chains)  # <|end-latent|> is read and the last token is not
+
+
+def test_curriculum_order_and_steps(atp):
+    records = [json.loads(line) for line in (atp / "metrics.jsonl").read_text().splitlines()]
+    stages = [r["stage"] for r in records]
+    assert stages == sorted(stages) and max(r["step"] for r in records) == 16
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--methd", "cot"], "there is no option --methd; did you mean --method?"),
+    (["--method", "sft"], "--method must be one of"),
+    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    (["--lr", "-1"], "--lr must be positive"),
+    (["--preset", "huge"], "--preset must be one of"),
+    (["--epochs", "1,2"], "--epochs needs 1 or 6 numbers"),
+    (["--epochs", "x"], "--epochs must be numbers"),
+    (["--n-head", "3"], "--n-embd 128 must be an even multiple of --n-head 3"),
+    (["--method", "cot", "--no-vae"], "--no-vae contradicts --method cot"),
+    (["--device", "tpu"], "--device 'tpu'"),
+    (["--device", "cuda:99"], "--device cuda:99"),
+    (["--data", "nowhere.json"], "nowhere.json:0: cannot be read"),
+    (["--init", "nowhere"], "nowhere:0: is not a directory"),
+    (["--test", "x.json"], "--test needs --data"),
+    (["--stage", "dream"], "--stage must be"),
+    (["--resume", "--out", "nowhere"], "nowhere/config.json:1: cannot resume"),
+])
+def test_mistakes_get_one_line(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    go("--out", "o", "--labelled", 40, "--test-size", 5, "--val-size", 5, *argv, expect=2)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err
+
+
+def test_an_earlier_run_is_not_overwritten(atp, capsys):
+    go(*SMALL, "--out", atp, expect=2)
+    assert "holds a run already; add --resume" in capsys.readouterr().err
+
+
+def test_external_data_and_init(atp, tmp_path, capsys):
+    """Fine-tune an earlier run on a file of one's own; held-out questions are not trained on."""
+    ps = problems.generate("labelled", 60, 9)
+    (tmp_path / "p.txt").write_text("".join(f"{p.question}||{' '.join(p.steps)} #### {p.answer}\n" for p in ps + ps[:5]))
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(vars(p)) + "\n" for p in ps[:7]))
+    common = ["--data", tmp_path / "p.txt", "--test", tmp_path / "t.jsonl", "--val-size", 6, "--K", 2, "--batch-size", 8, "--epochs", 0.2]
+    go(*common, "--init", atp, "--out", tmp_path / "o")
+    summary = json.loads((tmp_path / "o" / "summary.json").read_text())
+    assert list(summary["tests"]) == ["t.jsonl"] and summary["n_problems"] == 7 and summary["training_problems"] <= 60 - 7
+    assert "left out of training:" in capsys.readouterr().out
+    go(*common, "--dry-run", "--out", tmp_path / "never")
+    shown = capsys.readouterr().out
+    assert "one step    stage 3" in shown and "stage 1" in shown and not (tmp_path / "never").exists()
+
+
+# ---- sample.py ----------------------------------------------------------------------------------------------------------
+
+def test_sample_shows_thoughts(atp, capsys, monkeypatch):
+    assert config.guarded(sample.main, ["--run", str(atp), "--problems", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("→") == 2 and "tokens/s" in shown and "\x1b[" not in shown
+    assert config.guarded(sample.main, ["--run", str(atp), "Ann has 5 pens. How many?", "--n", "3", "--json"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(records) == 3 and all(len(r["sigma"]) == len(r["thoughts"]) == r["latents"] // 2 for r in records)
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO("One?\n\nTwo?\n"))
+    assert config.guarded(sample.main, ["--run", str(atp), "-", "--json"]) == 0
+    assert [json.loads(line)["question"] for line in capsys.readouterr().out.splitlines()] == ["One?", "Two?"]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--run", "nowhere", "Q?"], "nowhere:0: is not a directory"), (["--n", "0"], "--n must be positive"),
+    (["--file", "no.txt"], "no.txt:0: cannot be read"), (["Q", "--file", "x"], "not both"), ([""], "holds no question"),
+    (["word " * 900], "shorten it"), (["--temprature", "1"], "did you mean --temperature?"),
+])
+def test_sample_mistakes_get_one_line(argv, message, atp, capsys):
+    argv = argv if "--run" in argv else ["--run", str(atp), *argv]
+    assert config.guarded(sample.main, argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err
