@@ -188,11 +188,12 @@ class Llama(nn.Module):
         self.register_buffer("freq", rope_frequencies(cfg), persistent=False)
 
     def init_weights(self, generator=None):
-        """Normal(0, 0.02), and less by √(2·n_layer) for what is added to the residual stream. Returns self."""
+        """Normal of variance 1/D, the published 0.02 at D = 2048; √(2·n_layer) less for what joins the residual stream. Returns self."""
+        std = self.cfg.n_embd ** -0.5
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * self.cfg.n_layer) if residual else 0.02, generator=generator)
+                nn.init.normal_(p, 0.0, std / math.sqrt(2 * self.cfg.n_layer) if residual else std, generator=generator)
         return self
 
     def cache(self, B, T):

@@ -1,7 +1,7 @@
 """The built-in task: arithmetic word problems of 1 to 4 steps, so that everything runs with no download.
 
-Four families: a chain of events (serial: each step needs the one before), a chain of comparisons told in any order (find where
-to begin, then serial), groups (two products in either order), and shopping (several valid orders of the same steps).
+Four families: a chain of events (serial: each step needs the one before), a chain of comparisons, told forwards or backwards
+(find where to begin, then serial), groups (two products in either order), and shopping (several valid orders of the same steps).
 Which set a problem belongs to is a hash of its arithmetic: two problems with the same equations are in the same set, whatever
 their words, so no set can leak into another, for any seed.
 """
@@ -79,7 +79,8 @@ def comparison(rng):
         equations.append((values[-1], op, b))
         values.append(apply(*equations[-1]))
         lines.append(f"{name} has {words} {other}.")
-    rng.shuffle(lines)
+    if rng.random() < 0.5:
+        lines.reverse()
     if n > 1 and rng.random() < 0.4:  # the last two together: one step more
         equations.append((values[-2], "+", values[-1]))
         return problem(" ".join(lines) + f" How many {thing} have {names[-2]} and {names[-1]} together?", equations)

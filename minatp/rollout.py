@@ -5,7 +5,9 @@
 `score`      everything sampled is given, in one parallel pass: the log-probabilities that RL differentiates.
 All three go through ATP.propose, the stop head and the same KV cache.
 """
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 
@@ -65,20 +67,23 @@ def supervise(model, batch, eps=None):
 @dataclass
 class Noise:
     """What chance decides, drawn for each problem before any batch is made, so that a batch does not change a problem's luck."""
-    eps: torch.Tensor   # (B, cK, D) standard normal, times the temperature
-    stop: torch.Tensor  # (B, K) uniform
-    token: torch.Tensor  # (B, max_new) uniform
-    temperature: float = 1.0
+    eps: torch.Tensor    # (B, cK, D) standard normal
+    stop: torch.Tensor   # (B, K) uniform
+    token: torch.Tensor  # (B, max_new) uniform; None: the words are greedy
+    spread: float = 1.0  # z ~ N(μ, (spread·σ)²)
+    temperature: float = 1.0  # of the words
 
     @staticmethod
-    def draw(model, B, max_new, seed, temperature=1.0):
+    def draw(model, B, max_new, seed, temperature=1.0, spread=None, greedy=False):
+        """spread: the temperature where it is not given. greedy: chance in the thoughts alone."""
         g = torch.Generator().manual_seed(seed)
         D = model.policy.cfg.n_embd
-        return Noise(temperature * torch.randn(B, model.c * model.K, D, generator=g), torch.rand(B, model.K, generator=g),
-                     torch.rand(B, max_new, generator=g), temperature)
+        return Noise(torch.randn(B, model.c * model.K, D, generator=g), torch.rand(B, model.K, generator=g),
+                     None if greedy else torch.rand(B, max_new, generator=g), temperature if spread is None else spread, temperature)
 
     def at(self, rows, device):
-        return Noise(self.eps[rows].to(device), self.stop[rows].to(device), self.token[rows].to(device), self.temperature)
+        pick = lambda t: None if t is None else t[rows].to(device)
+        return Noise(pick(self.eps), pick(self.stop), pick(self.token), self.spread, self.temperature)
 
 
 @dataclass
@@ -94,24 +99,34 @@ class Rollout:
     logp_z: torch.Tensor     # (B, cK) log-densities of the candidates
     logp_stop: torch.Tensor  # (B, K) log-probabilities of the decisions taken
     logp_token: torch.Tensor  # (B, max_new)
+    spread: float = 1.0       # as in the Noise that made it
+    temperature: float = 1.0
+
+    def take(self, rows):
+        """The chains `rows` (a LongTensor) alone."""
+        return replace(self, **{f.name: v[rows] for f in fields(self) if torch.is_tensor(v := getattr(self, f.name))})
 
 
 @torch.no_grad()
-def rollout(model, prompt, valid, max_new, noise=None):
-    """Think, stop and answer. prompt (B, Tq) ids left-padded, valid (B, Tq) bool.
+def rollout(model, prompt, valid, max_new, noise=None, group=1):
+    """Think, stop and answer. prompt (B, Tq) ids left-padded, valid (B, Tq) bool; each is read once and continued `group` times,
+    which gives B·group rows, those of a prompt side by side.
 
     noise None is the mean policy: z = μ, stop by argmax, greedy answer. Every tick feeds one column to every unfinished row,
     a thought or a word; a row that has written eos leaves the batch, so early stops save real work.
     """
-    B, Tq = prompt.shape
+    B, Tq = prompt.shape[0] * group, prompt.shape[1]
     policy, c, device = model.policy, model.c, prompt.device
     K, D = min(model.stage, model.K), policy.cfg.n_embd
     zeros = lambda *s: torch.zeros(B, *s, device=device)
     out = Rollout(zeros(c * model.K, D), zeros(c * model.K, D) if model.vae else None, zeros().long(), zeros().bool(),
                   zeros(model.K) + torch.nan, zeros(max_new).long() - 1, zeros().long(), zeros(c * model.K), zeros(model.K),
-                  zeros(max_new))
-    cache = policy.cache(B, Tq + c * K + 1 + max_new)
+                  zeros(max_new), *((noise.spread, noise.temperature) if noise else ()))
+    cache = policy.cache(len(prompt), Tq + c * K + 1 + max_new)
     h = policy(policy.embed(prompt), valid, cache)[:, -1]
+    if group > 1:
+        cache.keep(torch.arange(B, device=device) // group)
+        h = h.repeat_interleave(group, 0)
     rows = torch.arange(B, device=device)                       # which problems are still in the batch
     thinking = torch.ones(B, dtype=torch.bool, device=device)
     eos = torch.tensor(policy.cfg.eos, device=device)
@@ -129,10 +144,10 @@ def rollout(model, prompt, valid, max_new, noise=None):
             thinking = torch.zeros_like(thinking)
         elif t < c * K and thinking.any():                      # think
             r, i = rows[thinking], thinking.nonzero()[:, 0]
-            z, mu, logvar = model.propose(h[i], noise and noise.eps[r, t])
+            z, mu, logvar = model.propose(h[i], noise and noise.spread * noise.eps[r, t])
             out.z[r, t] = z
             if model.vae:
-                out.logvar[r, t], out.logp_z[r, t] = logvar, gaussian_log_prob(z, mu, logvar)
+                out.logvar[r, t], out.logp_z[r, t] = logvar, gaussian_log_prob(z, mu, logvar + 2 * math.log(out.spread))
             if model.stop and t % c == 0:
                 logp = model.stop_head(z).float().log_softmax(-1)
                 stop = logp[:, 1] > logp[:, 0] if noise is None else noise.stop[r, t // c] < logp[:, 1].exp()
@@ -151,43 +166,58 @@ def rollout(model, prompt, valid, max_new, noise=None):
             rows, thinking, x = rows[left], thinking[left], x[left]
             cache.keep(left)
         h = policy(x[:, None], torch.ones_like(rows, dtype=torch.bool)[:, None], cache)[:, 0]
+    longest = int(out.n_token.max())
+    out.token, out.logp_token = out.token[:, :longest], out.logp_token[:, :longest]
     return out
 
 
 def choose(logits, noise, rows, at):
     """Next tokens (A,) and their log-probabilities: greedy, or sampled by the row's own uniform number."""
-    logp = logits.float().log_softmax(-1)
-    if noise is None:
+    logp = (logits.float() / (noise.temperature if noise else 1)).log_softmax(-1)
+    if noise is None or noise.token is None:
         token = logp.argmax(-1)
     else:
-        cdf = (logits.float() / noise.temperature).softmax(-1).cumsum(-1)
+        cdf = logp.exp().cumsum(-1)
         token = torch.searchsorted(cdf, noise.token[rows, at][:, None] * cdf[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1)
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
-def score(model, prompt, valid, r):
-    """Log-probability of everything in Rollout r, in one pass with gradients. Returns (logp_z, logp_stop, logp_token) as r has them.
+class Score(NamedTuple):
+    """Log-probabilities as Rollout has them, and the Gaussians that the thoughts came from."""
+    logp_z: torch.Tensor      # (B, cK)
+    logp_stop: torch.Tensor   # (B, K)
+    logp_token: torch.Tensor  # (B, Tt)
+    mu: torch.Tensor          # (B, cK, D); None without the VAE, as logσ²
+    logvar: torch.Tensor
+    candidate: torch.Tensor   # (B, cK) bool: where a thought was proposed
 
-    z is given, so the chain need not be walked: the whole sequence is read at once, the dropped candidate scored from the
-    hidden state before it and never fed.
+
+def score(model, prompt, valid, r, group=1):
+    """Log-probability of everything in Rollout r (of B·group rows), in one pass with gradients. Returns a Score.
+
+    z is given, so the chain need not be walked: all that followed the prompt is read at once, the dropped candidate scored
+    from the hidden state before it and never fed. The prompt is read once for its group.
     """
     policy, c = model.policy, model.c
-    (B, Tq), L, W = prompt.shape, r.z.shape[1], r.token.shape[1]
-    column = torch.arange(max(L, W), device=prompt.device)
-    used, written = column[:L] < r.n_latent[:, None], column[:W] < r.n_token[:, None]
-    end = torch.full_like(prompt[:, :1], model.end)
-    x = torch.cat((policy.embed(prompt), r.z, policy.embed(torch.cat((end, r.token[:, :-1].clamp(min=0)), 1))), 1)
-    h = policy(x, torch.cat((valid, used, written), 1), policy.cache(B, x.shape[1]))
+    (B, L), Tt = r.z.shape[:2], r.token.shape[1]
+    column = torch.arange(max(L, Tt), device=prompt.device)
+    used, written = column[:L] < r.n_latent[:, None], column[:Tt] < r.n_token[:, None]
+    cache = policy.cache(len(prompt), prompt.shape[1] + L + Tt)
+    h_prompt = policy(policy.embed(prompt), valid, cache)[:, -1:]
+    cache.keep(torch.arange(B, device=prompt.device) // group)
+    end = torch.full((B, 1), model.end, device=prompt.device)
+    x = torch.cat((r.z, policy.embed(torch.cat((end, r.token[:, :-1].clamp(min=0)), 1))), 1)
+    h = policy(x, torch.cat((used, written), 1), cache)
     # column t's proposal comes from the column before it; unused columns in between hold nothing that is read
-    before, after = h[:, Tq - 1: Tq - 1 + L], h[:, Tq + L:]
+    before, after = torch.cat((h_prompt.repeat_interleave(group, 0), h[:, : L - 1]), 1), h[:, L:]
     candidate = used | ((column[:L] == r.n_latent[:, None]) & r.stopped[:, None])
-    logp_z, logp_stop = r.logp_z.new_zeros(B, L), r.logp_stop.new_zeros(B, model.K)
+    logp_z, logp_stop, mu, logvar = r.logp_z.new_zeros(B, L), r.logp_stop.new_zeros(B, model.K), None, None
     if model.vae:
         _, mu, logvar = model.propose(before)
-        logp_z = torch.where(candidate, gaussian_log_prob(r.z, mu, logvar), 0.0)
+        logp_z = torch.where(candidate, gaussian_log_prob(r.z, mu, logvar + 2 * math.log(r.spread)), 0.0)
     if model.stop:
         logp = model.stop_head(r.z[:, ::c]).float().log_softmax(-1)              # (B, K, 2)
         taken = torch.where(used[:, ::c], logp[..., 0], logp[..., 1])
         logp_stop = torch.where(candidate[:, ::c], taken, 0.0)
-    logp_token = -token_nll(policy.logits(after), r.token.masked_fill(~written, IGNORE))
-    return logp_z, logp_stop, logp_token
+    logp_token = -token_nll(policy.logits(after) / r.temperature, r.token.masked_fill(~written, IGNORE))
+    return Score(logp_z, logp_stop, logp_token, mu, logvar, candidate)

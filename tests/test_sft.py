@@ -134,14 +134,15 @@ def test_a_result_does_not_depend_on_its_neighbours(atp, temperature):
     assert len({c.n_latent for c in whole}) > 1 and len({c.n_token for c in whole}) > 1  # ragged, or nothing was tested
 
 
-def test_score_is_what_the_rollout_recorded(atp):
+@pytest.mark.parametrize("group, spread", [(1, 1.0), (3, 2.5)])
+def test_score_is_what_the_rollout_recorded(atp, group, spread):
     model, tokens = ragged(atp)
     prompts = [tokens.prompt(p.question) for p in problems.generate("test", 9, 4)]
     prompt = data.pad(prompts, tokens.end, left=True)
     valid = torch.arange(prompt.shape[1]) >= prompt.shape[1] - torch.tensor([len(p) for p in prompts])[:, None]
-    r = rollout(model, prompt, valid, 6, Noise.draw(model, 9, 6, seed=1).at(slice(None), "cpu"))
+    r = rollout(model, prompt, valid, 6, Noise.draw(model, 9 * group, 6, 1, 0.7, spread).at(slice(None), "cpu"), group)
     assert r.stopped.any() and not r.stopped.all()
-    for got, want in zip(score(model, prompt, valid, r), (r.logp_z, r.logp_stop, r.logp_token)):
+    for got, want in zip(score(model, prompt, valid, r, group), (r.logp_z, r.logp_stop, r.logp_token)):
         torch.testing.assert_close(got.detach(), want, rtol=1e-4, atol=1e-4)
 
 
