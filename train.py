@@ -1,9 +1,8 @@
-"""Teach a LLaMA to think in latents.
+"""Teach a LLaMA to think in latents, then to plan in them.
 
-    python train.py --stage sft                 the built-in task, from scratch, on a laptop
+    python train.py --stage sft      the built-in task, from scratch, on a laptop: thoughts learned from written steps
+    python train.py --stage rl       goes on from out/sft: better thoughts, from the reward of their answers
     python train.py --stage sft --preset llama-1b --init Llama-3.2-1B-Instruct --data gsm8k_aug_train.txt --test gsm8k_test.json
-
-method.md's stage 1: a curriculum that turns the first k reasoning steps into latents, k = 0 … K, then all of them.
 """
 import os
 import sys
@@ -14,84 +13,81 @@ import time
 
 import torch
 
-from minatp import checkpoint, config, data, evaluate, run
-from minatp.loss import sft_loss
-from minatp.rollout import supervise
+from minatp import checkpoint, config, data, evaluate, reward, run
+from minatp.loss import advantages, sft_loss, surrogate
+from minatp.rollout import Noise, rollout, score, supervise
 
 
 def main(argv=None):
-    cfg = config.parse(argv, __doc__.split("\n\n")[0])
+    cfg = config.parse(argv, __doc__)
     device = run.pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     splits = run.load_splits(cfg)
-    run.say("  ".join(f"{len(p):,} {name}" for name, p in (("training", splits.train), ("validation", splits.val), *(
-        (f"test ({name})", p) for name, p in splits.tests.items()))) + (f"   {splits.note}" if splits.note else ""))
+    run.say(splits.tell())
     if cfg.dry_run:
         from minatp.dry import dry_run
-        return dry_run(cfg, splits, device, lambda *a: gradients(cfg, *a, 0, device))
-    sft(cfg, splits, device)
+        return dry_run(cfg, splits, device, lambda *a: sft_gradients(cfg, *a, 0, device))
+    {"sft": sft, "rl": rl}[cfg.stage](cfg, splits, device)
 
+
+# ---- stage 1: method.md, Stage 1 ----------------------------------------------------------------------------------------
 
 def sft(cfg, splits, device):
-    # the model, or where the run stood
+    """The curriculum: in stage k the first k steps of each problem are latent, in the last stage all of them."""
     found = checkpoint.newest_checkpoint(cfg.out) if cfg.resume else None
     model, tokens = checkpoint.load(found) if found else run.build(cfg, splits.train)
     model.to(device).set_recompute(cfg.recompute)
     optimizer = run.adamw(cfg, model)
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}
-    log, meter, began = run.Log(cfg, state["step"]), run.Meter(), time.perf_counter()
-    rows = run.encoded(cfg, splits.train, tokens, model)
+    log, meter = run.Log(cfg, state), run.Meter()
+    rows, answers = (run.encoded(cfg, p, tokens, model) for p in (splits.train, splits.answers))
     plan = [(stage, max(1, round(epochs * len(rows) / cfg.batch_size))) for stage, epochs in cfg.schedule()]
     n_total, first = sum(n for _, n in plan), 0
-    run.say(f"{cfg.method}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens, {n_total:,} steps of "
-            f"{cfg.batch_size} problems on {device}; files in {cfg.out}")
+    run.say(f"{cfg.method}: {run.size(model)}, {len(tokens):,} tokens, {n_total:,} steps of {cfg.batch_size} problems on {device}; "
+            f"files in {cfg.out}")
 
     for stage, n_steps in plan:
         model.stage = stage
-        order = data.batches(len(rows), cfg.batch_size, cfg.seed * 1000 + stage)
+        # problems with answers alone can be learned from once every step is latent
+        n_free = round(cfg.answers_share * cfg.batch_size) if stage > cfg.K and answers else 0
+        order = data.batches(len(rows), cfg.batch_size - n_free, cfg.seed * 1000 + stage)
+        order_free = data.batches(len(answers), n_free, cfg.seed * 1000 + stage)
         for i in range(n_steps):
-            chosen = next(order)
+            chosen = [rows[j] for j in next(order)] + [answers[j] for j in next(order_free)]
             step = first + i
             if step < state["step"]:
                 continue  # done before the resume; the order had to be drawn
 
-            # one update
             lr = run.lr_at(i, n_steps, min(cfg.warmup, n_steps // 10), cfg.lr)
-            sums, counts, n_token = gradients(cfg, model, tokens, [rows[j] for j in chosen], stage, step, device)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            sums, counts, n_token = sft_gradients(cfg, model, tokens, chosen, stage, step, device)
+            norm = run.advance(optimizer, model, lr, cfg.clip)
 
-            # what there is to tell
             meter.add({**sums, "grad_norm": norm}, counts, n_token)
             if (step + 1) % cfg.log_every == 0 or i == n_steps - 1:
-                means, speed, per_step = meter.read()
-                meter.reset()
-                loss = sft_loss({k: v for k, v in means.items() if k != "grad_norm"}, {k: 1 for k in means}, cfg.beta)
-                log.write({"step": step + 1, "stage": stage, "loss": loss, **means, "lr": lr, "tokens_per_second": speed,
-                           "seconds": state["seconds"] + time.perf_counter() - began})
-                run.say(f"stage {stage}  step {step + 1:5}/{n_total}  loss {loss:.4f}  "
-                        + "  ".join(f"{k} {v:.3f}" for k, v in means.items() if k != "grad_norm")
-                        + f"  |g| {means['grad_norm']:.2f}  {speed:,.0f} tok/s  {run.clock(per_step * (n_total - step - 1))} left")
+                means, speed, left = meter.read(n_total - step - 1)
+                norm = means.pop("grad_norm")
+                loss = sft_loss(means, dict.fromkeys(means, 1), cfg.beta)
+                log.write({"step": step + 1, "stage": stage, "loss": loss, **means, "grad_norm": norm, "lr": lr,
+                           "tokens_per_second": speed, "seconds": log.seconds()})
+                run.say(f"stage {stage}  step {step + 1:5}/{n_total}  loss {loss:.4f}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
+                        + f"  |g| {norm:.2f}  {speed:,.0f} tok/s  {left} left")
             if (step + 1) % cfg.save_every == 0 or i == n_steps - 1:
-                checkpoint.save_checkpoint(cfg.out, {"step": step + 1, "seconds": state["seconds"] + time.perf_counter() - began},
-                                           model, tokens, optimizer, source=found or cfg.init)
+                checkpoint.save_checkpoint(cfg.out, {"step": step + 1, "seconds": log.seconds()}, model, tokens, optimizer, found or cfg.init)
         first += n_steps
         if first > state["step"]:
-            m = validate(cfg, model, tokens, rows, splits.val, stage)
+            m = evaluate.measure(solve(cfg, model, tokens, splits.val, run.room(cfg, rows, stage)), splits.val)
             log.write({"step": first, "stage": stage, "validation": m})
-            run.say(f"stage {stage}  validation: {tell(m)}")
+            run.say(f"stage {stage}  validation: {evaluate.tell(m)}")
             meter.reset()
 
-    seconds = state["seconds"] + time.perf_counter() - began
+    seconds = log.seconds()
     checkpoint.write_folder(log.out / "final", lambda tmp: checkpoint.save(tmp, model, tokens, found or cfg.init))
-    log.summary(summarise(cfg, model, tokens, rows, splits, seconds, device))
+    tests = test(cfg, model, tokens, splits, run.room(cfg, rows, plan[-1][0]))
+    log.summary(cfg, tests, seconds, device, training_problems=len(rows))
 
 
-def gradients(cfg, model, tokens, rows, stage, step, device):
-    """Add one batch's gradients to the parameters, micro-batch by micro-batch.
+def sft_gradients(cfg, model, tokens, rows, stage, step, device, weight=1.0):
+    """Add one batch's SFT gradients, times `weight`, to the parameters, micro-batch by micro-batch.
 
     Every loss is divided by its count in the whole batch and every row has its own noise, so that the split changes nothing.
     Returns (sums, counts, positions read).
@@ -101,63 +97,180 @@ def gradients(cfg, model, tokens, rows, stage, step, device):
     parts = [data.collate(rows[i:i + size], stage, tokens, model) for i in range(0, len(rows), size)]
     counts = {name: sum(p.counts[name] for p in parts) for name in parts[0].counts}
     noise = torch.randn(len(rows), max(p.n_candidate for p in parts), model.policy.cfg.n_embd,
-                        generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)) if model.vae else None
+                        generator=run.generator(cfg, step)) if model.vae else None
     total, n_token = {}, 0
     for i, part in enumerate(parts):
         eps = None if noise is None else noise[i * size:(i + 1) * size].to(device)
         n_token += int(part.prompt_valid.sum() + part.n_latent.sum() + (part.target >= 0).sum())
         with run.autocast(device):
             sums = supervise(model, part.to(device), eps)
-            loss = sft_loss(sums, counts, cfg.beta)
+            loss = weight * sft_loss(sums, counts, cfg.beta)
         loss.backward()
         for name, value in sums.items():
             total[name] = total.get(name, 0) + value.detach()
     return total, counts, n_token
 
 
+# ---- stage 2: method.md, Stage 2 ----------------------------------------------------------------------------------------
+
+def rl(cfg, splits, device):
+    """REINFORCE with a group baseline: G sampled chains of each question, rewarded for the answer and for coherence."""
+    found = checkpoint.newest_checkpoint(cfg.out) if cfg.resume else None
+    model, tokens = checkpoint.load(found or cfg.init)
+    start, _ = checkpoint.load(cfg.init)
+    run.need_thoughts(model, cfg)
+    model.to(device).set_recompute(cfg.recompute)
+    start.to(device).requires_grad_(False)
+    model.decoder.requires_grad_(False)
+    optimizer = run.adamw(cfg, model)
+    state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}
+    log, meter = run.Log(cfg, state), run.Meter()
+    cfg.c, cfg.K = model.c, model.K
+    pool = splits.answers + splits.train
+    prompts, rows = [tokens.prompt(p.question) for p in pool], run.encoded(cfg, splits.train, tokens, model)
+    val_rows = run.encoded(cfg, [p for p in splits.val if p.steps][:200], tokens, model)
+    max_new = run.room(cfg, rows, model.stage)
+    run.say(f"rl from {cfg.init}: {run.size(model)}, {cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts on {device}; "
+            f"files in {cfg.out}")
+
+    order, anchors = (data.batches(n, cfg.batch_size, cfg.seed * 1000 + k) for k, n in enumerate((len(pool), len(rows))))
+    silent = 0
+    for step in range(cfg.updates):
+        chosen, anchor = next(order), next(anchors)
+        if step < state["step"]:
+            continue
+
+        # explore: G chains of each question
+        prompt, valid = data.left_pad([prompts[i] for i in chosen], tokens.end, device)
+        noise = Noise.draw(model, len(chosen) * cfg.G, max_new, cfg.seed * 1_000_003 + step, spread=cfg.spread, greedy=cfg.greedy)
+        with run.autocast(device):
+            r = rollout(model, prompt, valid, max_new, noise.at(slice(None), device), cfg.G)
+            chains = evaluate.as_text(model, tokens, r)
+
+        # judge them against their group
+        R, parts = judge(cfg, chains, [pool[i].answer for i in chosen])
+        if cfg.placebo:
+            R = R.flatten()[torch.randperm(R.numel(), generator=run.generator(cfg, step))].view_as(R)
+        advantage = advantages(R, cfg.baseline, cfg.normalise)
+        telling = (advantage != 0).any(1)
+
+        # learn from the groups that have something to tell
+        lr = run.lr_at(step, cfg.updates, min(cfg.warmup, cfg.updates // 10), cfg.lr)
+        diagnostics = {}
+        if telling.any():
+            group = telling.nonzero()[:, 0].to(device)
+            chain = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
+            learn = (prompt[group], valid[group], r.take(chain), advantage[telling].view(-1, 1).to(device))
+            old = None
+            for u in range(cfg.updates_per_batch):
+                with run.autocast(device):
+                    loss, old, d = policy_loss(cfg, model, start, *learn, old, R.numel())
+                loss.backward()
+                if cfg.anchor:
+                    sft_gradients(cfg, model, tokens, [rows[i] for i in anchor], model.K + 1, step, device, cfg.anchor)
+                diagnostics = {**d, "grad_norm": run.advance(optimizer, model, lr, cfg.clip)}
+        silent = silent + 1 if telling.float().mean() < 0.05 else 0
+        if silent == 50:
+            run.say("warning: for 50 batches fewer than 5 % of the groups had rewards that differ, so there is little to learn from: look "
+                    "at acc (all right or all wrong?), fmt (0: answers do not end), sigma and --spread (do the thoughts differ at all?)")
+
+        # what there is to tell
+        meter.add({"reward": R.mean(), **parts, "signal": telling.float().mean(), "latents": r.n_latent.float().mean(), **diagnostics}, {},
+                  int(r.n_latent.sum() + r.n_token.sum()))
+        if (step + 1) % cfg.log_every == 0 or step == cfg.updates - 1:
+            means, speed, left = meter.read(cfg.updates - step - 1)
+            log.write({"step": step + 1, **means, "lr": lr, "tokens_per_second": speed, "seconds": log.seconds()})
+            run.say(f"rl  step {step + 1:5}/{cfg.updates}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
+                    + f"  {speed:,.0f} tok/s  {left} left")
+        if (step + 1) % cfg.save_every == 0 or step == cfg.updates - 1:
+            checkpoint.save_checkpoint(cfg.out, {"step": step + 1, "seconds": log.seconds()}, model, tokens, optimizer, found or cfg.init)
+        if (step + 1) % cfg.val_every == 0 or step == cfg.updates - 1:
+            m = {**evaluate.measure(solve(cfg, model, tokens, splits.val, max_new), splits.val),
+                 **look_inside(cfg, model, tokens, splits.val, val_rows, max_new, device)}
+            log.write({"step": step + 1, "validation": m})
+            run.say(f"rl  validation: {evaluate.tell(m)}; {m['thought_share']:.0%} of the reward's variance from thoughts; "
+                    f"reading {m['reading']:.2f} nats")
+            meter.reset()
+
+    seconds = log.seconds()
+    checkpoint.write_folder(log.out / "final", lambda tmp: checkpoint.save(tmp, model, tokens, found or cfg.init))
+    tests = test(cfg, model, tokens, splits, max_new, start)
+    log.summary(cfg, tests, seconds, device, training_problems=len(pool))
+
+
+def judge(cfg, chains, golds):
+    """Rewards (B, G) of the chains of B questions, and the means of their parts."""
+    told = [reward.total(c.text, c.steps, c.ended, None if cfg.no_answers else golds[i // cfg.G], cfg.w_acc, cfg.w_coh, cfg.w_fmt,
+                         cfg.coherence == "strict") for i, c in enumerate(chains)]
+    parts = {k: torch.tensor([p[k] for _, p in told]).mean() for k in ("acc", "coh", "fmt")}
+    return torch.tensor([R for R, _ in told]).view(len(golds), cfg.G), parts
+
+
+def policy_loss(cfg, model, start, prompt, valid, r, advantage, old, n):
+    """−Σ advantage·log-probability over the chains r of the telling groups, over all n chains of the batch.
+
+    Returns (loss, the log-probabilities that later updates on this batch are compared with, diagnostics).
+    """
+    s = score(model, prompt, valid, r, cfg.G)
+    new = torch.cat((s.logp_z, s.logp_stop, s.logp_token if not cfg.greedy else 0 * s.logp_token), 1)
+    old = new.detach() if old is None else old
+    each, clamped = surrogate(new, old, advantage)
+    loss = each.sum() / n
+    d = {"sigma": (0.5 * s.logvar[s.candidate]).exp().mean(), "clamped": clamped.float().mean()}
+    with torch.set_grad_enabled(cfg.kl > 0):
+        with torch.no_grad():
+            ref = score(start, prompt, valid, r, cfg.G)
+        d["kl"] = kl_to(s, ref, r) / len(advantage)
+    return loss + cfg.kl * d["kl"], old, d
+
+
+def kl_to(s, ref, r):
+    """KL(π ‖ π_start), summed over the chains: exact for the thoughts, by samples (k3) for stops and words."""
+    gauss = 0.5 * (ref.logvar - s.logvar + ((s.logvar.exp() + (s.mu - ref.mu).pow(2)) * torch.exp(-ref.logvar)) - 1).sum(-1)
+    k3 = lambda new, old: ((old - new).clamp(-10, 10).exp() - 1 - (old - new)).sum()
+    return gauss[s.candidate].sum() + k3(s.logp_stop, ref.logp_stop) + k3(s.logp_token, ref.logp_token)
+
+
+@torch.no_grad()
+def look_inside(cfg, model, tokens, val, val_rows, max_new, device):
+    """Whether thoughts matter to the reward, and whether the frozen φ still reads them: −log p of the true steps, per thought."""
+    some = val[:24]
+    one = lambda chain, gold: reward.total(chain.text, chain.steps, chain.ended, gold, cfg.w_acc, cfg.w_coh, cfg.w_fmt)[0]
+    with run.autocast(device):
+        share, total = evaluate.reward_variance(model, tokens, [tokens.prompt(p.question) for p in some], [p.answer for p in some], one,
+                                                max_new, cfg.seed, spread=cfg.spread)
+        reading = float("nan")
+        if val_rows:
+            batch = data.collate(val_rows, model.K + 1, tokens, model)
+            reading = float(supervise(model, batch.to(device))["dec"]) / batch.counts["dec"]
+    return {"thought_share": share, "reward_variance": total, "reading": reading}
+
+
 # ---- measuring ----------------------------------------------------------------------------------------------------------
 
-def room(cfg, rows, stage):
-    """Most tokens of an answer at a curriculum stage."""
-    if cfg.max_new:
-        return cfg.max_new
-    text = max(sum(map(len, r.lines[stage:])) + len(r.answer) for r in rows) if stage <= cfg.K else max(len(r.answer) for r in rows)
-    return max(16, text)
-
-
-def validate(cfg, model, tokens, rows, problems, stage):
-    """Accuracy of the mean policy on the validation set, thinking as far as the stage has taught it."""
-    prompts = [tokens.prompt(p.question) for p in problems]
+def solve(cfg, model, tokens, problems, max_new, seed=None):
+    """One Chain per problem: the mean policy, or sampled from a seed."""
     with run.autocast(model.policy.freq.device):
-        chains = evaluate.solve(model, tokens, prompts, room(cfg, rows, stage), cfg.eval_batch)
-    return evaluate.measure(chains, problems)
+        return evaluate.solve(model, tokens, [tokens.prompt(p.question) for p in problems], max_new, cfg.eval_batch, seed, cfg.temperature)
 
 
-def summarise(cfg, model, tokens, rows, splits, seconds, device):
-    """summary.json: the test set, once."""
-    stage = cfg.schedule()[-1][0]
-    measured, max_new = {}, room(cfg, rows, stage)
+def test(cfg, model, tokens, splits, max_new, start=None):
+    """The test sets, once: {name: measurement}; beside `start`, where one is given, on the same problems."""
+    tests = {}
     for name, problems in splits.tests.items():
-        prompts = [tokens.prompt(p.question) for p in problems]
-        started = time.perf_counter()
-        with run.autocast(device):
-            solve = lambda seed: evaluate.solve(model, tokens, prompts, max_new, cfg.eval_batch, seed, cfg.temperature)
-            measured[name] = evaluate.measure(solve(None), problems)
-            measured[name]["test_seconds"] = time.perf_counter() - started
-            if cfg.votes:
-                measured[name]["sampled"] = evaluate.vote([solve(cfg.seed * 1000 + k) for k in range(cfg.votes)], problems)
-        run.say(f"test ({name}): {tell(measured[name])}")
-    return {"stage": cfg.stage, "method": cfg.method, "seed": cfg.seed, **next(iter(measured.values())), "tests": measured,
-            "seconds": seconds, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "training_problems": len(rows), "parameters": sum(p.numel() for p in model.parameters())}
-
-
-def tell(m):
-    low, high = m["accuracy_ci95"]
-    coherence = "" if m["coherence"] is None else f", coherence {m['coherence']:.1%}"
-    sampled = "" if "sampled" not in m else f"; of {m['sampled']['k']} samples: any {m['sampled']['pass']:.1%}, majority {m['sampled']['majority']:.1%}"
-    return (f"{m['accuracy']:.1%} of {m['n_problems']} solved [{low:.1%}, {high:.1%}], {m['latents']:.1f} latents + "
-            f"{m['answer_tokens']:.1f} tokens{coherence}{sampled}")
+        began = time.perf_counter()
+        chains = solve(cfg, model, tokens, problems, max_new)
+        m = tests[name] = {**evaluate.measure(chains, problems), "test_seconds": time.perf_counter() - began}
+        if cfg.votes:
+            m["sampled"] = evaluate.vote([solve(cfg, model, tokens, problems, max_new, cfg.seed * 1000 + k) for k in range(cfg.votes)], problems)
+        run.say(f"test ({name}): {evaluate.tell(m)}")
+        if start:
+            before = solve(cfg, start, tokens, problems, max_new)
+            b = evaluate.measure(before, problems)
+            m |= {"start_accuracy": b["accuracy"], "start_coherence": b["coherence"], "start_tokens": b["tokens"],
+                  **evaluate.paired(chains, before, problems)}
+            run.say(f"start ({name}): {evaluate.tell(b)}; gained {100 * m['gain']:+.1f} ± {100 * m['gain_se']:.1f} points (standard error)")
+    return tests
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ METHODS = {  # latent steps, VAE, stop head, decoder LM
 @dataclass
 class Run:
     """run"""
-    stage: str = opt("sft", "sft (supervised)")
+    stage: str = opt("sft", "sft (supervised) | rl (from rewards, after sft)")
     method: str = opt("atp", " | ".join(METHODS))
     preset: str = opt("tiny", "tiny (from scratch, for a laptop) | llama-1b (the paper's)")
     init: str = opt("", "start from a Hugging Face directory or an earlier run's folder, not from scratch")
@@ -85,7 +85,30 @@ class Optim:
     warmup: int = opt(50, "steps of linear warm-up, at the start of each stage")
     weight_decay: float = opt(0.01, "of AdamW, on matrices")
     clip: float = opt(1.0, "largest gradient norm")
+    answers_share: float = opt(0.0, "of each batch of the last stage from problems that have an answer and no steps")
     recompute: bool = opt(False, "compute MLP activations again in the backward pass: less memory, a fifth more work")
+
+
+@dataclass
+class Explore:
+    """rl"""
+    updates: int = opt(1500, "batches of questions")
+    G: int = opt(8, "rollouts per question")
+    answers: int = opt(20000, "built-in task: problems with an answer and no steps, to explore on")
+    spread: float = opt(1.0, "of the noise in rollouts: z ~ N(μ, (spread·σ)²)")
+    greedy: bool = opt(False, "greedy words in rollouts: all chance, and all credit, is in the thoughts")
+    baseline: str = opt("mean", "mean (of the group) | rloo (of the others)")
+    normalise: bool = opt(False, "divide the advantage by the group's deviation")
+    updates_per_batch: int = opt(1, "more than one clips the ratio, which is GRPO")
+    w_acc: float = opt(1.0, "weight of the right answer")
+    w_coh: float = opt(0.1, "weight of coherence")
+    w_fmt: float = opt(0.5, "weight of the format")
+    coherence: str = opt("paper", "paper | strict (a false, unused or repeated step earns nothing)")
+    no_answers: bool = opt(False, "coherence-only: the reward sees no answer")
+    kl: float = opt(0.0, "weight of the KL to the SFT policy")
+    anchor: float = opt(0.0, "weight of the SFT loss on labelled problems, beside the reward")
+    placebo: bool = opt(False, "control: rewards permuted within the batch")
+    val_every: int = opt(250, "updates between validations")
 
 
 @dataclass
@@ -100,7 +123,7 @@ class Report:
 
 
 @dataclass
-class Config(Report, Optim, Latents, Size, Data, Run):
+class Config(Report, Explore, Optim, Latents, Size, Data, Run):
     @property
     def switches(self):
         """ATP's keyword arguments."""
@@ -132,12 +155,12 @@ class Config(Report, Optim, Latents, Size, Data, Run):
             if not ok:
                 raise UserError(f"command line: {message}")
 
-        need(self.stage == "sft", f"--stage must be sft, not {self.stage!r}")
+        need(self.stage in ("sft", "rl"), f"--stage must be sft or rl, not {self.stage!r}")
         need(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, not {self.method!r}")
         for name in ("K", "c", "batch_size", "lr", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "block_size", "eval_batch",
-                     "log_every", "save_every", "labelled", "val_size", "test_size", "temperature", "clip"):
+                     "log_every", "save_every", "labelled", "val_size", "test_size", "temperature", "clip", "updates", "G", "answers", "spread", "updates_per_batch", "val_every"):
             need(getattr(self, name) > 0, f"{flag(name)} must be positive, not {getattr(self, name)}")
-        for name in ("seed", "micro_batch", "decoder_layers", "beta", "warmup", "weight_decay", "max_new", "votes"):
+        for name in ("seed", "micro_batch", "decoder_layers", "beta", "warmup", "weight_decay", "max_new", "votes", "w_acc", "w_coh", "w_fmt", "kl", "anchor"):
             need(getattr(self, name) >= 0, f"{flag(name)} must not be negative, but is {getattr(self, name)}")
         need(self.n_embd % self.n_head == 0 and self.n_embd // self.n_head % 2 == 0,
              f"--n-embd {self.n_embd} must be an even multiple of --n-head {self.n_head}")
@@ -150,6 +173,10 @@ class Config(Report, Optim, Latents, Size, Data, Run):
             need(not getattr(self, "no_" + name) or METHODS[self.method]["decode" if name == "decoder" else name],
                  f"--no-{name} contradicts --method {self.method}, which has none")
         need(not (self.no_vae and self.no_stop and self.no_decoder), "--no-vae --no-stop --no-decoder is --method coconut; say so")
+        need(self.baseline in ("mean", "rloo"), f"--baseline must be mean or rloo, not {self.baseline!r}")
+        need(self.coherence in ("paper", "strict"), f"--coherence must be paper or strict, not {self.coherence!r}")
+        need(0 <= self.answers_share <= 1, f"--answers-share must be between 0 and 1, not {self.answers_share}")
+        need(self.G > 1, "--G must be at least 2: a group is its own baseline")
         self.schedule()
 
 
@@ -158,6 +185,9 @@ PRESETS = {
     "llama-1b": {"n_layer": 16, "n_head": 32, "n_kv_head": 8, "n_embd": 2048, "n_inner": 8192, "block_size": 131072, "rope_theta": 500000.0,
                  "vocab_size": 128256, "decoder_layers": 0, "K": 10, "lr": 1e-4, "epochs": "2", "log_every": 10},
 }
+
+
+RL = {"tiny": {"lr": 1e-4, "init": "out/sft"}, "llama-1b": {"lr": 1e-6, "batch_size": 16, "init": "out/sft", "epochs": "2"}}
 
 
 def flag(name):
@@ -188,7 +218,7 @@ def parse(argv, description):
     """Command line -> Config. Precedence: what is given, then the preset, then the defaults; --resume takes the run's config.json."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.known = [flag(f.name) for f in fields(Config)]
-    for group_class in (Run, Data, Latents, Optim, Size, Report):
+    for group_class in (Run, Data, Latents, Optim, Explore, Size, Report):
         group = parser.add_argument_group(group_class.__doc__)
         for f in fields(group_class):
             shown = f.metadata["help"] + (f" [{f.default}]" if f.default not in ("", False) else "")
@@ -198,7 +228,7 @@ def parse(argv, description):
     preset = given.get("preset", "tiny")
     if preset not in PRESETS:
         raise UserError(f"command line: --preset must be one of {', '.join(PRESETS)}, not {preset!r}")
-    chosen = {**PRESETS[preset], **given}
+    chosen = {**PRESETS[preset], **(RL[preset] if given.get("stage") == "rl" else {}), **given}
     if isinstance(chosen["epochs"], dict):
         chosen["epochs"] = chosen["epochs"].get(chosen.get("method", "atp"), "2")
     cfg = Config(**chosen)

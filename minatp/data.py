@@ -185,6 +185,7 @@ class Batch:
     prompt_valid: torch.Tensor  # (B, Tq) bool
     n_latent: torch.Tensor      # (B,) latents used
     asks: torch.Tensor          # (B,) bool: a candidate after the last one, labelled "stop"
+    free: torch.Tensor          # (B,) bool: no steps are known, so the model decides when to stop; n_latent is the most
     tail: torch.Tensor          # (B, Tt) ids read after the latents: <|end-latent|> … answer
     target: torch.Tensor        # (B, Tt) ids to write there, IGNORE where padded
     thought_row: torch.Tensor   # (N,) problem of each latent step that has a text
@@ -205,25 +206,32 @@ def pad(rows, value, left=False):
                         dtype=torch.long).view(len(rows), T)
 
 
+def left_pad(rows, value, device="cpu"):
+    """Prompts -> (ids (B, T), valid (B, T) bool), aligned at their ends."""
+    ids = pad(rows, value, left=True)
+    n = torch.tensor([len(r) for r in rows])
+    return ids.to(device), (torch.arange(ids.shape[1]) >= ids.shape[1] - n[:, None]).to(device)
+
+
 def collate(rows, stage, tokens, model):
     """Batch of Encoded `rows` at a curriculum stage (0 … K+1). model: ATP, for c, K and its switches."""
     c, K = model.c, model.K
     cap = min(stage, K)
     n_step = [min(len(r.lines), cap) for r in rows]
-    n_latent = torch.tensor([c * n for n in n_step] if model.stop else [c * cap] * len(rows))
-    asks = torch.tensor([model.stop and n < cap for n in n_step])
+    free = torch.tensor([not r.lines and cap > 0 for r in rows])
+    n_latent = torch.tensor([c * (cap if f or not model.stop else n) for n, f in zip(n_step, free.tolist())])
+    asks = torch.tensor([model.stop and n < cap for n in n_step]) & ~free
     last = stage > K  # the last stage: nothing stays text, the K-th step stands for all that are left
     tails = [[tokens.end, *(i for line in ([] if last else r.lines[n:]) for i in line), *r.answer] for r, n in zip(rows, n_step)]
     thoughts = [(b, s, r.rest if last and s == K - 1 and r.rest else r.texts[s])
                 for b, (r, n) in enumerate(zip(rows, n_step)) for s in range(n)] if model.decode else []
     tail = pad(tails, tokens.end)
     target = pad([t[1:] for t in tails], IGNORE)
-    prompt = pad([r.prompt for r in rows], tokens.end, left=True)
-    n_prompt = torch.tensor([len(r.prompt) for r in rows])
+    prompt, prompt_valid = left_pad([r.prompt for r in rows], tokens.end)
     L = int(n_latent.max())
-    counts = {"enc": sum(len(t) - 1 for t in tails), "dec": len(thoughts), "kl": int(n_latent.sum()),
-              "stop": int(sum(n_step) + asks.sum())}
-    return Batch(prompt, torch.arange(prompt.shape[1]) >= prompt.shape[1] - n_prompt[:, None], n_latent, asks,
+    counts = {"enc": sum(len(t) - 1 for t in tails), "dec": len(thoughts), "kl": int(n_latent[~free].sum()),
+              "stop": int(sum(n_step) + asks.sum()), "free": int(free.sum())}
+    return Batch(prompt, prompt_valid, n_latent, asks, free,
                  tail[:, :-1], target, torch.tensor([b for b, _, _ in thoughts], dtype=torch.long),
                  torch.tensor([s for _, s, _ in thoughts], dtype=torch.long), pad([t for _, _, t in thoughts], IGNORE),
                  L, L + int((asks & (n_latent == L)).any()), counts)
@@ -234,6 +242,9 @@ def batches(n, batch_size, seed):
     for the same seed. The last, short batch of an epoch is filled from the next."""
     g = torch.Generator().manual_seed(seed)
     queue = []
+    if not batch_size:
+        while True:
+            yield []
     while True:
         while len(queue) < batch_size:
             queue += torch.randperm(n, generator=g).tolist()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from . import reward
-from .data import pad
+from .data import left_pad
 from .explain import read_thoughts
 from .rollout import Noise, rollout
 
@@ -46,9 +46,7 @@ def solve(model, tokens, prompts, max_new, batch_size=500, seed=None, temperatur
     chains = [None] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
-        prompt = pad([prompts[i] for i in rows], tokens.end, left=True).to(device)
-        valid = torch.arange(prompt.shape[1]) >= prompt.shape[1] - torch.tensor([len(prompts[i]) for i in rows])[:, None]
-        r = rollout(model, prompt, valid.to(device), max_new, noise and noise.at(rows, device))
+        r = rollout(model, *left_pad([prompts[i] for i in rows], tokens.end, device), max_new, noise and noise.at(rows, device))
         for i, chain in zip(rows, as_text(model, tokens, r)):
             chains[i] = chain
         if progress:
@@ -108,3 +106,37 @@ def vote(samples, problems):
             best = votes.most_common(1)[0][0]
             majority += reward.same(str(best), p.answer) or best == reward.number(p.answer)
     return {"k": k, "pass": solved / n, "pass_ci95": wilson(solved, n), "majority": majority / n, "majority_ci95": wilson(majority, n)}
+
+
+def tell(m):
+    """A measurement in one line."""
+    low, high = m["accuracy_ci95"]
+    coherence = "" if m["coherence"] is None else f", coherence {m['coherence']:.1%}"
+    sampled = "" if "sampled" not in m else f"; of {m['sampled']['k']} samples: any {m['sampled']['pass']:.1%}, majority {m['sampled']['majority']:.1%}"
+    return (f"{m['accuracy']:.1%} of {m['n_problems']} solved [{low:.1%}, {high:.1%}], {m['latents']:.1f} latents + "
+            f"{m['answer_tokens']:.1f} tokens{coherence}{sampled}")
+
+
+def paired(after, before, problems):
+    """Accuracy gained from `before` to `after` (one Chain per problem each) and its standard error, by the differences."""
+    d = torch.tensor([reward.accuracy(a.text, p.answer) - reward.accuracy(b.text, p.answer) for a, b, p in zip(after, before, problems)])
+    return {"gain": float(d.mean()), "gain_se": float(d.std() / len(d) ** 0.5)}
+
+
+def reward_variance(model, tokens, prompts, golds, judge, max_new, seed, n_thought=6, n_word=4, **chance):
+    """Where the reward's variance within a question comes from: (share of the thoughts, total), by a nested design.
+
+    Each question gets n_thought draws of the thoughts and each of those n_word draws of the words. judge(chain, gold) -> reward.
+    """
+    B, device = len(prompts), model.policy.freq.device
+    noise = Noise.draw(model, B * n_thought * n_word, max_new, seed, **chance)
+    cell = torch.arange(B * n_thought * n_word) // n_word * n_word
+    noise.eps, noise.stop = noise.eps[cell], noise.stop[cell]
+    prompt, valid = left_pad(prompts, tokens.end, device)
+    r = rollout(model, prompt, valid, max_new, noise.at(slice(None), device), n_thought * n_word)
+    R = torch.tensor([judge(c, golds[i // (n_thought * n_word)]) for i, c in enumerate(as_text(model, tokens, r))])
+    R = R.view(B, n_thought, n_word)
+    within = R.var(2).mean()
+    between = (R.mean(2).var(1).mean() - within / n_word).clamp(min=0)
+    total = between + within
+    return float(between / total) if total > 0 else 0.0, float(total)

@@ -24,6 +24,30 @@ def gaussian_log_prob(z, mu, logvar):
     return -0.5 * ((z - mu).pow(2) * torch.exp(-logvar) + logvar + math.log(2 * math.pi)).sum(-1)
 
 
+def advantages(reward, baseline="mean", normalise=False):
+    """reward (B, G) -> advantage (B, G), 0 where a group's rewards are all equal: it teaches nothing.
+
+    baseline "mean": the group's mean (method.md); "rloo": the mean of the others. normalise: over the group's deviation.
+    """
+    G = reward.shape[1]
+    mean = reward.mean(1, keepdim=True)
+    advantage = (reward - mean) * (G / (G - 1) if baseline == "rloo" else 1.0)
+    equal = (reward == reward[:, :1]).all(1, keepdim=True)
+    if normalise:
+        advantage = advantage / (reward.std(1, keepdim=True) + 1e-6)
+    return advantage.masked_fill(equal, 0.0)
+
+
+def surrogate(logp, old, advantage, clip=0.2):
+    """Clipped policy gradient of each decision: logp, old (B, T) and advantage (B, 1) -> loss (B, T), and where it was clamped.
+
+    Where old is logp itself the ratio is 1 and the gradient is REINFORCE's, −advantage·∇logp.
+    """
+    ratio = (logp - old).clamp(-3, 3).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.minimum(ratio * advantage, clipped * advantage), (ratio - clipped).abs() > 0
+
+
 def sft_loss(sums, counts, beta):
     """L = L_enc + L_dec + L_stop + β·L_KL (method.md, Stage 1).
 

@@ -1,4 +1,5 @@
 """Rewards and measures as pure functions of strings (method.md, Stage 2). Numbers are compared as exact numbers."""
+import ast
 import re
 from fractions import Fraction
 
@@ -57,6 +58,39 @@ def coherent(steps, final):
             for i, s in enumerate(steps)]
 
 
-def coherence(steps, final):
-    """R_coh: coherent steps / steps; 0.0 where there are none."""
-    return sum(coherent(steps, final)) / len(steps) if steps else 0.0
+def coherence(steps, final, strict=False):
+    """R_coh: coherent steps / steps; 0.0 where there are none. strict: a step must be true as well, and not one told before."""
+    good = coherent(steps, final)
+    if strict:
+        good = [g and true(s) and s not in steps[:i] for i, (g, s) in enumerate(zip(good, steps))]
+    return sum(good) / len(steps) if steps else 0.0
+
+
+def true(step):
+    """Whether what stands left of a step's last "=" has the value on its right, exactly. False where it is not arithmetic."""
+    left = step.strip().removeprefix("<<").rpartition("=")[0].replace(",", "").replace("$", "")
+    try:
+        return result(step) is not None and value(ast.parse(left.strip(), mode="eval").body, left.strip()) == result(step)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return False
+
+
+def value(node, text):
+    """Exact value of an arithmetic expression. Raises ValueError on anything but numbers, + − * / and brackets."""
+    operation = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__}
+    if isinstance(node, ast.BinOp) and type(node.op) in operation:
+        return operation[type(node.op)](value(node.left, text), value(node.right, text))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -value(node.operand, text)
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return Fraction(ast.get_source_segment(text, node))
+    raise ValueError
+
+
+def total(text, steps, ended, gold, w_acc=1.0, w_coh=0.1, w_fmt=0.5, strict=False):
+    """R = (w_acc + w_coh·R_coh)·R_acc + w_fmt·R_fmt, and its parts as a dict. gold None: no answer is known, and
+    R = w_coh·R_coh + w_fmt·R_fmt."""
+    parts = {"acc": accuracy(text, gold) if gold is not None else 0.0, "coh": coherence(steps, answer(text), strict),
+             "fmt": form(text, ended)}
+    judged = w_coh * parts["coh"] if gold is None else (w_acc + w_coh * parts["coh"]) * parts["acc"]
+    return judged + w_fmt * parts["fmt"], parts

@@ -18,22 +18,26 @@ from .loss import IGNORE, gaussian_log_prob, kl_normal, token_nll
 def think(model, batch, eps=None):
     """The chain of latents with the stops of the batch. eps (B, ≥ n_candidate, D) or None for z = μ.
 
-    Returns z, μ, logσ² (B, n_candidate, D) (logσ² None without the VAE) and the cache, ready for the tail. Row b's dropped
-    candidate stands at column n_latent[b]. Gradients run through every latent into the prompt.
+    Returns z, μ, logσ² (B, n_candidate, D) (logσ² None without the VAE), n_latent (B,) as used, and the cache, ready for the
+    tail. Row b's dropped candidate stands at column n_latent[b]. Gradients run through every latent into the prompt.
     """
     B, Tq = batch.prompt.shape
     policy = model.policy
     cache = policy.cache(B, Tq + batch.L + batch.tail.shape[1])
     h = policy(policy.embed(batch.prompt), batch.prompt_valid, cache)[:, -1]
-    proposed = []
+    proposed, n_latent = [], batch.n_latent
     for t in range(batch.n_candidate):
         proposed.append(model.propose(h, None if eps is None else eps[:, t]))
+        z = proposed[-1][0]
+        if model.stop and batch.counts["free"] and t % model.c == 0:  # no steps are known: stop where generation would
+            stops = batch.free & (n_latent > t) & (model.stop_head(z.detach()).argmax(-1) == 1)
+            n_latent = torch.where(stops, t, n_latent)
         if t < batch.L:
-            h = policy(proposed[-1][0][:, None], (t < batch.n_latent)[:, None], cache)[:, 0]
+            h = policy(z[:, None], (t < n_latent)[:, None], cache)[:, 0]
     if not proposed:
-        return None, None, None, cache
+        return None, None, None, n_latent, cache
     z, mu, logvar = zip(*proposed)
-    return torch.stack(z, 1), torch.stack(mu, 1), torch.stack(logvar, 1) if model.vae else None, cache
+    return torch.stack(z, 1), torch.stack(mu, 1), torch.stack(logvar, 1) if model.vae else None, n_latent, cache
 
 
 def read_tail(model, batch, cache):
@@ -44,14 +48,14 @@ def read_tail(model, batch, cache):
 
 def supervise(model, batch, eps=None):
     """Stage 1's losses, each summed over the batch: {"enc", "dec", "stop", "kl"} (those that apply); see loss.sft_loss."""
-    z, mu, logvar, cache = think(model, batch, eps)
+    z, mu, logvar, n_latent, cache = think(model, batch, eps)
     h = read_tail(model, batch, cache)
     labelled = batch.target >= 0
     sums = {"enc": token_nll(model.policy.logits(h[labelled]), batch.target[labelled]).sum()}
     if z is None:
         return sums
     t = torch.arange(z.shape[1], device=z.device)
-    used = t < batch.n_latent[:, None]                                            # (B, n_candidate)
+    used = (t < n_latent[:, None]) & ~batch.free[:, None]                         # (B, n_candidate); a free row has no label
     if model.vae:
         sums["kl"] = kl_normal(mu[used], logvar[used]).sum()
     if model.stop:

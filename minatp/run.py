@@ -21,15 +21,23 @@ from .llama import LLAMA3_ROPE, LlamaConfig
 @dataclass
 class Splits:
     train: list
+    answers: list  # problems with an answer and no steps
     val: list
     tests: dict   # name -> problems
     note: str     # what was left out, or ""
+
+    def tell(self):
+        """Counts in one line."""
+        parts = [("training", self.train), ("with answers alone", self.answers), ("validation", self.val)]
+        parts += [(f"test ({name})", p) for name, p in self.tests.items()]
+        return "  ".join(f"{len(p):,} {name}" for name, p in parts if p) + (f"   {self.note}" if self.note else "")
 
 
 def load_splits(cfg):
     """Training, validation and test problems, which never share a question."""
     if not cfg.data:
-        return Splits(problems.generate("labelled", cfg.labelled, 0), problems.generate("validation", cfg.val_size, 0),
+        return Splits(problems.generate("labelled", cfg.labelled, 0), problems.generate("answers", cfg.answers, 0),
+                      problems.generate("validation", cfg.val_size, 0),
                       {"built-in": problems.generate("test", cfg.test_size, 0)}, "")
     train = data.read_problems(cfg.data)
     random.Random(0).shuffle(train)  # the same split for every seed of a run
@@ -49,8 +57,8 @@ def load_splits(cfg):
     if not taught:
         raise UserError(f"{cfg.data}:1: no problem with steps is left to learn from")
     left_out = [f"{len(train) - len(kept)} in the validation or test set"] * (len(kept) < len(train)) + \
-               [f"{len(kept) - len(taught)} without steps"] * (len(taught) < len(kept))
-    return Splits(taught, val, held[1], "left out of training: " + ", ".join(left_out) if left_out else "")
+               [f"{len(kept) - len(taught)} without steps (see --answers-share)"] * (len(taught) < len(kept) and not cfg.answers_share)
+    return Splits(taught, [p for p in kept if not p.steps], val, held[1], "left out of training: " + ", ".join(left_out) if left_out else "")
 
 
 def encoded(cfg, chosen, tokens, model):
@@ -73,6 +81,22 @@ def build(cfg, train):
         model.decoder.init_weights()
     checkpoint.add_tokens(model, tokens)
     return model, tokens
+
+
+def need_thoughts(model, cfg):
+    """RL explores in sampled latents and judges what φ reads in them. Raises UserError for a model without them."""
+    if not (model.vae and model.decode and model.stage):
+        raise UserError(f"{cfg.init}:0: has no sampled latents or no decoder LM; start --stage rl from an SFT run of --method atp")
+
+
+def size(model):
+    """"1,130,626 parameters"."""
+    return f"{sum(p.numel() for p in model.parameters()):,} parameters"
+
+
+def generator(cfg, step):
+    """The chance of one step, the same whether or not the run was stopped before it."""
+    return torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
 
 
 def shape(cfg, vocab_size):
@@ -116,20 +140,38 @@ def lr_at(step, n_steps, warmup, peak):
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
 
+def room(cfg, rows, stage):
+    """Most tokens of an answer after a curriculum stage."""
+    if cfg.max_new:
+        return cfg.max_new
+    return max(16, max(sum(map(len, r.lines[stage:] if stage <= cfg.K else [])) + len(r.answer) for r in rows))
+
+
+def advance(optimizer, model, lr, clip):
+    """One AdamW step on the gradients that lie in the parameters, clipped to norm `clip`. Returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 # ---- files and lines ----------------------------------------------------------------------------------------------------
 
 class Log:
     """A run's folder: config.json, metrics.jsonl (one record a line, flushed) and summary.json; and the progress lines."""
-    def __init__(self, cfg, done=0):
-        """done: the steps that a resumed run keeps; records of later ones, lost with the crash, are removed."""
-        self.out = Path(cfg.out)
+    def __init__(self, cfg, state):
+        """state: the step and the seconds that a resumed run has behind it; records of later steps, lost with the crash, are
+        removed."""
+        self.out, self.before, self.began = Path(cfg.out), state["seconds"], time.perf_counter()
         path = self.out / "metrics.jsonl"
         if not cfg.resume and (self.out / "summary.json").exists() | (self.out / "checkpoints").exists():
             raise UserError(f"{self.out}:0: holds a run already; add --resume to go on with it, or choose another --out")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             write_config(cfg, self.out / "config.json")
-            old = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= done] if path.exists() else []
+            old = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= state["step"]] if path.exists() else []
             path.write_text("".join(line + "\n" for line in old))
             self.file = path.open("a")
         except OSError as e:
@@ -139,7 +181,14 @@ class Log:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
 
-    def summary(self, record):
+    def seconds(self):
+        """Of the run so far, the time before a resume included."""
+        return self.before + time.perf_counter() - self.began
+
+    def summary(self, cfg, tests, seconds, device, **more):
+        """summary.json: the first test set's measurement at the top, all of them under "tests"."""
+        record = {"stage": cfg.stage, "method": cfg.method, "seed": cfg.seed, **next(iter(tests.values())), "tests": tests,
+                  "seconds": seconds, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", **more}
         tmp = self.out / "summary.json.tmp"
         tmp.write_text(json.dumps(record, indent=2) + "\n")
         tmp.rename(self.out / "summary.json")
@@ -173,8 +222,10 @@ class Meter:
         self.n_token += n_token
         self.n_step += 1
 
-    def read(self):
-        """(means, tokens/s, seconds a step) since the last reset."""
+    def read(self, n_left):
+        """(means, tokens/s, time left for n_left more steps) since the last read."""
         means = {name: float(value) / max(1, self.count[name]) for name, value in self.total.items()}
         seconds = time.perf_counter() - self.start
-        return means, self.n_token / seconds, seconds / self.n_step
+        speed, left = self.n_token / seconds, clock(seconds / self.n_step * n_left)
+        self.reset()
+        return means, speed, left

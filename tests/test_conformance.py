@@ -43,11 +43,6 @@ def close(got, want, tol, what):
     assert error <= tol, f"{what}: relative error {error:.2e}"
 
 
-def left_padded(rows, tokens):
-    prompt = data.pad(rows, tokens.end, left=True)
-    return prompt, torch.arange(prompt.shape[1]) >= prompt.shape[1] - torch.tensor([len(r) for r in rows])[:, None]
-
-
 def test_both_rope_spellings_read_the_same():
     a, b = (json.loads((ROOT / d / "config.json").read_text()) for d in ("policy", "decoder"))
     assert ("rope_parameters" in a) != ("rope_parameters" in b)
@@ -113,7 +108,7 @@ def test_sft_losses_and_gradients(world, stage, micro):
 def test_proposals(world, stage):
     model, tokens = world
     batch = data.collate(encoded(world), stage, tokens, model)
-    _, mu, logvar, _ = rollout.think(model, batch, T[f"sft{stage}.eps"].float())
+    _, mu, logvar, _, _ = rollout.think(model, batch, T[f"sft{stage}.eps"].float())
     for i in range(len(GOLD["samples"])):
         n = len(T[f"sft{stage}.mu{i}"])
         assert n == batch.n_latent[i] + batch.asks[i]
@@ -125,7 +120,7 @@ def test_rollout_log_probabilities(world):
     model, tokens = world
     c, K, n = model.c, model.K, len(GOLD["rl"])
     width = max(len(g["answer_ids"]) for g in GOLD["rl"])
-    prompt, valid = left_padded([tokens.prompt(GOLD["samples"][g["sample"]]["question"]) for g in GOLD["rl"]], tokens)
+    prompt, valid = data.left_pad([tokens.prompt(GOLD["samples"][g["sample"]]["question"]) for g in GOLD["rl"]], tokens.end)
     zeros = lambda *s: torch.zeros(n, *s)
     r = rollout.Rollout(zeros(c * K, model.policy.cfg.n_embd), None, zeros().long(), zeros().bool(), zeros(K),
                         zeros(width).long() - 1, zeros().long(), zeros(c * K), zeros(K), zeros(width))
@@ -143,7 +138,7 @@ def test_rollout_log_probabilities(world):
 
 def test_generation_and_decoded_steps(world):
     model, tokens = world
-    prompt, valid = left_padded([tokens.prompt(s["question"]) for s in GOLD["samples"]], tokens)
+    prompt, valid = data.left_pad([tokens.prompt(s["question"]) for s in GOLD["samples"]], tokens.end)
     r = rollout.rollout(model, prompt, valid, max_new=8)
     for i, g in enumerate(GOLD["generate"]):
         assert r.n_latent[i] == g["latents"]

@@ -60,7 +60,7 @@ def test_the_ablations_run(ablation, tmp_path):
 @pytest.mark.parametrize("cut", [4, 8, 10])
 def test_a_resumed_run_ends_as_one_never_stopped(atp, cut, tmp_path, monkeypatch):
     """Stopped after `cut` of 16 steps (4 a stage): inside a stage, at its end, and where a later checkpoint does not exist yet."""
-    real, seen = train.gradients, []
+    real, seen = train.sft_gradients, []
 
     def interrupted(*a):
         if len(seen) == cut:
@@ -68,10 +68,10 @@ def test_a_resumed_run_ends_as_one_never_stopped(atp, cut, tmp_path, monkeypatch
         seen.append(0)
         return real(*a)
 
-    monkeypatch.setattr(train, "gradients", interrupted)
+    monkeypatch.setattr(train, "sft_gradients", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.main([*SMALL, "--out", str(tmp_path), "--votes", "2"])
-    monkeypatch.setattr(train, "gradients", real)
+    monkeypatch.setattr(train, "sft_gradients", real)
     go("--out", tmp_path, "--resume")
     for file in ("model.safetensors", "minatp/heads.safetensors", "minatp/decoder.safetensors"):
         a, b = load_file(atp / "final" / file), load_file(tmp_path / "final" / file)
@@ -90,7 +90,7 @@ def test_accumulation_changes_nothing(atp):
         cfg = config.parse([*SMALL, "--micro-batch", size], "")
         rows = run.encoded(cfg, problems.generate("labelled", 8, 1), tokens, model)
         model.zero_grad()
-        train.gradients(cfg, model, tokens, rows, 3, 5, torch.device("cpu"))
+        train.sft_gradients(cfg, model, tokens, rows, 3, 5, torch.device("cpu"))
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     for g in grads[1:]:
         assert (g - grads[0]).norm() / grads[0].norm() < 1e-6
@@ -103,7 +103,7 @@ def test_recomputing_activations_changes_nothing(atp):
     grads = []
     for on in (False, True):
         model.set_recompute(on).zero_grad()
-        train.gradients(cfg, model, tokens, rows, 3, 5, torch.device("cpu"))
+        train.sft_gradients(cfg, model, tokens, rows, 3, 5, torch.device("cpu"))
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
@@ -138,8 +138,7 @@ def test_a_result_does_not_depend_on_its_neighbours(atp, temperature):
 def test_score_is_what_the_rollout_recorded(atp, group, spread):
     model, tokens = ragged(atp)
     prompts = [tokens.prompt(p.question) for p in problems.generate("test", 9, 4)]
-    prompt = data.pad(prompts, tokens.end, left=True)
-    valid = torch.arange(prompt.shape[1]) >= prompt.shape[1] - torch.tensor([len(p) for p in prompts])[:, None]
+    prompt, valid = data.left_pad(prompts, tokens.end)
     r = rollout(model, prompt, valid, 6, Noise.draw(model, 9 * group, 6, 1, 0.7, spread).at(slice(None), "cpu"), group)
     assert r.stopped.any() and not r.stopped.all()
     for got, want in zip(score(model, prompt, valid, r, group), (r.logp_z, r.logp_stop, r.logp_token)):
