@@ -2,8 +2,9 @@
 
 Four families: a chain of events (serial: each step needs the one before), a chain of comparisons, told forwards or backwards
 (find where to begin, then serial), groups (two products in either order), and shopping (several valid orders of the same steps).
-Which set a problem belongs to is a hash of its arithmetic: two problems with the same equations are in the same set, whatever
-their words, so no set can leak into another, for any seed.
+Which set a problem belongs to is a hash, so no set can leak into another, for any seed: from three steps on, of its arithmetic
+(the same equations are in the same set, whatever their words); below, where the equations are the tables of addition and
+multiplication that have to be learned, of the question.
 """
 import hashlib
 import random
@@ -22,16 +23,17 @@ def generate(which, n, seed):
     seen, out = set(), []
     while len(out) < n:
         p = rng.choice((events, comparison, groups, shopping))(rng)
-        if p is None or bucket(p.steps) not in SETS[which] or p.question in seen:
+        if p is None or bucket(p) not in SETS[which] or p.question in seen:
             continue
         seen.add(p.question)
         out.append(Problem(p.question, [], p.answer) if which == "answers" else p)
     return out
 
 
-def bucket(steps):
-    """0 … 15 from the equations, whatever their order."""
-    return hashlib.blake2b(" ".join(sorted(steps)).encode(), digest_size=1).digest()[0] % 16
+def bucket(p):
+    """0 … 15 from the equations of a problem, whatever their order; from its question where it has fewer than three."""
+    key = " ".join(sorted(p.steps)) if len(p.steps) > 2 else p.question
+    return hashlib.blake2b(key.encode(), digest_size=1).digest()[0] % 16
 
 
 def problem(question, equations):

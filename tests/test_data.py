@@ -12,10 +12,13 @@ def test_sets_are_disjoint_seeded_and_exact():
     sets = {which: problems.generate(which, 400, 7) for which in problems.SETS}
     assert sets == {which: problems.generate(which, 400, 7) for which in sets}
     assert sets["test"] != problems.generate("test", 400, 8)
-    arithmetic = {which: {tuple(sorted(p.steps)) for p in problems.generate(which, 400, 8)} for which in sets if which != "answers"}
-    for a in arithmetic:
-        for b in arithmetic:
-            assert a == b or not arithmetic[a] & arithmetic[b]
+    more = {which: problems.generate(which, 3000, 8) for which in sets}
+    arithmetic = {which: {tuple(sorted(p.steps)) for p in more[which] if len(p.steps) > 2} for which in sets}
+    questions = {which: {p.question for p in more[which] + sets[which]} for which in sets}
+    assert len(arithmetic["test"]) > 300
+    for a in sets:
+        for b in sets:
+            assert a == b or not (arithmetic[a] & arithmetic[b] or questions[a] & questions[b])
     assert not any(p.steps for p in sets.pop("answers"))
     for p in (p for ps in sets.values() for p in ps):
         assert 1 <= len(p.steps) <= 4 and reward.same(str(reward.result(p.steps[-1])), p.answer)
