@@ -2,12 +2,13 @@
 
 Four families: a chain of events (serial: each step needs the one before), a chain of comparisons, told forwards or backwards
 (find where to begin, then serial), groups (two products in either order), and shopping (several valid orders of the same steps).
-Which set a problem belongs to is a hash, so no set can leak into another, for any seed: from three steps on, of its arithmetic
-(the same equations are in the same set, whatever their words); below, where the equations are the tables of addition and
-multiplication that have to be learned, of the question.
+Which set a problem belongs to is a hash, so no set can leak into another, for any seed: from three steps on, of its numbers
+(the same numbers with the same answer are in the same set, whatever the words and the order of the steps); below, where they are
+the tables of addition and multiplication that have to be learned, of the question.
 """
 import hashlib
 import random
+import re
 
 from .data import Problem
 
@@ -31,8 +32,8 @@ def generate(which, n, seed):
 
 
 def bucket(p):
-    """0 … 15 from the equations of a problem, whatever their order; from its question where it has fewer than three."""
-    key = " ".join(sorted(p.steps)) if len(p.steps) > 2 else p.question
+    """0 … 15 from the numbers of a problem and its answer; from its question where it has fewer than three steps."""
+    key = " ".join((*sorted(re.findall(r"\d+", p.question)), p.answer)) if len(p.steps) > 2 else p.question
     return hashlib.blake2b(key.encode(), digest_size=1).digest()[0] % 16
 
 
