@@ -164,7 +164,7 @@ def rl(cfg, splits, device):
             old = None
             for u in range(cfg.updates_per_batch):
                 with run.autocast(device):
-                    loss, old, d = policy_loss(cfg, model, start, *learn, old, R.numel())
+                    loss, old, d = policy_loss(cfg, model, start, *learn, noise.eps[chain.cpu()].to(device), old, R.numel())
                 loss.backward()
                 if cfg.anchor:
                     sft_gradients(cfg, model, tokens, [rows[i] for i in anchor], model.K + 1, step, device, cfg.anchor)
@@ -206,12 +206,12 @@ def judge(cfg, chains, golds):
     return torch.tensor([R for R, _ in told]).view(len(golds), cfg.G), parts
 
 
-def policy_loss(cfg, model, start, prompt, valid, r, advantage, old, n):
+def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n):
     """−Σ advantage·log-probability over the chains r of the telling groups, over all n chains of the batch.
 
     Returns (loss, the log-probabilities that later updates on this batch are compared with, diagnostics).
     """
-    s = score(model, prompt, valid, r, cfg.G)
+    s = score(model, prompt, valid, r, cfg.G, eps if cfg.estimator == "path" else None)
     new = torch.cat((s.logp_z, s.logp_stop, s.logp_token if not cfg.greedy else 0 * s.logp_token), 1)
     old = new.detach() if old is None else old
     each, clamped = surrogate(new, old, advantage)

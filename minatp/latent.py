@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .llama import Block, Llama
+from .loss import wide
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
@@ -25,7 +26,7 @@ class LatentHead(nn.Module):
         x = self.fc(h)
         W = torch.cat((self.mean.weight, self.log_var.weight))
         b = torch.cat((self.mean.bias, self.log_var.bias))
-        return F.linear(x, W, b).float().chunk(2, -1)
+        return wide(F.linear(x, W, b)).chunk(2, -1)
 
 
 def stop_head(D):
@@ -56,7 +57,7 @@ class ATP(nn.Module):
     def propose(self, h, eps=None):
         """The candidate thought after hidden state h (..., D): z, μ, logσ² (..., D). eps (..., D) standard normal; None takes z = μ."""
         if not self.vae:
-            return h.float(), h.float(), None
+            return wide(h), wide(h), None
         mu, logvar = self.latent_head(h)
         return (mu if eps is None else mu + torch.exp(0.5 * logvar) * eps), mu, logvar
 

@@ -11,6 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .loss import wide
+
 
 @dataclass
 class LlamaConfig:
@@ -111,7 +113,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         # the cast back comes before the weight, as in the published model
-        x32 = x.float()
+        x32 = wide(x)
         return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 

@@ -7,10 +7,15 @@ import torch.nn.functional as F
 IGNORE = -100  # a target without a label
 
 
+def wide(x):
+    """x in float32; float64 stays, so that a test can ask for it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def token_nll(logits, target):
     """-log p of each target, float32: logits (..., V), target (...) -> (...); 0 where the target is IGNORE."""
     V = logits.shape[-1]
-    return F.cross_entropy(logits.float().reshape(-1, V), target.reshape(-1), ignore_index=IGNORE,
+    return F.cross_entropy(wide(logits).reshape(-1, V), target.reshape(-1), ignore_index=IGNORE,
                            reduction="none").view(target.shape)
 
 

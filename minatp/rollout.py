@@ -12,32 +12,39 @@ from typing import NamedTuple
 import torch
 
 from .explain import thought_nll
-from .loss import IGNORE, gaussian_log_prob, kl_normal, token_nll
+from .loss import IGNORE, gaussian_log_prob, kl_normal, token_nll, wide
+
+
+def walk(model, h, cache, n_latent, n_candidate, eps=None, free=None):
+    """The chain of latents, with gradients through every one of them.
+
+    h (B, D): the hidden state after the prompt, which is in the cache. n_latent (B,): how many each row uses; those of a row of
+    `free` (B,) bool are at most so many, and it stops where generation would. eps (B, ≥ n_candidate, D), or None for z = μ.
+    Returns z, μ, logσ² (B, n_candidate, D) (None where there are none) and n_latent as used. A row's dropped candidate stands
+    at column n_latent.
+    """
+    proposed, L = [], int(n_latent.max()) if n_candidate else 0
+    for t in range(n_candidate):
+        proposed.append(model.propose(h, None if eps is None else eps[:, t]))
+        z = proposed[-1][0]
+        if free is not None and model.stop and t % model.c == 0:
+            stops = free & (n_latent > t) & (model.stop_head(z.detach()).argmax(-1) == 1)
+            n_latent = torch.where(stops, t, n_latent)
+        if t < L:
+            h = model.policy(z[:, None], (t < n_latent)[:, None], cache)[:, 0]
+    if not proposed:
+        return None, None, None, n_latent
+    z, mu, logvar = zip(*proposed)
+    return torch.stack(z, 1), torch.stack(mu, 1), torch.stack(logvar, 1) if model.vae else None, n_latent
 
 
 def think(model, batch, eps=None):
-    """The chain of latents with the stops of the batch. eps (B, ≥ n_candidate, D) or None for z = μ.
-
-    Returns z, μ, logσ² (B, n_candidate, D) (logσ² None without the VAE), n_latent (B,) as used, and the cache, ready for the
-    tail. Row b's dropped candidate stands at column n_latent[b]. Gradients run through every latent into the prompt.
-    """
+    """Read a batch's prompts and walk its latents. Returns what `walk` does, and the cache, ready for the tail."""
     B, Tq = batch.prompt.shape
     policy = model.policy
     cache = policy.cache(B, Tq + batch.L + batch.tail.shape[1])
     h = policy(policy.embed(batch.prompt), batch.prompt_valid, cache)[:, -1]
-    proposed, n_latent = [], batch.n_latent
-    for t in range(batch.n_candidate):
-        proposed.append(model.propose(h, None if eps is None else eps[:, t]))
-        z = proposed[-1][0]
-        if model.stop and batch.counts["free"] and t % model.c == 0:  # no steps are known: stop where generation would
-            stops = batch.free & (n_latent > t) & (model.stop_head(z.detach()).argmax(-1) == 1)
-            n_latent = torch.where(stops, t, n_latent)
-        if t < batch.L:
-            h = policy(z[:, None], (t < n_latent)[:, None], cache)[:, 0]
-    if not proposed:
-        return None, None, None, n_latent, cache
-    z, mu, logvar = zip(*proposed)
-    return torch.stack(z, 1), torch.stack(mu, 1), torch.stack(logvar, 1) if model.vae else None, n_latent, cache
+    return *walk(model, h, cache, batch.n_latent, batch.n_candidate, eps, batch.free if batch.counts["free"] else None), cache
 
 
 def read_tail(model, batch, cache):
@@ -153,7 +160,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1):
             if model.vae:
                 out.logvar[r, t], out.logp_z[r, t] = logvar, gaussian_log_prob(z, mu, logvar + 2 * math.log(out.spread))
             if model.stop and t % c == 0:
-                logp = model.stop_head(z).float().log_softmax(-1)
+                logp = wide(model.stop_head(z)).log_softmax(-1)
                 stop = logp[:, 1] > logp[:, 0] if noise is None else noise.stop[r, t // c] < logp[:, 1].exp()
                 out.stop_prob[r, t // c] = logp[:, 1].exp()
                 out.logp_stop[r, t // c] = torch.where(stop, logp[:, 1], logp[:, 0])
@@ -177,7 +184,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1):
 
 def choose(logits, noise, rows, at):
     """Next tokens (A,) and their log-probabilities: greedy, or sampled by the row's own uniform number."""
-    logp = (logits.float() / (noise.temperature if noise else 1)).log_softmax(-1)
+    logp = (wide(logits) / (noise.temperature if noise else 1)).log_softmax(-1)
     if noise is None or noise.token is None:
         token = logp.argmax(-1)
     else:
@@ -196,31 +203,37 @@ class Score(NamedTuple):
     candidate: torch.Tensor   # (B, cK) bool: where a thought was proposed
 
 
-def score(model, prompt, valid, r, group=1):
-    """Log-probability of everything in Rollout r (of B·group rows), in one pass with gradients. Returns a Score.
+def score(model, prompt, valid, r, group=1, eps=None):
+    """Log-probability of everything in Rollout r (of B·group rows), with gradients. The prompt is read once for its group.
 
-    z is given, so the chain need not be walked: all that followed the prompt is read at once, the dropped candidate scored
-    from the hidden state before it and never fed. The prompt is read once for its group.
+    eps None: z is given, so the chain need not be walked. All that followed the prompt is read at once, the dropped candidate
+    scored from the hidden state before it and never fed.
+    eps (B·group, cK, D), the noise of the rollout: z is a function of the weights and that noise (the reparameterisation), so its
+    density is not an action's; the chain is walked, and the stops and words send their gradient back through every latent.
     """
     policy, c = model.policy, model.c
     (B, L), Tt = r.z.shape[:2], r.token.shape[1]
     column = torch.arange(max(L, Tt), device=prompt.device)
     used, written = column[:L] < r.n_latent[:, None], column[:Tt] < r.n_token[:, None]
-    cache = policy.cache(len(prompt), prompt.shape[1] + L + Tt)
-    h_prompt = policy(policy.embed(prompt), valid, cache)[:, -1:]
-    cache.keep(torch.arange(B, device=prompt.device) // group)
-    end = torch.full((B, 1), model.end, device=prompt.device)
-    x = torch.cat((r.z, policy.embed(torch.cat((end, r.token[:, :-1].clamp(min=0)), 1))), 1)
-    h = policy(x, torch.cat((used, written), 1), cache)
-    # column t's proposal comes from the column before it; unused columns in between hold nothing that is read
-    before, after = torch.cat((h_prompt.repeat_interleave(group, 0), h[:, : L - 1]), 1), h[:, L:]
     candidate = used | ((column[:L] == r.n_latent[:, None]) & r.stopped[:, None])
+    cache = policy.cache(len(prompt), prompt.shape[1] + L + Tt)
+    h_prompt = policy(policy.embed(prompt), valid, cache)[:, -1:].repeat_interleave(group, 0)
+    cache.keep(torch.arange(B, device=prompt.device) // group)
+    tail = policy.embed(torch.cat((torch.full((B, 1), model.end, device=prompt.device), r.token[:, :-1].clamp(min=0)), 1))
     logp_z, logp_stop, mu, logvar = r.logp_z.new_zeros(B, L), r.logp_stop.new_zeros(B, model.K), None, None
-    if model.vae:
-        _, mu, logvar = model.propose(before)
-        logp_z = torch.where(candidate, gaussian_log_prob(r.z, mu, logvar + 2 * math.log(r.spread)), 0.0)
+    if eps is None:
+        z = r.z
+        h = policy(torch.cat((z, tail), 1), torch.cat((used, written), 1), cache)
+        after = h[:, L:]
+        if model.vae:
+            # column t's proposal comes from the column before it; unused columns in between hold nothing that is read
+            _, mu, logvar = model.propose(torch.cat((h_prompt, h[:, : L - 1]), 1))
+            logp_z = torch.where(candidate, gaussian_log_prob(z, mu, logvar + 2 * math.log(r.spread)), 0.0)
+    else:
+        z, mu, logvar, _ = walk(model, h_prompt[:, 0], cache, r.n_latent, L, r.spread * eps)
+        after = policy(tail, written, cache)
     if model.stop:
-        logp = model.stop_head(r.z[:, ::c]).float().log_softmax(-1)              # (B, K, 2)
+        logp = wide(model.stop_head(z[:, ::c])).log_softmax(-1)                # (B, K, 2)
         taken = torch.where(used[:, ::c], logp[..., 0], logp[..., 1])
         logp_stop = torch.where(candidate[:, ::c], taken, 0.0)
     logp_token = -token_nll(policy.logits(after) / r.temperature, r.token.masked_fill(~written, IGNORE))
