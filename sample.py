@@ -24,6 +24,7 @@ def main(argv=None):
     parser.add_argument("--file", help="problems (JSON, JSONL, iCoT) or plain questions, one a line")
     parser.add_argument("--problems", type=int, default=4, help="how many of a file or of the test set, 0: all [%(default)s]")
     parser.add_argument("--n", type=int, default=1, help="chains per question; more than one are sampled [%(default)s]")
+    parser.add_argument("--vote", default="", help="majority | coherence: of the --n chains show the one elected, without looking at the answer")
     parser.add_argument("--temperature", type=float, help="of the noise and the words; 0: the mean policy [0, or 1 with --n]")
     parser.add_argument("--seed", type=int, default=0, help="of the samples and of the problems chosen [%(default)s]")
     parser.add_argument("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
@@ -34,6 +35,8 @@ def main(argv=None):
     for name in ("n", "max_new"):
         if getattr(args, name) < 1:
             raise config.UserError(f"command line: {config.flag(name)} must be positive, not {getattr(args, name)}")
+    if args.vote not in ("", "majority", "coherence") or args.vote and args.n < 2:
+        raise config.UserError(f"command line: --vote must be majority or coherence, with --n of at least 2, not {args.vote!r} of {args.n}")
     temperature = args.temperature if args.temperature is not None else float(args.n > 1)
     if temperature < 0 or args.problems < 0:
         raise config.UserError("command line: --temperature and --problems must not be negative")
@@ -54,6 +57,8 @@ def main(argv=None):
                                   temperature=temperature or 1.0) for k in range(args.n)]
     seconds = time.perf_counter() - began
     chains = [(p, [s[i] for s in samples]) for i, p in enumerate(asked)]
+    if args.vote:
+        chains = [(p, [evaluate.elect(found, args.vote)]) for p, found in chains]
     if args.json:
         for p, found in chains:
             for chain in found:

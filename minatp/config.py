@@ -218,7 +218,7 @@ def guarded(main, argv=None):
 
 def parse(argv, description):
     """Command line -> Config. Precedence: what is given, then the preset, then the defaults; --resume takes the run's config.json."""
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, usage="python train.py [--option value …]", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.known = [flag(f.name) for f in fields(Config)]
     for group_class in (Run, Data, Latents, Optim, Explore, Size, Report):
         group = parser.add_argument_group(group_class.__doc__)

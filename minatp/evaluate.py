@@ -94,25 +94,38 @@ def measure(chains, problems):
     }
 
 
+def elect(chains, by):
+    """The chain that speaks for several of one problem. No answer is looked at.
+
+    by "majority": the first with the commonest answer. by "coherence": those that cohere best, then the majority of them.
+    """
+    if by == "coherence":
+        best = max(reward.coherence(c.steps, c.answer) for c in chains)
+        chains = [c for c in chains if reward.coherence(c.steps, c.answer) == best]
+    key = lambda c: None if c.answer is None else (reward.number(c.answer) or c.answer)
+    votes = Counter(key(c) for c in chains if c.answer is not None)
+    commonest = votes.most_common(1)[0][0] if votes else None
+    return next(c for c in chains if key(c) == commonest)
+
+
 def vote(samples, problems):
-    """samples: k lists of one Chain per problem. Share of problems that any of the k solves, and that their majority solves."""
-    n, k = len(problems), len(samples)
-    solved = majority = 0
-    for i, p in enumerate(problems):
-        answers = [s[i].answer for s in samples]
-        solved += any(reward.same(a, p.answer) for a in answers)
-        votes = Counter(reward.number(a) if reward.number(a) is not None else a for a in answers if a is not None)
-        if votes:
-            best = votes.most_common(1)[0][0]
-            majority += reward.same(str(best), p.answer) or best == reward.number(p.answer)
-    return {"k": k, "pass": solved / n, "pass_ci95": wilson(solved, n), "majority": majority / n, "majority_ci95": wilson(majority, n)}
+    """samples: k lists of one Chain per problem. Shares of problems solved by any of the k, and by the chain elected."""
+    n = len(problems)
+    each = list(zip(*samples))
+    solved = sum(any(reward.accuracy(c.text, p.answer) for c in chains) for chains, p in zip(each, problems))
+    out = {"k": len(samples), "pass": solved / n, "pass_ci95": wilson(solved, n),
+           "mean": sum(reward.accuracy(c.text, p.answer) for chains, p in zip(each, problems) for c in chains) / n / len(samples)}
+    for by in ("majority", "coherence"):
+        right = sum(reward.accuracy(elect(chains, by).text, p.answer) for chains, p in zip(each, problems))
+        out |= {by: right / n, by + "_ci95": wilson(right, n)}
+    return out
 
 
 def tell(m):
     """A measurement in one line."""
     low, high = m["accuracy_ci95"]
     coherence = "" if m["coherence"] is None else f", coherence {m['coherence']:.1%}"
-    sampled = "" if "sampled" not in m else f"; of {m['sampled']['k']} samples: any {m['sampled']['pass']:.1%}, majority {m['sampled']['majority']:.1%}"
+    sampled = "" if not (s := m.get("sampled")) else f"; of {s['k']} samples: one {s['mean']:.1%}, any {s['pass']:.1%}, majority {s['majority']:.1%}, coherence {s['coherence']:.1%}"
     return (f"{m['accuracy']:.1%} of {m['n_problems']} solved [{low:.1%}, {high:.1%}], {m['latents']:.1f} latents + "
             f"{m['answer_tokens']:.1f} tokens{coherence}{sampled}")
 

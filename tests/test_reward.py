@@ -4,7 +4,7 @@ from fractions import Fraction
 import pytest
 
 from minatp import reward
-from minatp.evaluate import Chain, measure, vote, wilson
+from minatp.evaluate import Chain, elect, measure, vote, wilson
 from minatp.data import Problem
 
 
@@ -54,4 +54,8 @@ def test_measures_of_known_chains():
     assert m["accuracy_by_steps"] == {1: 1.0, 2: 0.0}
     assert measure([chain("### 2"), chain("### 3")], ps)["coherence"] is None
     v = vote([[chain("### 2"), chain("### 1")], [chain("### 2.0"), chain("### 1")], [chain("### 5"), chain("### 3")]], ps)
-    assert (v["pass"], v["majority"]) == (1.0, 0.5)
+    assert (v["pass"], v["majority"], v["mean"]) == (1.0, 0.5, 0.5)
+    coherent, not_so = chain("### 3", ["<<1+1=2>>", "<<2+1=3>>"]), chain("### 4", ["<<1+1=2>>", "<<9+1=4>>"])
+    assert elect([not_so, coherent, not_so], "coherence") is coherent and elect([coherent, not_so, not_so], "majority") is not_so
+    nothing = chain("words")
+    assert elect([nothing], "majority") is nothing and elect([nothing, coherent], "majority") is coherent

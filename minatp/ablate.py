@@ -1,0 +1,134 @@
+"""Every comparison of the README by one command: trains each arm that has no summary.json yet, then prints the tables.
+
+    python -m minatp.ablate --out out/ablate --seeds 0,1,2 --jobs 2
+
+Stage 1: the methods. Stage 2: RL and its controls, all from the same SFT run and, where they say so, for the same seconds.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from . import config
+from .run import say
+
+METHODS = {  # name -> options of train.py --stage sft
+    "no-CoT": ["--method", "no-cot"], "CoT": ["--method", "cot"], "Coconut": ["--method", "coconut"], "SIM-CoT": ["--method", "sim-cot"],
+    "ATP": ["--method", "atp"], "ATP, no VAE": ["--no-vae"], "ATP, no stop head": ["--no-stop"], "ATP, no decoder": ["--no-decoder"],
+}
+LAST = "0,0,0,0,0,{epochs}"  # of the curriculum, the last stage alone
+AFTER = {  # name -> options of the run that goes on from ATP; {epochs}: as many as take the seconds of "RL"
+    "RL": ["--stage", "rl"],
+    "RL, score estimator": ["--stage", "rl", "--estimator", "score"],
+    "RL, placebo (permuted rewards)": ["--stage", "rl", "--placebo"],
+    "RL, no coherence": ["--stage", "rl", "--w-coh", "0"],
+    "RL, coherence only (sees no answer)": ["--stage", "rl", "--no-answers", "--w-coh", "1"],
+    "control: more SFT": ["--stage", "sft", "--epochs", LAST],
+    "SFT on answers alone": ["--stage", "sft", "--epochs", LAST, "--answers-share", "0.75"],
+}
+THEN = {"SFT on answers alone, then RL": ("SFT on answers alone", ["--stage", "rl"]),
+        "SFT on answers alone, twice": ("SFT on answers alone", AFTER["SFT on answers alone"])}
+
+
+def main(argv=None):
+    parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--out", default="out/ablate", help="folder of the runs [%(default)s]")
+    parser.add_argument("--seeds", default="0", help="separated by commas [%(default)s]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each where more than one [%(default)s]")
+    parser.add_argument("--arms", default="", help="only these, by name, separated by semicolons; ATP and RL come with what needs them [all]")
+    parser.add_argument("--options", default="", help="given to every run of train.py, in one string")
+    parser.known = [o for action in parser._actions for o in action.option_strings]
+    args = parser.parse_args(argv)
+    known = [*METHODS, *AFTER, *THEN]
+    arms = [a.strip() for a in args.arms.split(";")] if args.arms else known
+    for a in arms:
+        if a not in known:
+            raise config.UserError(f"command line: --arms: there is no {a!r}; the arms are {'; '.join(known)}")
+    try:
+        seeds = [int(s) for s in args.seeds.split(",")]
+    except ValueError:
+        raise config.UserError(f"command line: --seeds must be whole numbers separated by commas, not {args.seeds!r}")
+    study = Study(Path(args.out), args.options.split(), args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:  # a seed's later arms wait for its earlier ones; seeds and methods run side by side
+        first = [a for a in METHODS if a in arms or a == "ATP"]
+        list(pool.map(lambda job: study.method(*job), [(a, s) for a in sorted(first, key=lambda a: a != "ATP") for s in seeds]))
+        late = [a for a in (*AFTER, *THEN) if a in arms]
+        if late:
+            list(pool.map(lambda s: study.after("RL", s), seeds))
+            list(pool.map(lambda job: study.after(*job), [(a, s) for a in late if a in AFTER for s in seeds]))
+            list(pool.map(lambda job: study.after(*job), [(a, s) for a in late if a in THEN for s in seeds]))
+    say(table(study, first, seeds) + ("\n\n" + table(study, late, seeds) if late else ""))
+
+
+class Study:
+    """Runs of train.py in one folder."""
+    def __init__(self, out, options, jobs):
+        self.out, self.options, self.jobs = out, options, jobs
+
+    def folder(self, arm, seed):
+        return self.out / f"{''.join(c if c.isalnum() else '-' for c in arm).strip('-')}.{seed}"
+
+    def train(self, arm, seed, options):
+        """Run train.py unless it has run; returns its folder. Raises UserError where it fails."""
+        out = self.folder(arm, seed)
+        if not (out / "summary.json").exists():
+            out.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "train.py", *options, "--seed", str(seed), "--out", str(out), *self.options]
+            if (out / "config.json").exists():
+                command = [sys.executable, "train.py", "--resume", "--out", str(out)]
+            threads = {"OMP_NUM_THREADS": "1"} if self.jobs > 1 else {}
+            say(f"{arm}, seed {seed}: {' '.join(command[1:])}")
+            with (out / "log.txt").open("a") as log:
+                code = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=log, stderr=log, env={**os.environ, **threads}).returncode
+            if code:
+                raise config.UserError(f"{out}/log.txt:0: {arm}, seed {seed}, ended with code {code}; its last lines say why")
+        return out
+
+    def method(self, arm, seed):
+        return self.train(arm, seed, ["--stage", "sft", *METHODS[arm]])
+
+    def after(self, arm, seed):
+        base, options = THEN[arm] if arm in THEN else ("ATP", AFTER[arm])
+        start = self.after(base, seed) if base in AFTER else self.method(base, seed)
+        epochs = self.equal_seconds(seed) if any("{epochs}" in o for o in options) else None
+        return self.train(arm, seed, [o.format(epochs=epochs) for o in options] + ["--init", str(start.resolve())])
+
+    def equal_seconds(self, seed):
+        """Epochs of the last SFT stage that take as long as RL took, from the speeds of the two runs."""
+        sft = [json.loads(line) for line in (self.folder("ATP", seed) / "metrics.jsonl").read_text().splitlines()]
+        last = [r for r in sft if r["stage"] == sft[-1]["stage"] and "seconds" in r]
+        per_step = (last[-1]["seconds"] - last[0]["seconds"]) / (last[-1]["step"] - last[0]["step"])
+        cfg = json.loads((self.folder("ATP", seed) / "config.json").read_text())
+        return round(self.summary("RL", seed)["seconds"] / per_step * cfg["batch_size"] / self.summary("ATP", seed)["training_problems"], 3)
+
+    def summary(self, arm, seed):
+        return json.loads((self.folder(arm, seed) / "summary.json").read_text())
+
+
+def table(study, arms, seeds):
+    """Markdown: the mean over seeds; the interval of one seed, the range of several."""
+    lines = ["| | accuracy | 95 % of a run | coherence | latents + tokens | seconds |" + (" gained over its start |" if arms and arms[-1] not in METHODS else ""),
+             "|---|---|---|---|---|---|" + ("---|" if arms and arms[-1] not in METHODS else "")]
+    for arm in arms:
+        runs = [study.summary(arm, s) for s in seeds]
+        mean = lambda key: statistics.fmean(r[key] for r in runs)
+        each = " (" + ", ".join(f"{100 * r['accuracy']:.1f}" for r in runs) + ")" if len(runs) > 1 else ""
+        low, high = (statistics.fmean(r["accuracy_ci95"][i] for r in runs) for i in (0, 1))
+        coherence = "–" if runs[0]["coherence"] is None else f"{100 * mean('coherence'):.1f} %"
+        line = (f"| {arm} | {100 * mean('accuracy'):.1f} %{each} | {100 * low:.1f}–{100 * high:.1f} | {coherence} | "
+                f"{mean('latents'):.1f} + {mean('answer_tokens'):.1f} | {mean('seconds'):.0f} |")
+        if arm not in METHODS:
+            start = [study.summary(THEN[arm][0] if arm in THEN else "ATP", s)["accuracy"] for s in seeds]
+            gains = [100 * (r["accuracy"] - a) for r, a in zip(runs, start)]
+            spread = f" ± {statistics.stdev(gains):.1f}" if len(gains) > 1 else ""
+            line += f" {statistics.fmean(gains):+.1f}{spread} |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(config.guarded(main))
