@@ -61,6 +61,19 @@ def load_splits(cfg):
     return Splits(taught, [p for p in kept if not p.steps], val, held[1], "left out of training: " + ", ".join(left_out) if left_out else "")
 
 
+def test_set(folder, n=0, seed=0):
+    """The first n problems (0: all) of a run's test set, by the config.json in its folder; of the built-in task, 1000 and for
+    another seed others. Raises UserError where the run brings none."""
+    path = Path(folder) / "config.json"
+    trained = checkpoint.read_json(path) if path.exists() else {"data": "?"}
+    if not trained.get("data"):
+        n = n or 1000
+        return problems.generate("test", n * (seed + 1), 0)[-n:]
+    if not trained.get("test"):
+        raise UserError(f"{folder}:0: was not trained on the built-in task; give a question or --file")
+    return [p for f in trained["test"].split(",") for p in data.read_problems(f)][: n or None]
+
+
 def encoded(cfg, chosen, tokens, model):
     """Problems as the method reads them -> list of data.Encoded."""
     if cfg.method == "no-cot":
