@@ -104,7 +104,7 @@ class Show:
 
 def names(folders):
     """Short names of runs, different where the folders are."""
-    short = [Path(f).name or f for f in folders]
+    short = [(p.parent if p.name == "final" else p).name or f for f in folders for p in [Path(f).absolute()]]
     return [f if short.count(s) > 1 else s for f, s in zip(folders, short)]
 
 
@@ -218,7 +218,7 @@ def closing(show, shows, asked):
     if show.edit:
         whole = next(s for s in shows if s.run == show.run)
         before = [(p, a[0], b[0]) for p, a, b in zip(asked, whole.chains, show.chains) if b]
-        changed = sum(a.answer != b.answer and not reward.same(a.answer, b.answer) for _, a, b in before)
+        changed = sum(not evaluate.agree(a, b) for _, a, b in before)
         were = f" (of the same, unedited: {sum(bool(reward.accuracy(a.text, p.answer)) for p, a, _ in before if p.answer)})" if judged else ""
         return f"{show.name}: another answer in {changed} of {len(before)} · {right.removesuffix(' · ')}{were}"
     latents, words = sum(c.n_latent for _, c in every), sum(c.n_token for _, c in every)

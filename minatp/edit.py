@@ -62,7 +62,7 @@ def given(edit, model, chains, pool, seed=0):
                        (edit.by == "next" and len(chains) < 2, "there is no next problem; ask for more than one")):
         if wrong:
             raise UserError(f"command line: --edit {edit.text!r}: {why}")
-    steps = [list(chain.z.split(c)) for chain in chains]  # of (c, D)
+    steps = [[chain.z[t:t + c] for t in range(0, chain.n_latent, c)] for chain in chains]  # of (c, D)
     draws = torch.randn(len(chains), c, D, generator=torch.Generator().manual_seed(seed))
     z, n, applies = torch.zeros(len(chains), cK, D), torch.zeros(len(chains), dtype=torch.long), []
     for i, mine in enumerate(steps):

@@ -143,6 +143,11 @@ def paired(after, before, problems):
     return {"gain": float(d.mean()), "gain_se": float(d.std() / len(d) ** 0.5)}
 
 
+def agree(a, b):
+    """Whether two Chains answer alike; those that give no answer, where they write the same."""
+    return reward.same(a.answer, b.answer) or a.text == b.text
+
+
 def reward_variance(model, tokens, prompts, golds, judge, max_new, seed, n_thought=6, n_word=4, **chance):
     """Where the reward's variance within a question comes from: (share of the thoughts, total), by a nested design.
 

@@ -139,12 +139,13 @@ def judged(chains, problems):
 
 def agreement(a, b):
     """Share of problems that two lists of Chains answer alike."""
-    return sum(reward.same(x.answer, y.answer) for x, y in zip(a, b)) / len(a)
+    return sum(evaluate.agree(x, y) for x, y in zip(a, b)) / len(a)
 
 
 def table(report):
     """The report in columns."""
-    lines = [f"{report['run']}", "", f"{'a linear probe reads a result':32} {'R²':>6}  {'accuracy':>8}  {'95 %':>15}  {'commonest':>9}  steps (problems)"]
+    head = f"{'a linear probe reads a result':32} {'R²':>6}  {'accuracy':>8}  {'95 %':>16}  {'commonest':>9}  steps (problems)"
+    lines = [report["run"], *(["", head] if report["reading"] else [])]
     span = lambda r: f"[{r['accuracy_ci95'][0]:6.1%}, {r['accuracy_ci95'][1]:6.1%}]"
     lines += [f"{r['result']:32} {r['r2']:6.3f}  {r['accuracy']:8.1%}  {span(r)}  {r['commonest']:9.1%}  {r['n_steps']} ({r['n_problems']})"
               for r in report["reading"]]
