@@ -26,7 +26,7 @@ class Browser:
     """Chromium by its debugging pipe: JSON messages that end in a zero byte."""
     def __init__(self, program, profile):
         (theirs_in, self.to), (self.back, theirs_out) = os.pipe(), os.pipe()
-        self.process = subprocess.Popen(["sh", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', program, "--headless=new", "--no-sandbox",
+        self.process = subprocess.Popen(["bash", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', program, "--headless=new", "--no-sandbox",
                                          "--disable-gpu", "--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"],
                                         pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL)
         os.close(theirs_in), os.close(theirs_out)
@@ -141,7 +141,7 @@ def test_it_fits_and_draws(browser, url, width, height, dark):
     gaps = browser.run("""[...document.querySelectorAll('.chain')].flatMap(chain => [...chain.querySelectorAll('[data-link]')].map(arc => {
         const box = arc.getBoundingClientRect(), [a, b] = arc.dataset.link.split('-').map(r => chain.querySelector(`[data-r="${r}"]`).getBoundingClientRect())
         return box.top > a.top && box.top < a.bottom && box.bottom > b.top && box.bottom < b.bottom }))""")
-    assert gaps == [True] * 5  # sft's first answer that is wrong is problem 1's; here: two links for each right chain, one less where none
+    assert gaps == [True] * 6  # in each of three columns from the sum to the product, and from that to the answer
     assert not [e for e in browser.events if e.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown")]
     assert {e["params"]["request"]["url"].partition("#")[0] for e in browser.events if e.get("method") == "Network.requestWillBeSent"} <= {url, "about:blank"}
     assert browser.run("window.hit") is None
