@@ -34,6 +34,11 @@ class Edit:
         return self.kind == "replace" and self.by not in ("zero", "prior", "next")
 
     @property
+    def places(self):
+        """Where, from 0, the edited chain has thoughts that are not its own or not in their place."""
+        return {"drop": [], "swap": [self.at, self.other], "replace": [self.at]}[self.kind]
+
+    @property
     def reach(self):
         """Thoughts that a chain must have for the edit to apply."""
         return max(self.at, self.other) + 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import evaluate, explain, reward
+from . import edit, evaluate, explain, reward
 from .config import UserError
 
 OPERATION = re.compile(r"[+*/×÷−-]")
@@ -100,7 +100,8 @@ def record(views, problems):
     """What the page shows, as one JSON object."""
     planes = {id(v.plane): v for v in views if v.plane and not v.edit}
     place = {key: i for i, key in enumerate(planes)}
-    return {"views": [{"name": v.name, "edit": v.edit, "plane": place.get(id(v.plane)), **score(v.chains, problems)} for v in views],
+    return {"views": [{"name": v.name, "edit": v.edit, "edited": edit.parse(v.edit).places if v.edit else [],
+                       "plane": place.get(id(v.plane)), **score(v.chains, problems)} for v in views],
             "planes": [{"share": v.plane.share, "points": points(v)} for v in planes.values()],
             "problems": [{"question": p.question, "gold": p.answer,
                           "chains": [None if v.chains[i] is None else chain_record(v, i, p) for v in views]}

@@ -174,6 +174,7 @@ def test_the_page_tells_what_happened(parsed, folder):
     found = parsed.data
     names = [v["name"] for v in found["views"]]
     assert names[:2] == [str(folder), f"{folder} · drop 1"] and len(names) == 6 and names[4].isdigit() and len(found["planes"]) == 3
+    assert [v["edited"] for v in found["views"]] == [[]] * 6 and edit.parse("swap 3 1").places == [2, 0]
     model, tokens = checkpoint.load(folder)
     ps = problems.generate("test", 11, 0)
     mean = evaluate.solve(model, tokens, [tokens.prompt(p.question) for p in ps], 6)
