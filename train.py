@@ -43,6 +43,8 @@ def sft(cfg, splits, device):
     rows, answers = (run.encoded(cfg, p, tokens, model) for p in (splits.train, splits.answers))
     plan = [(stage, max(1, round(epochs * len(rows) / cfg.batch_size))) for stage, epochs in cfg.schedule()]
     n_total, first = sum(n for _, n in plan), 0
+    # from scratch, φ starts as what π has become when thoughts begin
+    born = plan[0][1] if plan[0][0] == 0 and model.decode and not cfg.init else -1
     run.say(f"{cfg.method}: {run.size(model)}, {len(tokens):,} tokens, {n_total:,} steps of {cfg.batch_size} problems on {device}; "
             f"files in {cfg.out}")
 
@@ -50,13 +52,16 @@ def sft(cfg, splits, device):
         model.stage = stage
         # problems with answers alone can be learned from once every step is latent
         n_free = round(cfg.answers_share * cfg.batch_size) if stage > cfg.K and answers else 0
-        order = data.batches(len(rows), cfg.batch_size - n_free, cfg.seed * 1000 + stage)
-        order_free = data.batches(len(answers), n_free, cfg.seed * 1000 + stage)
+        order = data.batches([r.length for r in rows], cfg.batch_size - n_free, cfg.seed * 1000 + stage)
+        order_free = data.batches([r.length for r in answers], n_free, cfg.seed * 1000 + stage)
         for i in range(n_steps):
             chosen = [rows[j] for j in next(order)] + [answers[j] for j in next(order_free)]
             step = first + i
             if step < state["step"]:
                 continue  # done before the resume; the order had to be drawn
+
+            if step == born:
+                model.decoder.start_from(model.policy)
 
             lr = run.lr_at(i, n_steps, min(cfg.warmup, n_steps // 10), cfg.lr)
             sums, counts, n_token = sft_gradients(cfg, model, tokens, chosen, stage, step, device)
@@ -133,7 +138,8 @@ def rl(cfg, splits, device):
     run.say(f"rl from {cfg.init}: {run.size(model)}, {cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts on {device}; "
             f"files in {cfg.out}")
 
-    order, anchors = (data.batches(n, cfg.batch_size, cfg.seed * 1000 + k) for k, n in enumerate((len(pool), len(rows))))
+    order, anchors = (data.batches(lengths, cfg.batch_size, cfg.seed * 1000 + k)
+                      for k, lengths in enumerate(([len(p) for p in prompts], [r.length for r in rows])))
     silent = 0
     for step in range(cfg.updates):
         chosen, anchor = next(order), next(anchors)

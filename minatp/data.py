@@ -156,6 +156,11 @@ class Encoded:
     rest: list     # as texts, the K-th step joined with all that follow; empty where there are not more than K
     answer: list   # ids: "### " answer eos
 
+    @property
+    def length(self):
+        """Tokens of the problem in words."""
+        return len(self.prompt) + sum(map(len, self.lines)) + len(self.answer)
+
 
 def encode(problems, tokens, K, block_size):
     """Problems -> list of Encoded. Raises UserError where one is longer than the context of block_size tokens."""
@@ -237,16 +242,20 @@ def collate(rows, stage, tokens, model):
                  L, L + int((asks & (n_latent == L)).any()), counts)
 
 
-def batches(n, batch_size, seed):
-    """Endless index lists of batch_size problems out of n: a new order each epoch, nothing repeated within one, the same
-    for the same seed. The last, short batch of an epoch is filled from the next."""
+def batches(lengths, batch_size, seed):
+    """Endless index lists of batch_size problems, lengths being theirs: a new order each epoch, nothing repeated within one, the
+    same for the same seed. The last, short batch of an epoch is filled from the next.
+
+    Among every 16 batches' worth, problems of like length go together, so that little is padding.
+    """
     g = torch.Generator().manual_seed(seed)
-    queue = []
+    queue, n_pool = [], max(1, min(16, len(lengths) // max(1, batch_size)))
     if not batch_size:
         while True:
             yield []
     while True:
-        while len(queue) < batch_size:
-            queue += torch.randperm(n, generator=g).tolist()
-        yield queue[:batch_size]
-        queue = queue[batch_size:]
+        while len(queue) < n_pool * batch_size:
+            queue += torch.randperm(len(lengths), generator=g).tolist()
+        pool, queue = sorted(queue[:n_pool * batch_size], key=lambda i: lengths[i]), queue[n_pool * batch_size:]
+        for i in torch.randperm(n_pool, generator=g).tolist():
+            yield pool[i * batch_size:(i + 1) * batch_size]

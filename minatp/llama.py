@@ -198,6 +198,10 @@ class Llama(nn.Module):
                 nn.init.normal_(p, 0.0, std / math.sqrt(2 * self.cfg.n_layer) if residual else std, generator=generator)
         return self
 
+    def start_from(self, other):
+        """Take the weights of another of the same width, of its lower layers where it has more."""
+        self.load_state_dict({k: v for k, v in other.state_dict().items() if k in self.state_dict()})
+
     def cache(self, B, T):
         """An empty cache for B rows and at most T columns."""
         return KVCache(self.cfg, B, T, self.model.embed_tokens.weight.device)
