@@ -60,7 +60,7 @@ def options(argv):
     parser.add_argument("--html", default="", metavar="FILE", help="write a page that shows all of it, for a browser, with no network")
     parser.add_argument("--edit", action="append", default=[], help="edit the mean chain and think on from there; may be given again")
     parser.add_argument("--n", type=int, help="chains per question; more than one are sampled [1; beside the mean in --html: 6]")
-    parser.add_argument("--vote", default="", help="majority | coherence: of the --n chains show the one elected, without looking at the answer")
+    parser.add_argument("--vote", default="", help="majority | coherence: show the one elected of the --n chains; no answer is looked at")
     parser.add_argument("--temperature", type=float, help="of the noise and the words; 0: the mean policy [0, or 1 with --n]")
     parser.add_argument("--seed", type=int, default=0, help="of the samples and of the problems chosen [%(default)s]")
     parser.add_argument("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
@@ -68,7 +68,7 @@ def options(argv):
     parser.add_argument("--json", action="store_true", help="one JSON object per chain")
     parser.known = [o for action in parser._actions for o in action.option_strings]
     args = parser.parse_args(argv)
-    args.run = [f for given in args.run or ["out/sft"] for f in given.split(",")]
+    args.run = [f for given in args.run or ["out/sft"] for f in given.split(",") if f]
     args.edit = [edit.parse(text) for text in args.edit]
     args.problems = args.problems if args.problems is not None else 50 if args.html else 4
     args.n = args.n if args.n is not None else 6 if args.html else 1
@@ -219,8 +219,8 @@ def closing(show, shows, asked):
         whole = next(s for s in shows if s.run == show.run)
         before = [(p, a[0], b[0]) for p, a, b in zip(asked, whole.chains, show.chains) if b]
         changed = sum(not evaluate.agree(a, b) for _, a, b in before)
-        were = f" (of the same, unedited: {sum(bool(reward.accuracy(a.text, p.answer)) for p, a, _ in before if p.answer)})" if judged else ""
-        return f"{show.name}: another answer in {changed} of {len(before)} · {right.removesuffix(' · ')}{were}"
+        were = sum(bool(reward.accuracy(a.text, p.answer)) for p, a, _ in before if p.answer)
+        return f"{show.name}: another answer in {changed} of {len(before)}" + (f" · {right}{were} unedited" if judged else "")
     latents, words = sum(c.n_latent for _, c in every), sum(c.n_token for _, c in every)
     return (f"\n{right}{latents / len(every):.1f} latents + {words / len(every):.1f} tokens a chain · "
             f"{(latents + words) / show.seconds:,.0f} tokens/s · {show.name}")

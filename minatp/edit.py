@@ -49,8 +49,8 @@ def parse(text):
     m = FORM.fullmatch(" ".join(text.split()))
     numbers = [int(m[k]) - 1 for k in ("drop", "a", "b", "i") if m[k]] if m else []
     if not m or min(numbers) < 0 or m["a"] == m["b"] and m["a"]:
-        raise UserError(f'command line: --edit {text!r} is not an edit; write "drop 2", "swap 1 2" or "replace 2 WITH", where WITH is zero, '
-                        f"prior, next or the words of a thought")
+        raise UserError(f'command line: --edit {text!r} is not an edit; write "drop 2", "swap 1 2" or "replace 2 WITH", '
+                        f"where WITH is zero, prior, next or the words of a thought")
     kind = m[0].split()[0]
     return Edit(text, kind, numbers[0], numbers[-1] if kind == "swap" else 0, m["by"] or "")
 

@@ -114,7 +114,8 @@ def figure(runs):
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes:  # those left over
         axis.set_axis_off()
-    picture.legend([Line2D([], [], color=f"C{i}") for i in range(len(runs))], list(runs), loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+    colours = [Line2D([], [], color=f"C{i}") for i in range(len(runs))]
+    picture.legend(colours, list(runs), loc="outside upper left", ncols=6, frameon=False, fontsize=9)
     return picture
 
 

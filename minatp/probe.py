@@ -31,7 +31,7 @@ def main(argv=None):
     parser.known = [o for action in parser._actions for o in action.option_strings]
     args = parser.parse_args(argv)
     if args.problems < 10 or args.max_new < 1:
-        raise config.UserError(f"command line: --problems must be at least 10 and --max-new positive, not {args.problems} and {args.max_new}")
+        raise config.UserError(f"command line: --problems must be at least 10 and --max-new positive, not {args.problems}, {args.max_new}")
     found = data.read_problems(args.file)[: args.problems] if args.file else run.test_set(args.run, args.problems)
     if len(found) < 10:
         raise config.UserError(f"{args.file or args.run}:0: has {len(found)} problems; a probe needs at least 10")
@@ -80,9 +80,11 @@ def probe(x, y, group, seed=0):
     values, label = y.unique(return_inverse=True)
     known = torch.isin(label, label[train | tune])
     target = torch.cat((y.sign()[:, None] * y.abs().log1p()[:, None], torch.eye(len(values), dtype=x.dtype)[label]), 1)
-    best = []
-    for score in (lambda out, rows: r2(out[:, 0], target[rows, 0]), lambda out, rows: float((out[:, 1:].argmax(1) == label[rows]).double().mean())):
-        ridge = max(RIDGES, key=lambda k: score(ridge_fit(x[train], target[train], k)(x[tune]), tune))
+    explained = lambda out, rows: r2(out[:, 0], target[rows, 0])
+    named = lambda out, rows: float((out[:, 1:].argmax(1) == label[rows]).double().mean())
+    tried, best = {k: ridge_fit(x[train], target[train], k)(x[tune]) for k in RIDGES}, []
+    for score in (explained, named):
+        ridge = max(RIDGES, key=lambda k: score(tried[k], tune))
         best.append(ridge_fit(x[~test], target[~test], ridge)(x[test]))
     right = int(((best[1][:, 1:].argmax(1) == label[test]) & known[test]).sum())
     n, commonest = int(test.sum()), label[~test].mode().values

@@ -26,8 +26,9 @@ class Browser:
     """Chromium by its debugging pipe: JSON messages that end in a zero byte."""
     def __init__(self, program, profile):
         (theirs_in, self.to), (self.back, theirs_out) = os.pipe(), os.pipe()
-        self.process = subprocess.Popen(["bash", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', program, "--headless=new", "--no-sandbox",
-                                         "--disable-gpu", "--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"],
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe"]
+        options += [f"--user-data-dir={profile}", "about:blank"]
+        self.process = subprocess.Popen(["bash", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', program, *options],
                                         pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL)
         os.close(theirs_in), os.close(theirs_out)
         self.count, self.buffer, self.session, self.events = 0, b"", None, []
@@ -57,6 +58,9 @@ class Browser:
         got = self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in got, got["exceptionDetails"]
         return got["result"].get("value")
+
+    def count_of(self, selector):
+        return self.run(f"document.querySelectorAll({selector!r}).length")
 
     def open(self, url, width=1280, height=900, dark=False):
         """Load a page; returns seconds until it is drawn."""
@@ -110,7 +114,8 @@ def url(tmp_path_factory):
         return Chain(steps, f"### {answer}", True, 4, 3, [0.01, 0.2, 0.9], [0.1, 0.2], torch.randn(4, 8, generator=g))
 
     numbers = torch.randint(2, 9, (50, 3), generator=g).tolist()
-    ps = [Problem(f"Ann has {a} pens and finds {b}; then they are {c} times as many. How many has she?", [], str((a + b) * c)) for a, b, c in numbers]
+    told = "Ann has {} pens and finds {}; then they are {} times as many. How many has she?"
+    ps = [Problem(told.format(a, b, c), [], str((a + b) * c)) for a, b, c in numbers]
     ps[4] = Problem("Long " + "word " * 80 + "<img src=http://nowhere.invalid/x onerror='window.hit = 1'>" + "x" * 200, [], ps[4].answer)
     views = []
     for run, right in (("sft", lambda i: i % 2), ("rl", lambda i: True)):
@@ -130,7 +135,7 @@ def test_it_fits_and_draws(browser, url, width, height, dark):
     seconds = browser.open(url + "#2", width, height, dark)
     browser.shot(f"{width}-{'dark' if dark else 'light'}")
     assert seconds < 2, "50 problems must open at once"
-    assert browser.run("document.querySelectorAll('nav button').length") == 50 and browser.run("document.querySelectorAll('.view').length") == 3
+    assert (browser.count_of("nav button"), browser.count_of(".view")) == (50, 3)
     for i in (2, 5):  # the fifth has words of 200 letters
         browser.run(f"show({i - 1})")
         assert browser.run("document.documentElement.scrollWidth") <= width
@@ -139,11 +144,13 @@ def test_it_fits_and_draws(browser, url, width, height, dark):
     assert light < 60 if dark else light > 200
     # arcs begin and end at the height of their rows
     gaps = browser.run("""[...document.querySelectorAll('.chain')].flatMap(chain => [...chain.querySelectorAll('[data-link]')].map(arc => {
-        const box = arc.getBoundingClientRect(), [a, b] = arc.dataset.link.split('-').map(r => chain.querySelector(`[data-r="${r}"]`).getBoundingClientRect())
+        const box = arc.getBoundingClientRect()
+        const [a, b] = arc.dataset.link.split('-').map(r => chain.querySelector(`[data-r="${r}"]`).getBoundingClientRect())
         return box.top > a.top && box.top < a.bottom && box.bottom > b.top && box.bottom < b.bottom }))""")
     assert gaps == [True] * 6  # in each of three columns from the sum to the product, and from that to the answer
     assert not [e for e in browser.events if e.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown")]
-    assert {e["params"]["request"]["url"].partition("#")[0] for e in browser.events if e.get("method") == "Network.requestWillBeSent"} <= {url, "about:blank"}
+    asked = {e["params"]["request"]["url"].partition("#")[0] for e in browser.events if e.get("method") == "Network.requestWillBeSent"}
+    assert asked == {url, "about:blank"} or asked == {url}
     assert browser.run("window.hit") is None
 
 
@@ -156,11 +163,11 @@ def test_keys(browser, url):
         seen.append(at())
     assert seen == ["1", "2", "3", "2", "1", "1"] and browser.run("location.hash") == "#1"
     browser.key("f")
-    assert browser.run("document.querySelectorAll('nav button').length") == 25 and browser.run("document.querySelector('#filter').textContent") == "Wrong · 25"
+    assert browser.count_of("nav button") == 25 and browser.run("document.querySelector('#filter').textContent") == "Wrong · 25"
     browser.key("j")
     assert at() == "3"  # the next wrong one
     browser.key("c")
-    assert "result" in browser.run("document.querySelector('#colour').textContent") and browser.run("document.querySelectorAll('.ramp').length") == 3
+    assert "result" in browser.run("document.querySelector('#colour').textContent") and browser.count_of(".ramp") == 3
     browser.key("t")
     assert browser.run("document.documentElement.dataset.theme") == "dark"
     browser.key("?")
@@ -174,6 +181,6 @@ def test_a_point_opens_its_problem_and_every_button_has_a_name(browser, url):
     browser.run("document.querySelectorAll('.plane')[0].querySelectorAll('circle.pt')[20].dispatchEvent(new MouseEvent('click'))")
     assert browser.run("location.hash") == "#11"  # two thoughts a problem
     assert browser.run("[...document.querySelectorAll('button')].every(b => (b.getAttribute('aria-label') || b.textContent).trim())")
-    assert browser.run("document.querySelectorAll('.na').length") == 0
+    assert browser.count_of(".na") == 0
     browser.run("show(0)")
-    assert browser.run("document.querySelectorAll('.na').length") == 1  # the edit that does not apply
+    assert browser.count_of(".na") == 1  # the edit that does not apply

@@ -69,11 +69,12 @@ def test_edits_change_the_chain_as_they_say(solved):
     long = [i for i, c in enumerate(mean) if c.n_latent == 4]
     steps = {i: mean[i].z.split(2) for i in long}
     words = mean[long[0]].thoughts[1]
-    for text, want, ends in (("drop 1", lambda s, i: [s[1]], True), ("drop 2", lambda s, i: [s[0]], True), ("swap 1 2", lambda s, i: [s[1], s[0]], False),
-                             ("replace 2 zero", lambda s, i: [s[0], 0 * s[1]], False), (f"replace 1 {words}", lambda s, i: [steps[long[0]][1]], False)):
+    for text, want, ends in (("drop 1", lambda s: [s[1]], True), ("drop 2", lambda s: [s[0]], True),
+                             ("swap 1 2", lambda s: [s[1], s[0]], False), ("replace 2 zero", lambda s: [s[0], 0 * s[1]], False),
+                             (f"replace 1 {words}", lambda s: [steps[long[0]][1]], False)):
         given, applies = edit.given(edit.parse(text), model, mean, [mean[long[0]]])
         for i in long:
-            new = torch.cat(want(steps[i], i))
+            new = torch.cat(want(steps[i]))
             assert torch.equal(given.z[i, : given.n[i]], new) and given.n[i] == len(new) and given.ends[i] == ends and applies[i], text
         short = [i for i, c in enumerate(mean) if c.n_latent == 0]
         assert not any(applies[i] for i in short) and given.ends[short].all() and (given.n[short] == 0).all()
@@ -93,8 +94,9 @@ def test_what_is_not_an_edit(text):
 
 @pytest.mark.parametrize("argv, message", [
     (["--edit", "drop 3"], "no chain has a thought 3"), (["--edit", "replace 1 <<0+0=7>>"], "none is read as '<<0+0=7>>'"),
-    (["--edit", "replace 1 next", "--problems", "1"], "there is no next problem"), (["--edit", "drop 1", "--n", "3"], "does not go with --n"),
-    (["--html", "x.html", "--json"], "does not go with --json"), (["--html", "/nowhere/x.html"], "/nowhere/x.html:0: cannot be written"),
+    (["--edit", "replace 1 next", "--problems", "1"], "there is no next problem"),
+    (["--edit", "drop 1", "--n", "3"], "does not go with --n"), (["--html", "x.html", "--json"], "does not go with --json"),
+    (["--html", "/nowhere/x.html"], "/nowhere/x.html:0: cannot be written"),
 ])
 def test_mistakes_get_one_line(argv, message, folder, capsys):
     ok(sample.main, "--run", folder, "--problems", 8, "--max-new", 4, *argv, expect=2)
@@ -147,8 +149,8 @@ def parsed(folder, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("html")
     ps = problems.generate("test", 11, 0) + [Problem(EVIL, [], "<b>5</b>")]
     (tmp / "p.jsonl").write_text("".join(json.dumps(vars(p)) + "\n" for p in ps))
-    ok(sample.main, "--run", f"{folder},{folder}/final", "--run", folder / "checkpoints" / sorted(p.name for p in (folder / "checkpoints").iterdir())[0],
-       "--file", tmp / "p.jsonl", "--html", tmp / "t.html", "--edit", "drop 1", "--n", 3, "--max-new", 6)
+    ok(sample.main, "--run", f"{folder},{folder}/final", "--run", min((folder / "checkpoints").iterdir()), "--file", tmp / "p.jsonl",
+       "--html", tmp / "t.html", "--edit", "drop 1", "--n", 3, "--max-new", 6)
     return Parsed((tmp / "t.html").read_text())
 
 
@@ -192,14 +194,16 @@ def test_the_page_tells_what_happened(parsed, folder):
 
 
 def test_links_join_a_result_to_its_use():
-    chain = evaluate.Chain(["<<2+3=5>>", "<<1+1=2>>\n<<5*2=10>>"], "<<10-9=1>>\n### 10", True, 4, 3, [0.1, 0.2], [0.3, 0.4], torch.zeros(4, 8))
+    thoughts, z = ["<<2+3=5>>", "<<1+1=2>>\n<<5*2=10>>"], torch.zeros(4, 8)
+    chain = evaluate.Chain(thoughts, "<<10-9=1>>\n### 10", True, 4, 3, [0.1, 0.2], [0.3, 0.4], z)
     view = page.View("r", "", [chain], [], [[[("<<2+3=5>>", 0.8), ("<<2+3=6>>", 0.1)], []]], 2, None)
     shown = page.chain_record(view, 0, Problem("?", [], "10"))
     assert [(r["text"], r.get("sigma"), r.get("stop")) for r in shown["rows"]] == [
         ("<<2+3=5>>", 0.3, 0.1), ("<<1+1=2>>", 0.4, 0.2), ("<<5*2=10>>", None, None), ("<<10-9=1>>", None, None)]
     assert shown["links"] == [[0, 2], [1, 2], [2, 3], [2, 4]] and shown["right"]
     assert (shown["rows"][0]["p"], shown["rows"][0]["or"]) == (0.8, [["<<2+3=6>>", 0.1]])
-    assert [page.kind(t) for t in ("<<2+3=5>>", "<<6/2=3>>", "so 4×2.5=10", "none", "=7")] == [("+", 5), ("/", 3), ("*", 10), ("", None), ("", 7)]
+    kinds = {"<<2+3=5>>": ("+", 5), "<<6/2=3>>": ("/", 3), "so 4×2.5=10": ("*", 10), "none": ("", None), "=7": ("", 7)}
+    assert {t: page.kind(t) for t in kinds} == kinds
 
 
 def test_the_plane_is_pca():
@@ -263,11 +267,11 @@ def test_the_probe_of_a_run(folder, capsys):
     ok(probe.main, folder, "--problems", 24, "--max-new", 6, "--json")
     report = json.loads(capsys.readouterr().out)
     rows = {r["thoughts"]: r for r in report["using"]}
-    assert list(rows)[:5] == ["as they are", "thoughts of another problem", "thoughts all zero", "thoughts drawn from the prior", "no thoughts"]
+    own, other, zero, prior, none = list(rows.values())[:5]
+    assert (own["thoughts"], prior["thoughts"], none["thoughts"]) == ("as they are", "thoughts drawn from the prior", "no thoughts")
     assert all(r["n_problems"] == 24 and r["accuracy_ci95"][0] <= r["accuracy"] <= r["accuracy_ci95"][1] for r in rows.values())
-    own = rows["as they are"]
-    assert own["latents"] == rows["thoughts all zero"]["latents"] == rows["thoughts of another problem"]["latents"] > 0 == rows["no thoughts"]["latents"]
-    assert rows["thoughts all zero"]["same_answer"] < own["same_answer"] and rows["σ × 8"]["same_answer"] < 1
+    assert own["latents"] == zero["latents"] == other["latents"] == prior["latents"] > 0 == none["latents"]
+    assert own["same_answer"] == 1 > max(zero["same_answer"], rows["σ × 8"]["same_answer"])
     ok(probe.main, folder, "--problems", 24, "--max-new", 6)
     shown = capsys.readouterr().out
     assert "no thoughts" in shown and "the other problem's answer:" in shown
@@ -279,7 +283,8 @@ def test_the_probe_of_a_run(folder, capsys):
 
 def test_curves_have_every_quantity(folder, tmp_path, capsys):
     found = plot.curves(plot.read(folder / "metrics.jsonl"))
-    assert {"enc", "dec", "stop", "kl.sft", "accuracy.stage", "latents"} <= found.keys() and [p[0] for p in found["accuracy.stage"]] == [0, 1, 2, 3]
+    assert {"enc", "dec", "stop", "kl.sft", "accuracy.stage", "latents"} <= found.keys()
+    assert [stage for stage, *_ in found["accuracy.stage"]] == [0, 1, 2, 3]
     rl = plot.curves([{"step": 5, "reward": 0.4, "acc": 0.3, "coh": 0.1, "fmt": 0.9, "kl": 0.01, "latents": 3.0}])
     assert rl.keys() == {"reward", "acc", "coh", "fmt", "kl.rl"} and rl["acc"] == [(5, 0.3, None, None)]
     pytest.importorskip("matplotlib")
@@ -290,7 +295,8 @@ def test_curves_have_every_quantity(folder, tmp_path, capsys):
     assert "c.xyz:0: cannot be written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, message", [("", ":1: is empty"), ('{"step": 1}\n{"st', ":2: is not valid JSON"), ("[1]\n", ':1: has no "step"'), (None, ":0: cannot be read")])
+@pytest.mark.parametrize("text, message", [("", ":1: is empty"), ('{"step": 1}\n{"st', ":2: is not valid JSON"),
+                                           ("[1]\n", ':1: has no "step"'), (None, ":0: cannot be read")])
 def test_broken_metrics_are_named(text, message, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     if text is not None:
