@@ -68,7 +68,8 @@ def read(model, tokens, chains, n=3):
 
     By φ; of a thought that is a hidden state (no VAE, no φ) the words that the policy would say there; [] for any other.
     """
-    z = torch.cat([chain.z for chain in chains]).to(model.policy.freq.device).unflatten(0, (-1, model.c))  # (thoughts, c, D)
+    z = torch.cat([chain.z for chain in chains]).to(model.policy.freq.device)
+    z = z.reshape(len(z) // model.c, model.c, z.shape[-1])  # (thoughts, c, D)
     if model.decode:
         found = iter([(tokens.decode(ids), p) for ids, p in thought] for thought in explain.readings(model.decoder, z, tokens.eos[0], n))
     elif not model.vae:

@@ -193,6 +193,25 @@ def test_the_page_tells_what_happened(parsed, folder):
     assert max(abs(v) for p in found["planes"][0]["points"] for v in p[:2]) == pytest.approx(1, abs=2e-3)
 
 
+@pytest.mark.parametrize("has", ["nothing", "a stop head", "words alone"])
+def test_runs_without_decoder_or_thoughts_have_a_page(has, folder, tmp_path, capsys):
+    model, tokens = checkpoint.load(folder, vae=False, decode=False, stop=has == "a stop head")
+    model.stage = 0 if has == "words alone" else 3
+    checkpoint.save(tmp_path / "r", model, tokens)
+    ok(sample.main, "--run", tmp_path / "r", "--html", tmp_path / "t.html", "--problems", 6, "--max-new", 4, "--n", 2)
+    found = Parsed((tmp_path / "t.html").read_text()).data
+    rows = [r for p in found["problems"] for r in p["chains"][0]["rows"] if "thought" in r]
+    if has == "words alone":
+        assert not rows and not found["planes"]
+    else:
+        assert rows and all(r["text"] == "" and r["p"] is None and len(r["or"]) == 3 for r in rows) and found["planes"][0]["points"]
+    ok(sample.main, "--run", tmp_path / "r", "--problems", 6, "--max-new", 4, "--edit", "replace 1 prior", expect=2)
+    assert ("no thoughts to edit" if has == "words alone" else "no prior") in capsys.readouterr().err
+    ok(probe.main, tmp_path / "r", "--problems", 12, "--max-new", 4, "--json", expect=2 if has == "words alone" else 0)
+    out, err = capsys.readouterr()
+    assert "thinks in words" in err if has == "words alone" else "prior" not in out and json.loads(out)["using"][0]["latents"] > 0
+
+
 def test_links_join_a_result_to_its_use():
     thoughts, z = ["<<2+3=5>>", "<<1+1=2>>\n<<5*2=10>>"], torch.zeros(4, 8)
     chain = evaluate.Chain(thoughts, "<<10-9=1>>\n### 10", True, 4, 3, [0.1, 0.2], [0.3, 0.4], z)
@@ -272,9 +291,8 @@ def test_the_probe_of_a_run(folder, capsys):
     assert all(r["n_problems"] == 24 and r["accuracy_ci95"][0] <= r["accuracy"] <= r["accuracy_ci95"][1] for r in rows.values())
     assert own["latents"] == zero["latents"] == other["latents"] == prior["latents"] > 0 == none["latents"]
     assert own["same_answer"] == 1 > max(zero["same_answer"], rows["σ × 8"]["same_answer"])
-    ok(probe.main, folder, "--problems", 24, "--max-new", 6)
-    shown = capsys.readouterr().out
-    assert "no thoughts" in shown and "the other problem's answer:" in shown
+    shown = probe.table(report)
+    assert shown.count("\n") >= 12 and "no thoughts" in shown and "the other problem's answer:" in shown
     ok(probe.main, folder, "--problems", 3, expect=2)
     assert "--problems must be at least 10" in capsys.readouterr().err
 
