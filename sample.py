@@ -26,28 +26,27 @@ def main(argv=None):
     asked = questions(args)
     device = run.pick_device(args.device)
     shows = [show for folder, name in zip(args.run, names(args.run)) for show in think(args, folder, name, asked, device)]
-    if args.html:
-        page.write(args.html, [s.view for s in shows], asked)
-    elif args.json:
-        for p, found in zip(asked, zip(*(s.chains for s in shows))):
+    rows = list(zip(asked, zip(*(show.chains for show in shows))))  # (problem, the chains of each show)
+    if args.json:
+        for p, found in rows:
             for show, chains in zip(shows, found):
                 for chain in chains:
                     print(json.dumps(record(p, chain, show), ensure_ascii=False))
         return
     paint = Paint(sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    for p, found in zip(asked, zip(*(s.chains for s in shows))):
-        if args.html:
-            break
-        print("\n" + paint.bold(p.question))
-        for show, chains in zip(shows, found):
-            if len(shows) > 1:
-                print(paint.dim(f"  {show.name}" + ("" if chains else ": does not apply")))
-            for chain in chains:
-                print("\n".join(draw(p, chain, paint)))
+    if args.html:
+        page.write(args.html, [show.view for show in shows], asked)
+        print(f"{len(asked)} problems in {args.html}")
+    else:
+        for p, found in rows:
+            print("\n" + paint.bold(p.question))
+            for show, chains in zip(shows, found):
+                if len(shows) > 1:
+                    print(paint.dim(f"  {show.name}" + ("" if chains else ": does not apply")))
+                for chain in chains:
+                    print("\n".join(draw(p, chain, paint)))
     for show in shows:
         print(paint.dim(closing(show, shows, asked)))
-    if args.html:
-        print(f"{len(asked)} problems in {args.html}")
 
 
 def options(argv):
@@ -112,26 +111,23 @@ def think(args, folder, name, asked, device):
     """Shows of one run: its chains, then those of every edit."""
     model, tokens = checkpoint.load(folder)
     model.to(device).eval()
-    prompts = [tokens.prompt(p.question) for p in asked]
-    room = model.policy.cfg.block_size - model.c * model.K - args.max_new - 1
-    for p, prompt in zip(asked, prompts):
-        if len(prompt) > room:
-            raise config.UserError(f"command line: the question {p.question[:40]!r} … is {len(prompt)} tokens long and there is room for "
-                                   f"{room}; shorten it or lower --max-new")
+    prompts = read(asked, model, tokens, args.max_new)
     solve = lambda prompts=prompts, **how: evaluate.solve(model, tokens, prompts, args.max_new, keep=True, **how)
     began = time.perf_counter()
     with run.autocast(device):
+        if args.html or not args.temperature:
+            mean = solve()
+            shows = [Show(name, "", [[c] for c in mean], time.perf_counter() - began)]
         sampled = [solve(seed=args.seed * 1000 + k, temperature=args.temperature) for k in range(args.n)] if args.temperature else []
-        seconds = time.perf_counter() - began
-        mean = solve() if args.html or not args.temperature else None
-        each = [list(chains) for chains in zip(*sampled)] if sampled else [[c] for c in mean]
-        if args.vote:
-            each = [[evaluate.elect(found, args.vote)] for found in each]
-        shows = [Show(name, "", [[c] for c in mean] if args.html else each, seconds if sampled else time.perf_counter() - began)]
-        pool = mean + solve([tokens.prompt(p.question) for p in run.test_set(folder, 500)]) if any(e.words for e in args.edit) else mean
+        sampled = [list(chains) for chains in zip(*sampled)]
+        if args.vote and sampled:
+            sampled = [[evaluate.elect(found, args.vote)] for found in sampled]
+        if not args.html and sampled:
+            shows = [Show(name, "", sampled, time.perf_counter() - began)]
+        pool = solve([tokens.prompt(p.question) for p in run.test_set(folder, 500)]) if any(e.words for e in args.edit) else []
         for e in args.edit:
             began = time.perf_counter()
-            given, applies = edit.given(e, model, mean, pool, args.seed)
+            given, applies = edit.given(e, model, mean, mean + pool, args.seed)
             chains = [[c] if a else [] for c, a in zip(solve(given=given), applies)]
             shows.append(Show(name, e.text, chains, time.perf_counter() - began))
         if args.html:
@@ -139,9 +135,20 @@ def think(args, folder, name, asked, device):
             for show in shows:
                 chains = [found[0] if found else None for found in show.chains]
                 told = iter(page.read(model, tokens, [c for c in chains if c]))
-                show.view = page.View(name, show.edit, chains, each if not show.edit and sampled else [],
-                                      [next(told) if c else [] for c in chains], model.c, plane)
+                show.view = page.View(name, show.edit, chains, [] if show.edit else sampled, [next(told) if c else [] for c in chains],
+                                      model.c, plane)
     return shows
+
+
+def read(asked, model, tokens, max_new):
+    """Prompts of the problems. Raises UserError where one leaves no room for thoughts and an answer."""
+    prompts = [tokens.prompt(p.question) for p in asked]
+    room = model.policy.cfg.block_size - model.c * model.K - max_new - 1
+    for p, prompt in zip(asked, prompts):
+        if len(prompt) > room:
+            raise config.UserError(f"command line: the question {p.question[:40]!r} … is {len(prompt)} tokens long and there is room for "
+                                   f"{room}; shorten it or lower --max-new")
+    return prompts
 
 
 def questions(args):
