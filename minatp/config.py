@@ -120,6 +120,7 @@ class Report:
     votes: int = opt(0, "also sample this many chains per test problem: pass@k and majority vote")
     temperature: float = opt(1.0, "of those samples")
     log_every: int = opt(50, "steps between lines")
+    sink: str = opt("", "send the records of metrics.jsonl to tensorboard | wandb as well")
     save_every: int = opt(500, "steps between checkpoints")
 
 
@@ -178,6 +179,7 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
         need(self.estimator in ("score", "path"), f"--estimator must be score or path, not {self.estimator!r}")
         need(self.coherence in ("paper", "strict"), f"--coherence must be paper or strict, not {self.coherence!r}")
         need(0 <= self.answers_share <= 1, f"--answers-share must be between 0 and 1, not {self.answers_share}")
+        need(self.sink in ("", "tensorboard", "wandb"), f"--sink must be tensorboard or wandb, not {self.sink!r}")
         need(self.G > 1, "--G must be at least 2: a group is its own baseline")
         self.schedule()
 
