@@ -131,7 +131,7 @@ def rl(cfg, splits, device):
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}
     log, meter = run.Log(cfg, state), run.Meter()
     cfg.c, cfg.K = model.c, model.K
-    pool = splits.answers + splits.train
+    pool = splits.answers or splits.train
     prompts, rows = [tokens.prompt(p.question) for p in pool], run.encoded(cfg, splits.train, tokens, model)
     val_rows = run.encoded(cfg, [p for p in splits.val if p.steps][:200], tokens, model)
     max_new = run.room(cfg, rows, model.stage)
@@ -162,15 +162,15 @@ def rl(cfg, splits, device):
 
         # learn from the groups that have something to tell
         lr = run.lr_at(step, cfg.updates, min(cfg.warmup, cfg.updates // 10), cfg.lr)
-        diagnostics = {}
+        diagnostics, due = {}, (step + 1) % cfg.log_every == 0
         if telling.any():
             group = telling.nonzero()[:, 0].to(device)
             chain = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
-            learn = (prompt[group], valid[group], r.take(chain), advantage[telling].view(-1, 1).to(device))
+            learn = (prompt[group], valid[group], r.take(chain), advantage[telling].view(-1, 1).to(device), noise.eps[chain.cpu()].to(device))
             old = None
             for u in range(cfg.updates_per_batch):
                 with run.autocast(device):
-                    loss, old, d = policy_loss(cfg, model, start, *learn, noise.eps[chain.cpu()].to(device), old, R.numel())
+                    loss, old, d = policy_loss(cfg, model, start if cfg.kl or due else None, *learn, old, R.numel())
                 loss.backward()
                 if cfg.anchor:
                     sft_gradients(cfg, model, tokens, [rows[i] for i in anchor], model.K + 1, step, device, cfg.anchor)
@@ -215,7 +215,8 @@ def judge(cfg, chains, golds):
 def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n):
     """−Σ advantage·log-probability over the chains r of the telling groups, over all n chains of the batch.
 
-    Returns (loss, the log-probabilities that later updates on this batch are compared with, diagnostics).
+    start: the SFT policy where the KL to it is asked for, which is a pass more. Returns (loss, the log-probabilities that later
+    updates on this batch are compared with, diagnostics).
     """
     s = score(model, prompt, valid, r, cfg.G, eps if cfg.estimator == "path" else None)
     new = torch.cat((s.logp_z, s.logp_stop, s.logp_token if not cfg.greedy else 0 * s.logp_token), 1)
@@ -223,14 +224,14 @@ def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n):
     each, clamped = surrogate(new, old, advantage)
     loss = each.sum() / n
     d = {"sigma": (0.5 * s.logvar[s.candidate]).exp().mean(), "clamped": clamped.float().mean()}
-    with torch.set_grad_enabled(cfg.kl > 0):
+    if start is not None:
         with torch.no_grad():
             ref = score(start, prompt, valid, r, cfg.G)
-        d["kl"] = kl_to(s, ref, r) / len(advantage)
-    return loss + cfg.kl * d["kl"], old, d
+        d["kl"] = kl_to(s, ref) / len(advantage)
+    return loss + cfg.kl * d["kl"] if cfg.kl else loss, old, d
 
 
-def kl_to(s, ref, r):
+def kl_to(s, ref):
     """KL(π ‖ π_start), summed over the chains: exact for the thoughts, by samples (k3) for stops and words."""
     gauss = 0.5 * (ref.logvar - s.logvar + ((s.logvar.exp() + (s.mu - ref.mu).pow(2)) * torch.exp(-ref.logvar)) - 1).sum(-1)
     k3 = lambda new, old: ((old - new).clamp(-10, 10).exp() - 1 - (old - new)).sum()
