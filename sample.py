@@ -49,7 +49,7 @@ def main(argv=None):
     room = model.policy.cfg.block_size - model.c * model.K - args.max_new - 1
     for p, prompt in zip(asked, prompts):
         if len(prompt) > room:
-            raise config.UserError(f"command line: the question {p.question[:40]!r} … is {len(prompt)} tokens long and there is room for "
+            raise config.UserError(f"{p.at}: the question {p.question[:40]!r} … is {len(prompt)} tokens long and there is room for "
                                    f"{room}; shorten it or lower --max-new")
     began = time.perf_counter()
     with run.autocast(device):
@@ -100,9 +100,11 @@ def questions(args):
 
 
 def bare(lines, where):
-    found = [data.Problem(line.strip(), [], "") for line in lines if line.strip()]
+    found = [data.Problem(line.strip(), [], "", f"{where}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise config.UserError(f"{where}:1: holds no question; write one a line")
+    for p in found:
+        data.need_text(p.at, p.question)
     return found
 
 
