@@ -52,7 +52,7 @@ def main(argv=None):
             raise config.UserError(f"{p.at}: the question {p.question[:40]!r} … is {len(prompt)} tokens long and there is room for "
                                    f"{room}; shorten it or lower --max-new")
     began = time.perf_counter()
-    with run.autocast(device):
+    with run.memory("sample.py", len(prompts), max(map(len, prompts)) + args.max_new, "--problems or --max-new"), run.autocast(device):
         samples = [evaluate.solve(model, tokens, prompts, args.max_new, seed=args.seed * 1000 + k if temperature else None,
                                   temperature=temperature or 1.0) for k in range(args.n)]
     seconds = time.perf_counter() - began

@@ -3,10 +3,14 @@
 A saved model is a Hugging Face directory that other programs load; what they do not know (heads, decoder LM) lies in minatp/:
     DIR/config.json  model.safetensors  tokenizer.json  [tokenizer_config.json  generation_config.json]
     DIR/minatp/config.json  heads.safetensors  decoder.safetensors
+A run's folder holds final/, such a directory, and checkpoints/: the same with optimizer.safetensors and state.json. Each has a
+manifest.json, by which a broken checkpoint is known.
 """
+import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -14,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from .config import UserError
+from .config import NotWritten, UserError
 from .data import Tokens
 from .latent import ATP, START
 from .llama import LlamaConfig
@@ -177,14 +181,17 @@ def add_tokens(model, tokens):
 
 
 def load(directory, **switches):
-    """(model, tokens) of a Hugging Face directory or of a directory saved by `save`.
+    """(model, tokens) of a Hugging Face directory, of a directory saved by `save`, or of a run's folder: its final/, or the newest
+    checkpoint of a run that has not ended.
 
     switches (ATP's keyword arguments) win over what was saved with the heads. What a switch asks for and the directory lacks
-    starts fresh: heads at their initial values, φ from π's weights.
+    starts fresh: heads at their initial values, φ from π's weights. Raises UserError naming the file that is wrong.
     """
     directory = Path(directory)
     if (directory / "final").is_dir():
         directory = directory / "final"
+    elif checkpoints(directory):
+        directory = newest_checkpoint(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}:0: is not a directory; give a Hugging Face directory or a run's folder")
     cfg = read_config(directory / "config.json")
@@ -250,33 +257,69 @@ def save(directory, model, tokens, source=None):
 
 # ---- checkpoints of a run -----------------------------------------------------------------------------------------------
 
-def write_folder(path, write):
-    """Make the folder `path` all at once: write(tmp) fills a temporary one, which is fsynced and renamed. An older folder of
-    that name is replaced only then."""
+def n_bytes(model, optimizer=None):
+    """Bytes of a model's parameters, and of AdamW's moments."""
+    moments = (v for state in optimizer.state.values() for v in state.values()) if optimizer else ()
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *moments))
+
+
+def write_folder(path, write, needed):
+    """Make the folder `path` all at once: write(tmp) fills a temporary one, which gets manifest.json (the SHA-256 of every file), is
+    fsynced and renamed. An older folder of that name is replaced only then.
+
+    Raises NotWritten where that fails, which tells the `needed` bytes; what was there before is still there.
+    """
     path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    write(tmp)
-    for file in [*tmp.rglob("*"), tmp]:
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-    old = path.with_name(path.name + ".old")
+    tmp, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        write(tmp)
+        hashes = {str(file.relative_to(tmp)): sha256(file) for file in sorted(tmp.rglob("*")) if file.is_file()}
+        (tmp / "manifest.json").write_text(json.dumps({"sha256": hashes}, indent=2) + "\n")
+        for file in [*tmp.rglob("*"), tmp]:
+            fsync(file)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        tmp.rename(path)
+        for parent in (path.parent, path.parent.parent):  # the names, too, must outlive a power cut
+            fsync(parent)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise NotWritten(path, e, needed)
     shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    tmp.rename(path)
-    fd = os.open(path.parent, os.O_RDONLY)
+
+
+def fsync(path):
+    fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path):
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            h.update(block)
+    return h.hexdigest()
+
+
+def fault(folder):
+    """What is wrong with a folder that write_folder made, in words; None where it is whole."""
+    try:
+        hashes = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["sha256"]
+        changed = [name for name, h in hashes.items() if sha256(folder / name) != h]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        return f"its manifest or a file of it cannot be read: {e}"
+    return f"{changed[0]} is not what was written" if changed else None
 
 
 def save_checkpoint(out, state, model, tokens, optimizer, source=None, keep=2):
     """out/checkpoints/{step}: the directory that `save` writes, AdamW's moments and `state` (JSON: step, seconds …).
 
-    Older ones but the last `keep` are removed. A checkpoint serves --init and sample.py as well as --resume.
+    The last `keep` are kept; older ones are removed, and newer ones, which a resume has found broken. A checkpoint serves --init
+    and sample.py as well as --resume. Raises NotWritten.
     """
     def write(tmp):
         save(tmp, model, tokens, source)
@@ -284,22 +327,33 @@ def save_checkpoint(out, state, model, tokens, optimizer, source=None, keep=2):
                    for k, v in optimizer.state.get(p, {}).items()}, tmp / "optimizer.safetensors")
         (tmp / "state.json").write_text(json.dumps(state) + "\n")
 
-    folder = Path(out) / "checkpoints"
-    write_folder(folder / f"{state['step']:08d}", write)
-    for old in sorted(folder.glob("*[0-9]"))[:-keep]:
-        shutil.rmtree(old)
+    new = Path(out) / "checkpoints" / f"{state['step']:08d}"
+    write_folder(new, write, n_bytes(model, optimizer))
+    kept = [c for c in checkpoints(out) if c <= new][-keep:]
+    for other in set(new.parent.iterdir()) - set(kept):
+        shutil.rmtree(other)
+
+
+def checkpoints(out):
+    """Folders of a run's checkpoints, oldest first."""
+    return sorted((Path(out) / "checkpoints").glob("*[0-9]"))
 
 
 def newest_checkpoint(out):
-    """Folder of the newest checkpoint of a run. Raises UserError where there is none."""
-    found = sorted((Path(out) / "checkpoints").glob("*[0-9]"))
-    if not found:
-        raise UserError(f"{out}/checkpoints:0: holds no checkpoint to resume from; start without --resume")
-    return found[-1]
+    """Folder of a run's newest whole checkpoint; of each broken one there is a warning on stderr. Raises UserError where none is."""
+    found = checkpoints(out)
+    for folder in reversed(found):
+        wrong = fault(folder)
+        if not wrong:
+            return folder
+        sys.stderr.write(f"warning: {folder}: is broken ({wrong}); the one before it is used\n")
+    if found:
+        raise UserError(f"{out}/checkpoints:0: no checkpoint is whole; start anew in another --out")
+    raise UserError(f"{out}/checkpoints:0: holds no checkpoint to resume from; start without --resume")
 
 
 def restore(folder, model, optimizer):
-    """Put the AdamW moments of a checkpoint's folder into optimizer; returns the checkpoint's state."""
+    """Put the AdamW moments of a checkpoint's folder into optimizer; returns the checkpoint's state. Raises UserError."""
     moments, file = read_tensors(folder, "optimizer")
     for n, p in model.named_parameters():
         mine = {k: moments.pop(f"{n}/{k}") for k in ("step", "exp_avg", "exp_avg_sq") if f"{n}/{k}" in moments}
