@@ -330,8 +330,8 @@ def save_checkpoint(out, state, model, tokens, optimizer, source=None, keep=2):
     new = Path(out) / "checkpoints" / f"{state['step']:08d}"
     write_folder(new, write, n_bytes(model, optimizer))
     kept = [c for c in checkpoints(out) if c <= new][-keep:]
-    for other in set(new.parent.iterdir()) - set(kept):
-        shutil.rmtree(other)
+    for other in sorted(set(new.parent.iterdir()) - set(kept), reverse=True):  # what a crash left of a name, then the name
+        shutil.rmtree(other if other.suffix else other.rename(other.with_suffix(".old")))  # never half a checkpoint
 
 
 def checkpoints(out):
