@@ -6,6 +6,7 @@
 """
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -38,8 +39,8 @@ def main(argv=None):
     if args.vote not in ("", "majority", "coherence") or args.vote and args.n < 2:
         raise config.UserError(f"command line: --vote must be majority or coherence, with --n of at least 2, not {args.vote!r} of {args.n}")
     temperature = args.temperature if args.temperature is not None else float(args.n > 1)
-    if temperature < 0 or args.problems < 0:
-        raise config.UserError("command line: --temperature and --problems must not be negative")
+    if not 0 <= temperature < math.inf or args.problems < 0 or not 0 <= args.seed < 2**32:
+        raise config.UserError("command line: --temperature, --problems and --seed must not be negative, nor without end")
 
     asked = questions(args)
     device = run.pick_device(args.device)
@@ -89,11 +90,11 @@ def questions(args):
         found = data.read_problems(args.file) if is_problems else bare(text.splitlines(), args.file)
     else:
         path = Path(args.run) / "config.json"
-        trained = checkpoint.read_json(path) if path.exists() else {"data": "?"}
-        if trained.get("data"):
-            if not trained.get("test"):
+        trained = config.of_run(path) if path.exists() else config.Config(data="?")
+        if trained.data:
+            if not trained.test:
                 raise config.UserError(f"{args.run}:0: was not trained on the built-in task; give a question or --file")
-            found = [p for f in trained["test"].split(",") for p in data.read_problems(f)]
+            found = [p for f in trained.test.split(",") for p in data.read_problems(f)]
         else:
             found = problems.generate("test", (args.problems or 1000) * (args.seed + 1), 0)[-(args.problems or 1000):]
     return found[: args.problems] if args.problems and args.question is None else found

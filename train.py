@@ -41,7 +41,7 @@ def sft(cfg, splits, device):
     optimizer = run.adamw(cfg, model)
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}
     log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
-    rows, answers = (run.encoded(cfg, p, tokens, model) for p in (splits.train, splits.answers))
+    rows, answers, _ = (run.encoded(cfg, p, tokens, model) for p in (splits.train, splits.answers, splits.held_out))  # none is too long
     plan = [(stage, max(1, round(epochs * len(rows) / cfg.batch_size))) for stage, epochs in cfg.schedule()]
     n_total, first = sum(n for _, n in plan), 0
     run.say(f"{cfg.method}: {run.size(model)}, {len(tokens):,} tokens, {n_total:,} steps of {cfg.batch_size} problems on {device}; "
@@ -136,6 +136,7 @@ def rl(cfg, splits, device):
     pool = splits.answers + splits.train
     prompts, rows = [tokens.prompt(p.question) for p in pool], run.encoded(cfg, splits.train, tokens, model)
     val_rows = run.encoded(cfg, [p for p in splits.val if p.steps][:200], tokens, model)
+    run.encoded(cfg, splits.answers + splits.held_out, tokens, model)  # none is too long
     max_new = run.room(cfg, rows, model.stage)
     run.say(f"rl from {cfg.init}: {run.size(model)}, {cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts on {device}; "
             f"files in {cfg.out}")

@@ -8,6 +8,7 @@ manifest.json, by which a broken checkpoint is known.
 """
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -32,7 +33,7 @@ def read_json(path):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path}:0: cannot be read ({e.strerror}); is this a Hugging Face directory or a run's folder?")
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # also bytes that are no text, and nesting without end
         raise UserError(f"{path}:{getattr(e, 'lineno', 1)}: is not valid JSON ({e}); the file may be truncated")
     if not isinstance(value, dict):
         raise UserError(f"{path}:1: must be a JSON object, not {type(value).__name__}")
@@ -51,9 +52,10 @@ def read_config(path):
             raise UserError(f'{path}:1: "{name}" is missing; this does not look like a LLaMA\'s config.json')
         if kind is float and isinstance(value, int):
             value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise UserError(f'{path}:1: "{name}" must be {kind.__name__}, not {value!r}')
-        if kind in (int, float) and value <= 0 and not name.endswith("token_id"):
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise UserError(f'{path}:1: "{name}" must be {names}, not {value!r}')
+        if kind in (int, float) and not 0 < value < math.inf and not name.endswith("token_id"):
             raise UserError(f'{path}:1: "{name}" must be positive, not {value!r}')
         return value
 
@@ -62,15 +64,20 @@ def read_config(path):
     for name, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if j.get(name, expected) != expected:
             raise UserError(f'{path}:1: "{name}" is {j[name]!r}; only {expected!r} is supported')
-    rope = dict(j.get("rope_parameters") or j.get("rope_scaling") or {})
+    rope = j.get("rope_parameters") or j.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}:1: the parameters of RoPE must be an object, not {rope!r}")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", None) or j.get("rope_theta") or 10000.0
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
+        raise UserError(f'{path}:1: "rope_theta" must be a positive number, not {theta!r}')
     kind = rope.get("rope_type", rope.pop("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f'{path}:1: RoPE of type {kind!r} is not supported; only default and llama3')
     missing = [k for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-               if kind == "llama3" and not isinstance(rope.get(k), (int, float))]
+               if kind == "llama3" and not (type(rope.get(k)) in (int, float) and 0 < rope[k] < math.inf)]
     if missing:
-        raise UserError(f'{path}:1: the llama3 RoPE scaling lacks the number "{missing[0]}"')
+        raise UserError(f'{path}:1: the llama3 RoPE scaling lacks a positive number "{missing[0]}"')
     n_head, D = get("num_attention_heads", int), get("hidden_size", int)
     eos = get("eos_token_id", (int, list), -1)
     cfg = LlamaConfig(
@@ -80,12 +87,13 @@ def read_config(path):
         norm_eps=get("rms_norm_eps", float, 1e-6), rope_theta=float(theta), rope_scaling=rope if kind == "llama3" else None,
         tied=get("tie_word_embeddings", bool, False), bos=get("bos_token_id", int),
         eos=tuple(eos) if isinstance(eos, list) else (eos,))
-    if not cfg.eos or not all(isinstance(e, int) and 0 <= e for e in (cfg.bos, *cfg.eos)):
-        raise UserError(f'{path}:1: "eos_token_id" must be a token id or a list of them, not {j.get("eos_token_id")!r}')
+    if not cfg.eos or not all(type(e) is int and 0 <= e for e in (cfg.bos, *cfg.eos)):
+        raise UserError(f'{path}:1: "bos_token_id" must be a token id and "eos_token_id" one or a list of them, not {j["bos_token_id"]!r} '
+                        f'and {j.get("eos_token_id")!r}')
     if max(cfg.bos, *cfg.eos) >= cfg.vocab_size:
         raise UserError(f'{path}:1: a bos or eos id is outside the vocabulary of {cfg.vocab_size}')
-    if cfg.n_head % cfg.n_kv_head or cfg.head_dim % 2:
-        raise UserError(f"{path}:1: {cfg.n_head} heads cannot share {cfg.n_kv_head} key/value heads, or head_dim {cfg.head_dim} is odd")
+    if cfg.n_head % cfg.n_kv_head or cfg.head_dim % 2 or not cfg.head_dim:
+        raise UserError(f"{path}:1: {cfg.n_head} heads cannot share {cfg.n_kv_head} key/value heads, or head_dim {cfg.head_dim} is not even")
     return cfg
 
 
@@ -163,8 +171,12 @@ def read_tokens(directory, cfg):
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers raises no narrower type
         raise UserError(f"{path}:1: is not a tokenizer ({e})")
-    if tokenizer.get_vocab_size() > cfg.vocab_size:
-        raise UserError(f"{path}:1: has {tokenizer.get_vocab_size()} tokens, but the embedding has only {cfg.vocab_size} rows")
+    last = max(tokenizer.get_vocab().values(), default=-1)
+    if last >= cfg.vocab_size:
+        raise UserError(f"{path}:1: has a token {last}, but the embedding has only {cfg.vocab_size} rows")
+    for token in (cfg.bos, *cfg.eos):
+        if tokenizer.id_to_token(token) is None:
+            raise UserError(f"{path}:1: has no token {token}, which config.json calls bos or eos")
     return Tokens(tokenizer, cfg.bos, cfg.eos)
 
 
@@ -197,7 +209,7 @@ def load(directory, **switches):
     cfg = read_config(directory / "config.json")
     tokens, vocab_size = read_tokens(directory, cfg), cfg.vocab_size
     ours = directory / "minatp"
-    saved = read_json(ours / "config.json") if ours.is_dir() else {}
+    saved = read_switches(ours / "config.json") if ours.is_dir() else {}
     model = ATP(cfg, **{k: v for k, v in {**saved, **switches}.items() if k != "stage"})
     model.stage = saved.get("stage", model.stage)
     model.start, model.latent, model.end = tokens.start, tokens.latent, tokens.end
@@ -210,13 +222,23 @@ def load(directory, **switches):
             fill(model.decoder, {k: mine[k] for k, _ in model.decoder.named_parameters()}, directory)
     if saved:
         tensors, file = read_tensors(ours, "heads")
-        for name in ("latent_head", "stop_head"):
+        for name, switch in (("latent_head", "vae"), ("stop_head", "stop")):
             part = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
-            if hasattr(model, name) and part:
+            if hasattr(model, name) and saved[switch]:
                 fill(getattr(model, name), part, file)
     if len(tokens) > vocab_size or not _knows(directory):
         add_tokens(model, tokens)
     return model, tokens
+
+
+def read_switches(path):
+    """minatp/config.json: ATP's keyword arguments and the stage, as `save` wrote them. Raises UserError."""
+    kinds = {"c": int, "K": int, "vae": bool, "stop": bool, "decode": bool, "stage": int, "decoder_layers": int}
+    found = read_json(path)
+    for name in kinds.keys() - {"decoder_layers"} | found.keys():
+        if type(found.get(name)) is not kinds.get(name) or found[name] < (name in ("c", "K", "decoder_layers")):
+            raise UserError(f'{path}:1: "{name}" is {found.get(name)!r}; this file is written with the model and not by hand')
+    return found
 
 
 def _knows(directory):

@@ -197,7 +197,7 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
             raise UserError(f"command line: --epochs must be numbers separated by commas, not {self.epochs!r}")
         if len(epochs) == 1:
             epochs *= len(stages)
-        if len(epochs) != len(stages) or min(epochs) < 0 or not sum(epochs):
+        if len(epochs) != len(stages) or not all(0 <= e < math.inf for e in epochs) or not sum(epochs):
             raise UserError(f"command line: --epochs needs 1 or {len(stages)} numbers ≥ 0 for --method {self.method} with --K {self.K}, "
                             f"not {self.epochs!r}")
         return [(k, e) for k, e in zip(stages, epochs) if e]
@@ -231,6 +231,7 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
         need(self.baseline in ("mean", "rloo"), f"--baseline must be mean or rloo, not {self.baseline!r}")
         need(self.estimator in ("score", "path"), f"--estimator must be score or path, not {self.estimator!r}")
         need(self.coherence in ("paper", "strict"), f"--coherence must be paper or strict, not {self.coherence!r}")
+        need(self.seed < 2**32, f"--seed must be below 2^32, not {self.seed}")
         need(0 <= self.answers_share <= 1, f"--answers-share must be between 0 and 1, not {self.answers_share}")
         need(self.G > 1, "--G must be at least 2: a group is its own baseline")
         self.schedule()
@@ -289,16 +290,30 @@ def parse(argv, description):
 def resumed(cfg, given):
     """The Config that the run in cfg.out was started with. Raises UserError where a given option contradicts it."""
     path = Path(cfg.out) / "config.json"
-    try:
-        old = json.loads(path.read_text())
-        before = Config(**old)
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{path}:1: cannot resume from it ({e}); start without --resume")
+    before = of_run(path)
     for name, value in given.items():
-        if name not in ("resume", "out", "device") and old[name] != value:
-            raise UserError(f"{path}:1: the run has {flag(name)} {old[name]}, not {value}; resume without that option")
+        if name not in ("resume", "out", "device") and getattr(before, name) != value:
+            raise UserError(f"{path}:1: the run has {flag(name)} {getattr(before, name)}, not {value}; resume without that option")
     before.resume, before.out, before.device = True, cfg.out, cfg.device
     return before
+
+
+def of_run(path):
+    """The Config in a run's config.json. Raises UserError where it is not what write_config wrote."""
+    try:
+        old = json.loads(Path(path).read_text(encoding="utf-8"))
+        cfg = Config(**old)
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path}:1: is not the config.json of a run ({e}); start without --resume")
+    for f in fields(Config):
+        value = getattr(cfg, f.name)
+        if type(value) is not f.type and not (f.type is float and type(value) is int):
+            raise UserError(f'{path}:1: "{f.name}" must be {f.type.__name__}, not {value!r}')
+    try:
+        cfg.check()
+    except UserError as e:
+        raise UserError(f"{path}:1: {e}")
+    return cfg
 
 
 def write_config(cfg, path):

@@ -28,6 +28,10 @@ class Splits:
     tests: dict   # name -> problems
     note: str     # what was left out, or ""
 
+    @property
+    def held_out(self):
+        return [*self.val, *(p for problems in self.tests.values() for p in problems)]
+
     def tell(self):
         """Counts in one line."""
         parts = [("training", self.train), ("with answers alone", self.answers), ("validation", self.val)]
@@ -45,9 +49,11 @@ def load_splits(cfg):
     train = data.read_problems(cfg.data)
     random.Random(0).shuffle(train)  # the same split for every seed of a run
     held = []
-    for given in (cfg.val, cfg.test):
+    for option, given in (("--val", cfg.val), ("--test", cfg.test)):
         if given:
             held.append({Path(f).name: data.read_problems(f) for f in given.split(",")})
+            if len(held[-1]) < 1 + given.count(","):
+                raise UserError(f"command line: {option}: two files of the same name could not be told apart: {given}")
         else:
             if len(train) <= cfg.val_size:
                 raise UserError(f"{cfg.data}:1: has {len(train)} problems, too few to hold out --val-size {cfg.val_size}")
