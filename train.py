@@ -86,7 +86,7 @@ def sft(cfg, splits, device):
             run.say(f"stage {stage}  validation: {evaluate.tell(m)}")
 
     seconds = log.seconds()
-    checkpoint.write_folder(log.out / "final", lambda tmp: checkpoint.save(tmp, model, tokens, found or cfg.init), checkpoint.n_bytes(model))
+    checkpoint.save_final(cfg.out, model, tokens, found or cfg.init)
     tests = test(cfg, model, tokens, splits, run.room(cfg, rows, plan[-1][0]))
     log.summary(cfg, tests, seconds, device, training_problems=len(rows))
 
@@ -214,7 +214,7 @@ def rl(cfg, splits, device):
         validate(step + 1)
 
     seconds = log.seconds()
-    checkpoint.write_folder(log.out / "final", lambda tmp: checkpoint.save(tmp, model, tokens, found or cfg.init), checkpoint.n_bytes(model))
+    checkpoint.save_final(cfg.out, model, tokens, found or cfg.init)
     tests = test(cfg, model, tokens, splits, max_new, start)
     log.summary(cfg, tests, seconds, device, training_problems=len(pool))
 

@@ -93,7 +93,7 @@ def read_config(path):
     if max(cfg.bos, *cfg.eos) >= cfg.vocab_size:
         raise UserError(f'{path}:1: a bos or eos id is outside the vocabulary of {cfg.vocab_size}')
     if cfg.n_head % cfg.n_kv_head or cfg.head_dim % 2 or not cfg.head_dim:
-        raise UserError(f"{path}:1: {cfg.n_head} heads cannot share {cfg.n_kv_head} key/value heads, or head_dim {cfg.head_dim} is not even")
+        raise UserError(f"{path}:1: {cfg.n_head} heads cannot share {cfg.n_kv_head} key/value heads, or head_dim {cfg.head_dim} is odd or 0")
     return cfg
 
 
@@ -335,6 +335,11 @@ def fault(folder):
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         return f"its manifest or a file of it cannot be read: {e}"
     return f"{changed[0]} is not what was written" if changed else None
+
+
+def save_final(out, model, tokens, source=None):
+    """out/final: the directory that `save` writes. Raises NotWritten."""
+    write_folder(Path(out) / "final", lambda tmp: save(tmp, model, tokens, source), n_bytes(model))
 
 
 def save_checkpoint(out, state, model, tokens, optimizer, source=None, keep=2):

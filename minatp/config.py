@@ -40,8 +40,9 @@ class NotWritten(Ended):
         """error: the exception; needed: bytes that were to be written."""
         there = Path(path).absolute()
         free = shutil.disk_usage(next(p for p in there.parents if p.exists())).free
-        super().__init__(f"{path}:0: cannot be written ({getattr(error, 'strerror', None) or error}): {needed:,} bytes are needed and {free:,} "
-                         "are free; what is already saved is intact: make room, then go on with --resume")
+        why = getattr(error, "strerror", None) or error
+        super().__init__(f"{path}:0: cannot be written ({why}): {needed:,} bytes are needed and {free:,} are free; what is already saved is "
+                         "intact: make room, then go on with --resume")
 
 
 class Stopped(Ended):

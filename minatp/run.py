@@ -67,7 +67,8 @@ def load_splits(cfg):
         raise UserError(f"{cfg.data}:1: no problem with steps is left to learn from")
     left_out = [f"{len(train) - len(kept)} in the validation or test set"] * (len(kept) < len(train)) + \
                [f"{len(kept) - len(taught)} without steps (see --answers-share)"] * (len(taught) < len(kept) and not cfg.answers_share)
-    return Splits(taught, [p for p in kept if not p.steps], val, held[1], "left out of training: " + ", ".join(left_out) if left_out else "")
+    note = "left out of training: " + ", ".join(left_out) if left_out else ""
+    return Splits(taught, [p for p in kept if not p.steps], val, held[1], note)
 
 
 def encoded(cfg, chosen, tokens, model):

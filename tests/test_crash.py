@@ -91,9 +91,9 @@ def test_killed_at_any_moment(stage, whole, options, context, tmp_path, capfd):
             kills += 1
             saved = checkpoint.checkpoints(out)
             assert not any(map(checkpoint.fault, saved))
-            told = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines(True) if line.endswith("\n")] if saved else []
-            last = max((r["step"] for r in told if "validation" not in r), default=0)
-            assert len(saved) >= min(2, last - 1) and all(int(saved[-1].name) >= last - 1 for _ in told)
+            lines = (out / "metrics.jsonl").read_text().splitlines(True) if saved else []
+            last = max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)  # a line tells before it saves
+            assert len(saved) >= min(2, last - 1) and (not last or int(saved[-1].name) >= last - 1)
             for folder in saved:
                 model, _ = checkpoint.load(folder)
                 assert checkpoint.restore(folder, model, torch.optim.AdamW(model.parameters()))["step"] == int(folder.name)
@@ -286,7 +286,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole, context, tmp_path):
     with process(context, training, ["--resume", "--out", out], log, 40_000) as p:
         p.join()
     line = log.read_text().splitlines()[-1]
-    needed = re.fullmatch(rf"{out}/checkpoints/00000016:0: cannot be written \(.*\): ([\d,]+) bytes are needed and [\d,]+ are free; .*", line)
+    needed = re.match(rf"{out}/checkpoints/00000016:0: cannot be written \(.*\): ([\d,]+) bytes are needed and [\d,]+ are free", line)
     assert p.exitcode == 74 and needed, line
     model, _ = checkpoint.load(last)
     assert int(needed[1].replace(",", "")) >= 3 * checkpoint.n_bytes(model)  # weights and two moments
@@ -321,7 +321,8 @@ def test_steps_that_are_not_finite_are_not_taken(whole):
             p.grad = torch.full_like(p, gradient)
         steps.take(0.1, torch.tensor(loss), step, problem(f"a.json:{step}"))
 
-    for loss, gradient, told in ((1.0, float("inf"), "gradient norm (inf|nan)"), (float("nan"), 1.0, "loss nan"), (float("inf"), 1.0, "loss inf")):
+    inf, nan = float("inf"), float("nan")
+    for loss, gradient, told in ((1.0, inf, "gradient norm (inf|nan)"), (nan, 1.0, "loss nan"), (inf, 1.0, "loss inf")):
         steps = run.Steps(optimizer, model, 1.0)
         take(steps, 1, 1.0, 1.0)
         steps.check()
@@ -375,7 +376,8 @@ def gpu_full(*a, **k):
     ("sft", "supervise", r"sft, stage 0, step 1: out of memory with a batch of 4 × \d+ tokens: lower --micro-batch or --batch-size"),
     ("rl", "rollout", r"rl, step 1: out of memory with a batch of 16 × \d+ tokens: lower --batch-size or --G"),
     ("rl", "policy_loss", r"rl, step \d+: out of memory with a batch of 16 × \d+ tokens: lower --batch-size or --G"),
-    ("sft", "solve", r"--stage sft: out of memory .*"), ("sft", "evaluate.solve", r"evaluation: out of memory with a batch of 4 × \d+ tokens: lower --eval-batch"),
+    ("sft", "evaluate.solve", r"evaluation: out of memory with a batch of 4 × \d+ tokens: lower --eval-batch"),
+    ("sft", "solve", r"--stage sft: out of memory with a batch of 4 × 512 tokens: lower --batch-size or the size of the model"),
 ])
 def test_out_of_memory_exits_4(full, stage, name, told, options, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(f"train.{name}", full)

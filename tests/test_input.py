@@ -102,7 +102,8 @@ def test_a_problem_longer_than_the_context_is_named_before_the_training(option, 
                         for i in range(1, 5))
         (tmp_path / name).write_text(lines)
     files = [a for name in ("--data", "--val", "--test") for a in (name, tmp_path / name)]
-    refused(train.main, [*TINY, *files, "--vocab-size", 300, "--block-size", 200, "--out", "run"], f"{tmp_path / option}:2: is ", "shorten it")
+    sizes = ("--vocab-size", 300, "--block-size", 200)
+    refused(train.main, [*TINY, *files, *sizes, "--out", "run"], f"{tmp_path / option}:2: is ", "shorten it")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -164,7 +165,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     (edit(CONFIG, num_hidden_layers=0), f"{CONFIG}:1", '"num_hidden_layers" must be positive'),
     (edit(CONFIG, rms_norm_eps=float("nan")), f"{CONFIG}:1", '"rms_norm_eps" must be positive'),
     (edit(CONFIG, num_key_value_heads=3), f"{CONFIG}:1", "4 heads cannot share 3"),
-    (edit(CONFIG, head_dim=15), f"{CONFIG}:1", "head_dim 15 is not even"),
+    (edit(CONFIG, head_dim=15), f"{CONFIG}:1", "head_dim 15 is odd"),
     (edit(CONFIG, bos_token_id=99999), f"{CONFIG}:1", "outside the vocabulary"),
     (edit(CONFIG, eos_token_id=[]), f"{CONFIG}:1", '"eos_token_id" one or a list of them'),
     (edit(CONFIG, eos_token_id=["</s>"]), f"{CONFIG}:1", '"eos_token_id" one or a list of them'),
@@ -207,7 +208,8 @@ def test_hugging_face_directories(harm, file, reason, refused, tmp_path):
     (edit("minatp/config.json", decoder_layers=2), "minatp/decoder.safetensors:0", "is missing"),
     (without("minatp/heads.safetensors"), "minatp/heads.safetensors:0", "cannot be read"),
     (without("minatp/decoder.safetensors"), "minatp/decoder.safetensors:0", "cannot be read"),
-    (tensors(lambda t: [t.pop(k) for k in list(t) if k.startswith("latent")], "minatp/heads.safetensors"), "minatp/heads.safetensors:0", "is missing"),
+    (tensors(lambda t: [t.pop(k) for k in list(t) if k.startswith("latent")], "minatp/heads.safetensors"), "minatp/heads.safetensors:0",
+     "is missing"),
 ])
 def test_saved_models(harm, file, reason, finished, refused, tmp_path):
     shutil.copytree(finished / "final", tmp_path / "saved")
@@ -282,10 +284,11 @@ def test_folders_that_cannot_be_used(finished, refused, tmp_path):
     ("--method sft", "--method must be one of"), ("--stage dream", "--stage must be"), ("--preset huge", "--preset must be one of"),
     ("--epochs 1,2", "--epochs needs 1 or 6 numbers"), ("--epochs x", "--epochs must be numbers"), ("--epochs nan", "--epochs needs"),
     ("--epochs 0", "--epochs needs"), ("--epochs inf", "--epochs needs"),
-    ("--n-head 3", "--n-embd 128 must be an even multiple of --n-head 3"), ("--n-kv-head 3", "--n-head 4 must be a multiple of --n-kv-head 3"),
+    ("--n-head 3", "--n-embd 128 must be an even multiple of --n-head 3"), ("--n-kv-head 3", "--n-head 4 must be a multiple"),
     ("--method cot --no-vae", "--no-vae contradicts --method cot"), ("--no-vae --no-stop --no-decoder", "is --method coconut"),
     ("--device tpu", "--device 'tpu'"), ("--device cuda:99", "--device cuda:99"), ("--device meta", "--device 'meta' is not supported"),
-    ("--test x.json", "--test needs --data"), ("--val x.json", "--val needs --data"), ("--data a --test x/a,y/a", "two files of the same name"),
+    ("--test x.json", "--test needs --data"), ("--val x.json", "--val needs --data"),
+    ("--data a --test x/a,y/a", "two files of the same name"),
     ("--preset llama-1b", "--preset llama-1b needs --init"), ("--stage rl --G 1", "--G must be at least 2"),
     ("--answers-share 2", "--answers-share must be between 0 and 1"), ("--baseline best", "--baseline must be mean or rloo"),
     ("--estimator guess", "--estimator must be"), ("--coherence loose", "--coherence must be"),
@@ -298,8 +301,10 @@ def test_command_lines(argv, reason, refused, tmp_path):
 
 
 @pytest.mark.parametrize("argv, start, reason", [
-    (["--init", "nowhere"], "nowhere:0: ", "is not a directory"), (["--resume", "--out", "nowhere"], "nowhere/config.json:1: ", "start without --resume"),
-    (["--stage", "rl", "--init", "nowhere"], "nowhere:0: ", "is not a directory"), (["--block-size", 20], "built-in labelled:1: ", "context is 20"),
+    (["--init", "nowhere"], "nowhere:0: ", "is not a directory"),
+    (["--stage", "rl", "--init", "nowhere"], "nowhere:0: ", "is not a directory"),
+    (["--resume", "--out", "nowhere"], "nowhere/config.json:1: ", "start without --resume"),
+    (["--block-size", 20], "built-in labelled:1: ", "context is 20"),
 ])
 def test_command_lines_with_a_wrong_path(argv, start, reason, refused):
     refused(train.main, ["--labelled", 40, "--answers", 5, "--test-size", 5, "--val-size", 5, *argv], start, reason)
@@ -325,7 +330,8 @@ def test_sample_command_lines(argv, start, reason, finished, refused, tmp_path):
 
 
 @pytest.mark.parametrize("argv, reason", [
-    (["--arms", "magic"], "there is no 'magic'"), (["--seeds", "x"], "--seeds must be whole numbers"), (["--job", "2"], "did you mean --jobs?"),
+    (["--arms", "magic"], "there is no 'magic'"), (["--seeds", "x"], "--seeds must be whole numbers"),
+    (["--job", "2"], "did you mean --jobs?"),
 ])
 def test_ablate_command_lines(argv, reason, refused):
     refused(ablate.main, argv, "command line: ", reason)
