@@ -93,7 +93,7 @@ def read_config(path):
     if max(cfg.bos, *cfg.eos) >= cfg.vocab_size:
         raise UserError(f'{path}:1: a bos or eos id is outside the vocabulary of {cfg.vocab_size}')
     if cfg.n_head % cfg.n_kv_head or cfg.head_dim % 2 or not cfg.head_dim:
-        raise UserError(f"{path}:1: {cfg.n_head} heads cannot share {cfg.n_kv_head} key/value heads, or head_dim {cfg.head_dim} is odd or 0")
+        raise UserError(f"{path}:1: {cfg.n_head} heads cannot share {cfg.n_kv_head} key/value heads, or head_dim {cfg.head_dim} is odd")
     return cfg
 
 

@@ -41,8 +41,8 @@ class NotWritten(Ended):
         there = Path(path).absolute()
         free = shutil.disk_usage(next(p for p in there.parents if p.exists())).free
         why = getattr(error, "strerror", None) or error
-        super().__init__(f"{path}:0: cannot be written ({why}): {needed:,} bytes are needed and {free:,} are free; what is already saved is "
-                         "intact: make room, then go on with --resume")
+        super().__init__(f"{path}:0: cannot be written ({why}): {needed:,} bytes are needed and {free:,} are free; what is already saved "
+                         "is intact: make room, then go on with --resume")
 
 
 class Stopped(Ended):

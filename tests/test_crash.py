@@ -80,20 +80,22 @@ def restarted(options, out):
 def test_killed_at_any_moment(stage, whole, options, context, tmp_path, capfd):
     """Every kill leaves whole checkpoints and no acknowledged save is lost; every run that gets through ends as if never killed."""
     want, out, log, chance = facts(whole[stage][0]), tmp_path / "run", tmp_path / "log", random.Random(stage)
-    kills = completed = 0
-    span = 2.0
-    while True:
-        began = time.perf_counter()
+    newest = lambda: int(saved[-1].name) if (saved := checkpoint.checkpoints(out)) else 0
+    kills, completed, wanted = 0, 0, 20 if LONG else 3
+    while kills < wanted or not completed:
+        goal = newest() + chance.randrange(6) if kills < wanted else 1000
         with process(context, training, restarted(options[stage], out), log) as p:
-            p.join(chance.uniform(0, span) if kills < (20 if LONG else 3) else None)
-            alive = p.is_alive()
-        if alive:
+            while p.is_alive() and newest() < goal:
+                time.sleep(0.005)
+            p.join(chance.uniform(0, 0.3))
+            killed = p.is_alive()
+        if killed:
             kills += 1
             saved = checkpoint.checkpoints(out)
             assert not any(map(checkpoint.fault, saved))
             lines = (out / "metrics.jsonl").read_text().splitlines(True) if saved else []
             last = max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)  # a line tells before it saves
-            assert len(saved) >= min(2, last - 1) and (not last or int(saved[-1].name) >= last - 1)
+            assert len(saved) >= min(2, last - 1) and newest() >= max(last - 1, goal)
             for folder in saved:
                 model, _ = checkpoint.load(folder)
                 assert checkpoint.restore(folder, model, torch.optim.AdamW(model.parameters()))["step"] == int(folder.name)
@@ -101,9 +103,7 @@ def test_killed_at_any_moment(stage, whole, options, context, tmp_path, capfd):
             assert p.exitcode == 0, log.read_text()
             assert facts(out) == want
             shutil.rmtree(out)
-            completed, span = completed + 1, time.perf_counter() - began + 2.0
-            if kills >= (20 if LONG else 3):
-                break
+            completed += 1
     assert "warning" not in log.read_text()
     with capfd.disabled():
         print(f" [{stage}: {kills} kills, {completed} runs ended]", end="")
