@@ -110,7 +110,8 @@ def training_memory(cfg, K, c, batch_size, row, recompute=False, scale=8):
 
 def narrow(row):
     """A problem of the same lengths, for a vocabulary of few ids."""
-    return data.Encoded([4] * len(row.prompt), [[4] * len(i) for i in row.lines], [[4] * len(i) for i in row.texts], [], [4] * len(row.answer))
+    like = lambda ids: [4] * len(ids)
+    return data.Encoded(like(row.prompt), list(map(like, row.lines)), list(map(like, row.texts)), [], like(row.answer))
 
 
 def last_stage_loss(model, rows):

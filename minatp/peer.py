@@ -72,7 +72,7 @@ class Reference:
         used = t < batch.n_latent[:, None]
         x, mask, cache, logits, mu, logvar = self.think(*self.columns(batch), Tq, n, eps)
         logits = torch.cat((*logits, self.read(x, mask, Tq + n - 1 if n else 0, x.shape[1], cache).logits.float()), 1)
-        target = torch.cat((torch.full_like(ids[:, : Tq + n], IGNORE), batch.target), 1)
+        target = torch.cat((batch.target.new_full((len(batch.target), Tq + n), IGNORE), batch.target), 1)
         sums = {"enc": token_nll(logits, target).sum()}
         if n:
             z = x[:, Tq:Tq + n]
