@@ -166,7 +166,7 @@ class Reference:
     def read_thoughts(self, z, eos, max_new):
         """As explain.read_thoughts; every word re-reads the thought and what was written. z (N, c, D) -> N lists of ids."""
         texts, rows, x = [[] for _ in z], torch.arange(len(z), device=z.device), z
-        for _ in range(max_new):
+        for _ in range(max_new if len(z) else 0):
             token = self.decoder(inputs_embeds=x).logits.float()[:, -1].argmax(-1)
             for row, word in zip(rows.tolist(), token.tolist()):
                 if word != eos:
@@ -292,7 +292,7 @@ class Tuned(Reference):
     def read_thoughts(self, z, eos, max_new):
         texts, cache, going = [[] for _ in z], self.cache(self.decoder, z.shape[1] + max_new), torch.ones(len(z), dtype=torch.bool)
         mask, x = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device), z
-        for _ in range(max_new):
+        for _ in range(max_new if len(z) else 0):
             token = self.decoder.lm_head(self.hidden(self.decoder, x, mask, cache)[:, -1]).argmax(-1)
             going = going & (token != eos).cpu()
             for row, (word, on) in enumerate(zip(token.tolist(), going.tolist())):
