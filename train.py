@@ -13,14 +13,15 @@ import time
 
 import torch
 
-from minatp import checkpoint, config, data, evaluate, reward, run
+from minatp import checkpoint, config, data, distributed, evaluate, reward, run
 from minatp.loss import advantages, sft_loss, surrogate
 from minatp.rollout import Noise, rollout, score, supervise
 
 
 def main(argv=None):
     cfg = config.parse(argv, __doc__)
-    device = run.pick_device(cfg.device)
+    device = distributed.start(run.pick_device(cfg.device))
+    distributed.check(cfg.batch_size)
     torch.manual_seed(cfg.seed)
     splits = run.load_splits(cfg)
     run.say(splits.tell())
@@ -28,6 +29,7 @@ def main(argv=None):
         from minatp.dry import dry_run
         return dry_run(cfg, splits, device, lambda *a: sft_gradients(cfg, *a, 0, device))
     {"sft": sft, "rl": rl}[cfg.stage](cfg, splits, device)
+    distributed.stop()
 
 
 # ---- stage 1: method.md, Stage 1 ----------------------------------------------------------------------------------------
@@ -94,15 +96,16 @@ def sft(cfg, splits, device):
 def sft_gradients(cfg, model, tokens, rows, stage, step, device, weight=1.0):
     """Add one batch's SFT gradients, times `weight`, to the parameters, micro-batch by micro-batch.
 
-    Every loss is divided by its count in the whole batch and every row has its own noise, so that the split changes nothing.
+    Every loss is divided by its count in the whole batch and every row has its own noise, so that the split, over micro-batches and
+    over processes, changes nothing.
     Returns (sums, counts, positions read).
     """
     rows = sorted(rows, key=lambda r: len(r.prompt))  # micro-batches of like length
+    noise = torch.randn(len(rows), model.c * model.K + 1, model.policy.cfg.n_embd, generator=run.generator(cfg, step)) if model.vae else None
+    rows, noise = distributed.mine(rows), noise if noise is None else distributed.mine(noise)
     size = cfg.micro_batch or len(rows)
     parts = [data.collate(rows[i:i + size], stage, tokens, model) for i in range(0, len(rows), size)]
-    counts = {name: sum(p.counts[name] for p in parts) for name in parts[0].counts}
-    noise = torch.randn(len(rows), max(p.n_candidate for p in parts), model.policy.cfg.n_embd,
-                        generator=run.generator(cfg, step)) if model.vae else None
+    counts = distributed.total({name: sum(p.counts[name] for p in parts) for name in parts[0].counts}, device)
     total, n_token = {}, 0
     for i, part in enumerate(parts):
         eps = None if noise is None else noise[i * size:(i + 1) * size].to(device)
