@@ -3,28 +3,63 @@
     python sample.py                          some problems of the test set, with the run in out/sft
     python sample.py "Ann has 5 pens. …"      a question of yours; - reads one question a line from stdin
     python sample.py --n 8 --temperature 1    several sampled chains of each question
+    python sample.py --run out/sft,out/rl --html thoughts.html    a page to look at: thoughts, links, latents; runs side by side
+    python sample.py --edit "drop 2"          without thought 2: does the answer change? Also "swap 1 2" and "replace 2 WITH",
+                                              WITH being zero, prior, next (problem's) or words: "replace 1 <<3+4=7>>"
 """
 import argparse
 import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from pathlib import Path
 
-from minatp import checkpoint, config, data, evaluate, problems, reward, run
+from minatp import checkpoint, config, data, edit, evaluate, page, reward, run
 
 
 def main(argv=None):
+    args = options(argv)
+    asked = questions(args)
+    device = run.pick_device(args.device)
+    shows = [show for folder, name in zip(args.run, names(args.run)) for show in think(args, folder, name, asked, device)]
+    rows = list(zip(asked, zip(*(show.chains for show in shows))))  # (problem, the chains of each show)
+    if args.json:
+        for p, found in rows:
+            for show, chains in zip(shows, found):
+                for chain in chains:
+                    print(json.dumps(record(p, chain, show), ensure_ascii=False))
+        return
+    paint = Paint(sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    if args.html:
+        page.write(args.html, [show.view for show in shows], asked)
+        print(f"{len(asked)} problems in {args.html}")
+    else:
+        for p, found in rows:
+            print("\n" + paint.bold(p.question))
+            for show, chains in zip(shows, found):
+                if len(shows) > 1:
+                    print(paint.dim(f"  {show.name}" + ("" if chains else ": does not apply")))
+                for chain in chains:
+                    print("\n".join(draw(p, chain, paint)))
+    for show in shows:
+        print(paint.dim(closing(show, shows, asked)))
+
+
+def options(argv):
+    """The command line, checked. Raises UserError."""
     parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("question", nargs="?", help="a question, or - for stdin [--problems of the test set]")
-    parser.add_argument("--run", default="out/sft", help="folder of a run, or of a saved model [%(default)s]")
+    parser.add_argument("--run", action="append", help="folder of a run, or of a saved model; several: a,b or once more [out/sft]")
     parser.add_argument("--file", help="problems (JSON, JSONL, iCoT) or plain questions, one a line")
-    parser.add_argument("--problems", type=int, default=4, help="how many of a file or of the test set, 0: all [%(default)s]")
-    parser.add_argument("--n", type=int, default=1, help="chains per question; more than one are sampled [%(default)s]")
-    parser.add_argument("--vote", default="", help="majority | coherence: of the --n chains show the one elected, without looking at the answer")
+    parser.add_argument("--problems", type=int, help="how many of a file or of the test set, 0: all [4, or 50 with --html]")
+    parser.add_argument("--html", default="", metavar="FILE", help="write a page that shows all of it, for a browser, with no network")
+    parser.add_argument("--edit", action="append", default=[], help="edit the mean chain and think on from there; may be given again")
+    parser.add_argument("--n", type=int, help="chains per question; more than one are sampled [1; beside the mean in --html: 6]")
+    parser.add_argument("--vote", default="", help="majority | coherence: show the one elected of the --n chains; no answer is looked at")
     parser.add_argument("--temperature", type=float, help="of the noise and the words; 0: the mean policy [0, or 1 with --n]")
     parser.add_argument("--seed", type=int, default=0, help="of the samples and of the problems chosen [%(default)s]")
     parser.add_argument("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
@@ -32,44 +67,88 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="one JSON object per chain")
     parser.known = [o for action in parser._actions for o in action.option_strings]
     args = parser.parse_args(argv)
+    args.run = [f for given in args.run or ["out/sft"] for f in given.split(",") if f]
+    args.edit = [edit.parse(text) for text in args.edit]
+    args.problems = args.problems if args.problems is not None else 50 if args.html else 4
+    args.n = args.n if args.n is not None else 6 if args.html else 1
+    args.temperature = args.temperature if args.temperature is not None else float(args.n > 1)
     for name in ("n", "max_new"):
         if getattr(args, name) < 1:
             raise config.UserError(f"command line: {config.flag(name)} must be positive, not {getattr(args, name)}")
     if args.vote not in ("", "majority", "coherence") or args.vote and args.n < 2:
         raise config.UserError(f"command line: --vote must be majority or coherence, with --n of at least 2, not {args.vote!r} of {args.n}")
-    temperature = args.temperature if args.temperature is not None else float(args.n > 1)
-    if temperature < 0 or args.problems < 0:
+    if args.temperature < 0 or args.problems < 0:
         raise config.UserError("command line: --temperature and --problems must not be negative")
+    for a, b, wrong in (("--html", "--json", args.html and args.json), ("--html", "--vote", args.html and args.vote),
+                        ("--edit", "--vote", args.edit and args.vote),
+                        ("--edit", "--n without --html", args.edit and not args.html and args.temperature)):
+        if wrong:
+            raise config.UserError(f"command line: {a} does not go with {b}; leave one away")
+    return args
 
-    asked = questions(args)
-    device = run.pick_device(args.device)
-    model, tokens = checkpoint.load(args.run)
+
+@dataclass
+class Show:
+    """What a run, or an edit of it, makes of all questions."""
+    run: str
+    edit: str
+    chains: list   # per question a list of Chains, [] where the edit does not apply
+    seconds: float
+    view: page.View | None = None
+
+    @property
+    def name(self):
+        return f"{self.run} · {self.edit}" if self.edit else self.run
+
+
+def names(folders):
+    """Short names of runs, different where the folders are."""
+    short = [(p.parent if p.name == "final" else p).name or f for f in folders for p in [Path(f).absolute()]]
+    return [f if short.count(s) > 1 else s for f, s in zip(folders, short)]
+
+
+def think(args, folder, name, asked, device):
+    """Shows of one run: its chains, then those of every edit."""
+    model, tokens = checkpoint.load(folder)
     model.to(device).eval()
+    prompts = read(asked, model, tokens, args.max_new)
+    solve = lambda prompts=prompts, **how: evaluate.solve(model, tokens, prompts, args.max_new, keep=True, **how)
+    began = time.perf_counter()
+    with run.autocast(device):
+        if args.html or not args.temperature:
+            mean = solve()
+            shows = [Show(name, "", [[c] for c in mean], time.perf_counter() - began)]
+        sampled = [solve(seed=args.seed * 1000 + k, temperature=args.temperature) for k in range(args.n)] if args.temperature else []
+        sampled = [list(chains) for chains in zip(*sampled)]
+        if args.vote and sampled:
+            sampled = [[evaluate.elect(found, args.vote)] for found in sampled]
+        if not args.html and sampled:
+            shows = [Show(name, "", sampled, time.perf_counter() - began)]
+        pool = solve([tokens.prompt(p.question) for p in run.test_set(folder, 500)]) if any(e.words for e in args.edit) else []
+        for e in args.edit:
+            began = time.perf_counter()
+            given, applies = edit.given(e, model, mean, mean + pool, args.seed)
+            chains = [[c] if a else [] for c, a in zip(solve(given=given), applies)]
+            shows.append(Show(name, e.text, chains, time.perf_counter() - began))
+        if args.html:
+            plane = page.Plane.fit(mean, model.c)
+            for show in shows:
+                chains = [found[0] if found else None for found in show.chains]
+                told = iter(page.read(model, tokens, [c for c in chains if c]))
+                show.view = page.View(name, show.edit, chains, [] if show.edit else sampled, [next(told) if c else [] for c in chains],
+                                      model.c, plane)
+    return shows
+
+
+def read(asked, model, tokens, max_new):
+    """Prompts of the problems. Raises UserError where one leaves no room for thoughts and an answer."""
     prompts = [tokens.prompt(p.question) for p in asked]
-    room = model.policy.cfg.block_size - model.c * model.K - args.max_new - 1
+    room = model.policy.cfg.block_size - model.c * model.K - max_new - 1
     for p, prompt in zip(asked, prompts):
         if len(prompt) > room:
             raise config.UserError(f"command line: the question {p.question[:40]!r} … is {len(prompt)} tokens long and there is room for "
                                    f"{room}; shorten it or lower --max-new")
-    began = time.perf_counter()
-    with run.autocast(device):
-        samples = [evaluate.solve(model, tokens, prompts, args.max_new, seed=args.seed * 1000 + k if temperature else None,
-                                  temperature=temperature or 1.0) for k in range(args.n)]
-    seconds = time.perf_counter() - began
-    chains = [(p, [s[i] for s in samples]) for i, p in enumerate(asked)]
-    if args.vote:
-        chains = [(p, [evaluate.elect(found, args.vote)]) for p, found in chains]
-    if args.json:
-        for p, found in chains:
-            for chain in found:
-                print(json.dumps(record(p, chain), ensure_ascii=False))
-        return
-    paint = Paint(sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    for p, found in chains:
-        print("\n" + paint.bold(p.question))
-        for chain in found:
-            print("\n".join(draw(p, chain, paint)))
-    print(paint.dim(closing(chains, seconds, args.run)))
+    return prompts
 
 
 def questions(args):
@@ -77,26 +156,17 @@ def questions(args):
     if args.question and args.file:
         raise config.UserError("command line: give a question or --file, not both")
     if args.question == "-":
-        found = bare(sys.stdin.read().splitlines(), "stdin")
-    elif args.question is not None:
-        found = bare([args.question], "command line")
-    elif args.file:
-        try:
-            text = Path(args.file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise config.UserError(f"{args.file}:0: cannot be read ({e}); give problems or plain questions, one a line")
-        is_problems = text.lstrip()[:1] in ("[", "{") or "||" in text
-        found = data.read_problems(args.file) if is_problems else bare(text.splitlines(), args.file)
-    else:
-        path = Path(args.run) / "config.json"
-        trained = checkpoint.read_json(path) if path.exists() else {"data": "?"}
-        if trained.get("data"):
-            if not trained.get("test"):
-                raise config.UserError(f"{args.run}:0: was not trained on the built-in task; give a question or --file")
-            found = [p for f in trained["test"].split(",") for p in data.read_problems(f)]
-        else:
-            found = problems.generate("test", (args.problems or 1000) * (args.seed + 1), 0)[-(args.problems or 1000):]
-    return found[: args.problems] if args.problems and args.question is None else found
+        return bare(sys.stdin.read().splitlines(), "stdin")[: args.problems or None]
+    if args.question is not None:
+        return bare([args.question], "command line")
+    if not args.file:
+        return run.test_set(args.run[0], args.problems, args.seed)
+    try:
+        text = Path(args.file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise config.UserError(f"{args.file}:0: cannot be read ({e}); give problems or plain questions, one a line")
+    is_problems = text.lstrip()[:1] in ("[", "{") or "||" in text
+    return (data.read_problems(args.file) if is_problems else bare(text.splitlines(), args.file))[: args.problems or None]
 
 
 def bare(lines, where):
@@ -106,10 +176,11 @@ def bare(lines, where):
     return found
 
 
-def record(p, chain):
+def record(p, chain, show):
     """One chain as JSON."""
-    return {"question": p.question, "thoughts": chain.thoughts, "steps": chain.steps, "coherent": reward.coherent(chain.steps, chain.answer),
-            "stop_prob": chain.stop_prob, "sigma": chain.sigma, "text": chain.text, "answer": chain.answer, "gold": p.answer or None,
+    return {"run": show.run, "edit": show.edit, "question": p.question, "thoughts": chain.thoughts, "steps": chain.steps,
+            "coherent": reward.coherent(chain.steps, chain.answer), "stop_prob": chain.stop_prob, "sigma": chain.sigma,
+            "text": chain.text, "answer": chain.answer, "gold": p.answer or None,
             "right": bool(reward.accuracy(chain.text, p.answer)) if p.answer else None, "latents": chain.n_latent, "tokens": chain.n_token}
 
 
@@ -146,14 +217,20 @@ def draw(p, chain, paint):
     return [*lines, f"  → {paint.bold(answer)}{verdict}{ended}"]
 
 
-def closing(chains, seconds, where):
-    """The last line: how many are right, how long the chains are, how fast they came."""
-    every = [(p, c) for p, found in chains for c in found]
+def closing(show, shows, asked):
+    """The last line of a run or an edit: how many are right, how long the chains are, how fast they came; what an edit changed."""
+    every = [(p, c) for p, found in zip(asked, show.chains) for c in found]
     judged = [bool(reward.accuracy(c.text, p.answer)) for p, c in every if p.answer]
     right = f"{sum(judged)} of {len(judged)} right · " if judged else ""
+    if show.edit:
+        whole = next(s for s in shows if s.run == show.run)
+        before = [(p, a[0], b[0]) for p, a, b in zip(asked, whole.chains, show.chains) if b]
+        changed = sum(not evaluate.agree(a, b) for _, a, b in before)
+        were = sum(bool(reward.accuracy(a.text, p.answer)) for p, a, _ in before if p.answer)
+        return f"{show.name}: another answer in {changed} of {len(before)}" + (f" · {right}{were} unedited" if judged else "")
     latents, words = sum(c.n_latent for _, c in every), sum(c.n_token for _, c in every)
     return (f"\n{right}{latents / len(every):.1f} latents + {words / len(every):.1f} tokens a chain · "
-            f"{(latents + words) / seconds:,.0f} tokens/s · {where}")
+            f"{(latents + words) / show.seconds:,.0f} tokens/s · {show.name}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from minatp import checkpoint, config, data, distributed, evaluate, reward, run
+from minatp import checkpoint, config, data, distributed, evaluate, problems, reward, run
 from minatp.loss import advantages, sft_loss, surrogate
 from minatp.rollout import Noise, rollout, score, supervise
 
@@ -266,18 +266,24 @@ def solve(cfg, model, tokens, problems, max_new, seed=None):
 def test(cfg, model, tokens, splits, max_new, start=None):
     """The test sets, once: {name: measurement}; beside `start`, where one is given, on the same problems."""
     tests = {}
-    for name, problems in splits.tests.items():
+    for name, asked in splits.tests.items():
         began = time.perf_counter()
-        chains = solve(cfg, model, tokens, problems, max_new)
-        m = tests[name] = {**evaluate.measure(chains, problems), "test_seconds": time.perf_counter() - began}
+        chains = solve(cfg, model, tokens, asked, max_new)
+        m = tests[name] = {**evaluate.measure(chains, asked), "test_seconds": time.perf_counter() - began}
         if cfg.votes:
-            m["sampled"] = evaluate.vote([solve(cfg, model, tokens, problems, max_new, cfg.seed * 1000 + k) for k in range(cfg.votes)], problems)
+            m["sampled"] = evaluate.vote([solve(cfg, model, tokens, asked, max_new, cfg.seed * 1000 + k) for k in range(cfg.votes)], asked)
         run.say(f"test ({name}): {evaluate.tell(m)}")
+        if not cfg.data:
+            taught = {problems.numbers(p) for p in splits.train + splits.answers}
+            new = [i for i, p in enumerate(asked) if problems.numbers(p) not in taught]
+            if new:
+                m["new_numbers"] = evaluate.measure([chains[i] for i in new], [asked[i] for i in new])
+                run.say(f"  with numbers that no training problem has: {evaluate.tell(m['new_numbers'])}")
         if start:
-            before = solve(cfg, start, tokens, problems, max_new)
-            b = evaluate.measure(before, problems)
+            before = solve(cfg, start, tokens, asked, max_new)
+            b = evaluate.measure(before, asked)
             m |= {"start_accuracy": b["accuracy"], "start_coherence": b["coherence"], "start_tokens": b["tokens"],
-                  **evaluate.paired(chains, before, problems)}
+                  **evaluate.paired(chains, before, asked)}
             run.say(f"start ({name}): {evaluate.tell(b)}; gained {100 * m['gain']:+.1f} ± {100 * m['gain_se']:.1f} points (standard error)")
     return tests
 

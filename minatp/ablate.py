@@ -23,10 +23,15 @@ METHODS = {  # name -> options of train.py --stage sft
 LAST = "0,0,0,0,0,{epochs}"  # of the curriculum, the last stage alone
 AFTER = {  # name -> options of the run that goes on from ATP; {epochs}: as many as take the seconds of "RL"
     "RL": ["--stage", "rl"],
-    "RL, score estimator": ["--stage", "rl", "--estimator", "score"],
     "RL, placebo (permuted rewards)": ["--stage", "rl", "--placebo"],
     "RL, no coherence": ["--stage", "rl", "--w-coh", "0"],
     "RL, coherence only (sees no answer)": ["--stage", "rl", "--no-answers", "--w-coh", "1"],
+    "RL, thoughts scored": ["--stage", "rl", "--estimator", "score"],
+    "RL, thoughts scored, σ × 4": ["--stage", "rl", "--estimator", "score", "--spread", "4"],
+    "RL, thoughts scored, σ × 4, greedy words": ["--stage", "rl", "--estimator", "score", "--spread", "4", "--greedy"],
+    "RL, σ × 4, greedy words": ["--stage", "rl", "--spread", "4", "--greedy"],
+    "RL, normalised": ["--stage", "rl", "--normalise"],
+    "RL, 4 updates a batch (GRPO)": ["--stage", "rl", "--updates-per-batch", "4"],
     "control: more SFT": ["--stage", "sft", "--epochs", LAST],
     "SFT on answers alone": ["--stage", "sft", "--epochs", LAST, "--answers-share", "0.75"],
 }

@@ -44,7 +44,7 @@ class Data:
     data: str = opt("", "training problems: JSON, JSONL or iCoT text [the built-in task]")
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
     test: str = opt("", "test problems, several files separated by commas [as many again]")
-    labelled: int = opt(30000, "built-in task: labelled training problems")
+    labelled: int = opt(10000, "built-in task: labelled training problems")
     val_size: int = opt(500, "validation problems, built-in or held out of --data")
     test_size: int = opt(3000, "built-in task: test problems")
 
@@ -78,7 +78,7 @@ class Latents:
 @dataclass
 class Optim:
     """training"""
-    epochs: str = opt("", "epochs of each curriculum stage 0 … K+1, separated by commas; one number: of every stage")
+    epochs: str = opt("", "epochs of each curriculum stage 0 … K+1, separated by commas; one number: of every stage [the preset's]")
     batch_size: int = opt(32, "problems per step")
     micro_batch: int = opt(0, "problems per forward pass, gradients accumulated; 0: all of the batch at once")
     lr: float = opt(2e-3, "peak learning rate; a cosine in each stage")
@@ -120,6 +120,7 @@ class Report:
     votes: int = opt(0, "also sample this many chains per test problem: pass@k and majority vote")
     temperature: float = opt(1.0, "of those samples")
     log_every: int = opt(50, "steps between lines")
+    sink: str = opt("", "send the records of metrics.jsonl to tensorboard | wandb as well")
     save_every: int = opt(500, "steps between checkpoints")
 
 
@@ -178,18 +179,22 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
         need(self.estimator in ("score", "path"), f"--estimator must be score or path, not {self.estimator!r}")
         need(self.coherence in ("paper", "strict"), f"--coherence must be paper or strict, not {self.coherence!r}")
         need(0 <= self.answers_share <= 1, f"--answers-share must be between 0 and 1, not {self.answers_share}")
+        need(self.sink in ("", "tensorboard", "wandb"), f"--sink must be tensorboard or wandb, not {self.sink!r}")
         need(self.G > 1, "--G must be at least 2: a group is its own baseline")
         self.schedule()
 
 
 PRESETS = {
-    "tiny": {"epochs": {"no-cot": "8", "cot": "2", "coconut": "2,.4,.4,.4,.7,1", "sim-cot": "2,.4,.4,.4,.7,1", "atp": "2,.4,.4,.4,.7,1"}},
+    "tiny": {"c": 1},
     "llama-1b": {"n_layer": 16, "n_head": 32, "n_kv_head": 8, "n_embd": 2048, "n_inner": 8192, "block_size": 131072, "rope_theta": 500000.0,
-                 "vocab_size": 128256, "decoder_layers": 0, "K": 10, "lr": 1e-4, "epochs": "2", "log_every": 10},
+                 "vocab_size": 128256, "decoder_layers": 0, "K": 10, "lr": 1e-4, "log_every": 10},
 }
 
-
-RL = {"tiny": {"lr": 1e-4, "init": "out/sft"}, "llama-1b": {"lr": 1e-6, "batch_size": 16, "init": "out/sft", "epochs": "2"}}
+EPOCHS = {  # preset -> the default of --epochs
+    "tiny": lambda cfg: ",".join(("3.2", *[".7"] * (cfg.K - 1), "1.6", "8.6")) if cfg.latent else {"cot": "4", "no-cot": "30"}[cfg.method],
+    "llama-1b": lambda cfg: "2",
+}
+RL = {"tiny": {"lr": 1e-4, "init": "out/sft", "estimator": "path"}, "llama-1b": {"lr": 1e-6, "batch_size": 16, "init": "out/sft"}}
 
 
 def flag(name):
@@ -231,9 +236,9 @@ def parse(argv, description):
     if preset not in PRESETS:
         raise UserError(f"command line: --preset must be one of {', '.join(PRESETS)}, not {preset!r}")
     chosen = {**PRESETS[preset], **(RL[preset] if given.get("stage") == "rl" else {}), **given}
-    if isinstance(chosen["epochs"], dict):
-        chosen["epochs"] = chosen["epochs"].get(chosen.get("method", "atp"), "2")
     cfg = Config(**chosen)
+    if cfg.method in METHODS:
+        cfg.epochs = cfg.epochs or EPOCHS[preset](cfg)
     cfg.out = cfg.out or f"out/{cfg.stage}"
     if cfg.resume:
         return resumed(cfg, given)

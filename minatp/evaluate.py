@@ -22,6 +22,7 @@ class Chain:
     n_token: int      # written, eos included
     stop_prob: list   # at each boundary where the stop head was asked
     sigma: list       # mean σ of each latent step; [] without the VAE
+    z: torch.Tensor | None = None  # (n_latent, D), where solve was asked to keep it
 
     @property
     def steps(self):
@@ -35,20 +36,26 @@ class Chain:
 
 
 @torch.no_grad()
-def solve(model, tokens, prompts, max_new, batch_size=500, seed=None, temperature=1.0, progress=None):
+def solve(model, tokens, prompts, max_new, batch_size=500, seed=None, temperature=1.0, progress=None, noise=None, given=None,
+          keep=False):
     """One Chain per prompt (a list of ids). The mean policy, or sampled where a seed is given.
 
+    noise (Noise), given (Given): of all prompts, for chance and thoughts of the caller's choice. keep: Chains with their latents.
     Prompts of like length share a batch; a problem's result depends neither on that nor on its neighbours.
     """
     device = model.policy.freq.device
-    noise = None if seed is None else Noise.draw(model, len(prompts), max_new, seed, temperature)
+    if seed is not None:
+        noise = Noise.draw(model, len(prompts), max_new, seed, temperature)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     chains = [None] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
-        r = rollout(model, *left_pad([prompts[i] for i in rows], tokens.end, device), max_new, noise and noise.at(rows, device))
-        for i, chain in zip(rows, as_text(model, tokens, r)):
+        r = rollout(model, *left_pad([prompts[i] for i in rows], tokens.end, device), max_new, noise and noise.at(rows, device),
+                    given=given and given.at(rows, device))
+        for b, (i, chain) in enumerate(zip(rows, as_text(model, tokens, r))):
             chains[i] = chain
+            if keep:
+                chain.z = r.z[b, : chain.n_latent].cpu()
         if progress:
             progress(start + len(rows))
     return chains
@@ -134,6 +141,11 @@ def paired(after, before, problems):
     """Accuracy gained from `before` to `after` (one Chain per problem each) and its standard error, by the differences."""
     d = torch.tensor([reward.accuracy(a.text, p.answer) - reward.accuracy(b.text, p.answer) for a, b, p in zip(after, before, problems)])
     return {"gain": float(d.mean()), "gain_se": float(d.std() / len(d) ** 0.5)}
+
+
+def agree(a, b):
+    """Whether two Chains answer alike; those that give no answer, where they write the same."""
+    return reward.same(a.answer, b.answer) or a.text == b.text
 
 
 def reward_variance(model, tokens, prompts, golds, judge, max_new, seed, n_thought=6, n_word=4, **chance):

@@ -1,7 +1,9 @@
 """The decoder LM φ: it reads the c latents of a step as input embeddings and writes the step as text."""
+import math
+
 import torch
 
-from .loss import IGNORE, token_nll
+from .loss import IGNORE, token_nll, wide
 
 
 def thought_nll(decoder, z, text):
@@ -40,3 +42,33 @@ def read_thoughts(decoder, z, eos, max_new=24):
             cache.keep(going.nonzero()[:, 0])
         h = decoder(decoder.embed(token)[:, None], torch.ones(len(rows), 1, dtype=torch.bool, device=z.device), cache)[:, 0]
     return texts
+
+
+@torch.no_grad()
+def readings(decoder, z, eos, n=3, max_new=24):
+    """The n likeliest readings of each thought, by beam search. z (N, c, D) -> N lists of (ids, probability), likeliest first.
+
+    Readings that do not end within max_new tokens are left out.
+    """
+    N, c, _ = z.shape
+    found = [[] for _ in range(N)]
+    if not N:
+        return found
+    cache = decoder.cache(N, c + max_new)
+    h = decoder(z, torch.ones(N, c, dtype=torch.bool, device=z.device), cache)[:, -1]
+    total, ids = z.new_zeros(N, 1), [[[]] for _ in range(N)]  # (N, beams): log-probability and words of what is not ended yet
+    for _ in range(max_new):
+        beams = total.shape[1]
+        logp = total[..., None] + wide(decoder.logits(h)).log_softmax(-1).view(N, beams, -1)
+        for row, ended in enumerate(logp[..., eos].tolist()):
+            found[row] += [(ids[row][b], p) for b, p in enumerate(ended)]
+        logp[..., eos] = -torch.inf
+        total, best = logp.flatten(1).topk(n)
+        parent, token = best // logp.shape[-1], best % logp.shape[-1]
+        ids = [[ids[row][b] + [t] for b, t in zip(bs, ts)] for row, (bs, ts) in enumerate(zip(parent.tolist(), token.tolist()))]
+        found = [sorted(f, key=lambda r: -r[1])[:n] for f in found]
+        if all(f[-1][1] >= t and len(f) == n for f, t in zip(found, total[:, 0].tolist())):
+            break  # what goes on only gets less likely
+        cache.keep((torch.arange(N, device=z.device)[:, None] * beams + parent).flatten())
+        h = decoder(decoder.embed(token.flatten())[:, None], torch.ones(N * n, 1, dtype=torch.bool, device=z.device), cache)[:, 0]
+    return [[(words, math.exp(p)) for words, p in f] for f in found]

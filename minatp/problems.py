@@ -2,9 +2,8 @@
 
 Four families: a chain of events (serial: each step needs the one before), a chain of comparisons, told forwards or backwards
 (find where to begin, then serial), groups (two products in either order), and shopping (several valid orders of the same steps).
-Which set a problem belongs to is a hash, so no set can leak into another, for any seed: from three steps on, of its numbers
-(the same numbers with the same answer are in the same set, whatever the words and the order of the steps); below, where they are
-the tables of addition and multiplication that have to be learned, of the question.
+Which set a problem belongs to is a hash of its question, so that no set can leak into another, for any seed. The same numbers may
+come again under other names: `numbers` tells which do, and a summary gives the accuracy on those that do not as well.
 """
 import hashlib
 import random
@@ -32,9 +31,13 @@ def generate(which, n, seed):
 
 
 def bucket(p):
-    """0 … 15 from the numbers of a problem and its answer; from its question where it has fewer than three steps."""
-    key = " ".join((*sorted(re.findall(r"\d+", p.question)), p.answer)) if len(p.steps) > 2 else p.question
-    return hashlib.blake2b(key.encode(), digest_size=1).digest()[0] % 16
+    """0 … 15 from a problem's question."""
+    return hashlib.blake2b(p.question.encode(), digest_size=1).digest()[0] % 16
+
+
+def numbers(p):
+    """What is left of a problem without its words: its numbers in order, and the answer."""
+    return (*re.findall(r"\d+", p.question), p.answer)
 
 
 def problem(question, equations):

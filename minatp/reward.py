@@ -51,11 +51,17 @@ def operands(step):
     return [number(m) for m in SIGNED.findall(left)] if equals else []
 
 
+def links(steps, final):
+    """Where the result of each step (a string) is used: the indices of the later steps that have it as an operand, and len(steps)
+    where it equals the final answer (a string or None)."""
+    end, taken = number(final) if final is not None else None, [operands(s) for s in steps]
+    return [[] if (r := result(s)) is None else
+            [j for j in range(i + 1, len(steps)) if r in taken[j]] + [len(steps)] * (r == end) for i, s in enumerate(steps)]
+
+
 def coherent(steps, final):
-    """For each step (a string), whether its result is an operand of a later step or equals the final answer (a string or None)."""
-    end = number(final) if final is not None else None
-    return [(r := result(s)) is not None and (r == end or any(r in operands(later) for later in steps[i + 1:]))
-            for i, s in enumerate(steps)]
+    """For each step, whether its result is an operand of a later step or equals the final answer."""
+    return [bool(used) for used in links(steps, final)]
 
 
 def coherence(steps, final, strict=False):

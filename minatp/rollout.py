@@ -98,6 +98,17 @@ class Noise:
 
 
 @dataclass
+class Given:
+    """Thoughts that the rollout has to take as they are, in place of its own first ones: edits and probes."""
+    z: torch.Tensor     # (B, cK, D)
+    n: torch.Tensor     # (B,) latents of z that count, whole steps
+    ends: torch.Tensor  # (B,) bool: the answer follows them; otherwise the model thinks on from there
+
+    def at(self, rows, device):
+        return Given(self.z[rows].to(device), self.n[rows].to(device), self.ends[rows].to(device))
+
+
+@dataclass
 class Rollout:
     """B finished chains. Entries past a row's end are 0 (−1 for tokens)."""
     z: torch.Tensor          # (B, cK, D) the used latents, then the candidate dropped at a stop
@@ -119,12 +130,13 @@ class Rollout:
 
 
 @torch.no_grad()
-def rollout(model, prompt, valid, max_new, noise=None, group=1):
+def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
     """Think, stop and answer. prompt (B, Tq) ids left-padded, valid (B, Tq) bool; each is read once and continued `group` times,
     which gives B·group rows, those of a prompt side by side.
 
     noise None is the mean policy: z = μ, stop by argmax, greedy answer. Every tick feeds one column to every unfinished row,
     a thought or a word; a row that has written eos leaves the batch, so early stops save real work.
+    given (Given of B·group rows): no stop is taken before or at these thoughts, whatever the stop head says of them.
     """
     B, Tq = prompt.shape[0] * group, prompt.shape[1]
     policy, c, device = model.policy, model.c, prompt.device
@@ -151,17 +163,23 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1):
             out.token[r, out.n_token[r]], out.logp_token[r, out.n_token[r]] = token[answering], logp
             out.n_token[r] += 1
             x = policy.embed(token)
+        if given is not None:
+            thinking = thinking & ~(given.ends[rows] & (given.n[rows] == t))
         if t == c * K:
             thinking = torch.zeros_like(thinking)
         elif t < c * K and thinking.any():                      # think
             r, i = rows[thinking], thinking.nonzero()[:, 0]
             z, mu, logvar = model.propose(h[i], noise and noise.spread * noise.eps[r, t])
+            if given is not None:
+                z = torch.where((t < given.n[r])[:, None], given.z[r, t], z)
             out.z[r, t] = z
             if model.vae:
                 out.logvar[r, t], out.logp_z[r, t] = logvar, gaussian_log_prob(z, mu, logvar + 2 * math.log(out.spread))
             if model.stop and t % c == 0:
                 logp = wide(model.stop_head(z)).log_softmax(-1)
                 stop = logp[:, 1] > logp[:, 0] if noise is None else noise.stop[r, t // c] < logp[:, 1].exp()
+                if given is not None:
+                    stop = stop & (t >= given.n[r])
                 out.stop_prob[r, t // c] = logp[:, 1].exp()
                 out.logp_stop[r, t // c] = torch.where(stop, logp[:, 1], logp[:, 0])
                 out.stopped[r] = stop

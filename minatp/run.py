@@ -1,11 +1,12 @@
 """What stands around a training loop: the problems, the model, the device, the schedule, and the files and lines of a run."""
+import hashlib
 import json
 import math
 import random
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,6 +60,19 @@ def load_splits(cfg):
     left_out = [f"{len(train) - len(kept)} in the validation or test set"] * (len(kept) < len(train)) + \
                [f"{len(kept) - len(taught)} without steps (see --answers-share)"] * (len(taught) < len(kept) and not cfg.answers_share)
     return Splits(taught, [p for p in kept if not p.steps], val, held[1], "left out of training: " + ", ".join(left_out) if left_out else "")
+
+
+def test_set(folder, n=0, seed=0):
+    """The first n problems (0: all) of a run's test set, by the config.json in its folder; of the built-in task, 1000 and for
+    another seed others. Raises UserError where the run brings none."""
+    path = Path(folder) / "config.json"
+    trained = checkpoint.read_json(path) if path.exists() else {"data": "?"}
+    if not trained.get("data"):
+        n = n or 1000
+        return problems.generate("test", n * (seed + 1), 0)[-n:]
+    if not trained.get("test"):
+        raise UserError(f"{folder}:0: was not trained on the built-in task; give a question or --file")
+    return [p for f in trained["test"].split(",") for p in data.read_problems(f)][: n or None]
 
 
 def encoded(cfg, chosen, tokens, model):
@@ -169,6 +183,7 @@ class Log:
         if not cfg.resume and (self.out / "summary.json").exists() | (self.out / "checkpoints").exists():
             raise UserError(f"{self.out}:0: holds a run already; add --resume to go on with it, or choose another --out")
         try:
+            self.sink = sink(cfg, self.out, state)
             self.out.mkdir(parents=True, exist_ok=True)
             write_config(cfg, self.out / "config.json")
             old = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= state["step"]] if path.exists() else []
@@ -180,6 +195,8 @@ class Log:
     def write(self, record):
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+        if self.sink:
+            self.sink(scalars(record), record["step"])
 
     def seconds(self):
         """Of the run so far, the time before a resume included."""
@@ -192,6 +209,42 @@ class Log:
         tmp = self.out / "summary.json.tmp"
         tmp.write_text(json.dumps(record, indent=2) + "\n")
         tmp.rename(self.out / "summary.json")
+
+
+def sink(cfg, out, state):
+    """write(scalars, step) of --sink; None where there is none. Raises UserError where its package is not installed."""
+    try:
+        if cfg.sink == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(out / "tensorboard", purge_step=state["step"] + 1)
+
+            def write(values, step):
+                for name, value in values.items():
+                    writer.add_scalar(name, value, step)
+                writer.flush()
+            return write
+        if cfg.sink == "wandb":
+            import wandb
+            out.mkdir(parents=True, exist_ok=True)
+            # a resumed run goes on under the id of its folder
+            wandb.init(project="minatp", name=out.name, id=hashlib.sha1(str(out.resolve()).encode()).hexdigest()[:16], dir=out,
+                       config=asdict(cfg), resume="allow")
+            return lambda values, step: wandb.log(values, step=step)
+    except ImportError as e:
+        raise UserError(f"command line: --sink {cfg.sink} needs the package {cfg.sink} ({e}); pip install {cfg.sink}, or leave --sink away")
+
+
+def scalars(record, prefix=""):
+    """The numbers of a record, nested ones as "validation/accuracy", lists as "…/0"."""
+    out = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            out |= scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            out[f"{prefix}{name}"] = value
+    return out
 
 
 def say(text):
