@@ -97,26 +97,25 @@ def sft_gradients(cfg, model, tokens, rows, stage, step, device, weight=1.0):
     """Add one batch's SFT gradients, times `weight`, to the parameters, micro-batch by micro-batch.
 
     Every loss is divided by its count in the whole batch and every row has its own noise, so that the split, over micro-batches and
-    over processes, changes nothing.
-    Returns (sums, counts, positions read).
+    over processes, changes nothing. Returns (sums, counts, positions read).
     """
     rows = sorted(rows, key=lambda r: len(r.prompt))  # micro-batches of like length
     noise = torch.randn(len(rows), model.c * model.K + 1, model.policy.cfg.n_embd, generator=run.generator(cfg, step)) if model.vae else None
     rows, noise = distributed.mine(rows), noise if noise is None else distributed.mine(noise)
     size = cfg.micro_batch or len(rows)
     parts = [data.collate(rows[i:i + size], stage, tokens, model) for i in range(0, len(rows), size)]
-    counts = distributed.total({name: sum(p.counts[name] for p in parts) for name in parts[0].counts}, device)
-    total, n_token = {}, 0
+    counts = {name: sum(p.counts[name] for p in parts) for name in parts[0].counts}
+    counts["read"] = sum(int(p.prompt_valid.sum() + p.n_latent.sum() + (p.target >= 0).sum()) for p in parts)
+    counts, total = distributed.total(counts, device), {}
     for i, part in enumerate(parts):
         eps = None if noise is None else noise[i * size:(i + 1) * size].to(device)
-        n_token += int(part.prompt_valid.sum() + part.n_latent.sum() + (part.target >= 0).sum())
         with run.autocast(device):
             sums = supervise(model, part.to(device), eps)
             loss = weight * sft_loss(sums, counts, cfg.beta)
         loss.backward()
         for name, value in sums.items():
             total[name] = total.get(name, 0) + value.detach()
-    return total, counts, n_token
+    return distributed.total(total, device), counts, counts["read"]
 
 
 # ---- stage 2: method.md, Stage 2 ----------------------------------------------------------------------------------------
@@ -150,14 +149,17 @@ def rl(cfg, splits, device):
             continue
 
         # explore: G chains of each question
-        prompt, valid = data.left_pad([prompts[i] for i in chosen], tokens.end, device)
+        asked = distributed.mine(chosen)
+        prompt, valid = data.left_pad([prompts[i] for i in asked], tokens.end, device)
         noise = Noise.draw(model, len(chosen) * cfg.G, max_new, cfg.seed * 1_000_003 + step, spread=cfg.spread, greedy=cfg.greedy)
+        noise = noise.at(distributed.mine(torch.arange(len(chosen) * cfg.G).view(-1, cfg.G)).flatten(), device)
         with run.autocast(device):
-            r = rollout(model, prompt, valid, max_new, noise.at(slice(None), device), cfg.G)
+            r = rollout(model, prompt, valid, max_new, noise, cfg.G)
             chains = evaluate.as_text(model, tokens, r)
 
         # judge them against their group
-        R, parts = judge(cfg, chains, [pool[i].answer for i in chosen])
+        R, parts = judge(cfg, chains, [pool[i].answer for i in asked])
+        R = distributed.whole(R)  # every process knows all rewards and learns from its own
         if cfg.placebo:
             R = R.flatten()[torch.randperm(R.numel(), generator=run.generator(cfg, step))].view_as(R)
         advantage = advantages(R, cfg.baseline, cfg.normalise)
@@ -167,25 +169,28 @@ def rl(cfg, splits, device):
         lr = run.lr_at(step, cfg.updates, min(cfg.warmup, cfg.updates // 10), cfg.lr)
         diagnostics = {}
         if telling.any():
-            group = telling.nonzero()[:, 0].to(device)
+            heard = distributed.mine(telling)
+            group = heard.nonzero()[:, 0].to(device)
             chain = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
-            learn = (prompt[group], valid[group], r.take(chain), advantage[telling].view(-1, 1).to(device))
-            old = None
+            learn = (prompt[group], valid[group], r.take(chain), distributed.mine(advantage)[heard].view(-1, 1).to(device))
+            old, d = None, {}
             for u in range(cfg.updates_per_batch):
-                with run.autocast(device):
-                    loss, old, d = policy_loss(cfg, model, start, *learn, noise.eps[chain.cpu()].to(device), old, R.numel())
-                loss.backward()
+                if len(chain):
+                    with run.autocast(device):
+                        loss, old, d = policy_loss(cfg, model, start, *learn, noise.eps[chain], old, R.numel(), int(telling.sum()) * cfg.G)
+                    loss.backward()
                 if cfg.anchor:
                     sft_gradients(cfg, model, tokens, [rows[i] for i in anchor], model.K + 1, step, device, cfg.anchor)
-                diagnostics = {**d, "grad_norm": run.advance(optimizer, model, lr, cfg.clip)}
+                diagnostics = {**distributed.mean(d, len(chain), device), "grad_norm": run.advance(optimizer, model, lr, cfg.clip)}
         silent = silent + 1 if telling.float().mean() < 0.05 else 0
         if silent == 50:
             run.say("warning: for 50 batches fewer than 5 % of the groups had rewards that differ, so there is little to learn from: look "
                     "at acc (all right or all wrong?), fmt (0: answers do not end), sigma and --spread (do the thoughts differ at all?)")
 
         # what there is to tell
-        meter.add({"reward": R.mean(), **parts, "signal": telling.float().mean(), "latents": r.n_latent.float().mean(), **diagnostics}, {},
-                  int(r.n_latent.sum() + r.n_token.sum()))
+        parts = distributed.mean({**parts, "latents": r.n_latent.float().mean()}, len(asked), device)
+        n_token = distributed.total({"n": int(r.n_latent.sum() + r.n_token.sum())}, device)["n"]
+        meter.add({"reward": R.mean(), "signal": telling.float().mean(), **parts, **diagnostics}, {}, n_token)
         if (step + 1) % cfg.log_every == 0 or step == cfg.updates - 1:
             means, speed, left = meter.read(cfg.updates - step - 1)
             log.write({"step": step + 1, **means, "lr": lr, "tokens_per_second": speed, "seconds": log.seconds()})
@@ -215,8 +220,9 @@ def judge(cfg, chains, golds):
     return torch.tensor([R for R, _ in told]).view(len(golds), cfg.G), parts
 
 
-def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n):
-    """−Σ advantage·log-probability over the chains r of the telling groups, over all n chains of the batch.
+def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n, n_telling):
+    """−Σ advantage·log-probability over the chains r of the telling groups, over all n chains of the batch, of which n_telling are in
+    such groups.
 
     Returns (loss, the log-probabilities that later updates on this batch are compared with, diagnostics).
     """
@@ -229,8 +235,9 @@ def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n):
     with torch.set_grad_enabled(cfg.kl > 0):
         with torch.no_grad():
             ref = score(start, prompt, valid, r, cfg.G)
-        d["kl"] = kl_to(s, ref, r) / len(advantage)
-    return loss + cfg.kl * d["kl"], old, d
+        kl = kl_to(s, ref, r)
+    d["kl"] = kl / len(advantage)
+    return loss + cfg.kl * kl / n_telling, old, d
 
 
 def kl_to(s, ref, r):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from . import distributed
 from .config import UserError
 from .data import Tokens
 from .latent import ATP, START
@@ -252,7 +253,9 @@ def save(directory, model, tokens, source=None):
 
 def write_folder(path, write):
     """Make the folder `path` all at once: write(tmp) fills a temporary one, which is fsynced and renamed. An older folder of
-    that name is replaced only then."""
+    that name is replaced only then. Rank 0 alone writes."""
+    if distributed.rank():
+        return
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
@@ -286,7 +289,7 @@ def save_checkpoint(out, state, model, tokens, optimizer, source=None, keep=2):
 
     folder = Path(out) / "checkpoints"
     write_folder(folder / f"{state['step']:08d}", write)
-    for old in sorted(folder.glob("*[0-9]"))[:-keep]:
+    for old in sorted(folder.glob("*[0-9]"))[:-keep] if distributed.rank() == 0 else []:
         shutil.rmtree(old)
 
 

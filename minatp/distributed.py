@@ -56,19 +56,22 @@ def mine(rows):
 
 
 def total(values, device):
-    """{name: number or scalar tensor}, summed over the processes: numbers come back as numbers, tensors as tensors."""
+    """{name: number or scalar tensor}, summed over the processes; a process may lack some names. Numbers come back as numbers."""
     if world() == 1:
         return values
-    summed = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(device) for v in values.values()])
+    shares = [None] * world()
+    dist.all_gather_object(shares, {k: type(v) for k, v in values.items()})
+    kinds = {k: kind for share in shares for k, kind in share.items()}
+    summed = torch.stack([torch.as_tensor(values.get(k, 0), dtype=torch.float64).detach().to(device) for k in kinds])
     dist.all_reduce(summed)
-    return {k: s if torch.is_tensor(v) else type(v)(s) for (k, v), s in zip(values.items(), summed)}
+    return {k: s if kind is torch.Tensor else kind(s) for (k, kind), s in zip(kinds.items(), summed)}
 
 
 def mean(values, weight, device):
-    """{name: scalar}, averaged over the processes by their weights."""
+    """{name: scalar tensor}, averaged over the processes with their weights; where the weight is 0 there may be no values."""
     if world() == 1:
         return values
-    summed = total({**{k: torch.as_tensor(v) * weight for k, v in values.items()}, "weight": weight}, device)
+    summed = total({**{k: v * weight for k, v in values.items()}, "weight": weight}, device)
     n = summed.pop("weight")
     return {k: v / max(1, n) for k, v in summed.items()}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, data, problems
+from . import checkpoint, data, distributed, problems
 from .config import UserError, write_config
 from .latent import ATP
 from .llama import LLAMA3_ROPE, LlamaConfig
@@ -162,7 +162,8 @@ def room(cfg, rows, stage):
 
 
 def advance(optimizer, model, lr, clip):
-    """One AdamW step on the gradients that lie in the parameters, clipped to norm `clip`. Returns the norm before."""
+    """One AdamW step on the gradients that lie in the parameters (of all processes), clipped to norm `clip`. Returns the norm before."""
+    distributed.sum_gradients(model)
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -174,7 +175,7 @@ def advance(optimizer, model, lr, clip):
 # ---- files and lines ----------------------------------------------------------------------------------------------------
 
 class Log:
-    """A run's folder: config.json, metrics.jsonl (one record a line, flushed) and summary.json; and the progress lines."""
+    """A run's folder: config.json, metrics.jsonl (one record a line, flushed) and summary.json; and the progress lines. Rank 0's alone writes."""
     def __init__(self, cfg, state):
         """state: the step and the seconds that a resumed run has behind it; records of later steps, lost with the crash, are
         removed."""
@@ -182,6 +183,9 @@ class Log:
         path = self.out / "metrics.jsonl"
         if not cfg.resume and (self.out / "summary.json").exists() | (self.out / "checkpoints").exists():
             raise UserError(f"{self.out}:0: holds a run already; add --resume to go on with it, or choose another --out")
+        self.file = self.sink = None
+        if distributed.rank():
+            return
         try:
             self.sink = sink(cfg, self.out, state)
             self.out.mkdir(parents=True, exist_ok=True)
@@ -193,8 +197,9 @@ class Log:
             raise UserError(f"{self.out}:0: cannot be written ({e.strerror}); choose another --out")
 
     def write(self, record):
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
         if self.sink:
             self.sink(scalars(record), record["step"])
 
@@ -206,9 +211,10 @@ class Log:
         """summary.json: the first test set's measurement at the top, all of them under "tests"."""
         record = {"stage": cfg.stage, "method": cfg.method, "seed": cfg.seed, **next(iter(tests.values())), "tests": tests,
                   "seconds": seconds, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", **more}
-        tmp = self.out / "summary.json.tmp"
-        tmp.write_text(json.dumps(record, indent=2) + "\n")
-        tmp.rename(self.out / "summary.json")
+        if self.file:
+            tmp = self.out / "summary.json.tmp"
+            tmp.write_text(json.dumps(record, indent=2) + "\n")
+            tmp.rename(self.out / "summary.json")
 
 
 def sink(cfg, out, state):
@@ -249,8 +255,9 @@ def scalars(record, prefix=""):
 
 def say(text):
     """One line for the user."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    if distributed.rank() == 0:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
 def clock(seconds):
