@@ -32,7 +32,7 @@ BETA, MAX_NEW = 1e-3, 16
 GATES = {("SFT, last stage", "ops"): 4, ("SFT, last stage", "bytes"): 8, ("rollouts", "flops"): 25}  # × fewer than the reference
 TARGETS = {"SFT, last stage": 2.5, "rollouts": 8}                                                    # × less wall time: shown
 SIZES = {  # problems of an SFT step, questions and rollouts of each, problems of an evaluation
-    "tiny": dict(batch=8, questions=4, G=8, evaluated=8, check=6),
+    "tiny": dict(batch=16, questions=4, G=8, evaluated=4, check=6),
     "llama-1b": dict(batch=32, questions=16, G=8, evaluated=32, check=2),
 }
 
@@ -315,8 +315,8 @@ def growth(case, per_op, per_flop, rounds):
     """Print how minatp's SFT step of the last stage (forwards and backwards) grows with K, batch and question, beside what its
     counts predict at the two prices. Returns the rows."""
     model, K, rows = case.model, case.model.K, []
-    base = {"K": K, "batch": case.size["batch"], "question": 64}
-    vary = [(key, value) for key in base for value in (base[key] // 4, base[key] // 2, base[key], 2 * base[key], 4 * base[key]) if value]
+    base = {"K": K, "batch": case.size["batch"] // 2, "question": 64}
+    vary = [(key, value) for key in base for value in (base[key] // 2, base[key], 2 * base[key], 4 * base[key])]
     run.say(f"\nSFT step of the last stage, forwards and backwards; the base is K {K}, batch {base['batch']}, {base['question']} tokens of question"
             f"\npredicted: {1e6 * per_op:.1f} µs an operation + {1e-9 / per_flop if per_flop else float('inf'):.1f} GFLOP/s, fitted to the times above"
             "\n                 operations     GFLOP   predicted ms   measured ms")

@@ -13,7 +13,7 @@ import torch
 from . import checkpoint
 from .config import UserError
 from .loss import IGNORE, gaussian_log_prob, kl_normal, token_nll, wide
-from .rollout import Rollout, choose
+from .rollout import Rollout, choose, tail_valid
 
 try:
     import transformers
@@ -45,10 +45,6 @@ def hugging(llama):
 def positions(mask):
     """Position ids (B, T) that count the real columns of mask (B, T)."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-def tail_valid(batch):
-    return torch.cat((torch.ones_like(batch.target[:, :1], dtype=torch.bool), batch.target[:, :-1] >= 0), 1)
 
 
 class Reference:

@@ -63,7 +63,8 @@ def same(one, two):
     for a, b in zip(*records):
         assert a.keys() == b.keys() and (a["step"], a.get("validation", {}).get("accuracy")) == (b["step"], b.get("validation", {}).get("accuracy"))
         for k in a.keys() - {"validation"}:
-            assert a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6), (a["step"], k)
+            # sigma and clamped are averaged by chains there, by thoughts and columns here
+            assert a[k] == pytest.approx(b[k], rel=1e-2 if k in ("sigma", "clamped") else 1e-5, abs=1e-6), (a["step"], k)
     summaries = [json.loads((d / "summary.json").read_text()) for d in (one, two)]
     assert all(summaries[0][k] == summaries[1][k] for k in ("accuracy", "tokens", "n_problems", "training_problems"))
     for file in ("model.safetensors", "minatp/heads.safetensors", "minatp/decoder.safetensors"):
