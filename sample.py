@@ -9,6 +9,7 @@
 """
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -77,8 +78,8 @@ def options(argv):
             raise config.UserError(f"command line: {config.flag(name)} must be positive, not {getattr(args, name)}")
     if args.vote not in ("", "majority", "coherence") or args.vote and args.n < 2:
         raise config.UserError(f"command line: --vote must be majority or coherence, with --n of at least 2, not {args.vote!r} of {args.n}")
-    if args.temperature < 0 or args.problems < 0:
-        raise config.UserError("command line: --temperature and --problems must not be negative")
+    if not 0 <= args.temperature < math.inf or args.problems < 0 or not 0 <= args.seed < 2**32:
+        raise config.UserError("command line: --temperature, --problems and --seed must not be negative, nor without end")
     for a, b, wrong in (("--html", "--json", args.html and args.json), ("--html", "--vote", args.html and args.vote),
                         ("--edit", "--vote", args.edit and args.vote),
                         ("--edit", "--n without --html", args.edit and not args.html and args.temperature)):
@@ -146,7 +147,7 @@ def read(asked, model, tokens, max_new):
     room = model.policy.cfg.block_size - model.c * model.K - max_new - 1
     for p, prompt in zip(asked, prompts):
         if len(prompt) > room:
-            raise config.UserError(f"command line: the question {p.question[:40]!r} … is {len(prompt)} tokens long and there is room for "
+            raise config.UserError(f"{p.at}: the question {p.question[:40]!r} … is {len(prompt)} tokens long and there is room for "
                                    f"{room}; shorten it or lower --max-new")
     return prompts
 
@@ -170,9 +171,11 @@ def questions(args):
 
 
 def bare(lines, where):
-    found = [data.Problem(line.strip(), [], "") for line in lines if line.strip()]
+    found = [data.Problem(line.strip(), [], "", f"{where}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise config.UserError(f"{where}:1: holds no question; write one a line")
+    for p in found:
+        data.need_text(p.at, p.question)
     return found
 
 

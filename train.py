@@ -28,7 +28,8 @@ def main(argv=None):
     if cfg.dry_run:
         from minatp.dry import dry_run
         return dry_run(cfg, splits, device, lambda *a: sft_gradients(cfg, *a, 0, device))
-    {"sft": sft, "rl": rl}[cfg.stage](cfg, splits, device)
+    with run.stop, run.memory(f"--stage {cfg.stage}", cfg.batch_size, cfg.block_size, "--batch-size or the size of the model"):
+        {"sft": sft, "rl": rl}[cfg.stage](cfg, splits, device)
     distributed.stop()
 
 
@@ -41,8 +42,8 @@ def sft(cfg, splits, device):
     model.to(device).set_recompute(cfg.recompute)
     optimizer = run.adamw(cfg, model)
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}
-    log, meter = run.Log(cfg, state), run.Meter()
-    rows, answers = (run.encoded(cfg, p, tokens, model) for p in (splits.train, splits.answers))
+    log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
+    rows, answers, _ = (run.encoded(cfg, p, tokens, model) for p in (splits.train, splits.answers, splits.held_out))  # none is too long
     plan = [(stage, max(1, round(epochs * len(rows) / cfg.batch_size))) for stage, epochs in cfg.schedule()]
     n_total, first = sum(n for _, n in plan), 0
     # from scratch, φ starts as what π has become when thoughts begin
@@ -67,10 +68,11 @@ def sft(cfg, splits, device):
 
             lr = run.lr_at(i, n_steps, min(cfg.warmup, n_steps // 10), cfg.lr)
             sums, counts, n_token = sft_gradients(cfg, model, tokens, chosen, stage, step, device)
-            norm = run.advance(optimizer, model, lr, cfg.clip)
+            norm = steps.take(lr, sum(sums.values()), step, chosen)
 
             meter.add({**sums, "grad_norm": norm}, counts, n_token)
             if (step + 1) % cfg.log_every == 0 or i == n_steps - 1:
+                steps.check()
                 means, speed, left = meter.read(n_total - step - 1)
                 norm = means.pop("grad_norm")
                 loss = sft_loss(means, dict.fromkeys(means, 1), cfg.beta)
@@ -78,17 +80,21 @@ def sft(cfg, splits, device):
                            "tokens_per_second": speed, "seconds": log.seconds()})
                 run.say(f"stage {stage}  step {step + 1:5}/{n_total}  loss {loss:.4f}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
                         + f"  |g| {norm:.2f}  {speed:,.0f} tok/s  {left} left")
-            if (step + 1) % cfg.save_every == 0 or i == n_steps - 1:
-                checkpoint.save_checkpoint(cfg.out, {"step": step + 1, "seconds": log.seconds()}, model, tokens, optimizer, found or cfg.init)
+            stopping = distributed.anyone(run.stop.asked, device)
+            if (step + 1) % cfg.save_every == 0 or i == n_steps - 1 or stopping:
+                steps.check()
+                state = {"step": step + 1, "seconds": log.seconds(), "meter": meter.state()}
+                checkpoint.save_checkpoint(cfg.out, state, model, tokens, optimizer, found or cfg.init)
+                run.stop.check(cfg, stopping)
         first += n_steps
-        if first > state["step"]:
-            m = evaluate.measure(solve(cfg, model, tokens, splits.val, run.room(cfg, rows, stage)), splits.val)
+        if first >= state["step"] and first > log.validated:  # a run can have been stopped between saving and this
+            with meter.paused():
+                m = evaluate.measure(solve(cfg, model, tokens, splits.val, run.room(cfg, rows, stage)), splits.val)
             log.write({"step": first, "stage": stage, "validation": m})
             run.say(f"stage {stage}  validation: {evaluate.tell(m)}")
-            meter.reset()
 
     seconds = log.seconds()
-    checkpoint.write_folder(log.out / "final", lambda tmp: checkpoint.save(tmp, model, tokens, found or cfg.init))
+    checkpoint.save_final(cfg.out, model, tokens, found or cfg.init)
     tests = test(cfg, model, tokens, splits, run.room(cfg, rows, plan[-1][0]))
     log.summary(cfg, tests, seconds, device, training_problems=len(rows))
 
@@ -101,7 +107,7 @@ def sft_gradients(cfg, model, tokens, rows, stage, step, device, weight=1.0):
     """
     rows = sorted(rows, key=lambda r: len(r.prompt))  # micro-batches of like length
     noise = torch.randn(len(rows), model.c * model.K + 1, model.policy.cfg.n_embd, generator=run.generator(cfg, step)) if model.vae else None
-    rows, noise = distributed.mine(rows), noise if noise is None else distributed.mine(noise)
+    rows, noise = distributed.mine(rows), None if noise is None else distributed.mine(noise)
     size = cfg.micro_batch or len(rows)
     parts = [data.collate(rows[i:i + size], stage, tokens, model) for i in range(0, len(rows), size)]
     counts = {name: sum(p.counts[name] for p in parts) for name in parts[0].counts}
@@ -109,10 +115,12 @@ def sft_gradients(cfg, model, tokens, rows, stage, step, device, weight=1.0):
     counts, total = distributed.total(counts, device), {}
     for i, part in enumerate(parts):
         eps = None if noise is None else noise[i * size:(i + 1) * size].to(device)
-        with run.autocast(device):
-            sums = supervise(model, part.to(device), eps)
-            loss = weight * sft_loss(sums, counts, cfg.beta)
-        loss.backward()
+        length = part.prompt.shape[1] + part.L + part.tail.shape[1]
+        with run.memory(f"sft, stage {stage}, step {step + 1}", len(part.prompt), length, "--micro-batch or --batch-size"):
+            with run.autocast(device):
+                sums = supervise(model, part.to(device), eps)
+                loss = weight * sft_loss(sums, counts, cfg.beta)
+            loss.backward()
         for name, value in sums.items():
             total[name] = total.get(name, 0) + value.detach()
     return distributed.total(total, device), counts, counts["read"]
@@ -131,18 +139,31 @@ def rl(cfg, splits, device):
     model.decoder.requires_grad_(False)
     optimizer = run.adamw(cfg, model)
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}
-    log, meter = run.Log(cfg, state), run.Meter()
+    log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
     cfg.c, cfg.K = model.c, model.K
-    pool = splits.answers + splits.train
+    pool = splits.answers or splits.train
     prompts, rows = [tokens.prompt(p.question) for p in pool], run.encoded(cfg, splits.train, tokens, model)
     val_rows = run.encoded(cfg, [p for p in splits.val if p.steps][:200], tokens, model)
+    run.encoded(cfg, splits.answers + splits.held_out, tokens, model)  # none is too long
     max_new = run.room(cfg, rows, model.stage)
     run.say(f"rl from {cfg.init}: {run.size(model)}, {cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts on {device}; "
             f"files in {cfg.out}")
 
     order, anchors = (data.batches(lengths, cfg.batch_size, cfg.seed * 1000 + k)
                       for k, lengths in enumerate(([len(p) for p in prompts], [r.length for r in rows])))
-    silent = 0
+    silent = state.get("silent", 0)
+
+    def validate(step):
+        """Where it is due and not done: a run can have been stopped between saving and this."""
+        if step > log.validated and (step % cfg.val_every == 0 or step == cfg.updates):
+            with meter.paused():
+                m = {**evaluate.measure(solve(cfg, model, tokens, splits.val, max_new), splits.val),
+                     **look_inside(cfg, model, tokens, splits.val, val_rows, max_new, device)}
+            log.write({"step": step, "validation": m})
+            run.say(f"rl  validation: {evaluate.tell(m)}; {m['thought_share']:.0%} of the reward's variance from thoughts; "
+                    f"reading {m['reading']:.2f} nats")
+
+    validate(state["step"])
     for step in range(cfg.updates):
         chosen, anchor = next(order), next(anchors)
         if step < state["step"]:
@@ -153,13 +174,15 @@ def rl(cfg, splits, device):
         prompt, valid = data.left_pad([prompts[i] for i in asked], tokens.end, device)
         noise = Noise.draw(model, len(chosen) * cfg.G, max_new, cfg.seed * 1_000_003 + step, spread=cfg.spread, greedy=cfg.greedy)
         noise = noise.at(distributed.mine(torch.arange(len(chosen) * cfg.G).view(-1, cfg.G)).flatten(), device)
-        with run.autocast(device):
+        space = (f"rl, step {step + 1}", len(asked) * cfg.G, prompt.shape[1] + model.c * model.K + 1 + max_new, "--batch-size or --G")
+        with run.memory(*space), run.autocast(device):
             r = rollout(model, prompt, valid, max_new, noise, cfg.G)
             chains = evaluate.as_text(model, tokens, r)
 
         # judge them against their group
         R, parts = judge(cfg, chains, [pool[i].answer for i in asked])
-        R = distributed.whole(R)  # every process knows all rewards and learns from its own
+        R = distributed.whole(R)  # every process knows all rewards and learns from its own chains
+        run.need_finite(R, step, [pool[i] for i in chosen])
         if cfg.placebo:
             R = R.flatten()[torch.randperm(R.numel(), generator=run.generator(cfg, step))].view_as(R)
         advantage = advantages(R, cfg.baseline, cfg.normalise)
@@ -167,21 +190,24 @@ def rl(cfg, splits, device):
 
         # learn from the groups that have something to tell
         lr = run.lr_at(step, cfg.updates, min(cfg.warmup, cfg.updates // 10), cfg.lr)
-        diagnostics = {}
+        diagnostics, due = {}, (step + 1) % cfg.log_every == 0
         if telling.any():
             heard = distributed.mine(telling)
             group = heard.nonzero()[:, 0].to(device)
             chain = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
-            learn = (prompt[group], valid[group], r.take(chain), distributed.mine(advantage)[heard].view(-1, 1).to(device))
-            old, d = None, {}
+            learn = (prompt[group], valid[group], r.take(chain), distributed.mine(advantage)[heard].view(-1, 1).to(device), noise.eps[chain])
+            loss, old, d = torch.zeros((), device=device), None, {}
             for u in range(cfg.updates_per_batch):
                 if len(chain):
-                    with run.autocast(device):
-                        loss, old, d = policy_loss(cfg, model, start, *learn, noise.eps[chain], old, R.numel(), int(telling.sum()) * cfg.G)
-                    loss.backward()
+                    with run.memory(*space):
+                        with run.autocast(device):
+                            loss, old, d = policy_loss(cfg, model, start if cfg.kl or due else None, *learn, old, R.numel(),
+                                                       int(telling.sum()) * cfg.G)
+                        loss.backward()
                 if cfg.anchor:
                     sft_gradients(cfg, model, tokens, [rows[i] for i in anchor], model.K + 1, step, device, cfg.anchor)
-                diagnostics = {**distributed.mean(d, len(chain), device), "grad_norm": run.advance(optimizer, model, lr, cfg.clip)}
+                loss = distributed.total({"loss": loss.detach()}, device)["loss"]
+                diagnostics = {**distributed.mean(d, len(chain), device), "grad_norm": steps.take(lr, loss, step, [pool[i] for i in chosen])}
         silent = silent + 1 if telling.float().mean() < 0.05 else 0
         if silent == 50:
             run.say("warning: for 50 batches fewer than 5 % of the groups had rewards that differ, so there is little to learn from: look "
@@ -192,22 +218,21 @@ def rl(cfg, splits, device):
         n_token = distributed.total({"n": int(r.n_latent.sum() + r.n_token.sum())}, device)["n"]
         meter.add({"reward": R.mean(), "signal": telling.float().mean(), **parts, **diagnostics}, {}, n_token)
         if (step + 1) % cfg.log_every == 0 or step == cfg.updates - 1:
+            steps.check()
             means, speed, left = meter.read(cfg.updates - step - 1)
             log.write({"step": step + 1, **means, "lr": lr, "tokens_per_second": speed, "seconds": log.seconds()})
             run.say(f"rl  step {step + 1:5}/{cfg.updates}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
                     + f"  {speed:,.0f} tok/s  {left} left")
-        if (step + 1) % cfg.save_every == 0 or step == cfg.updates - 1:
-            checkpoint.save_checkpoint(cfg.out, {"step": step + 1, "seconds": log.seconds()}, model, tokens, optimizer, found or cfg.init)
-        if (step + 1) % cfg.val_every == 0 or step == cfg.updates - 1:
-            m = {**evaluate.measure(solve(cfg, model, tokens, splits.val, max_new), splits.val),
-                 **look_inside(cfg, model, tokens, splits.val, val_rows, max_new, device)}
-            log.write({"step": step + 1, "validation": m})
-            run.say(f"rl  validation: {evaluate.tell(m)}; {m['thought_share']:.0%} of the reward's variance from thoughts; "
-                    f"reading {m['reading']:.2f} nats")
-            meter.reset()
+        stopping = distributed.anyone(run.stop.asked, device)
+        if any((step + 1) % n == 0 for n in (cfg.save_every, cfg.val_every)) or step == cfg.updates - 1 or stopping:
+            steps.check()
+            state = {"step": step + 1, "seconds": log.seconds(), "meter": meter.state(), "silent": silent}
+            checkpoint.save_checkpoint(cfg.out, state, model, tokens, optimizer, found or cfg.init)
+            run.stop.check(cfg, stopping)
+        validate(step + 1)
 
     seconds = log.seconds()
-    checkpoint.write_folder(log.out / "final", lambda tmp: checkpoint.save(tmp, model, tokens, found or cfg.init))
+    checkpoint.save_final(cfg.out, model, tokens, found or cfg.init)
     tests = test(cfg, model, tokens, splits, max_new, start)
     log.summary(cfg, tests, seconds, device, training_problems=len(pool))
 
@@ -222,9 +247,10 @@ def judge(cfg, chains, golds):
 
 def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n, n_telling):
     """−Σ advantage·log-probability over the chains r of the telling groups, over all n chains of the batch, of which n_telling are in
-    such groups.
+    such groups; both counted over all processes.
 
-    Returns (loss, the log-probabilities that later updates on this batch are compared with, diagnostics).
+    start: the SFT policy where the KL to it is asked for, which is a pass more. Returns (loss, the log-probabilities that later
+    updates on this batch are compared with, diagnostics).
     """
     s = score(model, prompt, valid, r, cfg.G, eps if cfg.estimator == "path" else None)
     new = torch.cat((s.logp_z, s.logp_stop, s.logp_token if not cfg.greedy else 0 * s.logp_token), 1)
@@ -232,15 +258,15 @@ def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n, n_t
     each, clamped = surrogate(new, old, advantage)
     loss = each.sum() / n
     d = {"sigma": (0.5 * s.logvar[s.candidate]).exp().mean(), "clamped": clamped.float().mean()}
-    with torch.set_grad_enabled(cfg.kl > 0):
+    if start is not None:
         with torch.no_grad():
             ref = score(start, prompt, valid, r, cfg.G)
-        kl = kl_to(s, ref, r)
-    d["kl"] = kl / len(advantage)
-    return loss + cfg.kl * kl / n_telling, old, d
+        kl = kl_to(s, ref)
+        d["kl"] = kl / len(advantage)
+    return loss + cfg.kl * kl / n_telling if cfg.kl else loss, old, d
 
 
-def kl_to(s, ref, r):
+def kl_to(s, ref):
     """KL(π ‖ π_start), summed over the chains: exact for the thoughts, by samples (k3) for stops and words."""
     gauss = 0.5 * (ref.logvar - s.logvar + ((s.logvar.exp() + (s.mu - ref.mu).pow(2)) * torch.exp(-ref.logvar)) - 1).sum(-1)
     k3 = lambda new, old: ((old - new).clamp(-10, 10).exp() - 1 - (old - new)).sum()
@@ -265,9 +291,11 @@ def look_inside(cfg, model, tokens, val, val_rows, max_new, device):
 # ---- measuring ----------------------------------------------------------------------------------------------------------
 
 def solve(cfg, model, tokens, problems, max_new, seed=None):
-    """One Chain per problem: the mean policy, or sampled from a seed."""
-    with run.autocast(model.policy.freq.device):
-        return evaluate.solve(model, tokens, [tokens.prompt(p.question) for p in problems], max_new, cfg.eval_batch, seed, cfg.temperature)
+    """One Chain per problem: the mean policy, or sampled from a seed. Raises Stopped between batches: all is saved before."""
+    prompts = [tokens.prompt(p.question) for p in problems]
+    length = max(map(len, prompts)) + model.c * model.K + 1 + max_new
+    with run.memory("evaluation", min(cfg.eval_batch, len(prompts)), length, "--eval-batch"), run.autocast(model.policy.freq.device):
+        return evaluate.solve(model, tokens, prompts, max_new, cfg.eval_batch, seed, cfg.temperature, lambda done: run.stop.check(cfg, run.stop.asked and distributed.world() == 1))
 
 
 def test(cfg, model, tokens, splits, max_new, start=None):

@@ -32,7 +32,7 @@ BETA, MAX_NEW = 1e-3, 16
 GATES = {("SFT, last stage", "ops"): 4, ("SFT, last stage", "bytes"): 8, ("rollouts", "flops"): 25}  # × fewer than the reference
 TARGETS = {"SFT, last stage": 2.5, "rollouts": 8}                                                    # × less wall time: shown
 SIZES = {  # problems of an SFT step, questions and rollouts of each, problems of an evaluation
-    "tiny": dict(batch=16, questions=4, G=8, evaluated=4, check=6),
+    "tiny": dict(batch=32, questions=4, G=8, evaluated=4, check=6),
     "llama-1b": dict(batch=32, questions=16, G=8, evaluated=32, check=2),
 }
 

@@ -3,10 +3,15 @@
 A saved model is a Hugging Face directory that other programs load; what they do not know (heads, decoder LM) lies in minatp/:
     DIR/config.json  model.safetensors  tokenizer.json  [tokenizer_config.json  generation_config.json]
     DIR/minatp/config.json  heads.safetensors  decoder.safetensors
+A run's folder holds final/, such a directory, and checkpoints/: the same with optimizer.safetensors and state.json. Each has a
+manifest.json, by which a broken checkpoint is known.
 """
+import hashlib
 import json
+import math
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from . import distributed
-from .config import UserError
+from .config import NotWritten, UserError
 from .data import Tokens
 from .latent import ATP, START
 from .llama import LlamaConfig
@@ -29,7 +34,7 @@ def read_json(path):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path}:0: cannot be read ({e.strerror}); is this a Hugging Face directory or a run's folder?")
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # also bytes that are no text, and nesting without end
         raise UserError(f"{path}:{getattr(e, 'lineno', 1)}: is not valid JSON ({e}); the file may be truncated")
     if not isinstance(value, dict):
         raise UserError(f"{path}:1: must be a JSON object, not {type(value).__name__}")
@@ -48,9 +53,10 @@ def read_config(path):
             raise UserError(f'{path}:1: "{name}" is missing; this does not look like a LLaMA\'s config.json')
         if kind is float and isinstance(value, int):
             value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise UserError(f'{path}:1: "{name}" must be {kind.__name__}, not {value!r}')
-        if kind in (int, float) and value <= 0 and not name.endswith("token_id"):
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise UserError(f'{path}:1: "{name}" must be {names}, not {value!r}')
+        if kind in (int, float) and not 0 < value < math.inf and not name.endswith("token_id"):
             raise UserError(f'{path}:1: "{name}" must be positive, not {value!r}')
         return value
 
@@ -59,15 +65,20 @@ def read_config(path):
     for name, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if j.get(name, expected) != expected:
             raise UserError(f'{path}:1: "{name}" is {j[name]!r}; only {expected!r} is supported')
-    rope = dict(j.get("rope_parameters") or j.get("rope_scaling") or {})
+    rope = j.get("rope_parameters") or j.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}:1: the parameters of RoPE must be an object, not {rope!r}")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", None) or j.get("rope_theta") or 10000.0
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
+        raise UserError(f'{path}:1: "rope_theta" must be a positive number, not {theta!r}')
     kind = rope.get("rope_type", rope.pop("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f'{path}:1: RoPE of type {kind!r} is not supported; only default and llama3')
     missing = [k for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-               if kind == "llama3" and not isinstance(rope.get(k), (int, float))]
+               if kind == "llama3" and not (type(rope.get(k)) in (int, float) and 0 < rope[k] < math.inf)]
     if missing:
-        raise UserError(f'{path}:1: the llama3 RoPE scaling lacks the number "{missing[0]}"')
+        raise UserError(f'{path}:1: the llama3 RoPE scaling lacks a positive number "{missing[0]}"')
     n_head, D = get("num_attention_heads", int), get("hidden_size", int)
     eos = get("eos_token_id", (int, list), -1)
     cfg = LlamaConfig(
@@ -77,11 +88,12 @@ def read_config(path):
         norm_eps=get("rms_norm_eps", float, 1e-6), rope_theta=float(theta), rope_scaling=rope if kind == "llama3" else None,
         tied=get("tie_word_embeddings", bool, False), bos=get("bos_token_id", int),
         eos=tuple(eos) if isinstance(eos, list) else (eos,))
-    if not cfg.eos or not all(isinstance(e, int) and 0 <= e for e in (cfg.bos, *cfg.eos)):
-        raise UserError(f'{path}:1: "eos_token_id" must be a token id or a list of them, not {j.get("eos_token_id")!r}')
+    if not cfg.eos or not all(type(e) is int and 0 <= e for e in (cfg.bos, *cfg.eos)):
+        raise UserError(f'{path}:1: "bos_token_id" must be a token id and "eos_token_id" one or a list of them, not {j["bos_token_id"]!r} '
+                        f'and {j.get("eos_token_id")!r}')
     if max(cfg.bos, *cfg.eos) >= cfg.vocab_size:
         raise UserError(f'{path}:1: a bos or eos id is outside the vocabulary of {cfg.vocab_size}')
-    if cfg.n_head % cfg.n_kv_head or cfg.head_dim % 2:
+    if cfg.n_head % cfg.n_kv_head or cfg.head_dim % 2 or not cfg.head_dim:
         raise UserError(f"{path}:1: {cfg.n_head} heads cannot share {cfg.n_kv_head} key/value heads, or head_dim {cfg.head_dim} is odd")
     return cfg
 
@@ -160,8 +172,12 @@ def read_tokens(directory, cfg):
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers raises no narrower type
         raise UserError(f"{path}:1: is not a tokenizer ({e})")
-    if tokenizer.get_vocab_size() > cfg.vocab_size:
-        raise UserError(f"{path}:1: has {tokenizer.get_vocab_size()} tokens, but the embedding has only {cfg.vocab_size} rows")
+    last = max(tokenizer.get_vocab().values(), default=-1)
+    if last >= cfg.vocab_size:
+        raise UserError(f"{path}:1: has a token {last}, but the embedding has only {cfg.vocab_size} rows")
+    for token in (cfg.bos, *cfg.eos):
+        if tokenizer.id_to_token(token) is None:
+            raise UserError(f"{path}:1: has no token {token}, which config.json calls bos or eos")
     return Tokens(tokenizer, cfg.bos, cfg.eos)
 
 
@@ -178,20 +194,23 @@ def add_tokens(model, tokens):
 
 
 def load(directory, **switches):
-    """(model, tokens) of a Hugging Face directory or of a directory saved by `save`.
+    """(model, tokens) of a Hugging Face directory, of a directory saved by `save`, or of a run's folder: its final/, or the newest
+    checkpoint of a run that has not ended.
 
     switches (ATP's keyword arguments) win over what was saved with the heads. What a switch asks for and the directory lacks
-    starts fresh: heads at their initial values, φ from π's weights.
+    starts fresh: heads at their initial values, φ from π's weights. Raises UserError naming the file that is wrong.
     """
     directory = Path(directory)
     if (directory / "final").is_dir():
         directory = directory / "final"
+    elif checkpoints(directory):
+        directory = newest_checkpoint(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}:0: is not a directory; give a Hugging Face directory or a run's folder")
     cfg = read_config(directory / "config.json")
     tokens, vocab_size = read_tokens(directory, cfg), cfg.vocab_size
     ours = directory / "minatp"
-    saved = read_json(ours / "config.json") if ours.is_dir() else {}
+    saved = read_switches(ours / "config.json") if ours.is_dir() else {}
     model = ATP(cfg, **{k: v for k, v in {**saved, **switches}.items() if k != "stage"})
     model.stage = saved.get("stage", model.stage)
     model.start, model.latent, model.end = tokens.start, tokens.latent, tokens.end
@@ -204,13 +223,23 @@ def load(directory, **switches):
             fill(model.decoder, {k: mine[k] for k, _ in model.decoder.named_parameters()}, directory)
     if saved:
         tensors, file = read_tensors(ours, "heads")
-        for name in ("latent_head", "stop_head"):
+        for name, switch in (("latent_head", "vae"), ("stop_head", "stop")):
             part = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
-            if hasattr(model, name) and part:
+            if hasattr(model, name) and saved[switch]:
                 fill(getattr(model, name), part, file)
     if len(tokens) > vocab_size or not _knows(directory):
         add_tokens(model, tokens)
     return model, tokens
+
+
+def read_switches(path):
+    """minatp/config.json: ATP's keyword arguments and the stage, as `save` wrote them. Raises UserError."""
+    kinds = {"c": int, "K": int, "vae": bool, "stop": bool, "decode": bool, "stage": int, "decoder_layers": int}
+    found = read_json(path)
+    for name in kinds.keys() - {"decoder_layers"} | found.keys():
+        if type(found.get(name)) is not kinds.get(name) or found[name] < (name in ("c", "K", "decoder_layers")):
+            raise UserError(f'{path}:1: "{name}" is {found.get(name)!r}; this file is written with the model and not by hand')
+    return found
 
 
 def _knows(directory):
@@ -251,58 +280,113 @@ def save(directory, model, tokens, source=None):
 
 # ---- checkpoints of a run -----------------------------------------------------------------------------------------------
 
-def write_folder(path, write):
-    """Make the folder `path` all at once: write(tmp) fills a temporary one, which is fsynced and renamed. An older folder of
-    that name is replaced only then. Rank 0 alone writes."""
-    if distributed.rank():
-        return
+def n_bytes(model, optimizer=None):
+    """Bytes of a model's parameters, and of AdamW's moments."""
+    moments = (v for state in optimizer.state.values() for v in state.values()) if optimizer else ()
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *moments))
+
+
+def write_folder(path, write, needed):
+    """Make the folder `path` all at once: write(tmp) fills a temporary one, which gets manifest.json (the SHA-256 of every file), is
+    fsynced and renamed. An older folder of that name is replaced only then.
+
+    Raises NotWritten where that fails, which tells the `needed` bytes; what was there before is still there.
+    """
     path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    write(tmp)
-    for file in [*tmp.rglob("*"), tmp]:
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-    old = path.with_name(path.name + ".old")
+    tmp, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        write(tmp)
+        hashes = {str(file.relative_to(tmp)): sha256(file) for file in sorted(tmp.rglob("*")) if file.is_file()}
+        (tmp / "manifest.json").write_text(json.dumps({"sha256": hashes}, indent=2) + "\n")
+        for file in [*tmp.rglob("*"), tmp]:
+            fsync(file)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        tmp.rename(path)
+        for parent in (path.parent, path.parent.parent):  # the names, too, must outlive a power cut
+            fsync(parent)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise NotWritten(path, e, needed)
     shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    tmp.rename(path)
-    fd = os.open(path.parent, os.O_RDONLY)
+
+
+def fsync(path):
+    fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path):
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            h.update(block)
+    return h.hexdigest()
+
+
+def fault(folder):
+    """What is wrong with a folder that write_folder made, in words; None where it is whole."""
+    try:
+        hashes = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["sha256"]
+        changed = [name for name, h in hashes.items() if sha256(folder / name) != h]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        return f"its manifest or a file of it cannot be read: {e}"
+    return f"{changed[0]} is not what was written" if changed else None
+
+
+def save_final(out, model, tokens, source=None):
+    """out/final: the directory that `save` writes, by rank 0 alone. Raises NotWritten."""
+    if distributed.rank():
+        return
+    write_folder(Path(out) / "final", lambda tmp: save(tmp, model, tokens, source), n_bytes(model))
 
 
 def save_checkpoint(out, state, model, tokens, optimizer, source=None, keep=2):
     """out/checkpoints/{step}: the directory that `save` writes, AdamW's moments and `state` (JSON: step, seconds …).
 
-    Older ones but the last `keep` are removed. A checkpoint serves --init and sample.py as well as --resume.
+    The last `keep` are kept; older ones are removed, and newer ones, which a resume has found broken. A checkpoint serves --init
+    and sample.py as well as --resume. Rank 0 alone writes. Raises NotWritten.
     """
+    if distributed.rank():
+        return
+
     def write(tmp):
         save(tmp, model, tokens, source)
         save_file({f"{n}/{k}": v.cpu().contiguous() for n, p in model.named_parameters()
                    for k, v in optimizer.state.get(p, {}).items()}, tmp / "optimizer.safetensors")
         (tmp / "state.json").write_text(json.dumps(state) + "\n")
 
-    folder = Path(out) / "checkpoints"
-    write_folder(folder / f"{state['step']:08d}", write)
-    for old in sorted(folder.glob("*[0-9]"))[:-keep] if distributed.rank() == 0 else []:
-        shutil.rmtree(old)
+    new = Path(out) / "checkpoints" / f"{state['step']:08d}"
+    write_folder(new, write, n_bytes(model, optimizer))
+    kept = [c for c in checkpoints(out) if c <= new][-keep:]
+    for other in sorted(set(new.parent.iterdir()) - set(kept), reverse=True):  # what a crash left of a name, then the name
+        shutil.rmtree(other if other.suffix else other.rename(other.with_suffix(".old")))  # never half a checkpoint
+
+
+def checkpoints(out):
+    """Folders of a run's checkpoints, oldest first."""
+    return sorted((Path(out) / "checkpoints").glob("*[0-9]"))
 
 
 def newest_checkpoint(out):
-    """Folder of the newest checkpoint of a run. Raises UserError where there is none."""
-    found = sorted((Path(out) / "checkpoints").glob("*[0-9]"))
-    if not found:
-        raise UserError(f"{out}/checkpoints:0: holds no checkpoint to resume from; start without --resume")
-    return found[-1]
+    """Folder of a run's newest whole checkpoint; of each broken one there is a warning on stderr. Raises UserError where none is."""
+    found = checkpoints(out)
+    for folder in reversed(found):
+        wrong = fault(folder)
+        if not wrong:
+            return folder
+        sys.stderr.write(f"warning: {folder}: is broken ({wrong}); the one before it is used\n")
+    if found:
+        raise UserError(f"{out}/checkpoints:0: no checkpoint is whole; start anew in another --out")
+    raise UserError(f"{out}/checkpoints:0: holds no checkpoint to resume from; start without --resume")
 
 
 def restore(folder, model, optimizer):
-    """Put the AdamW moments of a checkpoint's folder into optimizer; returns the checkpoint's state."""
+    """Put the AdamW moments of a checkpoint's folder into optimizer; returns the checkpoint's state. Raises UserError."""
     moments, file = read_tensors(folder, "optimizer")
     for n, p in model.named_parameters():
         mine = {k: moments.pop(f"{n}/{k}") for k in ("step", "exp_avg", "exp_avg_sq") if f"{n}/{k}" in moments}

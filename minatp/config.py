@@ -2,13 +2,66 @@
 import argparse
 import difflib
 import json
+import math
+import os
+import shutil
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 
-class UserError(Exception):
-    """A mistake of the user, told in one line, `path:line: what is wrong and what to do`; the program ends with exit code 2."""
+# ---- how a program ends -------------------------------------------------------------------------------------------------
+
+class Ended(Exception):
+    """The end of a program, told in one line on stderr, `place: what happened and what to do`. code: its exit code."""
+    code = 1
+
+
+class UserError(Ended):
+    """A mistake of the user, `path:line: what is wrong and what to do`."""
+    code = 2
+
+
+class NotFinite(Ended):
+    """A loss, gradient or reward that is not finite; the parameters are as they were before it."""
+    code = 3
+
+
+class OutOfMemory(Ended):
+    """What was computed does not fit into memory."""
+    code = 4
+
+
+class NotWritten(Ended):
+    """A file could not be written, most often because the disk is full; what it was to replace is intact. EX_IOERR of sysexits.h."""
+    code = 74
+
+    def __init__(self, path, error, needed):
+        """error: the exception; needed: bytes that were to be written."""
+        there = Path(path).absolute()
+        free = shutil.disk_usage(next(p for p in there.parents if p.exists())).free
+        why = getattr(error, "strerror", None) or error
+        super().__init__(f"{path}:0: cannot be written ({why}): {needed:,} bytes are needed and {free:,} are free; what is already saved "
+                         "is intact: make room, then go on with --resume")
+
+
+class Stopped(Ended):
+    """A run that was asked to stop and has saved everything. EX_TEMPFAIL of sysexits.h: start it again, with --resume."""
+    code = 75
+
+
+def guarded(main, argv=None):
+    """main(argv) as a process should end: its exit code, and one line on stderr for an Ended. 130 for Ctrl-C where nothing is lost."""
+    try:
+        return main(argv) or 0
+    except Ended as e:
+        sys.stderr.write(" ".join(str(e).split()) + "\n")
+        return e.code
+    except KeyboardInterrupt:
+        return 130
+
+
+# ---- options ------------------------------------------------------------------------------------------------------------
 
 
 def opt(default, help):
@@ -146,7 +199,7 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
             raise UserError(f"command line: --epochs must be numbers separated by commas, not {self.epochs!r}")
         if len(epochs) == 1:
             epochs *= len(stages)
-        if len(epochs) != len(stages) or min(epochs) < 0 or not sum(epochs):
+        if len(epochs) != len(stages) or not all(0 <= e < math.inf for e in epochs) or not sum(epochs):
             raise UserError(f"command line: --epochs needs 1 or {len(stages)} numbers ≥ 0 for --method {self.method} with --K {self.K}, "
                             f"not {self.epochs!r}")
         return [(k, e) for k, e in zip(stages, epochs) if e]
@@ -157,6 +210,8 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
             if not ok:
                 raise UserError(f"command line: {message}")
 
+        for f in fields(self):
+            need(f.type is not float or math.isfinite(getattr(self, f.name)), f"{flag(f.name)} must be a finite number")
         need(self.stage in ("sft", "rl"), f"--stage must be sft or rl, not {self.stage!r}")
         need(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, not {self.method!r}")
         for name in ("K", "c", "batch_size", "lr", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "block_size", "eval_batch",
@@ -178,6 +233,7 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
         need(self.baseline in ("mean", "rloo"), f"--baseline must be mean or rloo, not {self.baseline!r}")
         need(self.estimator in ("score", "path"), f"--estimator must be score or path, not {self.estimator!r}")
         need(self.coherence in ("paper", "strict"), f"--coherence must be paper or strict, not {self.coherence!r}")
+        need(self.seed < 2**32, f"--seed must be below 2^32, not {self.seed}")
         need(0 <= self.answers_share <= 1, f"--answers-share must be between 0 and 1, not {self.answers_share}")
         need(self.sink in ("", "tensorboard", "wandb"), f"--sink must be tensorboard or wandb, not {self.sink!r}")
         need(self.G > 1, "--G must be at least 2: a group is its own baseline")
@@ -212,15 +268,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}")
 
 
-def guarded(main, argv=None):
-    """main(argv) as a process should end: its exit code, and for a UserError one line on stderr and 2."""
-    try:
-        return main(argv) or 0
-    except UserError as e:
-        sys.stderr.write(" ".join(str(e).split()) + "\n")
-        return 2
-
-
 def parse(argv, description):
     """Command line -> Config. Precedence: what is given, then the preset, then the defaults; --resume takes the run's config.json."""
     parser = Parser(description=description, usage="python train.py [--option value …]", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -249,18 +296,46 @@ def parse(argv, description):
 def resumed(cfg, given):
     """The Config that the run in cfg.out was started with. Raises UserError where a given option contradicts it."""
     path = Path(cfg.out) / "config.json"
-    try:
-        old = json.loads(path.read_text())
-        before = Config(**old)
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{path}:1: cannot resume from it ({e}); start without --resume")
+    before = of_run(path)
     for name, value in given.items():
-        if name not in ("resume", "out", "device") and old[name] != value:
-            raise UserError(f"{path}:1: the run has {flag(name)} {old[name]}, not {value}; resume without that option")
+        if name not in ("resume", "out", "device") and getattr(before, name) != value:
+            raise UserError(f"{path}:1: the run has {flag(name)} {getattr(before, name)}, not {value}; resume without that option")
     before.resume, before.out, before.device = True, cfg.out, cfg.device
     return before
 
 
+def of_run(path):
+    """The Config in a run's config.json. Raises UserError where it is not what write_config wrote."""
+    try:
+        old = json.loads(Path(path).read_text(encoding="utf-8"))
+        cfg = Config(**old)
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path}:1: is not the config.json of a run ({e}); start without --resume")
+    for f in fields(Config):
+        value = getattr(cfg, f.name)
+        if type(value) is not f.type and not (f.type is float and type(value) is int):
+            raise UserError(f'{path}:1: "{f.name}" must be {f.type.__name__}, not {value!r}')
+    try:
+        cfg.check()
+    except UserError as e:
+        raise UserError(f"{path}:1: {e}")
+    return cfg
+
+
 def write_config(cfg, path):
-    """A run's config.json."""
-    Path(path).write_text(json.dumps(asdict(cfg), indent=2) + "\n")
+    """A run's config.json. Raises NotWritten."""
+    replace_file(path, json.dumps(asdict(cfg), indent=2) + "\n")
+
+
+def replace_file(path, text):
+    """Write a whole file or nothing: a crash leaves the old one or the new one. Raises NotWritten."""
+    tmp = Path(f"{path}.tmp")
+    try:
+        with tmp.open("w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        tmp.replace(path)
+    except OSError as e:
+        tmp.unlink(missing_ok=True)
+        raise NotWritten(path, e, len(text.encode()))

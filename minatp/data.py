@@ -1,6 +1,7 @@
 """Text to tensors: problem files, the tokenizer, and Batch, one padded piece of the curriculum."""
 import json
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ class Problem:
     question: str
     steps: list
     answer: str
+    at: str = field(default="problem:1", compare=False)  # where it stands, "path:line", for messages
 
 
 # ---- files --------------------------------------------------------------------------------------------------------------
@@ -27,7 +29,7 @@ def read_problems(path):
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as e:
         raise UserError(f"{path}:0: cannot be read ({e.strerror}); give a problem file to --data")
     except UnicodeDecodeError as e:
@@ -36,44 +38,47 @@ def read_problems(path):
         raise UserError(f"{path}:1: is empty; it needs at least one problem")
     if text.lstrip().startswith("["):
         return list(_json_list(path, text))
-    lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # U+2028 may stand inside a JSON string
     read = _json_line if lines[0][1].lstrip().startswith("{") else _icot_line
     return [read(f"{path}:{i}", line) for i, line in lines]
 
 
 def _json_list(path, text):
-    decoder, at = json.JSONDecoder(), text.index("[") + 1
+    """Problems of a JSON list, one record at a time, so that an error knows the line that its record begins on."""
+    decoder, blank = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    line, at = 1, 0
 
-    def skip(at):
-        while at < len(text) and text[at] in " \t\r\n":
-            at += 1
-        return at
+    def skip(to):  # over blanks from `to`
+        nonlocal line, at
+        end = blank.match(text, to).end()
+        line, at = line + text.count("\n", at, end), end
+        return text[at:at + 1]
 
-    at = skip(at)
-    if text[at:at + 1] == "]":
+    if skip(text.index("[") + 1) == "]":
         raise UserError(f"{path}:1: the list is empty; it needs at least one problem")
-    while True:  # one record at a time, so that an error knows its line
-        where = f"{path}:{text.count(chr(10), 0, at) + 1}"
-        try:
-            record, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{path}:{e.lineno}: is not valid JSON ({e.msg}); the file may be truncated")
-        yield _record(where, record)
-        at = skip(at)
-        if text[at:at + 1] == "]":
+    while True:
+        record, end = _json(f"{path}:{line}", lambda: decoder.raw_decode(text, at), "the file may be truncated")
+        yield _record(f"{path}:{line}", record)
+        after = skip(end)
+        if after == "]":
             break
-        if text[at:at + 1] != ",":
-            raise UserError(f"{path}:{text.count(chr(10), 0, at) + 1}: expected ',' or ']' after a problem; the file may be truncated")
-        at = skip(at + 1)
-    if text[at + 1:].strip():
-        raise UserError(f"{path}:{text.count(chr(10), 0, at) + 1}: text after the end of the list; give one list a file")
+        if after != ",":
+            raise UserError(f"{path}:{line}: expected ',' or ']' after a problem; the file may be truncated")
+        skip(at + 1)
+    if skip(at + 1):
+        raise UserError(f"{path}:{line}: text after the end of the list; give one list a file")
 
 
 def _json_line(where, line):
+    return _record(where, _json(where, lambda: json.loads(line), "each line must be one object"))
+
+
+def _json(where, read, hint):
+    """read(), a JSON value. Raises UserError where it is none, or one that Python refuses: nested too deep, a number too long."""
     try:
-        return _record(where, json.loads(line))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}: is not valid JSON ({e.msg}); each line must be one object")
+        return read()
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: is not valid JSON ({getattr(e, 'msg', e)}); {hint}")
 
 
 def _record(where, r):
@@ -90,7 +95,16 @@ def _record(where, r):
     for key in ("question", "answer"):
         if not r[key].strip():
             raise UserError(f'{where}: "{key}" is empty; write it or leave the problem out')
-    return Problem(r["question"].strip(), [s.strip() for s in r["steps"]], r["answer"].strip())
+    need_text(where, r["question"], *r["steps"], r["answer"])
+    return Problem(r["question"].strip(), [s.strip() for s in r["steps"]], r["answer"].strip(), where)
+
+
+def need_text(where, *texts):
+    """Raises UserError where one holds half a character: what no tokenizer can read."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{where}: {e.object[e.start]!r} is half of a surrogate pair and no text; write the whole character in UTF-8")
 
 
 def _icot_line(where, line):
@@ -108,8 +122,8 @@ class Tokens:
     def __init__(self, tokenizer, bos, eos):
         """tokenizer: a `tokenizers.Tokenizer`; bos: id; eos: ids, the first of which is written."""
         self.tokenizer, self.bos, self.eos = tokenizer, bos, tuple(eos)
-        tokenizer.encode_special_tokens = True
-        tokenizer.add_special_tokens([START, LATENT, END])
+        tokenizer.encode_special_tokens = True  # in text, a special token's name is split like any other word
+        tokenizer.add_special_tokens([START, LATENT, END, *map(tokenizer.id_to_token, (bos, *eos))])
         self.start, self.latent, self.end = (tokenizer.token_to_id(t) for t in (START, LATENT, END))
 
     def __len__(self):
@@ -155,6 +169,7 @@ class Encoded:
     texts: list    # per step, ids of the step and eos: as the decoder LM writes it
     rest: list     # as texts, the K-th step joined with all that follow; empty where there are not more than K
     answer: list   # ids: "### " answer eos
+    at: str        # of the problem
 
     @property
     def length(self):
@@ -169,14 +184,14 @@ def encode(problems, tokens, K, block_size):
     steps = [s for p in problems for s in p.steps]
     lines, texts = iter(tokens.encode_all([s + "\n" for s in steps])), iter(tokens.encode_all(steps))
     out, eos = [], tokens.eos[0]
-    for n, (p, q, a) in enumerate(zip(problems, prompts, answers), 1):
+    for p, q, a in zip(problems, prompts, answers):
         n_step = len(p.steps)
         e = Encoded([tokens.bos, *q, tokens.start], [next(lines) for _ in range(n_step)],
                     [next(texts) + [eos] for _ in range(n_step)],
-                    tokens.encode("\n".join(p.steps[K - 1:])) + [eos] if n_step > K else [], a + [eos])
+                    tokens.encode("\n".join(p.steps[K - 1:])) + [eos] if n_step > K else [], a + [eos], p.at)
         length = len(e.prompt) + 1 + sum(map(len, e.lines)) + len(e.answer)
         if length > block_size:
-            raise UserError(f"problem {n}: is {length} tokens long and the model's context is {block_size}; shorten it: {p.question[:60]!r}")
+            raise UserError(f"{p.at}: is {length} tokens long and the model's context is {block_size}; shorten it: {p.question[:60]!r}")
         out.append(e)
     return out
 

@@ -85,6 +85,20 @@ def whole(rows):
     return torch.stack(shares, 1).flatten(0, 1).to(rows.device)
 
 
+def of_first(value):
+    """Rank 0's value, for all."""
+    if world() == 1:
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def anyone(flag, device):
+    """Whether the flag is up in any process."""
+    return bool(total({"up": int(flag)}, device)["up"])
+
+
 def merged(found):
     """Lists of equal length in which each process filled in some entries, the others being None -> one list without gaps."""
     if world() == 1:

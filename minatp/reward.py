@@ -3,6 +3,7 @@ import ast
 import re
 from fractions import Fraction
 
+LONGEST = 1000  # digits of a number; Python converts no more than 4,300 at once
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
 SIGNED = re.compile(rf"(?<![\d.)])-?(?:{NUMBER.pattern})")  # a minus after a number or a bracket is an operator
 ANSWER = re.compile(rf"### \s*\$?(-?(?:{NUMBER.pattern}))%?\s*$")
@@ -11,7 +12,7 @@ ANSWER = re.compile(rf"### \s*\$?(-?(?:{NUMBER.pattern}))%?\s*$")
 def number(text):
     """The exact value of "19", "-3", "1,000", "2.50", "$7" or "40%" (the sign alone dropped); None where it is not a number."""
     text = text.strip().removeprefix("$").removesuffix("%").replace(",", "")
-    return Fraction(text) if re.fullmatch(r"-?(\d+(\.\d+)?|\.\d+)", text) else None
+    return Fraction(text) if len(text) <= LONGEST and re.fullmatch(r"-?(\d+(\.\d+)?|\.\d+)", text) else None
 
 
 def answer(text):

@@ -2,17 +2,19 @@
 import hashlib
 import json
 import math
+import os
 import random
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from . import checkpoint, data, distributed, problems
-from .config import UserError, write_config
+from .config import Config, NotFinite, NotWritten, OutOfMemory, Stopped, UserError, of_run, replace_file, write_config
 from .latent import ATP
 from .llama import LLAMA3_ROPE, LlamaConfig
 
@@ -27,6 +29,10 @@ class Splits:
     tests: dict   # name -> problems
     note: str     # what was left out, or ""
 
+    @property
+    def held_out(self):
+        return [*self.val, *(p for problems in self.tests.values() for p in problems)]
+
     def tell(self):
         """Counts in one line."""
         parts = [("training", self.train), ("with answers alone", self.answers), ("validation", self.val)]
@@ -37,15 +43,18 @@ class Splits:
 def load_splits(cfg):
     """Training, validation and test problems, which never share a question."""
     if not cfg.data:
-        return Splits(problems.generate("labelled", cfg.labelled, 0), problems.generate("answers", cfg.answers, 0),
+        n_answers = cfg.answers if cfg.stage == "rl" or cfg.answers_share else 0
+        return Splits(problems.generate("labelled", cfg.labelled, 0), problems.generate("answers", n_answers, 0),
                       problems.generate("validation", cfg.val_size, 0),
                       {"built-in": problems.generate("test", cfg.test_size, 0)}, "")
     train = data.read_problems(cfg.data)
     random.Random(0).shuffle(train)  # the same split for every seed of a run
     held = []
-    for given in (cfg.val, cfg.test):
+    for option, given in (("--val", cfg.val), ("--test", cfg.test)):
         if given:
             held.append({Path(f).name: data.read_problems(f) for f in given.split(",")})
+            if len(held[-1]) < 1 + given.count(","):
+                raise UserError(f"command line: {option}: two files of the same name could not be told apart: {given}")
         else:
             if len(train) <= cfg.val_size:
                 raise UserError(f"{cfg.data}:1: has {len(train)} problems, too few to hold out --val-size {cfg.val_size}")
@@ -59,20 +68,21 @@ def load_splits(cfg):
         raise UserError(f"{cfg.data}:1: no problem with steps is left to learn from")
     left_out = [f"{len(train) - len(kept)} in the validation or test set"] * (len(kept) < len(train)) + \
                [f"{len(kept) - len(taught)} without steps (see --answers-share)"] * (len(taught) < len(kept) and not cfg.answers_share)
-    return Splits(taught, [p for p in kept if not p.steps], val, held[1], "left out of training: " + ", ".join(left_out) if left_out else "")
+    note = "left out of training: " + ", ".join(left_out) if left_out else ""
+    return Splits(taught, [p for p in kept if not p.steps], val, held[1], note)
 
 
 def test_set(folder, n=0, seed=0):
     """The first n problems (0: all) of a run's test set, by the config.json in its folder; of the built-in task, 1000 and for
     another seed others. Raises UserError where the run brings none."""
     path = Path(folder) / "config.json"
-    trained = checkpoint.read_json(path) if path.exists() else {"data": "?"}
-    if not trained.get("data"):
+    trained = of_run(path) if path.exists() else Config(data="?")
+    if not trained.data:
         n = n or 1000
         return problems.generate("test", n * (seed + 1), 0)[-n:]
-    if not trained.get("test"):
+    if not trained.test:
         raise UserError(f"{folder}:0: was not trained on the built-in task; give a question or --file")
-    return [p for f in trained["test"].split(",") for p in data.read_problems(f)][: n or None]
+    return [p for f in trained.test.split(",") for p in data.read_problems(f)][: n or None]
 
 
 def encoded(cfg, chosen, tokens, model):
@@ -161,45 +171,147 @@ def room(cfg, rows, stage):
     return max(16, max(sum(map(len, r.lines[stage:] if stage <= cfg.K else [])) + len(r.answer) for r in rows))
 
 
-def advance(optimizer, model, lr, clip):
-    """One AdamW step on the gradients that lie in the parameters (of all processes), clipped to norm `clip`. Returns the norm before."""
-    distributed.sum_gradients(model)
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+# ---- what can go wrong --------------------------------------------------------------------------------------------------
+
+class Steps:
+    """AdamW steps of which none is taken on a loss or gradient that is not finite.
+
+    To look at the gradient's norm would make the host wait for the device at every step. So the device decides: fused AdamW leaves
+    parameters and moments as they are where `found_inf` is 1 (torch.amp's way), and from the first bad step on it stays 1. `check`,
+    before every line and checkpoint, where the host waits anyway, ends the run.
+    """
+    def __init__(self, optimizer, model, clip):
+        self.optimizer, self.model, self.clip, self.seen = optimizer, model, clip, []
+        optimizer.found_inf = torch.zeros((), device=model.policy.freq.device)
+
+    def take(self, lr, loss, step, chosen):
+        """One step on the gradients that lie in the parameters (of all processes), clipped. Returns their norm before.
+
+        step: how many were before it; chosen: its problems (whatever has `at`).
+        """
+        distributed.sum_gradients(self.model)
+        norm = torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.clip)
+        told = torch.stack((loss.detach().float(), norm))
+        self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, 1 - told.isfinite().all().float())
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.seen.append((told, step, chosen))
+        return norm
+
+    def check(self):
+        """Raises NotFinite, with step and problems, if a step since the last check was not taken."""
+        seen, self.seen = self.seen, []
+        for (loss, norm), (_, step, chosen) in zip(torch.stack([s[0] for s in seen]).tolist() if seen else (), seen):
+            if not math.isfinite(loss + norm):
+                raise NotFinite(f"step {step + 1}: loss {loss:g}, gradient norm {norm:g}: nothing was changed by it; look at its problems, "
+                                f"--lr and --init; problems {places(chosen)}")
+
+
+def need_finite(reward, step, chosen):
+    """Raises NotFinite where one of the rewards (B, G), which are on the CPU, is not finite."""
+    bad = [p for p, row in zip(chosen, reward.isfinite().all(1).tolist()) if not row]
+    if bad:
+        raise NotFinite(f"step {step + 1}: a reward is not finite: nothing was changed by it; problems {places(bad)}")
+
+
+def places(chosen):
+    """"a.json:3,17 b.txt:5": where problems stand."""
+    lines = {}
+    for p in chosen:
+        path, _, line = p.at.rpartition(":")
+        lines.setdefault(path, []).append(line)
+    return " ".join(f"{path}:{','.join(found)}" for path, found in lines.items())
+
+
+@contextmanager
+def memory(what, batch, length, option):
+    """Turn a failed allocation inside, of a GPU or of the CPU, into OutOfMemory: what ran, on how much, and the option to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:  # the CPU's allocator has no exception of its own
+        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(e):
+            raise
+        raise OutOfMemory(f"{what}: out of memory with a batch of {batch} × {length} tokens: lower {option}") from e
+
+
+class Stop:
+    """SIGTERM and Ctrl-C. The first asks the loop to end after its step. For a second one the system's own handler is back, which
+    ends the process at once, even inside a kernel."""
+    asked = False
+
+    def __enter__(self):
+        self.asked, self.before = False, {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def ask(self, *_):
+        self.asked = True
+        for s in self.before:
+            signal.signal(s, signal.SIG_DFL)
+        os.write(1, b"stopping after this step; once more: at once\n")  # print is not safe here
+
+    def check(self, cfg, asked):
+        """To be called where everything is saved; asked: whether any process was. Raises Stopped."""
+        if asked:
+            raise Stopped(f"{cfg.out}:0: stopped when asked to, all is saved; go on with --resume --out {cfg.out}")
+
+
+stop = Stop()  # signals belong to the process, and so does what they ask for
 
 
 # ---- files and lines ----------------------------------------------------------------------------------------------------
 
 class Log:
-    """A run's folder: config.json, metrics.jsonl (one record a line, flushed) and summary.json; and the progress lines. Rank 0's alone writes."""
+    """A run's folder: config.json, metrics.jsonl (one record a line, flushed) and summary.json; and the progress lines.
+
+    Rank 0's alone writes. Its methods raise NotWritten where the disk is full."""
     def __init__(self, cfg, state):
         """state: the step and the seconds that a resumed run has behind it; records of later steps, lost with the crash, are
-        removed."""
+        removed. Raises UserError where the folder holds another run, or a record that cannot be read."""
         self.out, self.before, self.began = Path(cfg.out), state["seconds"], time.perf_counter()
-        path = self.out / "metrics.jsonl"
-        if not cfg.resume and (self.out / "summary.json").exists() | (self.out / "checkpoints").exists():
+        self.path = self.out / "metrics.jsonl"
+        if not cfg.resume and ((self.out / "summary.json").exists() or checkpoint.checkpoints(self.out)):
             raise UserError(f"{self.out}:0: holds a run already; add --resume to go on with it, or choose another --out")
-        self.file = self.sink = None
         if distributed.rank():
+            self.file, self.validated = None, distributed.of_first(None)
             return
         try:
             self.sink = sink(cfg, self.out, state)
             self.out.mkdir(parents=True, exist_ok=True)
-            write_config(cfg, self.out / "config.json")
-            old = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= state["step"]] if path.exists() else []
-            path.write_text("".join(line + "\n" for line in old))
-            self.file = path.open("a")
+            self.path.open("a").close()
         except OSError as e:
             raise UserError(f"{self.out}:0: cannot be written ({e.strerror}); choose another --out")
+        write_config(cfg, self.out / "config.json")
+        old = [(line, r) for line, r in self.records() if r["step"] <= state["step"]]
+        replace_file(self.path, "".join(line for line, _ in old))
+        self.file = self.path.open("a")
+        self.validated = distributed.of_first(max((r["step"] for _, r in old if "validation" in r), default=0))  # the step of the last one
+
+    def records(self):
+        """(line, record) of metrics.jsonl; the last line may be half a line, where a crash cut it, and is left out then."""
+        for i, line in enumerate(self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
+            if line.endswith("\n"):
+                try:
+                    record = json.loads(line)
+                    record["step"] + 0
+                except (ValueError, LookupError, TypeError):
+                    raise UserError(f"{self.path}:{i}: is not a record with a step; remove that line")
+                yield line, record
 
     def write(self, record):
-        if self.file:
-            self.file.write(json.dumps(record) + "\n")
+        if self.file is None:
+            return
+        line = json.dumps(record) + "\n"
+        try:
+            self.file.write(line)
             self.file.flush()
+        except OSError as e:
+            raise NotWritten(self.path, e, len(line))
         if self.sink:
             self.sink(scalars(record), record["step"])
 
@@ -212,9 +324,7 @@ class Log:
         record = {"stage": cfg.stage, "method": cfg.method, "seed": cfg.seed, **next(iter(tests.values())), "tests": tests,
                   "seconds": seconds, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", **more}
         if self.file:
-            tmp = self.out / "summary.json.tmp"
-            tmp.write_text(json.dumps(record, indent=2) + "\n")
-            tmp.rename(self.out / "summary.json")
+            replace_file(self.out / "summary.json", json.dumps(record, indent=2) + "\n")
 
 
 def sink(cfg, out, state):
@@ -268,11 +378,27 @@ def clock(seconds):
 
 class Meter:
     """Sums between two progress lines, and the speed."""
-    def __init__(self):
+    def __init__(self, state=None):
+        """state: as `state` gave it, so that the next line after a resume tells what it would have told."""
         self.reset()
+        if state:
+            self.total = {name: torch.tensor(value) for name, value in state["total"].items()}
+            self.count, self.n_token, self.n_step = state["count"], state["n_token"], state["n_step"]
+            self.start -= state["seconds"]
+
+    def state(self):
+        return {"total": {name: float(value) for name, value in self.total.items()}, "count": self.count, "n_token": self.n_token,
+                "n_step": self.n_step, "seconds": time.perf_counter() - self.start}
 
     def reset(self):
         self.total, self.count, self.n_token, self.n_step, self.start = {}, {}, 0, 0, time.perf_counter()
+
+    @contextmanager
+    def paused(self):
+        """What is done inside does not count as time of training."""
+        began = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - began
 
     def add(self, sums, counts, n_token):
         """sums: scalar tensors (kept on their device: no wait for it), counts: what each is a mean over."""

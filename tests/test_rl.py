@@ -12,7 +12,8 @@ from minatp.latent import ATP
 from minatp.llama import LlamaConfig
 from minatp.loss import advantages, surrogate
 from minatp.rollout import Rollout, score
-from test_sft import SMALL, go
+from runs import go
+from test_sft import SMALL
 
 V, C, K, N = 4, 2, 2, 2  # words 0 … 3, of which 1 is eos; at most two are written
 
@@ -162,38 +163,12 @@ def test_the_variants_run(options, runs, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["n_problems"] == 24
 
 
-@pytest.mark.parametrize("cut", [3, 7])
-def test_a_resumed_run_ends_as_one_never_stopped(runs, cut, tmp_path, monkeypatch):
-    real, seen = train.judge, []
-
-    def interrupted(*a):
-        if len(seen) == cut:
-            raise KeyboardInterrupt
-        seen.append(0)
-        return real(*a)
-
-    monkeypatch.setattr(train, "judge", interrupted)
-    argv = [str(a) for a in (*RL, "--init", runs[0], "--out", tmp_path, "--anchor", 0.5, "--kl", 0.01, "--temperature", 1)]
-    with pytest.raises(KeyboardInterrupt):
-        train.main(argv if cut > 5 else [*argv, "--save-every", "2"])
-    monkeypatch.setattr(train, "judge", real)
-    go("--stage", "rl", "--out", tmp_path, "--resume")
-    a, b = (load_file(d / "final" / "model.safetensors") for d in (runs[1], tmp_path))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
 def test_no_signal_changes_nothing_and_says_so(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "judge", lambda cfg, chains, golds: (torch.ones(len(golds), cfg.G), {}))
     go(*RL, "--updates", 51, "--init", runs[0], "--out", tmp_path)
     assert capsys.readouterr().out.count("warning: for 50 batches") == 1
     a, b = (load_file(d / "final" / "model.safetensors") for d in (runs[0], tmp_path))
     assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_a_start_without_sampled_thoughts_is_refused(tmp_path, capsys):
-    go(*SMALL, "--out", tmp_path / "cot", "--method", "cot", "--epochs", 0.05)
-    go(*RL, "--init", tmp_path / "cot", "--out", tmp_path / "rl", expect=2)
-    assert "start --stage rl from an SFT run of --method atp" in capsys.readouterr().err
 
 
 # ---- SFT from answers alone ---------------------------------------------------------------------------------------------

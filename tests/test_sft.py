@@ -1,24 +1,18 @@
-"""The training loop from the command line: what a run writes, resumes, refuses; and that batching changes nothing."""
+"""The training loop from the command line: what a run writes; and that batching changes nothing."""
 import json
 from dataclasses import fields
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import sample
 import train
 from minatp import checkpoint, config, data, evaluate, problems, run
 from minatp.rollout import Noise, rollout, score
+from runs import go
 
-SMALL = ("--n-layer 2 --n-embd 32 --n-inner 48 --labelled 160 --val-size 8 --test-size 24 --batch-size 8 --epochs .2 --K 2 "
+SMALL = ("--n-layer 2 --n-embd 32 --n-inner 48 --labelled 160 --val-size 8 --test-size 24 --batch-size 8 --epochs .2 --K 2 --c 2 "
          "--decoder-layers 1 --log-every 2 --save-every 3 --device cpu").split()
-
-
-def go(*argv, expect=0):
-    code = config.guarded(train.main, [str(a) for a in argv])
-    assert code == expect
-    return code
 
 
 @pytest.fixture(scope="module")
@@ -57,36 +51,10 @@ def test_the_ablations_run(ablation, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())[ablation[2:].replace("-", "_")] is True
 
 
-@pytest.mark.parametrize("cut", [4, 8, 10])
-def test_a_resumed_run_ends_as_one_never_stopped(atp, cut, tmp_path, monkeypatch):
-    """Stopped after `cut` of 16 steps (4 a stage): inside a stage, at its end, and where a later checkpoint does not exist yet."""
-    real, seen = train.sft_gradients, []
-
-    def interrupted(*a):
-        if len(seen) == cut:
-            raise KeyboardInterrupt
-        seen.append(0)
-        return real(*a)
-
-    monkeypatch.setattr(train, "sft_gradients", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([*SMALL, "--out", str(tmp_path), "--votes", "2"])
-    monkeypatch.setattr(train, "sft_gradients", real)
-    go("--out", tmp_path, "--resume")
-    for file in ("model.safetensors", "minatp/heads.safetensors", "minatp/decoder.safetensors"):
-        a, b = load_file(atp / "final" / file), load_file(tmp_path / "final" / file)
-        assert all(torch.equal(a[k], b[k]) for k in a), file
-    drop = lambda d: {k: v for k, v in d.items() if "seconds" not in k and k != "tests" and k != "tokens_per_second"}
-    a, b = (json.loads((d / "summary.json").read_text()) for d in (atp, tmp_path))
-    assert drop(a) == drop(b)
-    losses = [{r["step"]: r["loss"] for r in map(json.loads, (d / "metrics.jsonl").read_text().splitlines()) if "loss" in r} for d in (atp, tmp_path)]
-    assert losses[0].keys() == losses[1].keys() and losses[0][16] == losses[1][16]
-
-
 def test_accumulation_changes_nothing(atp):
     model, tokens = checkpoint.load(atp)
     grads = []
-    for size in ("0", "3", "1"):
+    for size in ("0", "3", "1"):  # 1 × 8, 3 × 3 and 8 × 1
         cfg = config.parse([*SMALL, "--micro-batch", size], "")
         rows = run.encoded(cfg, problems.generate("labelled", 8, 1), tokens, model)
         model.zero_grad()
@@ -162,36 +130,6 @@ def test_curriculum_order_and_steps(atp):
     assert stages == sorted(stages) and max(r["step"] for r in records) == 16
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--methd", "cot"], "there is no option --methd; did you mean --method?"),
-    (["--method", "sft"], "--method must be one of"),
-    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
-    (["--lr", "-1"], "--lr must be positive"),
-    (["--preset", "huge"], "--preset must be one of"),
-    (["--epochs", "1,2"], "--epochs needs 1 or 6 numbers"),
-    (["--epochs", "x"], "--epochs must be numbers"),
-    (["--n-head", "3"], "--n-embd 128 must be an even multiple of --n-head 3"),
-    (["--method", "cot", "--no-vae"], "--no-vae contradicts --method cot"),
-    (["--device", "tpu"], "--device 'tpu'"),
-    (["--device", "cuda:99"], "--device cuda:99"),
-    (["--data", "nowhere.json"], "nowhere.json:0: cannot be read"),
-    (["--init", "nowhere"], "nowhere:0: is not a directory"),
-    (["--test", "x.json"], "--test needs --data"),
-    (["--stage", "dream"], "--stage must be"),
-    (["--resume", "--out", "nowhere"], "nowhere/config.json:1: cannot resume"),
-])
-def test_mistakes_get_one_line(argv, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    go("--out", "o", "--labelled", 40, "--test-size", 5, "--val-size", 5, *argv, expect=2)
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and message in err
-
-
-def test_an_earlier_run_is_not_overwritten(atp, capsys):
-    go(*SMALL, "--out", atp, expect=2)
-    assert "holds a run already; add --resume" in capsys.readouterr().err
-
-
 def test_external_data_and_init(atp, tmp_path, capsys):
     """Fine-tune an earlier run on a file of one's own; held-out questions are not trained on."""
     ps = problems.generate("labelled", 60, 9)
@@ -219,15 +157,3 @@ def test_sample_shows_thoughts(atp, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", __import__("io").StringIO("One?\n\nTwo?\n"))
     assert config.guarded(sample.main, ["--run", str(atp), "-", "--json"]) == 0
     assert [json.loads(line)["question"] for line in capsys.readouterr().out.splitlines()] == ["One?", "Two?"]
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--run", "nowhere", "Q?"], "nowhere:0: is not a directory"), (["--n", "0"], "--n must be positive"),
-    (["--file", "no.txt"], "no.txt:0: cannot be read"), (["Q", "--file", "x"], "not both"), ([""], "holds no question"),
-    (["word " * 900], "shorten it"), (["--temprature", "1"], "did you mean --temperature?"),
-])
-def test_sample_mistakes_get_one_line(argv, message, atp, capsys):
-    argv = argv if "--run" in argv else ["--run", str(atp), *argv]
-    assert config.guarded(sample.main, argv) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and message in err
