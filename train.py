@@ -13,14 +13,15 @@ import time
 
 import torch
 
-from minatp import checkpoint, config, data, evaluate, problems, reward, run
+from minatp import checkpoint, config, data, distributed, evaluate, problems, reward, run
 from minatp.loss import advantages, sft_loss, surrogate
 from minatp.rollout import Noise, rollout, score, supervise
 
 
 def main(argv=None):
     cfg = config.parse(argv, __doc__)
-    device = run.pick_device(cfg.device)
+    device = distributed.start(run.pick_device(cfg.device))
+    distributed.check(cfg.batch_size)
     torch.manual_seed(cfg.seed)
     splits = run.load_splits(cfg)
     run.say(splits.tell())
@@ -29,6 +30,7 @@ def main(argv=None):
         return dry_run(cfg, splits, device, lambda *a: sft_gradients(cfg, *a, 0, device))
     with run.stop, run.memory(f"--stage {cfg.stage}", cfg.batch_size, cfg.block_size, "--batch-size or the size of the model"):
         {"sft": sft, "rl": rl}[cfg.stage](cfg, splits, device)
+    distributed.stop()
 
 
 # ---- stage 1: method.md, Stage 1 ----------------------------------------------------------------------------------------
@@ -78,11 +80,12 @@ def sft(cfg, splits, device):
                            "tokens_per_second": speed, "seconds": log.seconds()})
                 run.say(f"stage {stage}  step {step + 1:5}/{n_total}  loss {loss:.4f}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
                         + f"  |g| {norm:.2f}  {speed:,.0f} tok/s  {left} left")
-            if (step + 1) % cfg.save_every == 0 or i == n_steps - 1 or run.stop.asked:
+            stopping = distributed.anyone(run.stop.asked, device)
+            if (step + 1) % cfg.save_every == 0 or i == n_steps - 1 or stopping:
                 steps.check()
                 state = {"step": step + 1, "seconds": log.seconds(), "meter": meter.state()}
                 checkpoint.save_checkpoint(cfg.out, state, model, tokens, optimizer, found or cfg.init)
-                run.stop.check(cfg)
+                run.stop.check(cfg, stopping)
         first += n_steps
         if first >= state["step"] and first > log.validated:  # a run can have been stopped between saving and this
             with meter.paused():
@@ -99,19 +102,19 @@ def sft(cfg, splits, device):
 def sft_gradients(cfg, model, tokens, rows, stage, step, device, weight=1.0):
     """Add one batch's SFT gradients, times `weight`, to the parameters, micro-batch by micro-batch.
 
-    Every loss is divided by its count in the whole batch and every row has its own noise, so that the split changes nothing.
-    Returns (sums, counts, positions read).
+    Every loss is divided by its count in the whole batch and every row has its own noise, so that the split, over micro-batches and
+    over processes, changes nothing. Returns (sums, counts, positions read).
     """
     rows = sorted(rows, key=lambda r: len(r.prompt))  # micro-batches of like length
+    noise = torch.randn(len(rows), model.c * model.K + 1, model.policy.cfg.n_embd, generator=run.generator(cfg, step)) if model.vae else None
+    rows, noise = distributed.mine(rows), None if noise is None else distributed.mine(noise)
     size = cfg.micro_batch or len(rows)
     parts = [data.collate(rows[i:i + size], stage, tokens, model) for i in range(0, len(rows), size)]
     counts = {name: sum(p.counts[name] for p in parts) for name in parts[0].counts}
-    noise = torch.randn(len(rows), max(p.n_candidate for p in parts), model.policy.cfg.n_embd,
-                        generator=run.generator(cfg, step)) if model.vae else None
-    total, n_token = {}, 0
+    counts["read"] = sum(int(p.prompt_valid.sum() + p.n_latent.sum() + (p.target >= 0).sum()) for p in parts)
+    counts, total = distributed.total(counts, device), {}
     for i, part in enumerate(parts):
         eps = None if noise is None else noise[i * size:(i + 1) * size].to(device)
-        n_token += int(part.prompt_valid.sum() + part.n_latent.sum() + (part.target >= 0).sum())
         length = part.prompt.shape[1] + part.L + part.tail.shape[1]
         with run.memory(f"sft, stage {stage}, step {step + 1}", len(part.prompt), length, "--micro-batch or --batch-size"):
             with run.autocast(device):
@@ -120,7 +123,7 @@ def sft_gradients(cfg, model, tokens, rows, stage, step, device, weight=1.0):
             loss.backward()
         for name, value in sums.items():
             total[name] = total.get(name, 0) + value.detach()
-    return total, counts, n_token
+    return distributed.total(total, device), counts, counts["read"]
 
 
 # ---- stage 2: method.md, Stage 2 ----------------------------------------------------------------------------------------
@@ -167,15 +170,18 @@ def rl(cfg, splits, device):
             continue
 
         # explore: G chains of each question
-        prompt, valid = data.left_pad([prompts[i] for i in chosen], tokens.end, device)
+        asked = distributed.mine(chosen)
+        prompt, valid = data.left_pad([prompts[i] for i in asked], tokens.end, device)
         noise = Noise.draw(model, len(chosen) * cfg.G, max_new, cfg.seed * 1_000_003 + step, spread=cfg.spread, greedy=cfg.greedy)
-        space = (f"rl, step {step + 1}", len(chosen) * cfg.G, prompt.shape[1] + model.c * model.K + 1 + max_new, "--batch-size or --G")
+        noise = noise.at(distributed.mine(torch.arange(len(chosen) * cfg.G).view(-1, cfg.G)).flatten(), device)
+        space = (f"rl, step {step + 1}", len(asked) * cfg.G, prompt.shape[1] + model.c * model.K + 1 + max_new, "--batch-size or --G")
         with run.memory(*space), run.autocast(device):
-            r = rollout(model, prompt, valid, max_new, noise.at(slice(None), device), cfg.G)
+            r = rollout(model, prompt, valid, max_new, noise, cfg.G)
             chains = evaluate.as_text(model, tokens, r)
 
         # judge them against their group
-        R, parts = judge(cfg, chains, [pool[i].answer for i in chosen])
+        R, parts = judge(cfg, chains, [pool[i].answer for i in asked])
+        R = distributed.whole(R)  # every process knows all rewards and learns from its own chains
         run.need_finite(R, step, [pool[i] for i in chosen])
         if cfg.placebo:
             R = R.flatten()[torch.randperm(R.numel(), generator=run.generator(cfg, step))].view_as(R)
@@ -186,37 +192,43 @@ def rl(cfg, splits, device):
         lr = run.lr_at(step, cfg.updates, min(cfg.warmup, cfg.updates // 10), cfg.lr)
         diagnostics, due = {}, (step + 1) % cfg.log_every == 0
         if telling.any():
-            group = telling.nonzero()[:, 0].to(device)
+            heard = distributed.mine(telling)
+            group = heard.nonzero()[:, 0].to(device)
             chain = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
-            learn = (prompt[group], valid[group], r.take(chain), advantage[telling].view(-1, 1).to(device), noise.eps[chain.cpu()].to(device))
-            old = None
+            learn = (prompt[group], valid[group], r.take(chain), distributed.mine(advantage)[heard].view(-1, 1).to(device), noise.eps[chain])
+            loss, old, d = torch.zeros((), device=device), None, {}
             for u in range(cfg.updates_per_batch):
-                with run.memory(*space):
-                    with run.autocast(device):
-                        loss, old, d = policy_loss(cfg, model, start if cfg.kl or due else None, *learn, old, R.numel())
-                    loss.backward()
+                if len(chain):
+                    with run.memory(*space):
+                        with run.autocast(device):
+                            loss, old, d = policy_loss(cfg, model, start if cfg.kl or due else None, *learn, old, R.numel(),
+                                                       int(telling.sum()) * cfg.G)
+                        loss.backward()
                 if cfg.anchor:
                     sft_gradients(cfg, model, tokens, [rows[i] for i in anchor], model.K + 1, step, device, cfg.anchor)
-                diagnostics = {**d, "grad_norm": steps.take(lr, loss, step, [pool[i] for i in chosen])}
+                loss = distributed.total({"loss": loss.detach()}, device)["loss"]
+                diagnostics = {**distributed.mean(d, len(chain), device), "grad_norm": steps.take(lr, loss, step, [pool[i] for i in chosen])}
         silent = silent + 1 if telling.float().mean() < 0.05 else 0
         if silent == 50:
             run.say("warning: for 50 batches fewer than 5 % of the groups had rewards that differ, so there is little to learn from: look "
                     "at acc (all right or all wrong?), fmt (0: answers do not end), sigma and --spread (do the thoughts differ at all?)")
 
         # what there is to tell
-        meter.add({"reward": R.mean(), **parts, "signal": telling.float().mean(), "latents": r.n_latent.float().mean(), **diagnostics}, {},
-                  int(r.n_latent.sum() + r.n_token.sum()))
+        parts = distributed.mean({**parts, "latents": r.n_latent.float().mean()}, len(asked), device)
+        n_token = distributed.total({"n": int(r.n_latent.sum() + r.n_token.sum())}, device)["n"]
+        meter.add({"reward": R.mean(), "signal": telling.float().mean(), **parts, **diagnostics}, {}, n_token)
         if (step + 1) % cfg.log_every == 0 or step == cfg.updates - 1:
             steps.check()
             means, speed, left = meter.read(cfg.updates - step - 1)
             log.write({"step": step + 1, **means, "lr": lr, "tokens_per_second": speed, "seconds": log.seconds()})
             run.say(f"rl  step {step + 1:5}/{cfg.updates}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
                     + f"  {speed:,.0f} tok/s  {left} left")
-        if any((step + 1) % n == 0 for n in (cfg.save_every, cfg.val_every)) or step == cfg.updates - 1 or run.stop.asked:
+        stopping = distributed.anyone(run.stop.asked, device)
+        if any((step + 1) % n == 0 for n in (cfg.save_every, cfg.val_every)) or step == cfg.updates - 1 or stopping:
             steps.check()
             state = {"step": step + 1, "seconds": log.seconds(), "meter": meter.state(), "silent": silent}
             checkpoint.save_checkpoint(cfg.out, state, model, tokens, optimizer, found or cfg.init)
-            run.stop.check(cfg)
+            run.stop.check(cfg, stopping)
         validate(step + 1)
 
     seconds = log.seconds()
@@ -233,8 +245,9 @@ def judge(cfg, chains, golds):
     return torch.tensor([R for R, _ in told]).view(len(golds), cfg.G), parts
 
 
-def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n):
-    """−Σ advantage·log-probability over the chains r of the telling groups, over all n chains of the batch.
+def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n, n_telling):
+    """−Σ advantage·log-probability over the chains r of the telling groups, over all n chains of the batch, of which n_telling are in
+    such groups; both counted over all processes.
 
     start: the SFT policy where the KL to it is asked for, which is a pass more. Returns (loss, the log-probabilities that later
     updates on this batch are compared with, diagnostics).
@@ -248,8 +261,9 @@ def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n):
     if start is not None:
         with torch.no_grad():
             ref = score(start, prompt, valid, r, cfg.G)
-        d["kl"] = kl_to(s, ref) / len(advantage)
-    return loss + cfg.kl * d["kl"] if cfg.kl else loss, old, d
+        kl = kl_to(s, ref)
+        d["kl"] = kl / len(advantage)
+    return loss + cfg.kl * kl / n_telling if cfg.kl else loss, old, d
 
 
 def kl_to(s, ref):
@@ -281,7 +295,7 @@ def solve(cfg, model, tokens, problems, max_new, seed=None):
     prompts = [tokens.prompt(p.question) for p in problems]
     length = max(map(len, prompts)) + model.c * model.K + 1 + max_new
     with run.memory("evaluation", min(cfg.eval_batch, len(prompts)), length, "--eval-batch"), run.autocast(model.policy.freq.device):
-        return evaluate.solve(model, tokens, prompts, max_new, cfg.eval_batch, seed, cfg.temperature, lambda done: run.stop.check(cfg))
+        return evaluate.solve(model, tokens, prompts, max_new, cfg.eval_batch, seed, cfg.temperature, lambda done: run.stop.check(cfg, run.stop.asked and distributed.world() == 1))
 
 
 def test(cfg, model, tokens, splits, max_new, start=None):

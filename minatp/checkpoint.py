@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from . import distributed
 from .config import NotWritten, UserError
 from .data import Tokens
 from .latent import ATP, START
@@ -338,7 +339,9 @@ def fault(folder):
 
 
 def save_final(out, model, tokens, source=None):
-    """out/final: the directory that `save` writes. Raises NotWritten."""
+    """out/final: the directory that `save` writes, by rank 0 alone. Raises NotWritten."""
+    if distributed.rank():
+        return
     write_folder(Path(out) / "final", lambda tmp: save(tmp, model, tokens, source), n_bytes(model))
 
 
@@ -346,8 +349,11 @@ def save_checkpoint(out, state, model, tokens, optimizer, source=None, keep=2):
     """out/checkpoints/{step}: the directory that `save` writes, AdamW's moments and `state` (JSON: step, seconds …).
 
     The last `keep` are kept; older ones are removed, and newer ones, which a resume has found broken. A checkpoint serves --init
-    and sample.py as well as --resume. Raises NotWritten.
+    and sample.py as well as --resume. Rank 0 alone writes. Raises NotWritten.
     """
+    if distributed.rank():
+        return
+
     def write(tmp):
         save(tmp, model, tokens, source)
         save_file({f"{n}/{k}": v.cpu().contiguous() for n, p in model.named_parameters()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import reward
+from . import distributed, reward
 from .data import left_pad
 from .explain import read_thoughts
 from .rollout import Noise, rollout
@@ -46,7 +46,7 @@ def solve(model, tokens, prompts, max_new, batch_size=500, seed=None, temperatur
     device = model.policy.freq.device
     if seed is not None:
         noise = Noise.draw(model, len(prompts), max_new, seed, temperature)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = distributed.mine(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
     chains = [None] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
@@ -58,7 +58,7 @@ def solve(model, tokens, prompts, max_new, batch_size=500, seed=None, temperatur
                 chain.z = r.z[b, : chain.n_latent].cpu()
         if progress:
             progress(start + len(rows))
-    return chains
+    return distributed.merged(chains)
 
 
 def as_text(model, tokens, r):

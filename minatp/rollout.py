@@ -47,16 +47,24 @@ def think(model, batch, eps=None):
     return *walk(model, h, cache, batch.n_latent, batch.n_candidate, eps, batch.free if batch.counts["free"] else None), cache
 
 
-def read_tail(model, batch, cache):
-    """Hidden states (B, Tt, D) of the tail, read after the thoughts in the cache."""
-    valid = torch.cat((torch.ones_like(batch.target[:, :1], dtype=torch.bool), batch.target[:, :-1] >= 0), 1)
-    return model.policy(model.policy.embed(batch.tail), valid, cache)
+def tail_valid(batch):
+    return torch.cat((torch.ones_like(batch.target[:, :1], dtype=torch.bool), batch.target[:, :-1] >= 0), 1)
+
+
+def read_text(model, batch):
+    """Hidden states (B, Tt, D) of the tail where nothing is latent: prompt and tail are read at once."""
+    ids, valid = torch.cat((batch.prompt, batch.tail), 1), torch.cat((batch.prompt_valid, tail_valid(batch)), 1)
+    return model.policy(model.policy.embed(ids), valid, model.policy.cache(*ids.shape))[:, batch.prompt.shape[1]:]
 
 
 def supervise(model, batch, eps=None):
     """Stage 1's losses, each summed over the batch: {"enc", "dec", "stop", "kl"} (those that apply); see loss.sft_loss."""
-    z, mu, logvar, n_latent, cache = think(model, batch, eps)
-    h = read_tail(model, batch, cache)
+    z = None
+    if batch.n_candidate:
+        z, mu, logvar, n_latent, cache = think(model, batch, eps)
+        h = model.policy(model.policy.embed(batch.tail), tail_valid(batch), cache)
+    else:
+        h = read_text(model, batch)
     labelled = batch.target >= 0
     sums = {"enc": token_nll(model.policy.logits(h[labelled]), batch.target[labelled]).sum()}
     if z is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, data, problems
+from . import checkpoint, data, distributed, problems
 from .config import Config, NotFinite, NotWritten, OutOfMemory, Stopped, UserError, of_run, replace_file, write_config
 from .latent import ATP
 from .llama import LLAMA3_ROPE, LlamaConfig
@@ -185,10 +185,11 @@ class Steps:
         optimizer.found_inf = torch.zeros((), device=model.policy.freq.device)
 
     def take(self, lr, loss, step, chosen):
-        """One step on the gradients that lie in the parameters, clipped. Returns their norm before.
+        """One step on the gradients that lie in the parameters (of all processes), clipped. Returns their norm before.
 
         step: how many were before it; chosen: its problems (whatever has `at`).
         """
+        distributed.sum_gradients(self.model)
         norm = torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.clip)
         told = torch.stack((loss.detach().float(), norm))
         self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, 1 - told.isfinite().all().float())
@@ -254,9 +255,9 @@ class Stop:
             signal.signal(s, signal.SIG_DFL)
         os.write(1, b"stopping after this step; once more: at once\n")  # print is not safe here
 
-    def check(self, cfg):
-        """To be called where everything is saved. Raises Stopped."""
-        if self.asked:
+    def check(self, cfg, asked):
+        """To be called where everything is saved; asked: whether any process was. Raises Stopped."""
+        if asked:
             raise Stopped(f"{cfg.out}:0: stopped when asked to, all is saved; go on with --resume --out {cfg.out}")
 
 
@@ -268,7 +269,7 @@ stop = Stop()  # signals belong to the process, and so does what they ask for
 class Log:
     """A run's folder: config.json, metrics.jsonl (one record a line, flushed) and summary.json; and the progress lines.
 
-    Its methods raise NotWritten where the disk is full."""
+    Rank 0's alone writes. Its methods raise NotWritten where the disk is full."""
     def __init__(self, cfg, state):
         """state: the step and the seconds that a resumed run has behind it; records of later steps, lost with the crash, are
         removed. Raises UserError where the folder holds another run, or a record that cannot be read."""
@@ -276,6 +277,9 @@ class Log:
         self.path = self.out / "metrics.jsonl"
         if not cfg.resume and ((self.out / "summary.json").exists() or checkpoint.checkpoints(self.out)):
             raise UserError(f"{self.out}:0: holds a run already; add --resume to go on with it, or choose another --out")
+        if distributed.rank():
+            self.file, self.validated = None, distributed.of_first(None)
+            return
         try:
             self.sink = sink(cfg, self.out, state)
             self.out.mkdir(parents=True, exist_ok=True)
@@ -285,8 +289,8 @@ class Log:
         write_config(cfg, self.out / "config.json")
         old = [(line, r) for line, r in self.records() if r["step"] <= state["step"]]
         replace_file(self.path, "".join(line for line, _ in old))
-        self.validated = max((r["step"] for _, r in old if "validation" in r), default=0)  # the step of the last one
         self.file = self.path.open("a")
+        self.validated = distributed.of_first(max((r["step"] for _, r in old if "validation" in r), default=0))  # the step of the last one
 
     def records(self):
         """(line, record) of metrics.jsonl; the last line may be half a line, where a crash cut it, and is left out then."""
@@ -300,6 +304,8 @@ class Log:
                 yield line, record
 
     def write(self, record):
+        if self.file is None:
+            return
         line = json.dumps(record) + "\n"
         try:
             self.file.write(line)
@@ -317,7 +323,8 @@ class Log:
         """summary.json: the first test set's measurement at the top, all of them under "tests"."""
         record = {"stage": cfg.stage, "method": cfg.method, "seed": cfg.seed, **next(iter(tests.values())), "tests": tests,
                   "seconds": seconds, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", **more}
-        replace_file(self.out / "summary.json", json.dumps(record, indent=2) + "\n")
+        if self.file:
+            replace_file(self.out / "summary.json", json.dumps(record, indent=2) + "\n")
 
 
 def sink(cfg, out, state):
@@ -358,8 +365,9 @@ def scalars(record, prefix=""):
 
 def say(text):
     """One line for the user."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    if distributed.rank() == 0:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
 def clock(seconds):
