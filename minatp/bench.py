@@ -124,7 +124,8 @@ def works(case):
     model, size, device = case.model, case.size, case.device
     optimizer = run.adamw(case.cfg, model)
     K, G = model.K, size["G"]
-    update = lambda: run.advance(optimizer, model, 0.0, 1.0)  # a learning rate of 0: every round has the same weights
+    zero = torch.zeros((), device=device)
+    update = lambda: run.Steps(optimizer, model, 1.0).take(0.0, zero, 0, [])  # a learning rate of 0: every round has the same weights
     found = {}
     case.ragged(False)
 
