@@ -116,7 +116,7 @@ def paper_row(vocab_size, n_prompt=90, n_step=10, per_step=9, n_answer=6):
     """A problem of random ids, of the lengths that ../shared/performance.md reckons with."""
     ids = lambda n: torch.randint(2, vocab_size, (n,)).tolist()
     steps = [ids(per_step) for _ in range(n_step)]
-    return data.Encoded(ids(n_prompt), steps, steps, [], ids(n_answer))
+    return data.Encoded(ids(n_prompt), steps, steps, [], ids(n_answer), "")
 
 
 def works(case):
@@ -198,8 +198,8 @@ def compare(case, every):
         own_values, own_exact, _ = found["minatp"]
         worst = max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(values, own_values) if len(b))
         if worst > 1e-3 or exact != own_exact or len(values) != len(own_values):
-            raise config.UserError(f"minatp/bench.py:0: {name} and minatp differ (by {worst:.1e}; chains {'equal' if exact == own_exact else 'differ'}), "
-                                   "so there is nothing to time; report it")
+            chains = "the same chains" if exact == own_exact else "other chains"
+            raise config.UserError(f"minatp/bench.py:0: {name} and minatp differ (by {worst:.1e}, {chains}), so there is nothing to time; report it")
         run.say(f"{name:18} same losses, gradients, log-probabilities (to {worst:.0e}), chains and thoughts")
 
 
@@ -317,8 +317,8 @@ def growth(case, per_op, per_flop, rounds):
     model, K, rows = case.model, case.model.K, []
     base = {"K": K, "batch": case.size["batch"] // 2, "question": 64}
     vary = [(key, value) for key in base for value in (base[key] // 2, base[key], 2 * base[key], 4 * base[key])]
-    run.say(f"\nSFT step of the last stage, forwards and backwards; the base is K {K}, batch {base['batch']}, {base['question']} tokens of question"
-            f"\npredicted: {1e6 * per_op:.1f} µs an operation + {1e-9 / per_flop if per_flop else float('inf'):.1f} GFLOP/s, fitted to the times above"
+    run.say(f"\nSFT step of the last stage, forwards and backwards; base: K {K}, batch {base['batch']}, {base['question']} tokens of question"
+            f"\npredicted: {1e6 * per_op:.1f} µs an operation and {1e12 * per_flop:.1f} ms a GFLOP, fitted to the times above"
             "\n                 operations     GFLOP   predicted ms   measured ms")
     for key, value in vary:
         at = {**base, key: value}
@@ -345,8 +345,8 @@ def tell_memory():
     parts = count.training_memory(run.shape(cfg, cfg.vocab_size + 3), cfg.K, cfg.c, cfg.batch_size, row)
     lean = count.training_memory(run.shape(cfg, cfg.vocab_size + 3), cfg.K, cfg.c, cfg.batch_size, row, recompute=True)
     gb = lambda n: f"{n / 1e9:.1f} GB"
-    run.say(f"\nmemory of an SFT step at Llama-3.2-1B's size, last stage, batch {cfg.batch_size}, K {cfg.K}, {len(row.prompt)} tokens of question "
-            f"(computed, not measured): {gb(sum(parts.values()))}\n    " + ", ".join(f"{k} {gb(v)}" for k, v in parts.items())
+    run.say(f"\nmemory of an SFT step at Llama-3.2-1B's size, last stage, batch {cfg.batch_size}, K {cfg.K}, {len(row.prompt)} tokens of "
+            f"question (computed, not measured): {gb(sum(parts.values()))}\n    " + ", ".join(f"{k} {gb(v)}" for k, v in parts.items())
             + f"\n    with --recompute {gb(sum(lean.values()))}: activations {gb(lean['activations'])}")
     return parts
 
