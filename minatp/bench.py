@@ -122,16 +122,20 @@ def paper_row(vocab_size, n_prompt=90, n_step=10, per_step=9, n_answer=6):
 def works(case):
     """{name: (work(side), tokens)}: what is timed, forwards, backwards and update, and how many tokens each takes in or writes."""
     model, size, device = case.model, case.size, case.device
-    optimizer = run.adamw(case.cfg, model)
+    steps = run.Steps(run.adamw(case.cfg, model), model, 1.0)
     K, G = model.K, size["G"]
-    update = lambda: run.advance(optimizer, model, 0.0, 1.0)  # a learning rate of 0: every round has the same weights
     found = {}
     case.ragged(False)
 
+    def update(loss):
+        """Backwards and one step, with a learning rate of 0, so that every round has the same weights."""
+        loss.backward()
+        steps.take(0.0, loss, 0, [])
+        steps.seen.clear()
+
     def sft(side, stage):
         batch, eps = case.batch(stage)
-        sft_loss(side.losses(batch, eps), batch.counts, BETA).backward()
-        update()
+        update(sft_loss(side.losses(batch, eps), batch.counts, BETA))
 
     for name, stage in (("first", 0), ("middle", (K + 1) // 2), ("last", K + 1)):
         batch, _ = case.batch(stage)
@@ -154,8 +158,7 @@ def works(case):
 
     def learn(side):
         logp = torch.cat(side.score(prompt, valid, r, G)[:3], 1)
-        (surrogate(logp, logp.detach(), advantage)[0].sum() / len(logp)).backward()
-        update()
+        update(surrogate(logp, logp.detach(), advantage)[0].sum() / len(logp))
 
     found["RL update"] = learn, int(r.n_latent.sum() + r.n_token.sum())
     asked, asked_valid = case.prompts(size["evaluated"])
