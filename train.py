@@ -106,8 +106,9 @@ def sft_gradients(cfg, model, tokens, rows, stage, step, device, weight=1.0):
     over processes, changes nothing. Returns (sums, counts, positions read).
     """
     rows = sorted(rows, key=lambda r: len(r.prompt))  # micro-batches of like length
-    noise = torch.randn(len(rows), model.c * model.K + 1, model.policy.cfg.n_embd, generator=run.generator(cfg, step)) if model.vae else None
-    rows, noise = distributed.mine(rows), None if noise is None else distributed.mine(noise)
+    shape = (len(rows), model.c * model.K + 1, model.policy.cfg.n_embd)
+    noise = distributed.mine(torch.randn(shape, generator=run.generator(cfg, step))) if model.vae else None
+    rows = distributed.mine(rows)
     size = cfg.micro_batch or len(rows)
     parts = [data.collate(rows[i:i + size], stage, tokens, model) for i in range(0, len(rows), size)]
     counts = {name: sum(p.counts[name] for p in parts) for name in parts[0].counts}
@@ -195,7 +196,8 @@ def rl(cfg, splits, device):
             heard = distributed.mine(telling)
             group = heard.nonzero()[:, 0].to(device)
             chain = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
-            learn = (prompt[group], valid[group], r.take(chain), distributed.mine(advantage)[heard].view(-1, 1).to(device), noise.eps[chain])
+            mine = distributed.mine(advantage)[heard].view(-1, 1).to(device)
+            learn = (prompt[group], valid[group], r.take(chain), mine, noise.eps[chain])
             loss, old, d = torch.zeros((), device=device), None, {}
             for u in range(cfg.updates_per_batch):
                 if len(chain):
@@ -207,7 +209,8 @@ def rl(cfg, splits, device):
                 if cfg.anchor:
                     sft_gradients(cfg, model, tokens, [rows[i] for i in anchor], model.K + 1, step, device, cfg.anchor)
                 loss = distributed.total({"loss": loss.detach()}, device)["loss"]
-                diagnostics = {**distributed.mean(d, len(chain), device), "grad_norm": steps.take(lr, loss, step, [pool[i] for i in chosen])}
+                norm = steps.take(lr, loss, step, [pool[i] for i in chosen])
+                diagnostics = {**distributed.mean(d, len(chain), device), "grad_norm": norm}
         silent = silent + 1 if telling.float().mean() < 0.05 else 0
         if silent == 50:
             run.say("warning: for 50 batches fewer than 5 % of the groups had rewards that differ, so there is little to learn from: look "
@@ -295,7 +298,8 @@ def solve(cfg, model, tokens, problems, max_new, seed=None):
     prompts = [tokens.prompt(p.question) for p in problems]
     length = max(map(len, prompts)) + model.c * model.K + 1 + max_new
     with run.memory("evaluation", min(cfg.eval_batch, len(prompts)), length, "--eval-batch"), run.autocast(model.policy.freq.device):
-        return evaluate.solve(model, tokens, prompts, max_new, cfg.eval_batch, seed, cfg.temperature, lambda done: run.stop.check(cfg, run.stop.asked and distributed.world() == 1))
+        return evaluate.solve(model, tokens, prompts, max_new, cfg.eval_batch, seed, cfg.temperature,
+                              lambda done: run.stop.check(cfg, run.stop.asked and distributed.world() == 1))  # several would not agree
 
 
 def test(cfg, model, tokens, splits, max_new, start=None):

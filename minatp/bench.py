@@ -116,23 +116,26 @@ def paper_row(vocab_size, n_prompt=90, n_step=10, per_step=9, n_answer=6):
     """A problem of random ids, of the lengths that ../shared/performance.md reckons with."""
     ids = lambda n: torch.randint(2, vocab_size, (n,)).tolist()
     steps = [ids(per_step) for _ in range(n_step)]
-    return data.Encoded(ids(n_prompt), steps, steps, [], ids(n_answer))
+    return data.Encoded(ids(n_prompt), steps, steps, [], ids(n_answer), "")
 
 
 def works(case):
     """{name: (work(side), tokens)}: what is timed, forwards, backwards and update, and how many tokens each takes in or writes."""
     model, size, device = case.model, case.size, case.device
-    optimizer = run.adamw(case.cfg, model)
+    steps = run.Steps(run.adamw(case.cfg, model), model, 1.0)
     K, G = model.K, size["G"]
-    zero = torch.zeros((), device=device)
-    update = lambda: run.Steps(optimizer, model, 1.0).take(0.0, zero, 0, [])  # a learning rate of 0: every round has the same weights
     found = {}
     case.ragged(False)
 
+    def update(loss):
+        """Backwards and one step, with a learning rate of 0, so that every round has the same weights."""
+        loss.backward()
+        steps.take(0.0, loss, 0, [])
+        steps.seen.clear()
+
     def sft(side, stage):
         batch, eps = case.batch(stage)
-        sft_loss(side.losses(batch, eps), batch.counts, BETA).backward()
-        update()
+        update(sft_loss(side.losses(batch, eps), batch.counts, BETA))
 
     for name, stage in (("first", 0), ("middle", (K + 1) // 2), ("last", K + 1)):
         batch, _ = case.batch(stage)
@@ -155,8 +158,7 @@ def works(case):
 
     def learn(side):
         logp = torch.cat(side.score(prompt, valid, r, G)[:3], 1)
-        (surrogate(logp, logp.detach(), advantage)[0].sum() / len(logp)).backward()
-        update()
+        update(surrogate(logp, logp.detach(), advantage)[0].sum() / len(logp))
 
     found["RL update"] = learn, int(r.n_latent.sum() + r.n_token.sum())
     asked, asked_valid = case.prompts(size["evaluated"])
@@ -199,8 +201,8 @@ def compare(case, every):
         own_values, own_exact, _ = found["minatp"]
         worst = max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(values, own_values) if len(b))
         if worst > 1e-3 or exact != own_exact or len(values) != len(own_values):
-            raise config.UserError(f"minatp/bench.py:0: {name} and minatp differ (by {worst:.1e}; chains {'equal' if exact == own_exact else 'differ'}), "
-                                   "so there is nothing to time; report it")
+            chains = "the same chains" if exact == own_exact else "other chains"
+            raise config.UserError(f"minatp/bench.py:0: {name} and minatp differ (by {worst:.1e}, {chains}), so there is nothing to time; report it")
         run.say(f"{name:18} same losses, gradients, log-probabilities (to {worst:.0e}), chains and thoughts")
 
 
@@ -318,8 +320,8 @@ def growth(case, per_op, per_flop, rounds):
     model, K, rows = case.model, case.model.K, []
     base = {"K": K, "batch": case.size["batch"] // 2, "question": 64}
     vary = [(key, value) for key in base for value in (base[key] // 2, base[key], 2 * base[key], 4 * base[key])]
-    run.say(f"\nSFT step of the last stage, forwards and backwards; the base is K {K}, batch {base['batch']}, {base['question']} tokens of question"
-            f"\npredicted: {1e6 * per_op:.1f} µs an operation + {1e-9 / per_flop if per_flop else float('inf'):.1f} GFLOP/s, fitted to the times above"
+    run.say(f"\nSFT step of the last stage, forwards and backwards; base: K {K}, batch {base['batch']}, {base['question']} tokens of question"
+            f"\npredicted: {1e6 * per_op:.1f} µs an operation and {1e12 * per_flop:.1f} ms a GFLOP, fitted to the times above"
             "\n                 operations     GFLOP   predicted ms   measured ms")
     for key, value in vary:
         at = {**base, key: value}
@@ -346,8 +348,8 @@ def tell_memory():
     parts = count.training_memory(run.shape(cfg, cfg.vocab_size + 3), cfg.K, cfg.c, cfg.batch_size, row)
     lean = count.training_memory(run.shape(cfg, cfg.vocab_size + 3), cfg.K, cfg.c, cfg.batch_size, row, recompute=True)
     gb = lambda n: f"{n / 1e9:.1f} GB"
-    run.say(f"\nmemory of an SFT step at Llama-3.2-1B's size, last stage, batch {cfg.batch_size}, K {cfg.K}, {len(row.prompt)} tokens of question "
-            f"(computed, not measured): {gb(sum(parts.values()))}\n    " + ", ".join(f"{k} {gb(v)}" for k, v in parts.items())
+    run.say(f"\nmemory of an SFT step at Llama-3.2-1B's size, last stage, batch {cfg.batch_size}, K {cfg.K}, {len(row.prompt)} tokens of "
+            f"question (computed, not measured): {gb(sum(parts.values()))}\n    " + ", ".join(f"{k} {gb(v)}" for k, v in parts.items())
             + f"\n    with --recompute {gb(sum(lean.values()))}: activations {gb(lean['activations'])}")
     return parts
 

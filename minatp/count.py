@@ -1,6 +1,6 @@
 """What a computation costs, counted and not timed: operations, bytes, floating-point operations, waits of the host, memory kept
 for the backward pass. Counts do not swing with the load of a machine."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -145,7 +145,7 @@ def training_memory(cfg, K, c, batch_size, row, recompute=False, scale=8):
 def narrow(row):
     """A problem of the same lengths, for a vocabulary of few ids."""
     like = lambda ids: [4] * len(ids)
-    return data.Encoded(like(row.prompt), list(map(like, row.lines)), list(map(like, row.texts)), [], like(row.answer))
+    return replace(row, prompt=like(row.prompt), lines=list(map(like, row.lines)), texts=list(map(like, row.texts)), answer=like(row.answer))
 
 
 def last_stage_loss(model, rows):

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 SMALL = ("--n-layer 1 --n-embd 32 --n-inner 48 --labelled 160 --answers 40 --val-size 6 --test-size 12 --batch-size 8 --K 2 "
          "--decoder-layers 1 --log-every 1 --device cpu").split()
 SFT = [*SMALL, "--epochs", "0.1", "--answers-share", "0.25", "--votes", "2", "--micro-batch", "3"]
-RL = [*SMALL, "--stage", "rl", "--batch-size", "4", "--G", "4", "--updates", "4", "--val-every", "4", "--save-every", "2", "--anchor", "0.5",
-      "--kl", "0.01", "--placebo"]
+RL = [*SMALL, "--stage", "rl", "--batch-size", "4", "--G", "4", "--updates", "4", "--val-every", "4", "--save-every", "2",
+      "--anchor", "0.5", "--kl", "0.01", "--placebo"]
 
 
 def judge(cfg, chains, golds):
@@ -61,10 +61,12 @@ def same(one, two):
                for d in (one, two)]
     assert len(records[0]) == len(records[1]) > 3
     for a, b in zip(*records):
-        assert a.keys() == b.keys() and (a["step"], a.get("validation", {}).get("accuracy")) == (b["step"], b.get("validation", {}).get("accuracy"))
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        assert a.get("validation", {}).get("accuracy") == b.get("validation", {}).get("accuracy")
         for k in a.keys() - {"validation"}:
-            # sigma and clamped are averaged by chains there, by thoughts and columns here
-            assert a[k] == pytest.approx(b[k], rel=1e-2 if k in ("sigma", "clamped") else 1e-5, abs=1e-6), (a["step"], k)
+            # later steps drift by what rounding does to AdamW; sigma and clamped are averaged by chains there, by thoughts here
+            rel = 1e-2 if k in ("sigma", "clamped") else 1e-6 if a["step"] == 1 else 1e-5
+            assert a[k] == pytest.approx(b[k], rel=rel, abs=1e-6), (a["step"], k)
     summaries = [json.loads((d / "summary.json").read_text()) for d in (one, two)]
     assert all(summaries[0][k] == summaries[1][k] for k in ("accuracy", "tokens", "n_problems", "training_problems"))
     for file in ("model.safetensors", "minatp/heads.safetensors", "minatp/decoder.safetensors"):
