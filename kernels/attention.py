@@ -23,6 +23,7 @@ from .common import power_of_2, tl, triton
 from .rows import rotate
 
 COLUMNS = 128   # of the prefix, at least, in a split
+QUERIES = 64    # of a group that a program takes at a time
 PROGRAMS = 264  # that keep a large GPU busy: two for each of 132 processors
 
 
@@ -158,11 +159,11 @@ def flow_back(s, lse, delta, q1, q2, do, k1, k2, v, scale):
 
 
 @triton.jit
-def group_queries(members, first, n, j, h, T: tl.constexpr, REP: tl.constexpr, BM: tl.constexpr):
-    """The queries of group n for key head j: row, position, head, their place in a (B, h, T) tensor, and which are real."""
+def group_queries(members, begin, end, j, h, T: tl.constexpr, REP: tl.constexpr, BM: tl.constexpr):
+    """The queries for key head j of members begin … end: row, position, head, their place in a (B, h, T) tensor, which are real."""
     m = tl.arange(0, BM)
-    member = tl.load(first + n) + m // (T * REP)
-    real = member < tl.load(first + n + 1)
+    member = begin + m // (T * REP)
+    real = (m < BM // (T * REP) * (T * REP)) & (member < end)
     b = tl.load(members + member, real, 0).to(tl.int64)
     t, head = (m // REP) % T, j * REP + m % REP
     return b, t, head, (b * h + head) * T + t, real
@@ -175,23 +176,24 @@ def prefix_forward(q, cos, sin, K, V, start, members, first, part_o, part_lse, s
     """Program (group, key head, split): softmax of the group's queries over the split's columns."""
     n, j, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     D: tl.constexpr = 2 * H
-    b, t, head, place, real = group_queries(members, first, n, j, h, T, REP, BM)
-    q1, q2 = load_rotated(q, b * s_qb + head * s_qh + t * s_qt, cos, sin, b * T + t, real, H, BH)
-    q1, q2 = q1.to(K.dtype.element_ty), q2.to(K.dtype.element_ty)
     base = (n.to(tl.int64) * tl.num_programs(1) + j) * P
     begin, end = tl.load(start + n), tl.minimum((split + 1) * width, P)
-    top, total, acc = tl.full([BM], -float("inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, BD], tl.float32)
-    for c in range(tl.maximum(split * width, begin // BN * BN), end, BN):
-        col = c + tl.arange(0, BN)
-        see = (col >= begin) & (col < end)
-        k1, k2 = load_halves(K, (base + col) * D, see, H, BH)
-        top, total, acc = absorb(similarity(q1, q2, k1, k2, scale, see[None, :]), load_whole(V, (base + col) * D, see, D, BD),
-                                 top, total, acc)
-    some = tl.where(total > 0.0, total, 1.0)
-    place += split.to(tl.int64) * B * h * T
     i = tl.arange(0, BD)
-    tl.store(part_o + place[:, None] * D + i[None, :], acc / some[:, None], real[:, None] & (i < D)[None, :])
-    tl.store(part_lse + place, tl.where(total > 0.0, top + tl.log2(some), -float("inf")), real)
+    for member in range(tl.load(first + n), tl.load(first + n + 1), BM // (T * REP)):  # one turn, unless the group is large
+        b, t, head, place, real = group_queries(members, member, tl.load(first + n + 1), j, h, T, REP, BM)
+        q1, q2 = load_rotated(q, b * s_qb + head * s_qh + t * s_qt, cos, sin, b * T + t, real, H, BH)
+        q1, q2 = q1.to(K.dtype.element_ty), q2.to(K.dtype.element_ty)
+        top, total, acc = tl.full([BM], -float("inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, BD], tl.float32)
+        for c in range(tl.maximum(split * width, begin // BN * BN), end, BN):
+            col = c + tl.arange(0, BN)
+            see = (col >= begin) & (col < end)
+            k1, k2 = load_halves(K, (base + col) * D, see, H, BH)
+            top, total, acc = absorb(similarity(q1, q2, k1, k2, scale, see[None, :]), load_whole(V, (base + col) * D, see, D, BD),
+                                     top, total, acc)
+        some = tl.where(total > 0.0, total, 1.0)
+        place += split.to(tl.int64) * B * h * T
+        tl.store(part_o + place[:, None] * D + i[None, :], acc / some[:, None], real[:, None] & (i < D)[None, :])
+        tl.store(part_lse + place, tl.where(total > 0.0, top + tl.log2(some), -float("inf")), real)
 
 
 @triton.jit
@@ -246,28 +248,30 @@ def prefix_backward(q, cos, sin, K, V, gK, gV, start, members, first, do, o, lse
     """Program (group, key head, split): add the group's dk and dv of the split's columns, leave the split's share of dq, rotated."""
     n, j, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     D: tl.constexpr = 2 * H
-    b, t, head, place, real = group_queries(members, first, n, j, h, T, REP, BM)
-    q1, q2 = load_rotated(q, b * s_qb + head * s_qh + t * s_qt, cos, sin, b * T + t, real, H, BH)
-    q1, q2 = q1.to(K.dtype.element_ty), q2.to(K.dtype.element_ty)
-    b_do = load_whole(do, b * s_ob + head * s_oh + t * s_ot, real, D, BD)
-    delta = tl.sum(b_do.to(tl.float32) * load_whole(o, place * D, real, D, BD).to(tl.float32), 1)
-    b_do, b_lse = b_do.to(V.dtype.element_ty), tl.load(lse + place, real, 0.0)
     base = (n.to(tl.int64) * tl.num_programs(1) + j) * P
     begin, end = tl.load(start + n), tl.minimum((split + 1) * width, P)
-    dq1, dq2 = tl.zeros([BM, BH], tl.float32), tl.zeros([BM, BH], tl.float32)
-    for c in range(tl.maximum(split * width, begin // BN * BN), end, BN):
-        col = c + tl.arange(0, BN)
-        see = (col >= begin) & (col < end)
-        k1, k2 = load_halves(K, (base + col) * D, see, H, BH)
-        s = similarity(q1, q2, k1, k2, scale, see[None, :] & real[:, None])
-        e1, e2, dk1, dk2, dv = flow_back(s, b_lse, delta, q1, q2, b_do, k1, k2, load_whole(V, (base + col) * D, see, D, BD), scale)
-        dq1, dq2 = dq1 + e1, dq2 + e2
-        add_halves(gK, (base + col) * D, dk1, dk2, see, H, BH)
-        add_whole(gV, (base + col) * D, dv, see, D, BD)
     i = tl.arange(0, BH)
-    at = part_dq + (place + split.to(tl.int64) * B * h * T)[:, None] * D + i[None, :]
-    tl.store(at, dq1, real[:, None] & (i < H)[None, :])
-    tl.store(at + H, dq2, real[:, None] & (i < H)[None, :])
+    for member in range(tl.load(first + n), tl.load(first + n + 1), BM // (T * REP)):
+        b, t, head, place, real = group_queries(members, member, tl.load(first + n + 1), j, h, T, REP, BM)
+        q1, q2 = load_rotated(q, b * s_qb + head * s_qh + t * s_qt, cos, sin, b * T + t, real, H, BH)
+        q1, q2 = q1.to(K.dtype.element_ty), q2.to(K.dtype.element_ty)
+        b_do = load_whole(do, b * s_ob + head * s_oh + t * s_ot, real, D, BD)
+        delta = tl.sum(b_do.to(tl.float32) * load_whole(o, place * D, real, D, BD).to(tl.float32), 1)
+        b_do, b_lse = b_do.to(V.dtype.element_ty), tl.load(lse + place, real, 0.0)
+        dq1, dq2 = tl.zeros([BM, BH], tl.float32), tl.zeros([BM, BH], tl.float32)
+        for c in range(tl.maximum(split * width, begin // BN * BN), end, BN):
+            col = c + tl.arange(0, BN)
+            see = (col >= begin) & (col < end)
+            k1, k2 = load_halves(K, (base + col) * D, see, H, BH)
+            s = similarity(q1, q2, k1, k2, scale, see[None, :] & real[:, None])
+            e1, e2, dk1, dk2, dv = flow_back(s, b_lse, delta, q1, q2, b_do, k1, k2, load_whole(V, (base + col) * D, see, D, BD), scale)
+            dq1, dq2 = dq1 + e1, dq2 + e2
+            add_halves(gK, (base + col) * D, dk1, dk2, see, H, BH)
+            add_whole(gV, (base + col) * D, dv, see, D, BD)
+        at = part_dq + (place + split.to(tl.int64) * B * h * T)[:, None] * D + i[None, :]
+        tl.store(at, dq1, real[:, None] & (i < H)[None, :])
+        tl.store(at + H, dq2, real[:, None] & (i < H)[None, :])
+        tl.debug_barrier()  # the next members add to the same columns
 
 
 @triton.jit
@@ -323,8 +327,9 @@ def own_backward(q, k, v, cos, sin, K, V, gK, gV, n_own, slot, do, o, lse, part_
 # ---- launches -----------------------------------------------------------------------------------------------------------
 
 def blocks(h, h_kv, d, T, rows):
-    """Compile-time sizes for `rows` rows in a program."""
-    return dict(T=T, REP=h // h_kv, H=d // 2, BH=power_of_2(d // 2, 16), BD=power_of_2(d, 16), BM=power_of_2(rows * T * (h // h_kv), 16), BN=32)
+    """Compile-time sizes for a program of `rows` rows, or of as many as QUERIES allows."""
+    queries = min(rows * T * (h // h_kv), max(QUERIES, T * (h // h_kv)))
+    return dict(T=T, REP=h // h_kv, H=d // 2, BH=power_of_2(d // 2, 16), BD=power_of_2(d, 16), BM=power_of_2(queries, 16), BN=32)
 
 
 def split_prefix(P, programs):

@@ -32,7 +32,8 @@ def token_nll(logits, target):
 
 def linear_nll(h, W, target, temperature=1.0):
     """-log p of each target under softmax(h·Wᵀ/temperature): h (..., D), W (V, D), target (...) -> (...)."""
-    return token_nll(F.linear(h, W) / temperature, target)
+    logits = F.linear(h, W)
+    return token_nll(logits if temperature == 1 else logits / temperature, target)
 
 
 def backward(g, h, W, target, temperature):

@@ -60,14 +60,14 @@ def norm_forward(x, a, weight, s, y, rstd, s_x, s_a, rows, D, eps, HAS_A: tl.con
         tl.store(s + row[:, None] * D + i[None, :], b_s, m)
     b_s = b_s.to(tl.float32)
     r = tl.rsqrt(tl.sum(b_s * b_s, 1) / D + eps)
-    n = (b_s * r[:, None]).to(y.dtype.element_ty).to(tl.float32)
+    n = (b_s * r[:, None]).to(s.dtype.element_ty).to(tl.float32)
     b_w = tl.load(weight + i, i < D, 0.0).to(tl.float32)
     tl.store(y + row[:, None] * D + i[None, :], n * b_w[None, :], m)
     tl.store(rstd + row, r, row < rows)
 
 
 @triton.jit
-def norm_backward(g, dy, s, weight, rstd, ds, part_dw, s_g, s_dy, rows, D, HAS_G: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
+def norm_backward(g, dy, s, weight, rstd, ds, part_dw, s_g, s_dy, s_s, rows, D, HAS_G: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
     """Program: every num_programs-th block of BM rows, and one row of dw's partial sums."""
     i = tl.arange(0, BD)
     b_w = tl.load(weight + i, i < D, 0.0).to(tl.float32)
@@ -76,7 +76,7 @@ def norm_backward(g, dy, s, weight, rstd, ds, part_dw, s_g, s_dy, rows, D, HAS_G
         row = tl.full([], block, tl.int64) * BM + tl.arange(0, BM)
         m = (row < rows)[:, None] & (i < D)[None, :]
         r = tl.load(rstd + row, row < rows, 0.0)[:, None]
-        n = tl.load(s + row[:, None] * D + i[None, :], m, 0.0).to(tl.float32) * r
+        n = tl.load(s + row[:, None] * s_s + i[None, :], m, 0.0).to(tl.float32) * r
         b_dy = tl.load(dy + row[:, None] * s_dy + i[None, :], m, 0.0).to(tl.float32)
         dn = b_dy * b_w[None, :]
         b_ds = r * (dn - n * (tl.sum(dn * n, 1) / D)[:, None])
@@ -158,8 +158,8 @@ class AddRMSNorm(torch.autograd.Function):
         programs = min(PROGRAMS, -(-rows // block["BM"]))
         dy, g = as_rows(dy), None if g is None else as_rows(g)
         ds, part_dw = torch.empty_like(s, memory_format=torch.contiguous_format), s.new_empty(programs, D, dtype=torch.float32)
-        norm_backward[(programs,)](g, dy, s, weight, rstd, ds, part_dw, 0 if g is None else g.stride(0), dy.stride(0), rows, D,
-                                   HAS_G=g is not None, **block)
+        norm_backward[(programs,)](g, dy, s, weight, rstd, ds, part_dw, 0 if g is None else g.stride(0), dy.stride(0),
+                                   s.stride(0), rows, D, HAS_G=g is not None, **block)
         return ds, None if ctx.a_dtype is None else ds.to(ctx.a_dtype), part_dw.sum(0).to(weight.dtype), None, None
 
 
