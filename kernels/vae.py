@@ -38,9 +38,14 @@ def gaussian_log_prob(z, mu, logvar):
     return -0.5 * ((z - mu).pow(2) * torch.exp(-logvar) + logvar + math.log(2 * math.pi)).sum(-1)
 
 
+def sample(mu, logvar, eps):
+    """z = μ + σε, (..., D)."""
+    return wide(mu) + torch.exp(0.5 * wide(logvar)) * eps
+
+
 def reparameterise(mu, logvar, eps):
     """z = μ + σε of (..., D), its rows' KL and log-probability (...)."""
-    z = wide(mu) + torch.exp(0.5 * wide(logvar)) * eps
+    z = sample(mu, logvar, eps)
     return z, kl_normal(mu, logvar), gaussian_log_prob(z, mu, logvar)
 
 

@@ -1,7 +1,7 @@
 """The decoder LM φ: it reads the c latents of a step as input embeddings and writes the step as text."""
 import torch
 
-from .loss import IGNORE, token_nll
+from .loss import IGNORE
 
 
 def thought_nll(decoder, z, text):
@@ -11,7 +11,7 @@ def thought_nll(decoder, z, text):
     valid = torch.cat((text.new_ones(len(text), c, dtype=torch.bool), text[:, :-1] != IGNORE), 1)
     h = decoder(x, valid, decoder.cache(*x.shape[:2]))[:, c - 1:]
     labelled = text != IGNORE
-    nll = token_nll(decoder.logits(h[labelled]), text[labelled])
+    nll = decoder.nll(h[labelled], text[labelled])
     return torch.zeros(text.shape, device=z.device).masked_scatter(labelled, nll).sum(1)
 
 
