@@ -176,7 +176,8 @@ def prefix_forward(q, cos, sin, K, V, start, members, first, part_o, part_lse, s
     """Program (group, key head, split): softmax of the group's queries over the split's columns."""
     n, j, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     D: tl.constexpr = 2 * H
-    base = (n.to(tl.int64) * tl.num_programs(1) + j) * P
+    base = (n.to(tl.int64) * tl.num_programs(1) + j) * P * D
+    K, V = K + base, V + base
     begin, end = tl.load(start + n), tl.minimum((split + 1) * width, P)
     i = tl.arange(0, BD)
     for member in range(tl.load(first + n), tl.load(first + n + 1), BM // (T * REP)):  # one turn, unless the group is large
@@ -187,8 +188,8 @@ def prefix_forward(q, cos, sin, K, V, start, members, first, part_o, part_lse, s
         for c in range(tl.maximum(split * width, begin // BN * BN), end, BN):
             col = c + tl.arange(0, BN)
             see = (col >= begin) & (col < end)
-            k1, k2 = load_halves(K, (base + col) * D, see, H, BH)
-            top, total, acc = absorb(similarity(q1, q2, k1, k2, scale, see[None, :]), load_whole(V, (base + col) * D, see, D, BD),
+            k1, k2 = load_halves(K, col * D, see, H, BH)
+            top, total, acc = absorb(similarity(q1, q2, k1, k2, scale, see[None, :]), load_whole(V, col * D, see, D, BD),
                                      top, total, acc)
         some = tl.where(total > 0.0, total, 1.0)
         place += split.to(tl.int64) * B * h * T
@@ -208,27 +209,28 @@ def own_forward(q, k, v, cos, sin, K, V, n_own, slot, part_o, part_lse, o, lse, 
     place = (b * h + head) * T + t
     q1, q2 = load_rotated(q, b * s_qb + head * s_qh + t * s_qt, cos, sin, b * T + t, real, H, BH)
     q1, q2 = q1.to(K.dtype.element_ty), q2.to(K.dtype.element_ty)
-    base, have = (b * tl.num_programs(1) + j) * C, tl.load(n_own + b)
+    base, have = (b * tl.num_programs(1) + j) * C * D, tl.load(n_own + b)
+    K, V = K + base, V + base
 
     new = tl.arange(0, BT)
-    k1, k2 = load_rotated(k, b * s_kb + j * s_kh + new * s_kt, cos, sin, b * T + new, new < T, H, BH)
-    k1, k2 = k1.to(K.dtype.element_ty), k2.to(K.dtype.element_ty)
+    n1, n2 = load_rotated(k, b * s_kb + j * s_kh + new * s_kt, cos, sin, b * T + new, new < T, H, BH)
+    n1, n2 = n1.to(K.dtype.element_ty), n2.to(K.dtype.element_ty)
     v_new = load_whole(v, b * s_vb + j * s_vh + new * s_vt, new < T, D, BD).to(V.dtype.element_ty)
     at = tl.load(slot + b * T + new, new < T, -1)
     i, ii = tl.arange(0, BH), tl.arange(0, BD)
-    where = (base + at)[:, None] * D
-    tl.store(K + where + i[None, :], k1, (at >= 0)[:, None] & (i < H)[None, :])
-    tl.store(K + where + H + i[None, :], k2, (at >= 0)[:, None] & (i < H)[None, :])
+    where = at[:, None] * D
+    tl.store(K + where + i[None, :], n1, (at >= 0)[:, None] & (i < H)[None, :])
+    tl.store(K + where + H + i[None, :], n2, (at >= 0)[:, None] & (i < H)[None, :])
     tl.store(V + where + ii[None, :], v_new, (at >= 0)[:, None] & (ii < D)[None, :])
 
     see = (((new[None, :] < t[:, None]) & (at >= 0)[None, :]) | (new[None, :] == t[:, None])) & (new < T)[None, :]
     top, total, acc = tl.full([BM], -float("inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, BD], tl.float32)
-    top, total, acc = absorb(similarity(q1, q2, k1, k2, scale, see), v_new, top, total, acc)
+    top, total, acc = absorb(similarity(q1, q2, n1, n2, scale, see), v_new, top, total, acc)
     for c in range(0, have, BN):
         col = c + tl.arange(0, BN)
-        k1, k2 = load_halves(K, (base + col) * D, col < have, H, BH)
+        k1, k2 = load_halves(K, col * D, col < have, H, BH)
         top, total, acc = absorb(similarity(q1, q2, k1, k2, scale, (col < have)[None, :]),
-                                 load_whole(V, (base + col) * D, col < have, D, BD), top, total, acc)
+                                 load_whole(V, col * D, col < have, D, BD), top, total, acc)
     for split in range(splits):
         part = place + tl.full([], split, tl.int64) * B * h * T
         other = tl.load(part_lse + part, real, -float("inf"))
@@ -248,7 +250,8 @@ def prefix_backward(q, cos, sin, K, V, gK, gV, start, members, first, do, o, lse
     """Program (group, key head, split): add the group's dk and dv of the split's columns, leave the split's share of dq, rotated."""
     n, j, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     D: tl.constexpr = 2 * H
-    base = (n.to(tl.int64) * tl.num_programs(1) + j) * P
+    base = (n.to(tl.int64) * tl.num_programs(1) + j) * P * D
+    K, V, gK, gV = K + base, V + base, gK + base, gV + base
     begin, end = tl.load(start + n), tl.minimum((split + 1) * width, P)
     i = tl.arange(0, BH)
     for member in range(tl.load(first + n), tl.load(first + n + 1), BM // (T * REP)):
@@ -262,12 +265,12 @@ def prefix_backward(q, cos, sin, K, V, gK, gV, start, members, first, do, o, lse
         for c in range(tl.maximum(split * width, begin // BN * BN), end, BN):
             col = c + tl.arange(0, BN)
             see = (col >= begin) & (col < end)
-            k1, k2 = load_halves(K, (base + col) * D, see, H, BH)
+            k1, k2 = load_halves(K, col * D, see, H, BH)
             s = similarity(q1, q2, k1, k2, scale, see[None, :] & real[:, None])
-            e1, e2, dk1, dk2, dv = flow_back(s, b_lse, delta, q1, q2, b_do, k1, k2, load_whole(V, (base + col) * D, see, D, BD), scale)
+            e1, e2, dk1, dk2, dv = flow_back(s, b_lse, delta, q1, q2, b_do, k1, k2, load_whole(V, col * D, see, D, BD), scale)
             dq1, dq2 = dq1 + e1, dq2 + e2
-            add_halves(gK, (base + col) * D, dk1, dk2, see, H, BH)
-            add_whole(gV, (base + col) * D, dv, see, D, BD)
+            add_halves(gK, col * D, dk1, dk2, see, H, BH)
+            add_whole(gV, col * D, dv, see, D, BD)
         at = part_dq + (place + split.to(tl.int64) * B * h * T)[:, None] * D + i[None, :]
         tl.store(at, dq1, real[:, None] & (i < H)[None, :])
         tl.store(at + H, dq2, real[:, None] & (i < H)[None, :])
@@ -289,32 +292,33 @@ def own_backward(q, k, v, cos, sin, K, V, gK, gV, n_own, slot, do, o, lse, part_
     b_do = load_whole(do, b * s_ob + head * s_oh + t * s_ot, real, D, BD)
     delta = tl.sum(b_do.to(tl.float32) * load_whole(o, place * D, real, D, BD).to(tl.float32), 1)
     b_do, b_lse = b_do.to(V.dtype.element_ty), tl.load(lse + place, real, 0.0)
-    base, have = (b * tl.num_programs(1) + j) * C, tl.load(n_own + b)
+    base, have = (b * tl.num_programs(1) + j) * C * D, tl.load(n_own + b)
+    K, V, gK, gV = K + base, V + base, gK + base, gV + base
     dq1, dq2 = tl.zeros([BM, BH], tl.float32), tl.zeros([BM, BH], tl.float32)
     for split in range(splits):
         e1, e2 = load_halves(part_dq, (place + tl.full([], split, tl.int64) * B * h * T) * D, real, H, BH)
         dq1, dq2 = dq1 + e1, dq2 + e2
     for c in range(0, have, BN):
         col = c + tl.arange(0, BN)
-        k1, k2 = load_halves(K, (base + col) * D, col < have, H, BH)
+        k1, k2 = load_halves(K, col * D, col < have, H, BH)
         s = similarity(q1, q2, k1, k2, scale, (col < have)[None, :] & real[:, None])
-        e1, e2, f1, f2, g = flow_back(s, b_lse, delta, q1, q2, b_do, k1, k2, load_whole(V, (base + col) * D, col < have, D, BD), scale)
+        e1, e2, f1, f2, g = flow_back(s, b_lse, delta, q1, q2, b_do, k1, k2, load_whole(V, col * D, col < have, D, BD), scale)
         dq1, dq2 = dq1 + e1, dq2 + e2
-        add_halves(gK, (base + col) * D, f1, f2, col < have, H, BH)
-        add_whole(gV, (base + col) * D, g, col < have, D, BD)
+        add_halves(gK, col * D, f1, f2, col < have, H, BH)
+        add_whole(gV, col * D, g, col < have, D, BD)
 
     new = tl.arange(0, BT)
     fresh = new < T
-    k1, k2 = load_rotated(k, b * s_kb + j * s_kh + new * s_kt, cos, sin, b * T + new, fresh, H, BH)
-    k1, k2 = k1.to(K.dtype.element_ty), k2.to(K.dtype.element_ty)
+    n1, n2 = load_rotated(k, b * s_kb + j * s_kh + new * s_kt, cos, sin, b * T + new, fresh, H, BH)
+    n1, n2 = n1.to(K.dtype.element_ty), n2.to(K.dtype.element_ty)
     v_new = load_whole(v, b * s_vb + j * s_vh + new * s_vt, fresh, D, BD).to(V.dtype.element_ty)
     at = tl.load(slot + b * T + new, fresh, -1)
     see = (((new[None, :] < t[:, None]) & (at >= 0)[None, :]) | (new[None, :] == t[:, None])) & fresh[None, :] & real[:, None]
-    e1, e2, f1, f2, g = flow_back(similarity(q1, q2, k1, k2, scale, see), b_lse, delta, q1, q2, b_do, k1, k2, v_new, scale)
-    later1, later2 = load_halves(gK, (base + at) * D, at >= 0, H, BH)
-    later = load_whole(gV, (base + at) * D, at >= 0, D, BD)
+    e1, e2, f1, f2, g = flow_back(similarity(q1, q2, n1, n2, scale, see), b_lse, delta, q1, q2, b_do, n1, n2, v_new, scale)
+    later1, later2 = load_halves(gK, at * D, at >= 0, H, BH)
+    later = load_whole(gV, at * D, at >= 0, D, BD)
     i, ii = tl.arange(0, BH), tl.arange(0, BD)
-    where = (base + at)[:, None] * D
+    where = at[:, None] * D
     tl.store(gK + where + i[None, :], tl.zeros([BT, BH], tl.float32), (at >= 0)[:, None] & (i < H)[None, :])
     tl.store(gK + where + H + i[None, :], tl.zeros([BT, BH], tl.float32), (at >= 0)[:, None] & (i < H)[None, :])
     tl.store(gV + where + ii[None, :], tl.zeros([BT, BD], tl.float32), (at >= 0)[:, None] & (ii < D)[None, :])
