@@ -330,10 +330,10 @@ def own_backward(q, k, v, cos, sin, K, V, gK, gV, n_own, slot, do, o, lse, part_
 
 # ---- launches -----------------------------------------------------------------------------------------------------------
 
-def blocks(h, h_kv, d, T, rows):
-    """Compile-time sizes for a program of `rows` rows, or of as many as QUERIES allows."""
+def blocks(h, h_kv, d, T, rows, columns):
+    """Compile-time sizes for a program of `rows` rows, or of as many as QUERIES allows, and `columns` columns at a time."""
     queries = min(rows * T * (h // h_kv), max(QUERIES, T * (h // h_kv)))
-    return dict(T=T, REP=h // h_kv, H=d // 2, BH=power_of_2(d // 2, 16), BD=power_of_2(d, 16), BM=power_of_2(queries, 16), BN=32)
+    return dict(T=T, REP=h // h_kv, H=d // 2, BH=power_of_2(d // 2, 16), BD=power_of_2(d, 16), BM=power_of_2(queries, 16), BN=columns)
 
 
 def split_prefix(P, programs):
@@ -343,21 +343,21 @@ def split_prefix(P, programs):
     return splits, -(-width // 32) * 32
 
 
-def run_forward(q, k, v, cos, sin, prefix, own, w, o=None):
+def run_forward(q, k, v, cos, sin, prefix, own, w):
     """The step, `own` (keys, values) being written at w.slot. Shapes as in `step`; cos and sin (B, T, d/2) float32.
 
     q, k, v at any stride but for the last dimension's. Returns o (B, h, T, d) and its lse (B, h, T) float32, in units of log 2.
     """
     (B, h, T, d), (N, h_kv, P, _), scale = q.shape, prefix[0].shape, q.shape[-1] ** -0.5
     splits, width = split_prefix(P, N * h_kv)
-    o = torch.empty_like(q, memory_format=torch.contiguous_format) if o is None else o
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
     part_o, part_lse = q.new_empty(splits, B, h, T, d, dtype=torch.float32), q.new_empty(splits, B, h, T, dtype=torch.float32)
     lse = q.new_empty(B, h, T, dtype=torch.float32)
     strides = [s for x in (q, k, v) for s in x.stride()[:3]]
     prefix_forward[(N, h_kv, splits)](q, cos, sin, *prefix, w.start, w.members, w.first, part_o, part_lse, *strides[:3], scale, B, h, P,
-                                      width, **blocks(h, h_kv, d, T, w.group))
+                                      width, **blocks(h, h_kv, d, T, w.group, 32))
     own_forward[(B, h_kv)](q, k, v, cos, sin, *own, w.n_own, w.slot, part_o, part_lse, o, lse, *strides, scale, B, h, own[0].shape[2],
-                           splits, BT=power_of_2(T, 16), **blocks(h, h_kv, d, T, 1))
+                           splits, BT=power_of_2(T, 16), **blocks(h, h_kv, d, T, 1, 32))
     return o, lse
 
 
@@ -369,7 +369,7 @@ def run_backward(do, o, lse, q, k, v, cos, sin, prefix, own, g_prefix, g_own, w)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
     prefix_backward[(N, h_kv, splits)](q, cos, sin, *prefix, *g_prefix, w.start, w.members, w.first, do, o, lse, part_dq, *strides[:3],
-                                       *strides[9:], scale, B, h, P, width, **blocks(h, h_kv, d, T, w.group))
+                                       *strides[9:], scale, B, h, P, width, **blocks(h, h_kv, d, T, w.group, 16))
     own_backward[(B, h_kv)](q, k, v, cos, sin, *own, *g_own, w.n_own, w.slot, do, o, lse, part_dq, dq, dk, dv, *strides, scale, B, h,
-                            own[0].shape[2], splits, BT=power_of_2(T, 16), **blocks(h, h_kv, d, T, 1))
+                            own[0].shape[2], splits, BT=power_of_2(T, 16), **blocks(h, h_kv, d, T, 1, 16))
     return dq, dk, dv

@@ -88,50 +88,57 @@ def norm_backward(g, dy, s, weight, rstd, ds, part_dw, s_g, s_dy, s_s, rows, D, 
 
 
 @triton.jit
-def rotate_kernel(x, cos, sin, y, s_xb, s_xh, s_xt, T, h, sign, H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr):
-    """Program (position, row): every head of one position; y is (B, T, h, d) in memory."""
-    t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    head, i = tl.arange(0, BM), tl.arange(0, BH)
-    m = (head < h)[:, None] & (i < H)[None, :]
-    c = tl.load(cos + (b * T + t) * H + i, i < H, 0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + (b * T + t) * H + i, i < H, 0.0).to(tl.float32)[None, :] * sign
-    at = x + b * s_xb + t * s_xt + head[:, None] * s_xh + i[None, :]
+def rotate_kernel(x, cos, sin, y, s_xb, s_xh, s_xt, T, h, n, sign, H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr):
+    """Program: BM of the n heads of all positions; y is (B, T, h, d) in memory."""
+    head, i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, BH)
+    m, position = (head < n)[:, None] & (i < H)[None, :], head // h
+    c = tl.load(cos + position[:, None] * H + i[None, :], m, 0.0).to(tl.float32)
+    s = tl.load(sin + position[:, None] * H + i[None, :], m, 0.0).to(tl.float32) * sign
+    at = x + (position // T * s_xb + position % T * s_xt + head % h * s_xh)[:, None] + i[None, :]
     x1, x2 = tl.load(at, m, 0.0).to(tl.float32), tl.load(at + H, m, 0.0).to(tl.float32)
-    out = y + ((b * T + t) * h + head[:, None]) * (2 * H) + i[None, :]
+    out = y + head[:, None] * (2 * H) + i[None, :]
     tl.store(out, x1 * c - x2 * s, m)
     tl.store(out + H, x2 * c + x1 * s, m)
 
 
 @triton.jit
-def swiglu_forward_kernel(gate, up, y, s_g, s_u, D, BLOCK: tl.constexpr):
-    """Program (row, block of columns)."""
-    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate + row * s_g + i, i < D, 0.0).to(tl.float32)
-    u = tl.load(up + row * s_u + i, i < D, 0.0).to(tl.float32)
-    tl.store(y + row * D + i, g * tl.sigmoid(g) * u, i < D)
+def swiglu_forward_kernel(gate, up, y, s_g, s_u, rows, D, BM: tl.constexpr, BD: tl.constexpr):
+    """Program: BM rows of BD columns."""
+    row, i = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None], (tl.program_id(1) * BD + tl.arange(0, BD))[None, :]
+    m = (row < rows) & (i < D)
+    g = tl.load(gate + row * s_g + i, m, 0.0).to(tl.float32)
+    u = tl.load(up + row * s_u + i, m, 0.0).to(tl.float32)
+    tl.store(y + row * D + i, g * tl.sigmoid(g) * u, m)
 
 
 @triton.jit
-def swiglu_backward_kernel(dy, gate, up, dgate, dup, s_dy, s_g, s_u, D, BLOCK: tl.constexpr):
-    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    b_dy = tl.load(dy + row * s_dy + i, i < D, 0.0).to(tl.float32)
-    g = tl.load(gate + row * s_g + i, i < D, 0.0).to(tl.float32)
-    u = tl.load(up + row * s_u + i, i < D, 0.0).to(tl.float32)
+def swiglu_backward_kernel(dy, gate, up, dgate, dup, s_dy, s_g, s_u, rows, D, BM: tl.constexpr, BD: tl.constexpr):
+    row, i = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None], (tl.program_id(1) * BD + tl.arange(0, BD))[None, :]
+    m = (row < rows) & (i < D)
+    b_dy = tl.load(dy + row * s_dy + i, m, 0.0).to(tl.float32)
+    g = tl.load(gate + row * s_g + i, m, 0.0).to(tl.float32)
+    u = tl.load(up + row * s_u + i, m, 0.0).to(tl.float32)
     p = tl.sigmoid(g)
-    tl.store(dgate + row * D + i, b_dy * u * p * (1.0 + g * (1.0 - p)), i < D)
-    tl.store(dup + row * D + i, b_dy * g * p, i < D)
+    tl.store(dgate + row * D + i, b_dy * u * p * (1.0 + g * (1.0 - p)), m)
+    tl.store(dup + row * D + i, b_dy * g * p, m)
 
 
 # ---- under autograd -----------------------------------------------------------------------------------------------------
 
 PROGRAMS = 264  # of the norm's backward pass: each leaves one row of dw to be added up
-BLOCK = 1024    # columns of SwiGLU in a program
+BLOCK = 1024    # elements in a program
 
 
 def norm_blocks(D):
-    """Rows of a program grow where a row is short."""
+    """Whole rows, several where they are short."""
     BD = power_of_2(D)
-    return dict(BM=max(1, 1024 // BD), BD=BD, num_warps=4 if BD <= 4096 else 8)
+    return dict(BM=max(1, BLOCK // BD), BD=BD, num_warps=4 if BD <= 4096 else 8)
+
+
+def tiles(D):
+    """Part of a row, or several rows where they are short."""
+    BD = min(BLOCK, power_of_2(D))
+    return dict(BM=BLOCK // BD, BD=BD)
 
 
 class AddRMSNorm(torch.autograd.Function):
@@ -168,7 +175,9 @@ def run_rotate(x, cos, sin, sign):
     B, h, T, d = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     y = x.new_empty(B, T, h, d)
-    rotate_kernel[(T, B)](x, cos, sin, y, *x.stride()[:3], T, h, sign, H=d // 2, BH=power_of_2(d // 2), BM=power_of_2(h))
+    BH, n = power_of_2(d // 2), B * T * h
+    BM = max(1, BLOCK // BH)
+    rotate_kernel[(-(-n // BM),)](x, cos, sin, y, *x.stride()[:3], T, h, n, sign, H=d // 2, BH=BH, BM=BM)
     return y.transpose(1, 2)
 
 
@@ -191,8 +200,8 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         (rows, D), y = gate.shape, torch.empty_like(gate, memory_format=torch.contiguous_format)
-        block = min(BLOCK, power_of_2(D))
-        swiglu_forward_kernel[(rows, -(-D // block))](gate, up, y, gate.stride(0), up.stride(0), D, BLOCK=block)
+        t = tiles(D)
+        swiglu_forward_kernel[(-(-rows // t["BM"]), -(-D // t["BD"]))](gate, up, y, gate.stride(0), up.stride(0), rows, D, **t)
         return y
 
     @staticmethod
@@ -201,6 +210,7 @@ class SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         (rows, D), dy = gate.shape, as_rows(dy)
         dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
-        block = min(BLOCK, power_of_2(D))
-        swiglu_backward_kernel[(rows, -(-D // block))](dy, gate, up, dgate, dup, dy.stride(0), gate.stride(0), up.stride(0), D, BLOCK=block)
+        t = tiles(D)
+        swiglu_backward_kernel[(-(-rows // t["BM"]), -(-D // t["BD"]))](dy, gate, up, dgate, dup, dy.stride(0), gate.stride(0), up.stride(0),
+                                                                        rows, D, **t)
         return dgate, dup

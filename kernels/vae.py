@@ -67,12 +67,13 @@ def philox(seed, offset, D):
     """The standard normals (rows, D) float64 that the kernels draw. seed (1,) and offset (rows,) int64."""
     quarter = -(-D // 4)
     column = torch.arange(quarter, device=offset.device).expand(len(offset), -1)
-    c = [column, torch.zeros_like(column), (offset & 0xFFFFFFFF)[:, None].expand_as(column), (offset >> 32 & 0xFFFFFFFF)[:, None].expand_as(column)]
+    low, high = ((offset >> s & 0xFFFFFFFF)[:, None].expand_as(column) for s in (0, 32))
+    c = [column, torch.zeros_like(column), low, high]
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    high = lambda a, b: (a * b) >> 32 & 0xFFFFFFFF  # int64 wraps, which leaves these bits alone
+    top = lambda a, b: (a * b) >> 32 & 0xFFFFFFFF  # int64 wraps, which leaves these bits alone
     for _ in range(10):
         A, B = 0xD2511F53, 0xCD9E8D57
-        c = [high(B, c[2]) ^ c[1] ^ k0, B * c[2] & 0xFFFFFFFF, high(A, c[0]) ^ c[3] ^ k1, A * c[0] & 0xFFFFFFFF]
+        c = [top(B, c[2]) ^ c[1] ^ k0, B * c[2] & 0xFFFFFFFF, top(A, c[0]) ^ c[3] ^ k1, A * c[0] & 0xFFFFFFFF]
         k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
     signed = [torch.where(x >= 1 << 31, x - (1 << 32), x) for x in c]
     u = [torch.where(x < 0, -x - 1, x).float().mul(4.6566127342e-10).double() for x in signed]
@@ -179,11 +180,10 @@ def backward_kernel(mu, logvar, given, dz, dkl, dlogp, dmu, dlogvar, dgiven, see
 
 # ---- launches -----------------------------------------------------------------------------------------------------------
 
-def run_forward(mu, logvar, given, seed, offset, mode, z=None, block=BLOCK):
+def run_forward(mu, logvar, given, seed, offset, mode, block=BLOCK):
     """mu, logvar, given (rows, D), rows at any stride -> z (rows, D) float32 (None where it is not new), kl, logp (rows,) float32."""
     rows, D = mu.shape
-    if z is None and mode <= GIVEN:
-        z = mu.new_empty(rows, D, dtype=torch.float32)
+    z = mu.new_empty(rows, D, dtype=torch.float32) if mode <= GIVEN else None
     kl, logp = (mu.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows:
         forward_kernel[(rows,)](mu, logvar, given, z, kl, logp, seed, offset, mu.stride(0), logvar.stride(0),
@@ -194,7 +194,7 @@ def run_forward(mu, logvar, given, seed, offset, mode, z=None, block=BLOCK):
 def run_backward(dz, dkl, dlogp, mu, logvar, given, seed, offset, mode, block=BLOCK):
     """The gradients (dμ, dlogσ², dz of SCORE or None), in the dtypes of their tensors. dz None counts as zero."""
     rows, D = mu.shape
-    dmu, dlogvar = torch.empty_like(mu, memory_format=torch.contiguous_format), torch.empty_like(logvar, memory_format=torch.contiguous_format)
+    dmu, dlogvar = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (mu, logvar))
     dgiven = given.new_empty(rows, D) if mode == SCORE else None
     if rows:
         backward_kernel[(rows,)](mu, logvar, given, dz, dkl, dlogp, dmu, dlogvar, dgiven, seed, offset, mu.stride(0), logvar.stride(0),

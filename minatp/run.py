@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from kernels import ops
+
 from . import checkpoint, data, problems
 from .config import UserError, write_config
 from .latent import ATP
@@ -114,6 +116,10 @@ def pick_device(name):
         raise UserError(f"command line: --device {name!r} is not a device; give cpu, cuda or cuda:N")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"command line: --device {name!r} is not supported; give cpu, cuda or cuda:N")
+    try:
+        ops.use_triton(device)
+    except ops.Unavailable as e:
+        raise UserError(f"environment: {e}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"command line: --device {name}: this machine shows torch {torch.cuda.device_count()} CUDA devices")
     return device
