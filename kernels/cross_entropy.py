@@ -19,6 +19,7 @@ from .common import power_of_2, tl, triton, wide
 IGNORE = -100
 CHUNK = 1024  # rows whose dl is in memory at a time: enough for a product of full speed
 SHARES = 16   # of the vocabulary in the forward pass
+HALF = dict(BR=128, BV=128, BK=64, num_warps=8, num_stages=3)  # tiles of 16-bit inputs
 
 
 # ---- PyTorch references -------------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def blocks(h, V):
     """Tile sizes: a matrix instruction's for 16 bits, small ones for float32, which is for tests."""
     if h.element_size() > 2:
         return dict(BR=power_of_2(min(h.shape[0], 32), 16), BV=power_of_2(min(V, 64), 16), BK=32)
-    return dict(BR=128, BV=128, BK=64, num_warps=8, num_stages=3)
+    return HALF
 
 
 class LinearNLL(torch.autograd.Function):
@@ -108,7 +109,8 @@ class LinearNLL(torch.autograd.Function):
         width = -(-(-(-V // SHARES)) // b["BV"]) * b["BV"]
         shares = -(-V // width)
         top, total, at_target = (h.new_empty(shares, R, dtype=torch.float32) for _ in range(3))
-        forward_kernel[(-(-R // b["BR"]), shares)](h, W, target, top, total, at_target, R, V, D, h.stride(0), W.stride(0), inverse, width, **b)
+        forward_kernel[(-(-R // b["BR"]), shares)](h, W, target, top, total, at_target, R, V, D, h.stride(0), W.stride(0), inverse,
+                                                   width, **b)
         lse = (top + total.log()).logsumexp(0)
         ctx.save_for_backward(h, W, target, lse)
         ctx.inverse = inverse

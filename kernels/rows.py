@@ -211,6 +211,6 @@ class SwiGLU(torch.autograd.Function):
         (rows, D), dy = gate.shape, as_rows(dy)
         dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
         t = tiles(D)
-        swiglu_backward_kernel[(-(-rows // t["BM"]), -(-D // t["BD"]))](dy, gate, up, dgate, dup, dy.stride(0), gate.stride(0), up.stride(0),
-                                                                        rows, D, **t)
+        grid = -(-rows // t["BM"]), -(-D // t["BD"])
+        swiglu_backward_kernel[grid](dy, gate, up, dgate, dup, dy.stride(0), gate.stride(0), up.stride(0), rows, D, **t)
         return dgate, dup

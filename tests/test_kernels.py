@@ -11,11 +11,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of the interpreter: exp(−∞), NaN that is masked
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's: exp of −∞, NaN that a mask drops
 
 import train
-from kernels import attention, cache, cross_entropy, ops, rows, vae
-from minatp import config, problems, run
+from kernels import attention, bench, cache, cross_entropy, ops, rows, vae
+from minatp import config, run
+from minatp.data import Problem
 from minatp.llama import KVCache, Llama, LlamaConfig
 
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
@@ -318,15 +319,16 @@ def test_gradients_derived_by_hand():
     check(rows.swiglu, rows.swiglu_backward, r(3, 4), r(3, 4))
     angle = 9 * r(2, 1, 3, 2)
     check(lambda x: rows.rotate(x, angle.cos(), angle.sin()), lambda g, x: (rows.rotate(g, angle.cos(), -angle.sin()),), r(2, 4, 3, 4))
-    check(lambda h, W: cross_entropy.linear_nll(h, W, target, 0.7), lambda g, h, W: cross_entropy.backward(g, h, W, target, 0.7), r(3, 4), r(7, 4))
+    check(lambda h, W: cross_entropy.linear_nll(h, W, target, 0.7), lambda g, h, W: cross_entropy.backward(g, h, W, target, 0.7),
+          r(3, 4), r(7, 4))
 
 
 def test_gradient_of_attention_derived_by_hand():
     inputs, w, _ = step_inputs([2, 1], 4, 2, 4, 3, 4, 2)
     q, k, v, cos, sin, *stored = (x.cpu() for x in inputs)
     w = attention.Where(*(x.cpu() if torch.is_tensor(x) else x for x in w))
-    check(lambda q, k, v, *s: attention.step(q, k, v, cos, sin, *s, w), lambda do, q, k, v, *s: attention.step_backward(do, q, k, v, cos, sin, *s, w),
-          q, k, v, *stored)
+    check(lambda q, k, v, *s: attention.step(q, k, v, cos, sin, *s, w),
+          lambda do, q, k, v, *s: attention.step_backward(do, q, k, v, cos, sin, *s, w), q, k, v, *stored)
 
 
 # ---- the choice, the model, the compiler --------------------------------------------------------------------------------
@@ -351,19 +353,18 @@ def test_the_choice(monkeypatch):
 
 
 def losses(steps=30):
-    """Of a tiny model, trained in the curriculum's last stage: latents, VAE, stop head and decoder."""
-    cfg = config.parse("--n-layer 1 --n-head 4 --n-kv-head 1 --n-embd 16 --n-inner 24 --vocab-size 160 --decoder-layers 1 --K 1 "
+    """Of a tiny model, trained in the curriculum's last stage: latents, VAE, stop head and decoder; prompts of unequal length."""
+    cfg = config.parse("--n-layer 1 --n-head 4 --n-kv-head 1 --n-embd 16 --n-inner 24 --vocab-size 160 --decoder-layers 1 --K 1 --c 1 "
                        "--lr 1e-3 --epochs 1".split(), "")
     torch.manual_seed(0)
-    chosen = problems.generate("labelled", 40, 0)
+    chosen = [Problem(f"{a} and {b}" if a % 2 else f"{a}+{b}", [f"<<{a}+{b}={a + b}>>"] * (b - 1), str(a + b))
+              for a in range(5) for b in (2, 3)]
     model, tokens = run.build(cfg, chosen)
     model.stage = cfg.K + 1
-    data, optimizer, told = run.encoded(cfg, chosen, tokens, model), None, []
-    model.to(DEVICE)
-    optimizer = run.adamw(cfg, model)
+    encoded, optimizer, told = run.encoded(cfg, chosen, tokens, model), run.adamw(cfg, model.to(DEVICE)), []
     for step in range(steps):
-        sums, counts, _ = train.sft_gradients(cfg, model, tokens, [data[2 * step % 40], data[(2 * step + 1) % 40]], model.stage, step,
-                                              torch.device(DEVICE))
+        pair = [encoded[step % 10], encoded[(step + 3) % 10]]
+        sums, counts, _ = train.sft_gradients(cfg, model, tokens, pair, model.stage, step, torch.device(DEVICE))
         run.advance(optimizer, model, cfg.lr, cfg.clip)
         told.append(train.sft_loss(sums, counts, cfg.beta))
     return torch.stack(told)
@@ -377,6 +378,14 @@ def test_a_model_trains_the_same_with_the_kernels(monkeypatch):
     got = losses()
     assert want[-5:].mean() < want[:5].mean()
     assert ((got - want) / want).abs().max() <= 2e-5
+
+
+def test_the_benchmark_verifies_before_it_times():
+    for case in bench.small_cases(torch.device(DEVICE), torch.float16):
+        assert bench.verify(case) <= bench.LIMIT, case.name
+    wrong = bench.small_cases(torch.device(DEVICE), torch.float16)[0]
+    wrong.kernel = lambda mu, logvar: [1.01 * y for y in wrong.reference(mu, logvar)]
+    assert bench.verify(wrong) > bench.LIMIT
 
 
 def test_every_kernel_compiles_for_sm_90_without_spills(compiled):
