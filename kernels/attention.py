@@ -317,6 +317,7 @@ def own_backward(q, k, v, cos, sin, K, V, gK, gV, n_own, slot, do, o, lse, part_
     e1, e2, f1, f2, g = flow_back(similarity(q1, q2, n1, n2, scale, see), b_lse, delta, q1, q2, b_do, n1, n2, v_new, scale)
     later1, later2 = load_halves(gK, at * D, at >= 0, H, BH)
     later = load_whole(gV, at * D, at >= 0, D, BD)
+    tl.debug_barrier()  # all is read before it is cleared
     i, ii = tl.arange(0, BH), tl.arange(0, BD)
     where = at[:, None] * D
     tl.store(gK + where + i[None, :], tl.zeros([BT, BH], tl.float32), (at >= 0)[:, None] & (i < H)[None, :])

@@ -248,7 +248,7 @@ def main(argv=None):
         f"`python -m kernels.bench` on {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}, "
         f"{time.strftime('%Y-%m-%d')}. Ceilings of this run: copy {copy_speed / 1e3:.0f} GB/s (read + write), bf16 product "
         f"{product_speed / 1e6:.0f} TFLOP/s.", "", "| | largest error over PyTorch's own, bf16 against float64 |", "|---|---|",
-        *checks, "", "| | pass | | µs | speed | share of the ceiling | its time over the kernel's (p10–p90) |", "|---|---|---|---|---|---|---|",
+        *checks, "", "| | pass | | µs | speed | share of the ceiling | its time over the kernel's (p10–p90) |", "|---|" + "---|" * 6,
         *lines, "", *wrong])
     Path(args.out).write_text(text + "\n")
     for line in wrong:

@@ -119,8 +119,8 @@ def test_eps_depends_on_seed_offset_and_column_alone():
     assert torch.equal(draw(11, offset[1:2], 203), e[1:2])
     # backward draws it again: with μ = logσ² = 0 and dz = 1, dlogσ² is ε/2
     zero, one = torch.zeros(4, 203, device=DEVICE), torch.ones(4, 203, device=DEVICE)
-    none = torch.zeros(4, device=DEVICE)
-    back = [vae.run_backward(one, none, none, zero, zero, None, torch.tensor([11], device=DEVICE), offset, vae.DRAW, b)[1] for b in (16, 64)]
+    none, seed = torch.zeros(4, device=DEVICE), torch.tensor([11], device=DEVICE)
+    back = [vae.run_backward(one, none, none, zero, zero, None, seed, offset, vae.DRAW, block)[1] for block in (16, 64)]
     assert torch.equal(2 * back[0], e) and torch.equal(back[0], back[1])
 
 
@@ -191,8 +191,8 @@ def test_attention(shape):
 
 
 def tiny_llama():
-    cfg = LlamaConfig(vocab_size=29, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, n_inner=20, head_dim=6, rope_theta=50.0, rope_scaling=None,
-                      bos=0, eos=(1,))
+    cfg = LlamaConfig(vocab_size=29, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, n_inner=20, head_dim=6, rope_theta=50.0,
+                      rope_scaling=None, bos=0, eos=(1,))
     return Llama(cfg).init_weights(torch.Generator().manual_seed(1)).to(DEVICE)
 
 
@@ -255,7 +255,8 @@ def ops_triton(op, *args):
         os.environ.pop("MINATP_KERNELS") if before is None else os.environ.update(MINATP_KERNELS=before)
 
 
-@pytest.mark.parametrize("B, h, T, d", [(1, 1, 1, 2), (1, 3, 5, 6), (2, 4, 7, 8), (3, 2, 1, 64), (2, 5, 11, 10), (1, 32, 2, 64), (4, 1, 3, 22)])
+@pytest.mark.parametrize("B, h, T, d", [(1, 1, 1, 2), (1, 3, 5, 6), (2, 4, 7, 8), (3, 2, 1, 64), (2, 5, 11, 10), (1, 32, 2, 64),
+                                        (4, 1, 3, 22)])
 def test_rope(B, h, T, d):
     angle = 100 * torch.rand(B, 1, T, d // 2, device=DEVICE)
     x = normal(B, T, h, d).transpose(1, 2)
