@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from .loss import IGNORE, token_nll, wide
+from .loss import IGNORE, wide
 
 
 def thought_nll(decoder, z, text):
@@ -13,7 +13,7 @@ def thought_nll(decoder, z, text):
     valid = torch.cat((text.new_ones(len(text), c, dtype=torch.bool), text[:, :-1] != IGNORE), 1)
     h = decoder(x, valid, decoder.cache(*x.shape[:2]))[:, c - 1:]
     labelled = text != IGNORE
-    nll = token_nll(decoder.logits(h[labelled]), text[labelled])
+    nll = decoder.nll(h[labelled], text[labelled])
     return torch.zeros(text.shape, device=z.device).masked_scatter(labelled, nll).sum(1)
 
 

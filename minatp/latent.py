@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from kernels import ops
+
 from .llama import Block, Llama
 from .loss import wide
 
@@ -59,7 +61,7 @@ class ATP(nn.Module):
         if not self.vae:
             return wide(h), wide(h), None
         mu, logvar = self.latent_head(h)
-        return (mu if eps is None else mu + torch.exp(0.5 * logvar) * eps), mu, logvar
+        return (mu if eps is None else ops.sample(mu, logvar, eps)), mu, logvar
 
     def set_recompute(self, on):
         """Whether MLP activations are computed again in the backward pass. Returns self."""

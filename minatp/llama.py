@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .loss import wide
+from kernels import ops
 
 
 @dataclass
@@ -49,12 +49,6 @@ def rope_frequencies(cfg):
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     smooth = ((s["original_max_position_embeddings"] / wavelength - low) / (high - low)).clamp(0, 1)
     return freq * (smooth + (1 - smooth) / s["factor"])
-
-
-def rotate(x, cos, sin):
-    """RoPE: rotate the pairs (x_i, x_{i+hd/2}) of x (B, h, T, hd) by the angles in cos, sin (B, 1, T, hd/2)."""
-    x1, x2 = x.chunk(2, -1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
 
 
 class KVCache:
@@ -99,6 +93,11 @@ class KVCache:
             buffer[:, :, start:self.length] = new
         return tuple(buffer[:, :, : self.length] for buffer in self.kv[i])
 
+    def attend(self, i, q, k, v, rope, mask):
+        """Append k, v (B, h_kv, T_new, hd) to layer i and attend to it: q (B, h, T_new, hd) -> (B, h, T_new, hd)."""
+        k, v = self.append(i, ops.rotate(k, *rope), v)
+        return attend(ops.rotate(q, *rope), k, v, mask)
+
     def keep(self, rows):
         """Drop every row but `rows` (a LongTensor, repeats allowed): what is finished costs nothing more."""
         self.valid, self.count = self.valid[rows], self.count[rows]
@@ -111,10 +110,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(D)), eps
 
-    def forward(self, x):
-        # the cast back comes before the weight, as in the published model
-        x32 = wide(x)
-        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+    def forward(self, x, a=None):
+        """The residual stream x with a branch's output a added, and its norm."""
+        return ops.add_rms_norm(x, a, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -131,8 +129,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.h, self.hd).transpose(1, 2)     # (B, h, T, hd)
         k = self.k_proj(x).view(B, T, self.h_kv, self.hd).transpose(1, 2)  # (B, h_kv, T, hd)
         v = self.v_proj(x).view(B, T, self.h_kv, self.hd).transpose(1, 2)
-        k, v = cache.append(i, rotate(k, *rope), v)
-        return self.o_proj(attend(rotate(q, *rope), k, v, mask).transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(cache.attend(i, q, k, v, rope, mask).transpose(1, 2).reshape(B, T, -1))
 
 
 def attend(q, k, v, mask):
@@ -154,7 +151,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(cfg.n_inner, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -166,14 +163,13 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
         self.recompute = False  # of the MLP in the backward pass: most of the activations for a fifth more work
 
-    def feed_forward(self, x):
-        return self.mlp(self.post_attention_layernorm(x))
-
-    def forward(self, x, rope, cache, i, mask):
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, i, mask)
+    def forward(self, x, a, rope, cache, i, mask):
+        """The residual stream x and what the last branch adds to it, likewise after this block: each norm does the addition before it."""
+        x, y = self.input_layernorm(x, a)
+        x, y = self.post_attention_layernorm(x, self.self_attn(y, rope, cache, i, mask))
         if self.recompute and torch.is_grad_enabled():
-            return x + checkpoint(self.feed_forward, x, use_reentrant=False)
-        return x + self.feed_forward(x)
+            return x, checkpoint(self.mlp, y, use_reentrant=False)
+        return x, self.mlp(y)
 
 
 class Llama(nn.Module):
@@ -204,7 +200,7 @@ class Llama(nn.Module):
 
     def cache(self, B, T):
         """An empty cache for B rows and at most T columns."""
-        return KVCache(self.cfg, B, T, self.model.embed_tokens.weight.device)
+        return ops.cache(KVCache, self.cfg, B, T, self.model.embed_tokens.weight)
 
     def embed(self, ids):
         """ids (...) -> input embeddings (..., D)."""
@@ -217,13 +213,23 @@ class Llama(nn.Module):
         """
         angle = cache.open(valid)[:, None, :, None] * self.freq  # (B, 1, T, hd/2)
         rope, mask = (angle.cos().to(x.dtype), angle.sin().to(x.dtype)), cache.mask(x.shape[1])
+        a = None
         for i, block in enumerate(self.model.layers):
-            x = block(x, rope, cache, i, mask)
-        return self.model.norm(x)
+            x, a = block(x, a, rope, cache, i, mask)
+        return self.model.norm(x, a)[1]
 
     def logits(self, h):
         """h (..., D) -> (..., vocab_size)."""
-        return F.linear(h, self.model.embed_tokens.weight if self.cfg.tied else self.lm_head.weight)
+        return F.linear(h, self.head)
+
+    @property
+    def head(self):
+        """The output matrix (vocab_size, D)."""
+        return self.model.embed_tokens.weight if self.cfg.tied else self.lm_head.weight
+
+    def nll(self, h, target, temperature=1.0):
+        """-log p of each target (...), 0 where it is IGNORE; the logits of h (..., D) need not ever be in memory."""
+        return ops.linear_nll(h, self.head, target, temperature)
 
     def resize(self, vocab_size, source):
         """Grow the embedding (and the output matrix) to vocab_size rows; the new ones are the mean of the rows `source`."""

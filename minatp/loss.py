@@ -1,32 +1,14 @@
-"""Losses as pure functions of tensors: per-token and per-row values, and the one place where they are added up."""
-import math
+"""Losses as pure functions of tensors, and the one place where they are added up.
 
+The values of a token and of a row, token_nll, kl_normal and gaussian_log_prob, stand beside the kernels that compute them.
+"""
 import torch
-import torch.nn.functional as F
 
-IGNORE = -100  # a target without a label
+from kernels.common import wide
+from kernels.cross_entropy import IGNORE, token_nll
+from kernels.ops import gaussian_log_prob, kl_normal
 
-
-def wide(x):
-    """x in float32; float64 stays, so that a test can ask for it."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def token_nll(logits, target):
-    """-log p of each target, float32: logits (..., V), target (...) -> (...); 0 where the target is IGNORE."""
-    V = logits.shape[-1]
-    return F.cross_entropy(wide(logits).reshape(-1, V), target.reshape(-1), ignore_index=IGNORE,
-                           reduction="none").view(target.shape)
-
-
-def kl_normal(mu, logvar):
-    """KL(N(μ, σ²) ‖ N(0, I)) of each row, mean over the dimensions: (..., D) -> (...)."""
-    return 0.5 * (mu.pow(2) + logvar.exp() - 1 - logvar).mean(-1)
-
-
-def gaussian_log_prob(z, mu, logvar):
-    """log N(z; μ, σ²) of each row, summed over the dimensions: (..., D) -> (...)."""
-    return -0.5 * ((z - mu).pow(2) * torch.exp(-logvar) + logvar + math.log(2 * math.pi)).sum(-1)
+__all__ = ["IGNORE", "advantages", "gaussian_log_prob", "kl_normal", "sft_loss", "surrogate", "token_nll", "wide"]
 
 
 def advantages(reward, baseline="mean", normalise=False):

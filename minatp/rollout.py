@@ -66,7 +66,7 @@ def supervise(model, batch, eps=None):
     else:
         h = read_text(model, batch)
     labelled = batch.target >= 0
-    sums = {"enc": token_nll(model.policy.logits(h[labelled]), batch.target[labelled]).sum()}
+    sums = {"enc": model.policy.nll(h[labelled], batch.target[labelled]).sum()}
     if z is None:
         return sums
     t = torch.arange(z.shape[1], device=z.device)
@@ -262,5 +262,5 @@ def score(model, prompt, valid, r, group=1, eps=None):
         logp = wide(model.stop_head(z[:, ::c])).log_softmax(-1)                # (B, K, 2)
         taken = torch.where(used[:, ::c], logp[..., 0], logp[..., 1])
         logp_stop = torch.where(candidate[:, ::c], taken, 0.0)
-    logp_token = -token_nll(policy.logits(after) / r.temperature, r.token.masked_fill(~written, IGNORE))
+    logp_token = -policy.nll(after, r.token.masked_fill(~written, IGNORE), r.temperature)
     return Score(logp_z, logp_stop, logp_token, mu, logvar, candidate)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from kernels import ops
+
 from . import checkpoint, data, distributed, problems
 from .config import Config, NotFinite, NotWritten, OutOfMemory, Stopped, UserError, of_run, replace_file, write_config
 from .latent import ATP
@@ -138,6 +140,10 @@ def pick_device(name):
         raise UserError(f"command line: --device {name!r} is not a device; give cpu, cuda or cuda:N")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"command line: --device {name!r} is not supported; give cpu, cuda or cuda:N")
+    try:
+        ops.use_triton(device)
+    except ops.Unavailable as e:
+        raise UserError(f"environment: {e}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"command line: --device {name}: this machine shows torch {torch.cuda.device_count()} CUDA devices")
     return device

@@ -351,7 +351,7 @@ def test_a_run_that_is_not_finite_exits_3(stage, name, poison, whole, options, t
     go(*options[stage], "--out", tmp_path, "--log-every", 1000, "--save-every", 5, expect=3)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "nothing was changed" in err
-    assert re.search(rf"^step \d+: .*problems built-in (labelled|answers):\d+(,\d+)*", err)
+    assert re.search(r"^step \d+: .*problems built-in (labelled|answers):\d+(,\d+)*", err)
     named = int(re.match(r"step (\d+)", err)[1])
     assert named == 7 or name == "policy_loss" and named > 7  # a batch without a signal has none
     saved = checkpoint.checkpoints(tmp_path)[-1]

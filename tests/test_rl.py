@@ -1,5 +1,4 @@
 """Stage 2: the policy gradient against enumeration and finite differences, the advantages, and whole runs."""
-import itertools
 import json
 
 import pytest
@@ -7,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from minatp import checkpoint, config, data, problems, reward
+from minatp import checkpoint, data, problems, reward
 from minatp.latent import ATP
 from minatp.llama import LlamaConfig
 from minatp.loss import advantages, surrogate

@@ -1,0 +1,1 @@
+"""Triton kernels and their PyTorch references; `ops` chooses between them. Imports nothing from minatp."""
