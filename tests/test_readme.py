@@ -17,3 +17,8 @@ def test_the_map_points_at_the_lines_it_names():
 def test_every_file_named_exists():
     for path in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_the_kernel_shown_is_the_kernel():
+    code = re.search(r"```python\n(@triton.jit.*?)```", README, re.DOTALL)[1]
+    assert code in (ROOT / "kernels/rows.py").read_text(encoding="utf-8")
