@@ -15,7 +15,7 @@ def test_the_map_points_at_the_lines_it_names():
 
 
 def test_every_file_named_exists():
-    for path in re.findall(r"\]\((?!http)([^)#]+)", README):
+    for path in re.findall(r"\]\((?!http)(\w[^)#]*)", README):
         assert (ROOT / path).exists(), path
 
 
