@@ -10,12 +10,13 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a busy CPU several times slower; read at import of torch
 
 import time
+from typing import NamedTuple
 
 import torch
 
 from minatp import checkpoint, config, data, distributed, evaluate, problems, reward, run
 from minatp.loss import advantages, sft_loss, surrogate
-from minatp.rollout import Noise, rollout, score, supervise
+from minatp.rollout import Noise, Rollout, rollout, score, supervise
 
 
 def main(argv=None):
@@ -170,56 +171,21 @@ def rl(cfg, splits, device):
         if step < state["step"]:
             continue
 
-        # explore: G chains of each question
-        asked = distributed.mine(chosen)
-        prompt, valid = data.left_pad([prompts[i] for i in asked], tokens.end, device)
-        noise = Noise.draw(model, len(chosen) * cfg.G, max_new, cfg.seed * 1_000_003 + step, spread=cfg.spread, greedy=cfg.greedy)
-        noise = noise.at(distributed.mine(torch.arange(len(chosen) * cfg.G).view(-1, cfg.G)).flatten(), device)
-        space = (f"rl, step {step + 1}", len(asked) * cfg.G, prompt.shape[1] + model.c * model.K + 1 + max_new, "--batch-size or --G")
-        with run.memory(*space), run.autocast(device):
-            r = rollout(model, prompt, valid, max_new, noise, cfg.G)
-            chains = evaluate.as_text(model, tokens, r)
-
-        # judge them against their group
-        R, parts = judge(cfg, chains, [pool[i].answer for i in asked])
-        R = distributed.whole(R)  # every process knows all rewards and learns from its own chains
-        run.need_finite(R, step, [pool[i] for i in chosen])
-        if cfg.placebo:
-            R = R.flatten()[torch.randperm(R.numel(), generator=run.generator(cfg, step))].view_as(R)
-        advantage = advantages(R, cfg.baseline, cfg.normalise)
-        telling = (advantage != 0).any(1)
-
-        # learn from the groups that have something to tell
-        lr = run.lr_at(step, cfg.updates, min(cfg.warmup, cfg.updates // 10), cfg.lr)
-        diagnostics, due = {}, (step + 1) % cfg.log_every == 0
-        if telling.any():
-            heard = distributed.mine(telling)
-            group = heard.nonzero()[:, 0].to(device)
-            chain = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
-            mine = distributed.mine(advantage)[heard].view(-1, 1).to(device)
-            learn = (prompt[group], valid[group], r.take(chain), mine, noise.eps[chain])
-            loss, old, d = torch.zeros((), device=device), None, {}
-            for u in range(cfg.updates_per_batch):
-                if len(chain):
-                    with run.memory(*space):
-                        with run.autocast(device):
-                            loss, old, d = policy_loss(cfg, model, start if cfg.kl or due else None, *learn, old, R.numel(),
-                                                       int(telling.sum()) * cfg.G)
-                        loss.backward()
+        asked, lr = [pool[i] for i in chosen], run.lr_at(step, cfg.updates, min(cfg.warmup, cfg.updates // 10), cfg.lr)
+        x = explore(cfg, model, tokens, asked, [prompts[i] for i in chosen], step, max_new, device)
+        diagnostics = {}
+        if x.telling.any():
+            near = start if cfg.kl or (step + 1) % cfg.log_every == 0 else None
+            for update in learn(cfg, model, near, x, f"rl, step {step + 1}"):
                 if cfg.anchor:
                     sft_gradients(cfg, model, tokens, [rows[i] for i in anchor], model.K + 1, step, device, cfg.anchor)
-                loss = distributed.total({"loss": loss.detach()}, device)["loss"]
-                norm = steps.take(lr, loss, step, [pool[i] for i in chosen])
-                diagnostics = {**distributed.mean(d, len(chain), device), "grad_norm": norm}
-        silent = silent + 1 if telling.float().mean() < 0.05 else 0
+                diagnostics = {**update.told, "grad_norm": steps.take(lr, update.loss, step, asked)}
+        silent = silent + 1 if x.telling.float().mean() < 0.05 else 0
         if silent == 50:
             run.say("warning: for 50 batches fewer than 5 % of the groups had rewards that differ, so there is little to learn from: look "
                     "at acc (all right or all wrong?), fmt (0: answers do not end), sigma and --spread (do the thoughts differ at all?)")
 
-        # what there is to tell
-        parts = distributed.mean({**parts, "latents": r.n_latent.float().mean()}, len(asked), device)
-        n_token = distributed.total({"n": int(r.n_latent.sum() + r.n_token.sum())}, device)["n"]
-        meter.add({"reward": R.mean(), "signal": telling.float().mean(), **parts, **diagnostics}, {}, n_token)
+        meter.add({**x.told, **diagnostics}, {}, x.n_token)
         if (step + 1) % cfg.log_every == 0 or step == cfg.updates - 1:
             steps.check()
             means, speed, left = meter.read(cfg.updates - step - 1)
@@ -238,6 +204,63 @@ def rl(cfg, splits, device):
     checkpoint.save_final(cfg.out, model, tokens, found or cfg.init)
     tests = test(cfg, model, tokens, splits, max_new, start)
     log.summary(cfg, tests, seconds, device, training_problems=len(pool))
+
+
+class Explored(NamedTuple):
+    """One batch of questions, explored: this process's chains, G of a question side by side, and what all of them earned."""
+    prompt: torch.Tensor     # (B, Tq)
+    valid: torch.Tensor
+    noise: Noise             # of B·G chains
+    rollout: Rollout
+    advantage: torch.Tensor  # (questions of all processes, G)
+    telling: torch.Tensor    # (questions of all processes,) bool: where the advantages are not all 0
+    told: dict               # diagnostics
+    n_token: int
+
+
+def explore(cfg, model, tokens, asked, prompts, step, max_new, device):
+    """G chains of each problem asked (this process's share of them), judged against their group -> Explored."""
+    noise = Noise.draw(model, len(asked) * cfg.G, max_new, cfg.seed * 1_000_003 + step, spread=cfg.spread, greedy=cfg.greedy)
+    noise = noise.at(distributed.mine(torch.arange(len(asked) * cfg.G).view(-1, cfg.G)).flatten(), device)
+    prompt, valid = data.left_pad(distributed.mine(prompts), tokens.end, device)
+    with run.memory(f"rl, step {step + 1}", len(noise.eps), prompt.shape[1] + model.c * model.K + 1 + max_new, "--batch-size or --G"):
+        with run.autocast(device):
+            r = rollout(model, prompt, valid, max_new, noise, cfg.G)
+            chains = evaluate.as_text(model, tokens, r)
+    R, parts = judge(cfg, chains, [p.answer for p in distributed.mine(asked)])
+    R = distributed.whole(R)  # every process knows all rewards and learns from its own chains
+    run.need_finite(R, step, asked)
+    if cfg.placebo:
+        R = R.flatten()[torch.randperm(R.numel(), generator=run.generator(cfg, step))].view_as(R)
+    advantage = advantages(R, cfg.baseline, cfg.normalise)
+    telling = (advantage != 0).any(1)
+    parts = distributed.mean({**parts, "latents": r.n_latent.float().mean()}, len(prompt), device)
+    n_token = distributed.total({"n": int(r.n_latent.sum() + r.n_token.sum())}, device)["n"]
+    return Explored(prompt, valid, noise, r, advantage, telling, {"reward": R.mean(), "signal": telling.float().mean(), **parts}, n_token)
+
+
+class Update(NamedTuple):
+    loss: torch.Tensor  # of all processes
+    told: dict          # diagnostics
+
+
+def learn(cfg, model, start, x, what):
+    """Leave the policy gradient of x (Explored) in the parameters, once per update on this batch: a generator of Updates, after each
+    of which the caller takes the step. start: see policy_loss. what: names this batch where memory runs out."""
+    device, telling = x.prompt.device, distributed.mine(x.telling)
+    group = telling.nonzero()[:, 0].to(device)
+    chain = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
+    mine = distributed.mine(x.advantage)[telling].view(-1, 1).to(device)
+    chains = (x.prompt[group], x.valid[group], x.rollout.take(chain), mine, x.noise.eps[chain])
+    loss, old, told = torch.zeros((), device=device), None, {}
+    length = x.prompt.shape[1] + x.rollout.z.shape[1] + 1 + x.rollout.token.shape[1]
+    for _ in range(cfg.updates_per_batch):
+        if len(chain):
+            with run.memory(what, len(chain), length, "--batch-size or --G"):
+                with run.autocast(device):
+                    loss, old, told = policy_loss(cfg, model, start, *chains, old, x.advantage.numel(), int(x.telling.sum()) * cfg.G)
+                loss.backward()
+        yield Update(distributed.total({"loss": loss.detach()}, device)["loss"], distributed.mean(told, len(chain), device))
 
 
 def judge(cfg, chains, golds):

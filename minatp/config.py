@@ -97,7 +97,7 @@ class Data:
     data: str = opt("", "training problems: JSON, JSONL or iCoT text [the built-in task]")
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
     test: str = opt("", "test problems, several files separated by commas [as many again]")
-    labelled: int = opt(10000, "built-in task: labelled training problems")
+    labelled: int = opt(20000, "built-in task: labelled training problems")
     val_size: int = opt(500, "validation problems, built-in or held out of --data")
     test_size: int = opt(3000, "built-in task: test problems")
 
@@ -247,7 +247,7 @@ PRESETS = {
 }
 
 EPOCHS = {  # preset -> the default of --epochs
-    "tiny": lambda cfg: ",".join(("3.2", *[".7"] * (cfg.K - 1), "1.6", "8.6")) if cfg.latent else {"cot": "4", "no-cot": "30"}[cfg.method],
+    "tiny": lambda cfg: ",".join(("1.6", *[".35"] * (cfg.K - 1), ".8", "4.3")) if cfg.latent else {"cot": "2", "no-cot": "14"}[cfg.method],
     "llama-1b": lambda cfg: "2",
 }
 RL = {"tiny": {"lr": 3e-4, "init": "out/sft", "estimator": "path", "anchor": 1.0}, "llama-1b": {"lr": 1e-6, "batch_size": 16, "init": "out/sft"}}

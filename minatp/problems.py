@@ -1,7 +1,8 @@
 """The built-in task: arithmetic word problems of 1 to 4 steps, so that everything runs with no download.
 
-Four families: a chain of events (serial: each step needs the one before), a chain of comparisons, told forwards or backwards
-(find where to begin, then serial), groups (two products in either order), and shopping (several valid orders of the same steps).
+Four families: chains of events (serial: each step needs the one before) and chains of comparisons, told forwards or backwards (find
+where to begin, then serial), three problems in four; groups (two products in either order) and shopping (several valid orders of the
+same steps).
 Which set a problem belongs to is a hash of its question, so that no set can leak into another, for any seed. The same numbers may
 come again under other names: `numbers` tells which do, and a summary gives the accuracy on those that do not as well.
 """
@@ -23,7 +24,7 @@ def generate(which, n, seed):
     rng = random.Random(f"{which}/{seed}")
     seen, out = set(), []
     while len(out) < n:
-        p = rng.choice((events, comparison, groups, shopping))(rng)
+        p = rng.choices((events, comparison, groups, shopping), (3, 3, 1, 1))[0](rng)
         if p is None or bucket(p) not in SETS[which] or p.question in seen:
             continue
         seen.add(p.question)
@@ -62,7 +63,7 @@ def events(rng):
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     total = rng.randint(2, 20)
     text, equations = [f"{name} has {total} {thing}."], []
-    for _ in range(rng.randint(1, 4)):
+    for _ in range(rng.choice((1, 2, 2, 3, 3, 4, 4))):
         op, b, line = rng.choice((
             ("+", b := rng.randint(2, 12), f"{name} buys {b}."), ("-", b := rng.randint(2, 12), f"{name} loses {b}."),
             ("+", b := rng.randint(2, 12), f"{name} finds {b} more."), ("-", b := rng.randint(2, 12), f"{name} sells {b}."),
@@ -74,7 +75,7 @@ def events(rng):
 
 
 def comparison(rng):
-    n, thing = rng.randint(1, 3), rng.choice(THINGS)
+    n, thing = rng.choice((1, 2, 2, 3, 3)), rng.choice(THINGS)
     names = rng.sample(NAMES, n + 1)
     values = [rng.randint(2, 15)]
     lines, equations = [f"{names[0]} has {values[0]} {thing}."], []
