@@ -59,14 +59,14 @@ def main(argv=None):
         raise config.UserError(f"command line: --seeds must be whole numbers separated by commas, not {args.seeds!r}")
     study = Study(Path(args.out), args.options.split(), args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:  # a seed's later arms wait for its earlier ones; seeds and methods run side by side
-        first = [a for a in METHODS if a in arms or a == "ATP"]
-        list(pool.map(lambda job: study.method(*job), [(a, s) for a in sorted(first, key=lambda a: a != "ATP") for s in seeds]))
         late = [a for a in (*AFTER, *THEN) if a in arms]
+        first = [a for a in METHODS if a in arms or late and a == "ATP"]
+        list(pool.map(lambda job: study.method(*job), [(a, s) for a in sorted(first, key=lambda a: a != "ATP") for s in seeds]))
         if late:
             list(pool.map(lambda s: study.after("RL", s), seeds))
             list(pool.map(lambda job: study.after(*job), [(a, s) for a in late if a in AFTER for s in seeds]))
             list(pool.map(lambda job: study.after(*job), [(a, s) for a in late if a in THEN for s in seeds]))
-    say(table(study, first, seeds) + ("\n\n" + table(study, late, seeds) if late else ""))
+    say("\n\n".join(table(study, some, seeds) for some in (first, late) if some))
 
 
 class Study:
