@@ -115,24 +115,30 @@ class Study:
 
 
 def table(study, arms, seeds):
-    """Markdown: the mean over seeds; the interval of one seed, the range of several."""
-    lines = ["| | accuracy | 95 % of a run | coherence | latents + tokens | seconds |" + (" gained over its start |" if arms and arms[-1] not in METHODS else ""),
-             "|---|---|---|---|---|---|" + ("---|" if arms and arms[-1] not in METHODS else "")]
+    """Markdown: means over the seeds, with the 95 % interval of one seed or the accuracies of several, and what was gained over the
+    run that an arm goes on from (± its standard error: of paired problems for one seed, over the seeds of several)."""
+    follows = arms[-1] not in METHODS
+    lines = ["| | accuracy | on new numbers | coherence | latents + tokens | seconds |" + (" gained |" if follows else ""),
+             "|---|---|---|---|---|---|" + ("---|" if follows else "")]
     for arm in arms:
         runs = [study.summary(arm, s) for s in seeds]
-        mean = lambda key: statistics.fmean(r[key] for r in runs)
-        each = " (" + ", ".join(f"{100 * r['accuracy']:.1f}" for r in runs) + ")" if len(runs) > 1 else ""
-        low, high = (statistics.fmean(r["accuracy_ci95"][i] for r in runs) for i in (0, 1))
-        coherence = "–" if runs[0]["coherence"] is None else f"{100 * mean('coherence'):.1f} %"
-        line = (f"| {arm} | {100 * mean('accuracy'):.1f} %{each} | {100 * low:.1f}–{100 * high:.1f} | {coherence} | "
-                f"{mean('latents'):.1f} + {mean('answer_tokens'):.1f} | {mean('seconds'):.0f} |")
-        if arm not in METHODS:
-            start = [study.summary(THEN[arm][0] if arm in THEN else "ATP", s)["accuracy"] for s in seeds]
-            gains = [100 * (r["accuracy"] - a) for r, a in zip(runs, start)]
-            spread = f" ± {statistics.stdev(gains):.1f}" if len(gains) > 1 else ""
-            line += f" {statistics.fmean(gains):+.1f}{spread} |"
-        lines.append(line)
+        mean = lambda get: statistics.fmean(map(get, runs))
+        low, high = runs[0]["accuracy_ci95"]
+        each = ", ".join(f"{100 * r['accuracy']:.1f}" for r in runs) if len(runs) > 1 else f"{100 * low:.1f}–{100 * high:.1f}"
+        new = f"{100 * mean(lambda r: r['new_numbers']['accuracy']):.1f} %" if "new_numbers" in runs[0] else "–"
+        coherence = "–" if runs[0]["coherence"] is None else f"{100 * mean(lambda r: r['coherence']):.1f} %"
+        lines.append(f"| {arm} | {100 * mean(lambda r: r['accuracy']):.1f} % ({each}) | {new} | {coherence} | {mean(lambda r: r['latents']):.1f} + "
+                     f"{mean(lambda r: r['answer_tokens']):.1f} | {mean(lambda r: r['seconds']):.0f} |" + (gained(study, arm, runs, seeds) if follows else ""))
     return "\n".join(lines)
+
+
+def gained(study, arm, runs, seeds):
+    """Points over the start, as a cell of the table."""
+    start = [study.summary(THEN[arm][0] if arm in THEN else "ATP", s) for s in seeds]
+    gains = [100 * (r["accuracy"] - b["accuracy"]) for r, b in zip(runs, start)]
+    if len(gains) > 1:
+        return f" {statistics.fmean(gains):+.1f} ± {statistics.stdev(gains) / len(gains) ** 0.5:.1f} |"
+    return f" {gains[0]:+.1f}" + (f" ± {100 * runs[0]['gain_se']:.1f} |" if "gain_se" in runs[0] else " |")
 
 
 if __name__ == "__main__":

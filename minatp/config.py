@@ -145,7 +145,7 @@ class Optim:
 @dataclass
 class Explore:
     """rl"""
-    updates: int = opt(1500, "batches of questions")
+    updates: int = opt(500, "batches of questions")
     G: int = opt(8, "rollouts per question")
     answers: int = opt(20000, "built-in task: problems with an answer and no steps, to explore on")
     spread: float = opt(1.0, "of the noise in rollouts: z ~ N(μ, (spread·σ)²)")
@@ -162,7 +162,7 @@ class Explore:
     kl: float = opt(0.0, "weight of the KL to the SFT policy")
     anchor: float = opt(0.0, "weight of the SFT loss on labelled problems, beside the reward")
     placebo: bool = opt(False, "control: rewards permuted within the batch")
-    val_every: int = opt(250, "updates between validations")
+    val_every: int = opt(100, "updates between validations")
 
 
 @dataclass
@@ -250,7 +250,7 @@ EPOCHS = {  # preset -> the default of --epochs
     "tiny": lambda cfg: ",".join(("3.2", *[".7"] * (cfg.K - 1), "1.6", "8.6")) if cfg.latent else {"cot": "4", "no-cot": "30"}[cfg.method],
     "llama-1b": lambda cfg: "2",
 }
-RL = {"tiny": {"lr": 1e-4, "init": "out/sft", "estimator": "path"}, "llama-1b": {"lr": 1e-6, "batch_size": 16, "init": "out/sft"}}
+RL = {"tiny": {"lr": 3e-4, "init": "out/sft", "estimator": "path", "anchor": 1.0}, "llama-1b": {"lr": 1e-6, "batch_size": 16, "init": "out/sft"}}
 
 
 def flag(name):

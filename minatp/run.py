@@ -73,10 +73,10 @@ def load_splits(cfg):
 
 
 def test_set(folder, n=0, seed=0):
-    """The first n problems (0: all) of a run's test set, by the config.json in its folder; of the built-in task, 1000 and for
-    another seed others. Raises UserError where the run brings none."""
-    path = Path(folder) / "config.json"
-    trained = of_run(path) if path.exists() else Config(data="?")
+    """The first n problems (0: all) of a run's test set, by the config.json in its folder; of the built-in task, and for a folder
+    that is no run's, 1000 and for another seed others. Raises UserError where the run brings none."""
+    folder = Path(folder)
+    trained = of_run(folder / "config.json") if (folder / "metrics.jsonl").exists() else Config()
     if not trained.data:
         n = n or 1000
         return problems.generate("test", n * (seed + 1), 0)[-n:]
