@@ -165,18 +165,19 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
         token = torch.full_like(rows, model.end)                # fed by a row that ends its thinking now
         x = policy.embed(token)
         answering = ~thinking
-        if answering.any():                                     # write a word
-            r = rows[answering]
-            token[answering], logp = choose(policy.logits(h[answering]), noise, r, out.n_token[r])
-            out.token[r, out.n_token[r]], out.logp_token[r, out.n_token[r]] = token[answering], logp
-            out.n_token[r] += 1
+        i = answering.nonzero()[:, 0]                           # a GPU's host waits for nonzero: as few as can be
+        n_word = len(i)
+        if n_word:                                              # write a word
+            r, at = rows[i], out.n_token[rows[i]]
+            token[i], logp = choose(policy.logits(h[i]), noise, r, at)
+            out.token[r, at], out.logp_token[r, at], out.n_token[r] = token[i], logp, at + 1
             x = policy.embed(token)
         if given is not None:
             thinking = thinking & ~(given.ends[rows] & (given.n[rows] == t))
         if t == c * K:
             thinking = torch.zeros_like(thinking)
-        elif t < c * K and thinking.any():                      # think
-            r, i = rows[thinking], thinking.nonzero()[:, 0]
+        elif t < c * K and len(i := thinking.nonzero()[:, 0]):  # think
+            r = rows[i]
             z, mu, logvar = model.propose(h[i], noise and noise.spread * noise.eps[r, t])
             if given is not None:
                 z = torch.where((t < given.n[r])[:, None], given.z[r, t], z)
@@ -191,17 +192,19 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
                 out.stop_prob[r, t // c] = logp[:, 1].exp()
                 out.logp_stop[r, t // c] = torch.where(stop, logp[:, 1], logp[:, 0])
                 out.stopped[r] = stop
-                thinking[i[stop]] = False
-                z, r, i = z[~stop], r[~stop], i[~stop]
+                thinking[i] = ~stop
+                on = (~stop).nonzero()[:, 0]
+                z, r, i = z[on], r[on], i[on]
             out.n_latent[r] += 1
             x = x.index_put((i,), z.to(x.dtype))
-        done = answering & (torch.isin(token, eos) | (out.n_token[rows] == max_new))
-        if done.any():
+        if n_word:
+            done = answering & (torch.isin(token, eos) | (out.n_token[rows] == max_new))
             left = (~done).nonzero()[:, 0]
             if not len(left):
                 break
-            rows, thinking, x = rows[left], thinking[left], x[left]
-            cache.keep(left)
+            if len(left) < len(rows):
+                rows, thinking, x = rows[left], thinking[left], x[left]
+                cache.keep(left)
         h = policy(x[:, None], torch.ones_like(rows, dtype=torch.bool)[:, None], cache)[:, 0]
     longest = int(out.n_token.max())
     out.token, out.logp_token = out.token[:, :longest], out.logp_token[:, :longest]
