@@ -247,7 +247,7 @@ PRESETS = {
 }
 
 EPOCHS = {  # preset -> the default of --epochs
-    "tiny": lambda cfg: ",".join(("1.6", *[".35"] * (cfg.K - 1), ".8", "4.3")) if cfg.latent else {"cot": "2", "no-cot": "14"}[cfg.method],
+    "tiny": lambda cfg: ",".join(("1.6", *[".35"] * (cfg.K - 1), ".8", "4.3")) if cfg.latent else {"cot": "2", "no-cot": "20"}[cfg.method],
     "llama-1b": lambda cfg: "2",
 }
 RL = {"tiny": {"lr": 3e-4, "init": "out/sft", "estimator": "path", "anchor": 1.0}, "llama-1b": {"lr": 1e-6, "batch_size": 16, "init": "out/sft"}}
