@@ -281,9 +281,9 @@ def save(directory, model, tokens, source=None):
 # ---- checkpoints of a run -----------------------------------------------------------------------------------------------
 
 def n_bytes(model, optimizer=None):
-    """Bytes of a model's parameters, and of AdamW's moments."""
+    """Bytes on disk of a model's parameters and of AdamW's moments, with a MiB for the tokenizer, JSON and half-filled blocks."""
     moments = (v for state in optimizer.state.values() for v in state.values()) if optimizer else ()
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *moments))
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *moments)) + 2**20
 
 
 def write_folder(path, write, needed):
