@@ -95,9 +95,9 @@ def backward_kernel(h, W, target, lse, g, dl, R, V, D, s_h, s_W, s_dl, inverse, 
 # ---- under autograd -----------------------------------------------------------------------------------------------------
 
 def blocks(h, V):
-    """Tile sizes: a matrix instruction's for 16 bits, small ones for float32, which is for tests."""
+    """Tile sizes: a matrix instruction's for 16 bits; for float32, which is for tests, few programs."""
     if h.element_size() > 2:
-        return dict(BR=power_of_2(min(h.shape[0], 32), 16), BV=power_of_2(min(V, 64), 16), BK=32)
+        return dict(BR=power_of_2(min(h.shape[0], 32), 16), BV=power_of_2(min(V, 256), 16), BK=32)
     return HALF
 
 

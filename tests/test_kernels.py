@@ -269,6 +269,7 @@ def test_rope(B, h, T, d):
                                                   (2, 96, 65, 2.0), (19, 5, 3, 1.0)])
 def test_linear_cross_entropy(R, D, V, temperature, monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK", 16)
+    monkeypatch.setattr(cross_entropy, "SHARES", 2)
     h, W, target = normal(R, 2 * D)[:, ::2], normal(V, D) / D**0.5, torch.randint(0, V, (R,), device=DEVICE)
     if R > 1:
         target[0], target[-1], target[1] = V - 1, 0, cross_entropy.IGNORE
