@@ -107,5 +107,5 @@ def donated(edit, neighbour, draw, pool):
     if edit.by == "next":
         return neighbour[edit.at] if len(neighbour) > edit.at else None
     c = len(draw)
-    return next((chain.z[c * s: c * (s + 1)] for chain in pool for s, text in enumerate(chain.thoughts)
-                 if " ".join(text.split()) == edit.by), None)  # as parse has spaced the words
+    return next((chain.z[c * s: c * (s + 1)] for chain in pool for s, text in enumerate(chain.thoughts) if
+                 " ".join(text.split()) == edit.by), None)

@@ -363,11 +363,12 @@ def losses(steps=30):
     model, tokens = run.build(cfg, chosen)
     model.stage = cfg.K + 1
     encoded, optimizer, told = run.encoded(cfg, chosen, tokens, model), run.adamw(cfg, model.to(DEVICE)), []
+    take = run.Steps(optimizer, model, cfg.clip).take
     for step in range(steps):
         pair = [encoded[step % 10], encoded[(step + 3) % 10]]
         sums, counts, _ = train.sft_gradients(cfg, model, tokens, pair, model.stage, step, torch.device(DEVICE))
-        run.advance(optimizer, model, cfg.lr, cfg.clip)
         told.append(train.sft_loss(sums, counts, cfg.beta))
+        take(cfg.lr, told[-1], step, pair)
     return torch.stack(told)
 
 
