@@ -32,7 +32,7 @@ BETA, MAX_NEW = 1e-3, 16
 GATES = {("SFT, last stage", "ops"): 4, ("SFT, last stage", "bytes"): 8, ("rollouts", "flops"): 25}  # × fewer than the reference
 TARGETS = {"SFT, last stage": 2.5, "rollouts": 8}                                                    # × less wall time: shown
 SIZES = {  # problems of an SFT step, questions and rollouts of each, problems of an evaluation
-    "tiny": dict(batch=32, questions=4, G=8, evaluated=4, check=6),
+    "tiny": dict(batch=32, questions=16, G=8, evaluated=16, check=6),
     "llama-1b": dict(batch=32, questions=16, G=8, evaluated=32, check=2),
 }
 
@@ -100,11 +100,11 @@ class Case:
         model.policy.cfg.eos = tuple(range(0, model.policy.cfg.vocab_size, 4)) if on else (-1,)
         self.eos_read = self.eos if on else -1
 
-    def batch(self, stage, n=None, rows=None):
-        """(data.Batch at a curriculum stage, its noise), and the model set to that stage."""
+    def batch(self, stage, rows=None):
+        """(data.Batch at a curriculum stage, its noise), and the model set to that stage. rows: Encoded [as many as an SFT step has]."""
         model = self.model
         model.stage = stage
-        batch = data.collate((rows or self.rows)[: n or self.size["batch"]], stage, model, model).to(self.device)
+        batch = data.collate(rows or self.rows[: self.size["batch"]], stage, model, model).to(self.device)
         eps = torch.randn(len(batch.prompt), model.c * model.K + 1, model.policy.cfg.n_embd, generator=torch.Generator().manual_seed(1))
         return batch, eps.to(self.device)
 
@@ -182,7 +182,7 @@ def compare(case, every):
     for name, side in every.items():
         values, exact, chains = [], [], []
         for stage in (0, (model.K + 1) // 2, model.K + 1):
-            batch, eps = case.batch(stage, size["check"])
+            batch, eps = case.batch(stage, case.rows[: size["check"]])
             sums = side.losses(batch, eps)
             sft_loss(sums, batch.counts, BETA).backward()
             values += [sums[k].detach().view(1) for k in sorted(sums)]
