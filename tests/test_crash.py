@@ -110,17 +110,19 @@ def test_killed_at_any_moment(stage, whole, options, context, tmp_path, capfd):
 
 
 def test_the_writer_of_checkpoints_killed_at_any_moment(whole, context, tmp_path, capfd):
-    out, chance, acknowledged, saves = tmp_path / "run", random.Random(0), 0, 0
+    out, chance, saves = tmp_path / "run", random.Random(0), 0
     (out / "checkpoints").mkdir(parents=True)
     for kill in range(500 if LONG else 25):
         reader, writer = context.Pipe(False)
         with process(context, writing, whole["sft"][0], out, tmp_path / "log", writer):
-            assert reader.poll(60)  # it writes
-            time.sleep(chance.uniform(0, 0.1))
+            assert reader.poll(120)  # it writes
+            acknowledged, seconds = reader.recv()
+            time.sleep(chance.uniform(0, 2 * seconds))  # anywhere in the saves after the first
         writer.close()
+        saves += 1
         try:
             while True:
-                acknowledged, saves = reader.recv(), saves + 1
+                (acknowledged, _), saves = reader.recv(), saves + 1
         except EOFError:
             pass
         saved = checkpoint.checkpoints(out)
