@@ -14,9 +14,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 from pathlib import Path
 
 from minatp import checkpoint, config, data, edit, evaluate, page, reward, run
@@ -111,7 +108,7 @@ def names(folders):
 def think(args, folder, name, asked, device):
     """Shows of one run: its chains, then those of every edit."""
     model, tokens = checkpoint.load(folder)
-    model.to(device).eval()
+    run.place(model, device).eval()
     prompts = read(asked, model, tokens, args.max_new)
     solve = lambda prompts=prompts, **how: evaluate.solve(model, tokens, prompts, args.max_new, keep=True, **how)
     began = time.perf_counter()

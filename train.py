@@ -4,11 +4,7 @@
     python train.py --stage rl       goes on from out/sft: better thoughts, from the reward of their answers
     python train.py --stage sft --preset llama-1b --init Llama-3.2-1B-Instruct --data gsm8k_aug_train.txt --test gsm8k_test.json
 """
-import os
 import sys
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a busy CPU several times slower; read at import of torch
-
 import time
 from typing import NamedTuple
 
@@ -40,7 +36,7 @@ def sft(cfg, splits, device):
     """The curriculum: in stage k the first k steps of each problem are latent, in the last stage all of them."""
     found = checkpoint.newest_checkpoint(cfg.out) if cfg.resume else None
     model, tokens = checkpoint.load(found) if found else run.build(cfg, splits.train)
-    model.to(device).set_recompute(cfg.recompute)
+    run.place(model, device).set_recompute(cfg.recompute)
     optimizer = run.adamw(cfg, model)
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}
     log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
@@ -136,7 +132,7 @@ def rl(cfg, splits, device):
     model, tokens = checkpoint.load(found or cfg.init)
     start, _ = checkpoint.load(cfg.init)
     run.need_thoughts(model, cfg)
-    model.to(device).set_recompute(cfg.recompute)
+    run.place(model, device).set_recompute(cfg.recompute)
     start.to(device).requires_grad_(False)
     model.decoder.requires_grad_(False)
     optimizer = run.adamw(cfg, model)
@@ -174,17 +170,11 @@ def rl(cfg, splits, device):
         asked, lr = [pool[i] for i in chosen], run.lr_at(step, cfg.updates, min(cfg.warmup, cfg.updates // 10), cfg.lr)
         x = explore(cfg, model, tokens, asked, [prompts[i] for i in chosen], step, max_new, device)
         diagnostics = {}
-        if x.telling.any():
-            near = start if cfg.kl or (step + 1) % cfg.log_every == 0 else None
-            for update in learn(cfg, model, near, x, f"rl, step {step + 1}"):
-                if cfg.anchor:
-                    sft_gradients(cfg, model, tokens, [rows[i] for i in anchor], model.K + 1, step, device, cfg.anchor)
-                diagnostics = {**update.told, "grad_norm": steps.take(lr, update.loss, step, asked)}
-        silent = silent + 1 if x.telling.float().mean() < 0.05 else 0
-        if silent == 50:
-            run.say("warning: for 50 batches fewer than 5 % of the groups had rewards that differ, so there is little to learn from: look "
-                    "at acc (all right or all wrong?), fmt (0: answers do not end), sigma and --spread (do the thoughts differ at all?)")
-
+        for update in learn(cfg, model, start if cfg.kl or (step + 1) % cfg.log_every == 0 else None, x, f"rl, step {step + 1}"):
+            if cfg.anchor:
+                sft_gradients(cfg, model, tokens, [rows[i] for i in anchor], model.K + 1, step, device, cfg.anchor)
+            diagnostics = {**update.told, "grad_norm": steps.take(lr, update.loss, step, asked)}
+        silent = unheard(silent, x.telling)
         meter.add({**x.told, **diagnostics}, {}, x.n_token)
         if (step + 1) % cfg.log_every == 0 or step == cfg.updates - 1:
             steps.check()
@@ -204,6 +194,15 @@ def rl(cfg, splits, device):
     checkpoint.save_final(cfg.out, model, tokens, found or cfg.init)
     tests = test(cfg, model, tokens, splits, max_new, start)
     log.summary(cfg, tests, seconds, device, training_problems=len(pool))
+
+
+def unheard(silent, telling):
+    """How many batches in a row had next to nothing to tell, this one included; at 50 of them there is a warning. telling (B,) bool."""
+    silent = silent + 1 if telling.float().mean() < 0.05 else 0
+    if silent == 50:
+        run.say("warning: for 50 batches fewer than 5 % of the groups had rewards that differ, so there is little to learn from: look at "
+                "acc (all right or all wrong?), fmt (0: answers do not end), sigma and --spread (do the thoughts differ at all?)")
+    return silent
 
 
 class Explored(NamedTuple):
@@ -246,7 +245,10 @@ class Update(NamedTuple):
 
 def learn(cfg, model, start, x, what):
     """Leave the policy gradient of x (Explored) in the parameters, once per update on this batch: a generator of Updates, after each
-    of which the caller takes the step. start: see policy_loss. what: names this batch where memory runs out."""
+    of which the caller takes the step; none where no group tells anything. start: see policy_loss. what: names this batch where memory
+    runs out."""
+    if not x.telling.any():
+        return
     device, telling = x.prompt.device, distributed.mine(x.telling)
     group = telling.nonzero()[:, 0].to(device)
     chain = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()

@@ -6,7 +6,6 @@ Stage 1: the methods. Stage 2: RL and its controls, all from the same SFT run an
 """
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -43,7 +42,7 @@ def main(argv=None):
     parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", default="out/ablate", help="folder of the runs [%(default)s]")
     parser.add_argument("--seeds", default="0", help="separated by commas [%(default)s]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each where more than one [%(default)s]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side [%(default)s]")
     parser.add_argument("--arms", default="", help="only these, by name, separated by semicolons; ATP and RL come with what needs them [all]")
     parser.add_argument("--options", default="", help="given to every run of train.py, in one string")
     parser.known = [o for action in parser._actions for o in action.option_strings]
@@ -57,7 +56,7 @@ def main(argv=None):
         seeds = [int(s) for s in args.seeds.split(",")]
     except ValueError:
         raise config.UserError(f"command line: --seeds must be whole numbers separated by commas, not {args.seeds!r}")
-    study = Study(Path(args.out), args.options.split(), args.jobs)
+    study = Study(Path(args.out), args.options.split())
     with ThreadPoolExecutor(args.jobs) as pool:  # a seed's later arms wait for its earlier ones; seeds and methods run side by side
         late = [a for a in (*AFTER, *THEN) if a in arms]
         first = [a for a in METHODS if a in arms or late and a == "ATP"]
@@ -71,8 +70,8 @@ def main(argv=None):
 
 class Study:
     """Runs of train.py in one folder."""
-    def __init__(self, out, options, jobs):
-        self.out, self.options, self.jobs = out, options, jobs
+    def __init__(self, out, options):
+        self.out, self.options = out, options
 
     def folder(self, arm, seed):
         return self.out / f"{''.join(c if c.isalnum() else '-' for c in arm).strip('-')}.{seed}"
@@ -85,10 +84,9 @@ class Study:
             command = [sys.executable, "train.py", *options, "--seed", str(seed), "--out", str(out), *self.options]
             if (out / "config.json").exists():
                 command = [sys.executable, "train.py", "--resume", "--out", str(out)]
-            threads = {"OMP_NUM_THREADS": "1"} if self.jobs > 1 else {}
             say(f"{arm}, seed {seed}: {' '.join(command[1:])}")
             with (out / "log.txt").open("a") as log:
-                code = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=log, stderr=log, env={**os.environ, **threads}).returncode
+                code = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=log, stderr=log).returncode
             if code:
                 raise config.UserError(f"{out}/log.txt:0: {arm}, seed {seed}, ended with code {code}; its last lines say why")
         return out

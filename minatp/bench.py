@@ -9,7 +9,6 @@ are what is gated. Weights are untrained and shared by all sides; in what is tim
 """
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -17,8 +16,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
@@ -84,7 +81,7 @@ class Case:
             self.model.decoder.init_weights()
             self.model.end, self.eos = self.cfg.vocab_size + 2, 1
             self.rows = [paper_row(self.model.end) for _ in range(64)]
-        self.model.to(device)
+        run.place(self.model, device)
         self.machine = count.machine(device) if device.type == "cuda" else None
 
     def ragged(self, on):

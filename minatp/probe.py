@@ -37,7 +37,7 @@ def main(argv=None):
         raise config.UserError(f"{args.file or args.run}:0: has {len(found)} problems; a probe needs at least 10")
     device = run.pick_device(args.device)
     model, tokens = checkpoint.load(args.run)
-    model.to(device).eval()
+    run.place(model, device).eval()
     prompts = [tokens.prompt(p.question) for p in found]
     with run.autocast(device):
         solve = lambda **how: evaluate.solve(model, tokens, prompts, args.max_new, keep=True, **how)
@@ -45,7 +45,7 @@ def main(argv=None):
         if not any(c.n_latent for c in mean):
             raise config.UserError(f"{args.run}:0: thinks in words, it has no latents to probe; give a run that has")
         report = {"run": args.run, "reading": reading(mean, found, model.c, args.seed), "using": using(model, solve, mean, found, args)}
-    print(json.dumps(report, indent=2) if args.json else table(report))
+    run.say(json.dumps(report, indent=2) if args.json else table(report))
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------------

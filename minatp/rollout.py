@@ -164,8 +164,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
     for t in range(c * K + 1 + max_new):
         token = torch.full_like(rows, model.end)                # fed by a row that ends its thinking now
         x = policy.embed(token)
-        answering = ~thinking
-        i = answering.nonzero()[:, 0]                           # a GPU's host waits for nonzero: as few as can be
+        i = (~thinking).nonzero()[:, 0]                         # a GPU's host waits for nonzero: as few as can be
         n_word = len(i)
         if n_word:                                              # write a word
             r, at = rows[i], out.n_token[rows[i]]
@@ -198,7 +197,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
             out.n_latent[r] += 1
             x = x.index_put((i,), z.to(x.dtype))
         if n_word:
-            done = answering & (torch.isin(token, eos) | (out.n_token[rows] == max_new))
+            done = torch.isin(token, eos) | (out.n_token[rows] == max_new)
             left = (~done).nonzero()[:, 0]
             if not len(left):
                 break

@@ -115,6 +115,17 @@ def need_thoughts(model, cfg):
         raise UserError(f"{cfg.init}:0: has no sampled latents or no decoder LM; start --stage rl from an SFT run of --method atp")
 
 
+SMALL = 10**7  # parameters
+
+
+def place(model, device):
+    """Put a model on its device; returns it. On a CPU a small one gets one thread, unless OMP_NUM_THREADS says otherwise: for its
+    products two threads wait for each other longer than they save, and on a busy machine several times longer."""
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL:
+        torch.set_num_threads(1)
+    return model.to(device)
+
+
 def size(model):
     """"1,130,626 parameters"."""
     return f"{sum(p.numel() for p in model.parameters()):,} parameters"
