@@ -19,7 +19,7 @@ METHODS = {  # name -> options of train.py --stage sft
     "no-CoT": ["--method", "no-cot"], "CoT": ["--method", "cot"], "Coconut": ["--method", "coconut"], "SIM-CoT": ["--method", "sim-cot"],
     "ATP": ["--method", "atp"], "ATP, no VAE": ["--no-vae"], "ATP, no stop head": ["--no-stop"], "ATP, no decoder": ["--no-decoder"],
 }
-LAST = "0,0,0,0,0,{epochs}"  # of the curriculum, the last stage alone
+MORE = ("--stage", "sft", "--lr", "1e-3", "--epochs", "0,0,0,0,0,{epochs}")  # the last stage again; of 5e-4, 1e-3 and 2e-3 no lr was better
 AFTER = {  # name -> options of the run that goes on from ATP; {epochs}: as many as take the seconds of "RL"
     "RL": ["--stage", "rl"],
     "RL, placebo (permuted rewards)": ["--stage", "rl", "--placebo"],
@@ -31,8 +31,8 @@ AFTER = {  # name -> options of the run that goes on from ATP; {epochs}: as many
     "RL, σ × 4, greedy words": ["--stage", "rl", "--spread", "4", "--greedy"],
     "RL, normalised": ["--stage", "rl", "--normalise"],
     "RL, 4 updates a batch (GRPO)": ["--stage", "rl", "--updates-per-batch", "4"],
-    "control: more SFT": ["--stage", "sft", "--epochs", LAST],
-    "SFT on answers alone": ["--stage", "sft", "--epochs", LAST, "--answers-share", "0.75"],
+    "control: more SFT": [*MORE],
+    "SFT on answers alone": [*MORE, "--answers-share", "0.75"],
 }
 THEN = {"SFT on answers alone, then RL": ("SFT on answers alone", ["--stage", "rl"]),
         "SFT on answers alone, twice": ("SFT on answers alone", AFTER["SFT on answers alone"])}

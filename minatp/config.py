@@ -97,7 +97,7 @@ class Data:
     data: str = opt("", "training problems: JSON, JSONL or iCoT text [the built-in task]")
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
     test: str = opt("", "test problems, several files separated by commas [as many again]")
-    labelled: int = opt(20000, "built-in task: labelled training problems")
+    labelled: int = opt(8000, "built-in task: labelled training problems")
     val_size: int = opt(500, "validation problems, built-in or held out of --data")
     test_size: int = opt(3000, "built-in task: test problems")
 
@@ -105,7 +105,7 @@ class Data:
 @dataclass
 class Size:
     """model (from scratch; --init brings its own)"""
-    n_layer: int = opt(3, "layers")
+    n_layer: int = opt(2, "layers")
     n_head: int = opt(4, "query heads")
     n_kv_head: int = opt(2, "key/value heads")
     n_embd: int = opt(128, "D")
@@ -247,10 +247,10 @@ PRESETS = {
 }
 
 EPOCHS = {  # preset -> the default of --epochs
-    "tiny": lambda cfg: ",".join(("1.6", *[".35"] * (cfg.K - 1), ".8", "4.3")) if cfg.latent else {"cot": "2", "no-cot": "20"}[cfg.method],
+    "tiny": lambda cfg: ",".join(("4", *[".4"] * (cfg.K - 1), ".6", "21")) if cfg.latent else {"cot": "12", "no-cot": "60"}[cfg.method],
     "llama-1b": lambda cfg: "2",
 }
-RL = {"tiny": {"lr": 3e-4, "init": "out/sft", "estimator": "path", "anchor": 1.0}, "llama-1b": {"lr": 1e-6, "batch_size": 16, "init": "out/sft"}}
+RL = {"tiny": {"lr": 3e-4, "init": "out/sft", "estimator": "path", "anchor": 1.0, "updates": 750}, "llama-1b": {"lr": 1e-6, "batch_size": 16, "init": "out/sft"}}
 
 
 def flag(name):
