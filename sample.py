@@ -109,7 +109,7 @@ def think(args, folder, name, asked, device):
     """Shows of one run: its chains, then those of every edit."""
     model, tokens = checkpoint.load(folder)
     run.place(model, device).eval()
-    prompts = read(asked, model, tokens, args.max_new)
+    prompts = run.prompts(asked, tokens, model, args.max_new)
     solve = lambda prompts=prompts, **how: evaluate.solve(model, tokens, prompts, args.max_new, keep=True, **how)
     began = time.perf_counter()
     with run.autocast(device):
@@ -136,17 +136,6 @@ def think(args, folder, name, asked, device):
                 show.view = page.View(name, show.edit, chains, [] if show.edit else sampled, [next(told) if c else [] for c in chains],
                                       model.c, plane)
     return shows
-
-
-def read(asked, model, tokens, max_new):
-    """Prompts of the problems. Raises UserError where one leaves no room for thoughts and an answer."""
-    prompts = [tokens.prompt(p.question) for p in asked]
-    room = model.policy.cfg.block_size - model.c * model.K - max_new - 1
-    for p, prompt in zip(asked, prompts):
-        if len(prompt) > room:
-            raise config.UserError(f"{p.at}: the question {p.question[:40]!r} … is {len(prompt)} tokens long and there is room for "
-                                   f"{room}; shorten it or lower --max-new")
-    return prompts
 
 
 def questions(args):

@@ -1,13 +1,21 @@
-"""Solve problems and measure the answers: what train.py reports and sample.py shows."""
+"""Solve problems and measure the answers: what train.py reports and sample.py shows.
+
+    python -m minatp.evaluate out/sft out/rl              the test set, and what each run gained over the first
+    python -m minatp.evaluate out/sft out/rl --longer     the built-in task with more steps than were ever taught
+    python -m minatp.evaluate out/sft --votes 8           also pass@8, and the vote of 8 chains by majority and by coherence
+"""
+import argparse
+import json
 import math
 import statistics
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
-from . import distributed, reward
-from .data import left_pad
+from . import checkpoint, config, distributed, problems, reward, run
+from .data import left_pad, read_problems
 from .explain import read_thoughts
 from .rollout import Noise, rollout
 
@@ -165,3 +173,49 @@ def reward_variance(model, tokens, prompts, golds, judge, max_new, seed, n_thoug
     between = (R.mean(2).var(1).mean() - within / n_word).clamp(min=0)
     total = between + within
     return float(between / total) if total > 0 else 0.0, float(total)
+
+
+def main(argv=None):
+    parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("run", nargs="+", help="folders of runs, or of saved models")
+    parser.add_argument("--file", default="", help="problems (JSON, JSONL, iCoT) [the first run's test set]")
+    parser.add_argument("--longer", action="store_true", help="problems of the built-in task with 5 and 6 steps")
+    parser.add_argument("--problems", type=int, default=0, help="how many, 0: all [%(default)s]")
+    parser.add_argument("--votes", type=int, default=0, help="chains to sample for each problem [%(default)s]")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of those [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="of those [%(default)s]")
+    parser.add_argument("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
+    parser.add_argument("--device", default="", help="cpu | cuda | cuda:N [cuda where there is one]")
+    parser.add_argument("--json", action="store_true", help="one JSON object a run")
+    parser.known = [o for action in parser._actions for o in action.option_strings]
+    args = parser.parse_args(argv)
+    if args.file and args.longer:
+        raise config.UserError("command line: give --file or --longer, not both")
+    if min(args.problems, args.votes, args.max_new - 1) < 0 or not 0 < args.temperature < math.inf or not 0 <= args.seed < 2**32:
+        raise config.UserError("command line: --problems, --votes and --seed must not be negative, --max-new and --temperature positive")
+    if args.file:
+        asked = read_problems(args.file)[: args.problems or None]
+    elif args.longer:
+        asked = problems.generate("longer", args.problems or 3000, 0)
+    else:
+        asked = run.test_set(args.run[0], args.problems)
+    device, first = run.pick_device(args.device), None
+    for folder in args.run:
+        model, tokens = checkpoint.load(folder)
+        run.place(model, device).eval()
+        prompts = run.prompts(asked, tokens, model, args.max_new)
+        with run.autocast(device):
+            chains = solve(model, tokens, prompts, args.max_new)
+            m = measure(chains, asked)
+            if args.votes:
+                m["sampled"] = vote([solve(model, tokens, prompts, args.max_new, seed=args.seed * 1000 + k, temperature=args.temperature)
+                                     for k in range(args.votes)], asked)
+        if first:
+            m |= paired(chains, first, asked)
+        first = first or chains
+        run.say(json.dumps({"run": folder, **m}) if args.json else f"{folder}: {tell(m)}"
+                + (f"; gained {100 * m['gain']:+.1f} ± {100 * m['gain_se']:.1f} points (standard error)" if "gain" in m else ""))
+
+
+if __name__ == "__main__":
+    sys.exit(config.guarded(main))

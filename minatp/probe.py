@@ -38,7 +38,7 @@ def main(argv=None):
     device = run.pick_device(args.device)
     model, tokens = checkpoint.load(args.run)
     run.place(model, device).eval()
-    prompts = [tokens.prompt(p.question) for p in found]
+    prompts = run.prompts(found, tokens, model, args.max_new)
     with run.autocast(device):
         solve = lambda **how: evaluate.solve(model, tokens, prompts, args.max_new, keep=True, **how)
         mean = solve()

@@ -16,15 +16,17 @@ from .data import Problem
 NAMES = "Ann Bob Cid Dan Eve Fay Gus Hal Ivy Jon Kim Leo Mia Ned Ora Pam".split()
 THINGS = "pens cups eggs nuts figs hats keys maps".split()
 TOP = 30        # no number is larger
-SETS = {"test": (0, 1), "validation": (2,), "labelled": (3, 4, 5, 6, 7, 8, 9), "answers": (10, 11, 12, 13, 14, 15)}  # of 16 buckets
+LONGER = (5, 6)  # steps of the set "longer": more than any problem that is learned from
+SETS = {"test": (0, 1), "longer": (0, 1), "validation": (2,), "labelled": (3, 4, 5, 6, 7, 8, 9), "answers": (10, 11, 12, 13, 14, 15)}  # of 16 buckets
 
 
 def generate(which, n, seed):
     """n different problems of the set `which` (a key of SETS), the same for the same seed. Those of "answers" have no steps."""
+    families, shares = ((lambda rng: events(rng, LONGER, (1, 1)),), (1,)) if which == "longer" else ((events, comparison, groups, shopping), (3, 3, 1, 1))
     rng = random.Random(f"{which}/{seed}")
     seen, out = set(), []
     while len(out) < n:
-        p = rng.choices((events, comparison, groups, shopping), (3, 3, 1, 1))[0](rng)
+        p = rng.choices(families, shares)[0](rng)
         if p is None or bucket(p) not in SETS[which] or p.question in seen:
             continue
         seen.add(p.question)
@@ -59,11 +61,11 @@ def apply(a, op, b):
     return {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else 0}[op]
 
 
-def events(rng):
+def events(rng, lengths=(1, 2, 3, 4), shares=(1, 2, 3, 5)):  # long ones leave 1 … TOP more often and are tried more often
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     total = rng.randint(2, 20)
     text, equations = [f"{name} has {total} {thing}."], []
-    for _ in range(rng.choices((1, 2, 3, 4), (1, 2, 3, 5))[0]):  # long ones leave 1 … TOP more often and are tried more often
+    for _ in range(rng.choices(lengths, shares)[0]):
         op, b, line = rng.choice((
             ("+", b := rng.randint(2, 12), f"{name} buys {b}."), ("-", b := rng.randint(2, 12), f"{name} loses {b}."),
             ("+", b := rng.randint(2, 12), f"{name} finds {b} more."), ("-", b := rng.randint(2, 12), f"{name} sells {b}."),

@@ -75,16 +75,27 @@ def load_splits(cfg):
 
 
 def test_set(folder, n=0, seed=0):
-    """The first n problems (0: all) of a run's test set, by the config.json in its folder; of the built-in task, and for a folder
-    that is no run's, 1000 and for another seed others. Raises UserError where the run brings none."""
+    """The first n problems (0: all) of a run's test set, by the config.json in its folder; for a folder that is no run's, of the
+    built-in task's, and of that for another seed others. Raises UserError where the run brings none."""
     folder = Path(folder)
     trained = of_run(folder / "config.json") if (folder / "metrics.jsonl").exists() else Config()
     if not trained.data:
-        n = n or 1000
+        n = n or trained.test_size
         return problems.generate("test", n * (seed + 1), 0)[-n:]
     if not trained.test:
         raise UserError(f"{folder}:0: was not trained on the built-in task; give a question or --file")
     return [p for f in trained.test.split(",") for p in data.read_problems(f)][: n or None]
+
+
+def prompts(asked, tokens, model, max_new):
+    """Prompts of problems, lists of ids. Raises UserError where one leaves no room for thoughts and an answer."""
+    found = [tokens.prompt(p.question) for p in asked]
+    room = model.policy.cfg.block_size - model.c * model.K - max_new - 1
+    for p, prompt in zip(asked, found):
+        if len(prompt) > room:
+            raise UserError(f"{p.at}: the question {p.question[:40]!r} … is {len(prompt)} tokens long and there is room for "
+                            f"{room}; shorten it or lower --max-new")
+    return found
 
 
 def encoded(cfg, chosen, tokens, model):

@@ -18,12 +18,12 @@ def test_sets_are_disjoint_seeded_and_exact():
             assert a == b or not questions[a] & questions[b]
     assert not any(p.steps for p in sets.pop("answers"))
     for p in (p for ps in sets.values() for p in ps):
-        assert 1 <= len(p.steps) <= 4 and reward.same(str(reward.result(p.steps[-1])), p.answer)
+        assert 1 <= len(p.steps) <= 6 and reward.same(str(reward.result(p.steps[-1])), p.answer)
         assert all(reward.coherent(p.steps, p.answer)), p
         for s in p.steps:
             a, op, b, c = re.fullmatch(r"<<(\d+)([-+*/])(\d+)=(\d+)>>", s).groups()
             assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[op] == int(c)
-    assert {len(p.steps) for p in sets["test"]} == {1, 2, 3, 4}
+    assert {len(p.steps) for p in sets["test"]} == {1, 2, 3, 4} and {len(p.steps) for p in sets["longer"]} == set(problems.LONGER)
 
 
 def test_some_problems_have_several_step_orders():

@@ -24,7 +24,7 @@ def ok(main, *argv, expect=0):
 def folder(tmp_path_factory):
     """A run of a few steps, its weights then made large enough for chains of all lengths that disagree."""
     out = tmp_path_factory.mktemp("page") / "run"
-    ok(train.main, *SMALL, "--out", out, "--epochs", "0.1", "--test-size", 4, "--answers", 4)
+    ok(train.main, *SMALL, "--out", out, "--epochs", "0.1", "--test-size", 4, "--answers", 4, "--seed", 1)
     model, tokens = ragged(out)
     checkpoint.save(out / "final", model, tokens)
     return out
@@ -93,7 +93,7 @@ def test_what_is_not_an_edit(text):
 
 @pytest.mark.parametrize("argv, message", [
     (["--edit", "drop 3"], "no chain has a thought 3"), (["--edit", "replace 1 <<0+0=7>>"], "none is read as '<<0+0=7>>'"),
-    (["--edit", "replace 1 next", "--problems", "1"], "there is no next problem"),
+    (["--edit", "replace 1 next", "--problems", "1", "--seed", "1"], "there is no next problem"),
     (["--edit", "drop 1", "--n", "3"], "does not go with --n"), (["--html", "x.html", "--json"], "does not go with --json"),
     (["--html", "/nowhere/x.html"], "/nowhere/x.html:0: cannot be written"),
 ])
@@ -294,6 +294,21 @@ def test_the_probe_of_a_run(folder, capsys):
     assert shown.count("\n") >= 12 and "no thoughts" in shown and "the other problem's answer:" in shown
     ok(probe.main, folder, "--problems", 3, expect=2)
     assert "--problems must be at least 10" in capsys.readouterr().err
+
+
+def test_saved_runs_are_measured_side_by_side(folder, solved, tmp_path, capsys):
+    model, tokens, prompts, chains = solved
+    wrong = problems.generate("test", 24, 0)  # what the run answers is right in every other problem alone
+    rows = [{"question": p.question, "steps": p.steps, "answer": c.answer if c.answer and i % 2 else "no"} for i, (p, c) in enumerate(zip(wrong, chains))]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    ok(evaluate.main, folder, folder / "final", "--file", tmp_path / "p.json", "--max-new", 6, "--votes", 3, "--json")
+    a, b = map(json.loads, capsys.readouterr().out.splitlines())
+    assert a["accuracy"] == sum(r["answer"] != "no" for r in rows) / 24 == b["accuracy"] and (b["gain"], b["gain_se"]) == (0, 0)
+    assert a["sampled"]["k"] == 3 and a["sampled"]["pass"] >= a["sampled"]["majority"] and "gain" not in a
+    ok(evaluate.main, folder, "--longer", "--problems", 9, "--max-new", 6)
+    assert "of 9 solved" in capsys.readouterr().out
+    ok(evaluate.main, folder, "--longer", "--file", "x", expect=2)
+    assert "not both" in capsys.readouterr().err
 
 
 # ---- curves and sinks ---------------------------------------------------------------------------------------------------
