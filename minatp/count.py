@@ -135,11 +135,12 @@ def training_memory(cfg, K, c, batch_size, row, recompute=False, scale=8):
     per_row = by_layers[0] + (cfg.n_layer - 1) * (by_layers[1] - by_layers[0])
     with torch.device("meta"):
         model = ATP(cfg, c=c, K=K)
-    n = sum(p.numel() for p in model.parameters())
+    size = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
+    n, chain = size(model), size(model.policy.model.layers, model.latent_head)  # the chain has its own copy (kernels/linear.py)
     labelled = batch_size * (len(row.answer) + sum(map(len, row.texts)))
     # a labelled position's logits: bf16, float32, their log-softmax, and its gradient in both
-    return {"weights": 4 * n, "gradients": 4 * n, "moments": 8 * n, "bf16 weights": 2 * n, "activations": batch_size * per_row,
-            "logits": labelled * cfg.vocab_size * (2 + 4 + 4 + 4 + 2)}
+    return {"weights": 4 * n, "gradients": 4 * n, "moments": 8 * n, "bf16 weights": 2 * (n + chain),
+            "activations": batch_size * per_row, "logits": labelled * cfg.vocab_size * (2 + 4 + 4 + 4 + 2)}
 
 
 def narrow(row):

@@ -14,7 +14,7 @@ def thought_nll(decoder, z, text):
     h = decoder(x, valid, decoder.cache(*x.shape[:2]))[:, c - 1:]
     labelled = text != IGNORE
     nll = decoder.nll(h[labelled], text[labelled])
-    return torch.zeros(text.shape, device=z.device).masked_scatter(labelled, nll).sum(1)
+    return nll.new_zeros(text.shape).masked_scatter(labelled, nll).sum(1)
 
 
 @torch.no_grad()

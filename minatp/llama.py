@@ -167,7 +167,7 @@ class Block(nn.Module):
         """The residual stream x and what the last branch adds to it, likewise after this block: each norm does the addition before it."""
         x, y = self.input_layernorm(x, a)
         x, y = self.post_attention_layernorm(x, self.self_attn(y, rope, cache, i, mask))
-        if self.recompute and torch.is_grad_enabled():
+        if self.recompute and torch.is_grad_enabled() and y.shape[1] > 1:  # the chain keeps its products' inputs (kernels/linear.py)
             return x, checkpoint(self.mlp, y, use_reentrant=False)
         return x, self.mlp(y)
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.linear import deferred
+
 from .explain import thought_nll
 from .loss import IGNORE, gaussian_log_prob, kl_normal, token_nll, wide
 
@@ -24,14 +26,15 @@ def walk(model, h, cache, n_latent, n_candidate, eps=None, free=None):
     at column n_latent.
     """
     proposed, L = [], int(n_latent.max()) if n_candidate else 0
-    for t in range(n_candidate):
-        proposed.append(model.propose(h, None if eps is None else eps[:, t]))
-        z = proposed[-1][0]
-        if free is not None and model.stop and t % model.c == 0:
-            stops = free & (n_latent > t) & (model.stop_head(z.detach()).argmax(-1) == 1)
-            n_latent = torch.where(stops, t, n_latent)
-        if t < L:
-            h = model.policy(z[:, None], (t < n_latent)[:, None], cache)[:, 0]
+    with deferred(model):  # the gradient of each weight is one product for the whole chain, not one a latent
+        for t in range(n_candidate):
+            proposed.append(model.propose(h, None if eps is None else eps[:, t]))
+            z = proposed[-1][0]
+            if free is not None and model.stop and t % model.c == 0:
+                stops = free & (n_latent > t) & (model.stop_head(z.detach()).argmax(-1) == 1)
+                n_latent = torch.where(stops, t, n_latent)
+            if t < L:
+                h = model.policy(z[:, None], (t < n_latent)[:, None], cache)[:, 0]
     if not proposed:
         return None, None, None, n_latent
     z, mu, logvar = zip(*proposed)

@@ -71,7 +71,7 @@ def test_the_floors_and_the_memory_are_performance_mds():
     assert memory["weights"] + memory["gradients"] + memory["moments"] == pytest.approx(2 * 19.8e9, rel=0.02)
     assert 54e9 < sum(memory.values()) < 80e9
     lean = count.training_memory(LLAMA_1B, 10, 2, 32, bench.paper_row(128256), recompute=True)
-    assert lean["activations"] < 0.6 * memory["activations"]
+    assert lean["activations"] < 0.65 * memory["activations"]
 
 
 def test_prices_are_found_from_times():
