@@ -87,11 +87,11 @@ def test_set(folder, n=0, seed=0):
     return [p for f in trained.test.split(",") for p in data.read_problems(f)][: n or None]
 
 
-def encoded(cfg, chosen, tokens, model):
-    """Problems as the method reads them -> list of data.Encoded."""
+def encoded(cfg, chosen, tokens, model, free=False):
+    """Problems as the method reads them -> list of data.Encoded. free: their steps are not known."""
     if cfg.method == "no-cot":
         chosen = [replace(p, steps=[]) for p in chosen]
-    return data.encode(chosen, tokens, model.K, model.policy.cfg.block_size)
+    return data.encode(chosen, tokens, model.K, model.policy.cfg.block_size, free)
 
 
 # ---- model --------------------------------------------------------------------------------------------------------------
