@@ -132,6 +132,7 @@ def rl(cfg, splits, device):
     found = checkpoint.newest_checkpoint(cfg.out) if cfg.resume else None
     model, tokens = checkpoint.load(found or cfg.init)
     start, _ = checkpoint.load(cfg.init)
+    run.need_size(model, cfg)
     run.need_thoughts(model, cfg)
     run.place(model, device).set_recompute(cfg.recompute)
     start.to(device).requires_grad_(False)
