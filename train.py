@@ -40,7 +40,8 @@ def sft(cfg, splits, device):
     optimizer = run.adamw(cfg, model)
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}
     log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
-    rows, answers, _ = (run.encoded(cfg, p, tokens, model) for p in (splits.train, splits.answers, splits.held_out))  # none is too long
+    rows, answers = run.encoded(cfg, splits.train, tokens, model), run.encoded(cfg, splits.answers, tokens, model, free=True)
+    run.encoded(cfg, splits.held_out, tokens, model)  # none is too long
     plan = [(stage, max(1, round(epochs * len(rows) / cfg.batch_size))) for stage, epochs in cfg.schedule()]
     n_total, first = sum(n for _, n in plan), 0
     # from scratch, φ starts as what π has become when thoughts begin
@@ -131,6 +132,7 @@ def rl(cfg, splits, device):
     found = checkpoint.newest_checkpoint(cfg.out) if cfg.resume else None
     model, tokens = checkpoint.load(found or cfg.init)
     start, _ = checkpoint.load(cfg.init)
+    run.need_size(model, cfg)
     run.need_thoughts(model, cfg)
     run.place(model, device).set_recompute(cfg.recompute)
     start.to(device).requires_grad_(False)

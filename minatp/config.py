@@ -253,6 +253,16 @@ EPOCHS = {  # preset -> the default of --epochs
 RL = {"tiny": {"lr": 3e-4, "init": "out/sft", "estimator": "path", "anchor": 1.0, "updates": 750}, "llama-1b": {"lr": 1e-6, "batch_size": 16, "init": "out/sft"}}
 
 
+def default_of(f):
+    """What an option is where it is not given, and what another preset or stage makes of it: " [0.002; llama-1b 0.0001; rl 0.0003]"."""
+    value = lambda preset, rl: {**PRESETS[preset], **(RL[preset] if rl else {})}.get(f.name, f.default)
+    base, large, rl, both = value("tiny", False), value("llama-1b", False), value("tiny", True), value("llama-1b", True)
+    told = [] if base == "" or base is False or f.metadata["help"].endswith("]") else [str(base)]
+    told += [f"llama-1b {large}"] * (large != base) + [f"rl {rl}"] * (rl != base)
+    told += [f"llama-1b rl {both}"] * (both != (rl if rl != base else large))
+    return f" [{'; '.join(told)}]" if told else ""
+
+
 def flag(name):
     return "--" + name.replace("_", "-")
 
@@ -275,7 +285,7 @@ def parse(argv, description):
     for group_class in (Run, Data, Latents, Optim, Explore, Size, Report):
         group = parser.add_argument_group(group_class.__doc__)
         for f in fields(group_class):
-            shown = f.metadata["help"] + (f" [{f.default}]" if f.default not in ("", False) else "")
+            shown = f.metadata["help"] + default_of(f)
             kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
             group.add_argument(flag(f.name), dest=f.name, default=None, help=shown.replace("%", "%%"), **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}

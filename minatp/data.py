@@ -111,7 +111,7 @@ def _icot_line(where, line):
     question, bar, rest = line.partition("||")
     steps, hashes, answer = rest.partition("####")
     if not bar or not hashes:
-        raise UserError(f"{where}: is not `question||<<…>> <<…>> #### answer`; see README, Data")
+        raise UserError(f"{where}: is not `question||<<…>> <<…>> #### answer`; see README, Llama-3.2-1B and GSM8k-Aug")
     return _record(where, {"question": question, "steps": steps.split(), "answer": answer})
 
 
@@ -170,6 +170,7 @@ class Encoded:
     rest: list     # as texts, the K-th step joined with all that follow; empty where there are not more than K
     answer: list   # ids: "### " answer eos
     at: str        # of the problem
+    free: bool = False  # its steps are not known: what has no `lines` may need some
 
     @property
     def length(self):
@@ -177,8 +178,8 @@ class Encoded:
         return len(self.prompt) + sum(map(len, self.lines)) + len(self.answer)
 
 
-def encode(problems, tokens, K, block_size):
-    """Problems -> list of Encoded. Raises UserError where one is longer than the context of block_size tokens."""
+def encode(problems, tokens, K, block_size, free=False):
+    """Problems -> list of Encoded. free: as there. Raises UserError where one is longer than the context of block_size tokens."""
     prompts = tokens.encode_all([p.question + "\n" for p in problems])
     answers = tokens.encode_all(["### " + p.answer for p in problems])
     steps = [s for p in problems for s in p.steps]
@@ -188,7 +189,7 @@ def encode(problems, tokens, K, block_size):
         n_step = len(p.steps)
         e = Encoded([tokens.bos, *q, tokens.start], [next(lines) for _ in range(n_step)],
                     [next(texts) + [eos] for _ in range(n_step)],
-                    tokens.encode("\n".join(p.steps[K - 1:])) + [eos] if n_step > K else [], a + [eos], p.at)
+                    tokens.encode("\n".join(p.steps[K - 1:])) + [eos] if n_step > K else [], a + [eos], p.at, free)
         length = len(e.prompt) + 1 + sum(map(len, e.lines)) + len(e.answer)
         if length > block_size:
             raise UserError(f"{p.at}: is {length} tokens long and the model's context is {block_size}; shorten it: {p.question[:60]!r}")
@@ -238,7 +239,7 @@ def collate(rows, stage, tokens, model):
     c, K = model.c, model.K
     cap = min(stage, K)
     n_step = [min(len(r.lines), cap) for r in rows]
-    free = torch.tensor([not r.lines and cap > 0 for r in rows])
+    free = torch.tensor([r.free and cap > 0 for r in rows])
     n_latent = torch.tensor([c * (cap if f or not model.stop else n) for n, f in zip(n_step, free.tolist())])
     asks = torch.tensor([model.stop and n < cap for n in n_step]) & ~free
     last = stage > K  # the last stage: nothing stays text, the K-th step stands for all that are left

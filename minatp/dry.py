@@ -5,10 +5,11 @@ import time
 
 import torch
 
-from . import data, run
+from . import count, data, run
 from .config import UserError
 from .latent import ATP
 from .reward import same, result
+from .rollout import supervise
 
 
 def dry_run(cfg, splits, device, step):
@@ -16,22 +17,54 @@ def dry_run(cfg, splits, device, step):
 
     step(model, tokens, rows, stage): adds one batch's gradients; train.py's own.
     """
-    if not cfg.init and cfg.n_embd * cfg.n_layer * cfg.n_inner > 10**9:  # too large to build only to be counted
-        model, tokens = on_meta(cfg, splits.train)
-    else:
+    there = memory(device)
+    fits = lambda model: 16 * n_parameters(model) < 0.9 * there  # float32 weights, gradients and AdamW's two moments
+    model, tokens = (None, None) if cfg.init else on_meta(cfg, splits.train)
+    if not model or fits(model):  # otherwise it is too large to build only to be counted
         model, tokens = run.build(cfg, splits.train)
     rows = run.encoded(cfg, splits.train, tokens, model)
     data_report(splits, rows, tokens)
     curriculum_report(cfg, splits, rows, tokens, model)
-    n = sum(p.numel() for p in model.parameters())
-    by_part = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    needed, there = 16 * n, memory(device)  # float32 weights, gradients and AdamW's two moments
-    run.say(f"\nparameters  {n:,}  ({', '.join(f'{name} {k:,}' for name, k in by_part.items())})")
-    run.say(f"memory      {gib(needed)} for weights, gradients and AdamW, and activations; {device} has {gib(there)}")
-    if needed > 0.9 * there or next(model.parameters()).is_meta:
+    n = n_parameters(model)
+    run.say(f"\nparameters  {n:,}  ({', '.join(f'{name} {n_parameters(part):,}' for name, part in model.named_children())})")
+    longest = sorted(rows, key=lambda r: -r.length)[:cfg.batch_size]
+    if fits(model):
+        model.to(device).set_recompute(cfg.recompute)
+    kept = activations(cfg, model, tokens, longest[0], device)
+    run.say(f"memory      {amount(16 * n)} for weights, gradients and AdamW, and about {amount(kept)} that a forward pass of "
+            f"{min(cfg.micro_batch or cfg.batch_size, len(rows))} longest problems keeps; {device} has {amount(there)}")
+    if 16 * n + kept > 0.9 * there or not fits(model):
         run.say("one step    not run: it does not fit here")
         return
-    one_step(cfg, model.to(device).set_recompute(cfg.recompute), tokens, rows, device, step)
+    one_step(cfg, model, tokens, longest, device, step)
+
+
+def n_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def activations(cfg, model, tokens, row, device):
+    """Bytes that a micro-batch of problems as long as `row` keeps for its backward pass, at the last stage or the first."""
+    size = cfg.micro_batch or cfg.batch_size
+    if next(model.parameters()).is_meta:
+        llama = model.policy.cfg
+        parts = count.training_memory(llama, model.K, model.c, size, row, cfg.recompute, scale=llama.n_kv_head)
+        return parts["activations"] + parts["logits"]
+
+    def forward(n, stage):
+        batch = data.collate([row] * n, stage, tokens, model).to(device)
+        eps = torch.zeros(n, batch.n_candidate, model.policy.cfg.n_embd, device=device) if model.vae else None
+        with run.autocast(device):
+            return supervise(model, batch, eps)
+
+    # the difference of two rows and one: what does not grow with the batch is counted elsewhere
+    one, two = ([count.kept(model, lambda: forward(n, stage)) for stage in ends(cfg)] for n in (1, 2))
+    return size * max(b - a for a, b in zip(one, two))
+
+
+def ends(cfg):
+    """The first and the last curriculum stage."""
+    return sorted({cfg.schedule()[0][0], cfg.schedule()[-1][0]})
 
 
 def on_meta(cfg, train):
@@ -67,16 +100,15 @@ def curriculum_report(cfg, splits, rows, tokens, model):
         run.say(f"  stage {stage} ({epochs:g} epochs)  {chain}{' stop' if bool(b.asks[0]) else ''}  {text}")
 
 
-def one_step(cfg, model, tokens, rows, device, step):
+def one_step(cfg, model, tokens, longest, device, step):
     """One batch of the longest problems, at the last stage and at the first: time and peak memory."""
-    longest = sorted(rows, key=lambda r: -len(r.prompt) - sum(map(len, r.lines)))[:cfg.batch_size]
-    for stage in sorted({cfg.schedule()[0][0], cfg.schedule()[-1][0]}):
+    for stage in ends(cfg):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
         sums, counts, _ = step(model, tokens, longest, stage)
         loss = {k: float(v) / max(1, counts[k]) for k, v in sums.items()}
-        peak = f", peak {gib(torch.cuda.max_memory_allocated(device))}" if device.type == "cuda" else ""
+        peak = f", peak {amount(torch.cuda.max_memory_allocated(device))}" if device.type == "cuda" else ""
         run.say(f"one step    stage {stage}, {len(longest)} longest problems: {time.perf_counter() - began:.2f} s{peak}; "
                 + "  ".join(f"{k} {v:.3f}" for k, v in loss.items()))
         if not all(map(torch.isfinite, sums.values())):
@@ -90,5 +122,5 @@ def memory(device):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def gib(n):
-    return f"{n / 2**30:.1f} GiB"
+def amount(n):
+    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from kernels import ops
 
 from . import checkpoint, data, distributed, problems
-from .config import Config, NotFinite, NotWritten, OutOfMemory, Stopped, UserError, of_run, replace_file, write_config
+from .config import PRESETS, Config, NotFinite, NotWritten, OutOfMemory, Size, Stopped, UserError, flag, of_run, replace_file, write_config
 from .latent import ATP
 from .llama import LLAMA3_ROPE, LlamaConfig
 
@@ -98,11 +98,11 @@ def prompts(asked, tokens, model, max_new):
     return found
 
 
-def encoded(cfg, chosen, tokens, model):
-    """Problems as the method reads them -> list of data.Encoded."""
+def encoded(cfg, chosen, tokens, model, free=False):
+    """Problems as the method reads them -> list of data.Encoded. free: their steps are not known."""
     if cfg.method == "no-cot":
         chosen = [replace(p, steps=[]) for p in chosen]
-    return data.encode(chosen, tokens, model.K, model.policy.cfg.block_size)
+    return data.encode(chosen, tokens, model.K, model.policy.cfg.block_size, free)
 
 
 # ---- model --------------------------------------------------------------------------------------------------------------
@@ -110,7 +110,9 @@ def encoded(cfg, chosen, tokens, model):
 def build(cfg, train):
     """(model, tokens): from cfg.init, or untrained with a tokenizer learned from `train`. Weights follow the global seed."""
     if cfg.init:
-        return checkpoint.load(cfg.init, **{k: v for k, v in cfg.switches.items() if k != "decoder_layers"})
+        model, tokens = checkpoint.load(cfg.init, **{k: v for k, v in cfg.switches.items() if k != "decoder_layers"})
+        need_size(model, cfg)
+        return model, tokens
     tokens = data.train_tokenizer(train, cfg.vocab_size)
     model = ATP(shape(cfg, len(tokens)), **cfg.switches)
     model.policy.init_weights()
@@ -118,6 +120,15 @@ def build(cfg, train):
         model.decoder.init_weights()
     checkpoint.add_tokens(model, tokens)
     return model, tokens
+
+
+def need_size(model, cfg):
+    """Raises UserError where an option asks for another size than cfg.init has."""
+    preset = Config(**PRESETS[cfg.preset])
+    for name in (f.name for f in fields(Size)):
+        has, asked = getattr(model.policy.cfg, name, None), getattr(cfg, name)
+        if name != "vocab_size" and has is not None and asked not in (has, getattr(preset, name)):
+            raise UserError(f"command line: {flag(name)} {asked} contradicts --init {cfg.init}, which has {has}; leave one away")
 
 
 def need_thoughts(model, cfg):

@@ -43,6 +43,11 @@ def close(got, want, tol, what):
     assert error <= tol, f"{what}: relative error {error:.2e}"
 
 
+def each_close(got, want, what):
+    """Every number by itself, to 1e-4 relative: a norm would hide the small ones."""
+    assert got.tolist() == pytest.approx(torch.as_tensor(want).tolist(), rel=1e-4, abs=1e-5), what
+
+
 def test_both_rope_spellings_read_the_same():
     a, b = (json.loads((ROOT / d / "config.json").read_text()) for d in ("policy", "decoder"))
     assert ("rope_parameters" in a) != ("rope_parameters" in b)
@@ -64,8 +69,8 @@ def test_logits(world, pad):
     valid = torch.arange(x.shape[1])[None] >= pad
     close(lm.logits(lm(x, valid, lm.cache(*x.shape[:2]))[0, pad:]), T["lm.logits"], 1e-5, "whole")
     with torch.no_grad():  # the same, by the preallocated cache in three pieces
-        cache = lm.cache(*x.shape[:2])
-        h = torch.cat([lm(p, v, cache) for p, v in zip(x.split((9 + pad, 1, 27), 1), valid.split((9 + pad, 1, 27), 1))], 1)
+        cache, sizes = lm.cache(*x.shape[:2]), (9 + pad, 1, x.shape[1] - 10 - pad)
+        h = torch.cat([lm(p, v, cache) for p, v in zip(x.split(sizes, 1), valid.split(sizes, 1))], 1)
     close(lm.logits(h[0, pad:]), T["lm.logits"], 1e-5, "in pieces")
 
 
@@ -126,26 +131,38 @@ def test_rollout_log_probabilities(world):
                         zeros(width).long() - 1, zeros().long(), zeros(c * K), zeros(K), zeros(width))
     for i, g in enumerate(GOLD["rl"]):
         z = T[f"rl{i}.z"].float()
+        assert len(z) == c * g["steps_used"] + (g["steps_used"] < K) and len(T[f"rl{i}.stop"]) == len(z[::c])
         r.z[i, : len(z)], r.n_latent[i], r.stopped[i] = z, c * g["steps_used"], len(z) > c * g["steps_used"]
         r.token[i, : len(g["answer_ids"])], r.n_token[i] = torch.tensor(g["answer_ids"]), len(g["answer_ids"])
     logp_z, logp_stop, logp_token = rollout.score(model, prompt, valid, r)[:3]
     for i in range(n):
         for got, name in ((logp_z, "gauss"), (logp_stop, "stop"), (logp_token, "answer")):
             want = T[f"rl{i}.{name}"]
-            close(got[i, : len(want)], want, 1e-4, f"rl{i}.{name}")
+            each_close(got[i, : len(want)], want, f"rl{i}.{name}")
             assert (got[i, len(want):] == 0).all()
 
 
-def test_generation_and_decoded_steps(world):
+def test_generation_and_decoded_steps(world, monkeypatch):
     model, tokens = world
+    margins, choose = torch.full((len(GOLD["samples"]),), torch.inf), rollout.choose
+
+    def watched(logits, noise, rows, at):  # by how much the likeliest word leads
+        first, second = logits.topk(2).values.unbind(-1)
+        margins[rows] = margins[rows].minimum(first - second)
+        return choose(logits, noise, rows, at)
+
+    monkeypatch.setattr(rollout, "choose", watched)
     prompt, valid = data.left_pad([tokens.prompt(s["question"]) for s in GOLD["samples"]], tokens.end)
-    r = rollout.rollout(model, prompt, valid, max_new=8)
+    longest = lambda key: max((len(ids) for g in GOLD["generate"] for ids in key(g)), default=1)
+    r = rollout.rollout(model, prompt, valid, max_new=longest(lambda g: [g["answer_ids"]]))
+    each_close(margins, [g["smallest_logit_margin"] for g in GOLD["generate"]], "smallest_logit_margin")
     for i, g in enumerate(GOLD["generate"]):
         assert r.n_latent[i] == g["latents"]
-        close(r.stop_prob[i, : len(g["stop_probs"])], g["stop_probs"], 1e-4, f"stop{i}")
+        each_close(r.stop_prob[i, : len(g["stop_probs"])], g["stop_probs"], f"stop{i}")
+        assert r.stop_prob[i, len(g["stop_probs"]):].isnan().all()
         assert r.token[i, : r.n_token[i]].tolist() == g["answer_ids"]
         steps = r.z[i, : g["latents"]].view(-1, model.c, model.policy.cfg.n_embd)
-        texts = read_thoughts(model.decoder, steps, tokens.eos[0], max_new=8)
+        texts = read_thoughts(model.decoder, steps, tokens.eos[0], max_new=longest(lambda g: g["decoded_step_ids"]))
         for text, want in zip(texts, g["decoded_step_ids"]):
             assert text == (want[: want.index(tokens.eos[0])] if tokens.eos[0] in want else want)
         assert len(texts) == len(g["decoded_step_ids"])

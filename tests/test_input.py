@@ -1,6 +1,7 @@
 """What users get wrong: every mistake ends with exit code 2 and one line on stderr that names the file and the place, or the option."""
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -308,6 +309,24 @@ def test_command_lines(argv, reason, refused, tmp_path):
 ])
 def test_command_lines_with_a_wrong_path(argv, start, reason, refused):
     refused(train.main, ["--labelled", 40, "--answers", 5, "--test-size", 5, "--val-size", 5, *argv], start, reason)
+
+
+@pytest.mark.parametrize("options", [TINY, TINY_RL])
+def test_a_size_that_the_model_has_not(options, finished, refused):
+    refused(train.main, [*options, "--n-inner", 40, "--init", finished, "--out", "o"], "command line: ",
+            f"--n-inner 40 contradicts --init {finished}, which has 24")
+
+
+def test_help_tells_every_option_and_what_it_is_where_it_is_not_given(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f"{config.flag(f.name)} " in shown for f in fields(config.Config))
+    tiny, large = (config.parse(["--preset", name, "--init", "x"], "") for name in ("tiny", "llama-1b"))
+    assert tiny.c != large.c and f"latents per reasoning step [{tiny.c}; llama-1b {large.c}]" in shown
+    assert f"of weights, data order and noise [{tiny.seed}]" in shown
+    for name in ("run", "data", "latents", "training", "rl", "evaluation and files"):
+        assert f" {name}: --" in shown
 
 
 @pytest.mark.parametrize("argv, start, reason", [

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from minatp import checkpoint
 from minatp.latent import ATP
-from minatp.llama import Llama, LlamaConfig
+from minatp.llama import Llama, LlamaConfig, rope_frequencies
 
 FIXTURE = Path(__file__).parent / "fixtures" / "conformance"
 
@@ -24,9 +25,15 @@ def test_llama_1b_has_the_published_size():
     assert sum(p.numel() for p in llama.parameters()) == 1_235_814_400
     names = {n: tuple(p.shape) for n, p in llama.named_parameters()}
     assert names["model.layers.15.self_attn.k_proj.weight"] == (512, 2048) and "lm_head.weight" not in names
-    with torch.device("meta"):
-        ids = torch.zeros(2, 7, dtype=torch.long)
-        assert read(llama, ids).shape == (2, 7, 128256)
+    layers = llama.model["layers"]
+    llama.model["layers"] = torch.nn.ModuleList([layers[0]] * len(layers))  # a forward pass of all 16, in the memory of one
+    llama = llama.bfloat16().to_empty(device="cpu")
+    for p in llama.parameters():
+        torch.nn.init.constant_(p, 0.01)
+    llama.freq = rope_frequencies(llama.cfg)
+    with torch.no_grad():
+        logits = read(llama, torch.tensor([[5, 6, 7]]))
+    assert logits.shape == (1, 3, 128256) and logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["policy", "decoder"])
@@ -65,6 +72,19 @@ def test_a_saved_model_loads_as_it_was(tmp_path):
     checkpoint.save(tmp_path / "coconut", coconut, tokens)
     full, _ = checkpoint.load(tmp_path / "coconut", vae=True, stop=True, decode=True)
     assert torch.equal(full.decoder.model.norm.weight, full.policy.model.norm.weight)
+
+
+def test_files_of_others_are_kept(tmp_path):
+    shutil.copytree(FIXTURE / "policy", tmp_path / "hf")
+    for name in checkpoint.KEPT:
+        (tmp_path / "hf" / name).write_text('{"kept": 1}')
+    model, tokens = checkpoint.load(tmp_path / "hf", c=2, K=3)
+    checkpoint.save(tmp_path / "out", model, tokens, source=tmp_path / "hf")
+    assert all((tmp_path / "out" / name).read_text() == '{"kept": 1}' for name in checkpoint.KEPT)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as f:
+        assert model.policy.cfg.tied and set(f.keys()) == {n for n, _ in model.policy.named_parameters()}
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved["rope_scaling"]["rope_type"] == "llama3" and "rope_parameters" not in saved
 
 
 def test_shards_are_joined(tmp_path):

@@ -177,7 +177,7 @@ def test_free_rows_stop_where_generation_does_and_teach_their_answer(runs):
     model, tokens = checkpoint.load(runs[0])
     torch.nn.init.normal_(model.stop_head[2].weight, std=3.0, generator=torch.Generator().manual_seed(0))
     ps = problems.generate("answers", 12, 1)
-    rows = data.encode(ps, tokens, model.K, 512)
+    rows = data.encode(ps, tokens, model.K, 512, free=True)
     batch = data.collate(rows, model.K + 1, tokens, model)
     assert batch.free.all() and batch.counts == {"enc": sum(len(r.answer) for r in rows), "dec": 0, "kl": 0, "stop": 0, "free": 12}
     from minatp.rollout import think

@@ -8,7 +8,7 @@ import torch
 import sample
 import train
 from minatp import checkpoint, config, data, evaluate, problems, run
-from minatp.rollout import Noise, rollout, score
+from minatp.rollout import Noise, rollout, score, supervise
 from runs import go
 
 SMALL = ("--n-layer 2 --n-embd 32 --n-inner 48 --labelled 160 --val-size 8 --test-size 24 --batch-size 8 --epochs .2 --K 2 --c 2 "
@@ -62,6 +62,16 @@ def test_accumulation_changes_nothing(atp):
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     for g in grads[1:]:
         assert (g - grads[0]).norm() / grads[0].norm() < 1e-6
+
+
+def test_a_problem_without_steps_is_taught_to_stop_at_once(atp):
+    model, tokens = checkpoint.load(atp)
+    rows = data.encode([data.Problem("Ann has 5 pens. How many?", [], "5"), *problems.generate("labelled", 1, 1)], tokens, model.K, 512)
+    alone, other, both = (data.collate(r, 2, tokens, model) for r in (rows[:1], rows[1:], rows))
+    assert (alone.n_latent.tolist(), alone.asks.tolist(), alone.counts["stop"], alone.counts["free"]) == ([0], [True], 1, 0)
+    a, b, ab = (supervise(model, batch) for batch in (alone, other, both))
+    for name in ("enc", "stop"):
+        assert a[name].item() > 0 and (a[name] + b[name]).item() == pytest.approx(ab[name].item(), rel=1e-5), name
 
 
 def test_recomputing_activations_changes_nothing(atp):
@@ -142,6 +152,7 @@ def test_external_data_and_init(atp, tmp_path, capsys):
     assert "left out of training:" in capsys.readouterr().out
     go(*common, "--dry-run", "--out", tmp_path / "never")
     shown = capsys.readouterr().out
+    assert all(part in shown for part in ("tokens      ", "question    ", "parameters  ", "memory      ", "forward pass of 8 longest", "stage 0 ("))
     assert "one step    stage 3" in shown and "stage 1" in shown and not (tmp_path / "never").exists()
 
 
