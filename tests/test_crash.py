@@ -378,7 +378,7 @@ def gpu_full(*a, **k):
 @pytest.mark.parametrize("stage, name, told", [
     ("sft", "supervise", r"sft, stage 0, step 1: out of memory with a batch of 4 × \d+ tokens: lower --micro-batch or --batch-size"),
     ("rl", "rollout", r"rl, step 1: out of memory with a batch of 16 × \d+ tokens: lower --batch-size or --G"),
-    ("rl", "policy_loss", r"rl, step \d+: out of memory with a batch of 16 × \d+ tokens: lower --batch-size or --G"),
+    ("rl", "policy_loss", r"rl, step \d+: out of memory with a batch of (4|8|12|16) × \d+ tokens: lower --batch-size or --G"),
     ("sft", "evaluate.solve", r"evaluation: out of memory with a batch of 4 × \d+ tokens: lower --eval-batch"),
     ("sft", "solve", r"--stage sft: out of memory with a batch of 4 × 512 tokens: lower --batch-size or the size of the model"),
 ])
