@@ -156,12 +156,13 @@ class StepCache:
         return None if T <= FEW else attention.visible(self.where, self.P, self.used - T)[:, None]
 
     def attend(self, i, q, k, v, rope, mask):
-        """Append k, v (B, h_kv, T, hd) to layer i and attend to it: q (B, h, T, hd) -> (B, h, T, hd)."""
+        """Append k, v (B, h_kv, T, hd) to layer i and attend to it: q (B, h, n, hd), of the last n of them -> (B, h, n, hd)."""
         cos, sin = (x.float() for x in rope)
         if self.slot is not None and mask is None:
             o, self.thread[i] = Step.apply(self.prefix[i], self.room(i, k), self.thread[i], q, k, v, cos, sin, self.where)
             return o
-        q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+        n = q.shape[2]
+        q, k = Rotate.apply(q, *(x[:, :, -n:].contiguous() for x in (cos, sin))), Rotate.apply(k, cos, sin)
         if self.slot is None:
             self.prefix[i] = Columns(*(x.detach().contiguous() for x in (k, v)))
             self.thread[i] = Begin.apply(self.prefix[i], k, v)
@@ -170,7 +171,7 @@ class StepCache:
             old_k, old_v, thread = Read.apply(self.prefix[i], own, self.thread[i], self.owner, self.used - k.shape[2])
             self.thread[i] = Append.apply(own, thread, k, v, self.slot)
             k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.rep > 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, -n:], enable_gqa=self.rep > 1)
 
     def room(self, i, k):
         """Layer i's own columns, made at the first of them."""

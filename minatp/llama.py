@@ -94,9 +94,10 @@ class KVCache:
         return tuple(buffer[:, :, : self.length] for buffer in self.kv[i])
 
     def attend(self, i, q, k, v, rope, mask):
-        """Append k, v (B, h_kv, T_new, hd) to layer i and attend to it: q (B, h, T_new, hd) -> (B, h, T_new, hd)."""
+        """Append k, v (B, h_kv, T_new, hd) to layer i and attend to it: q (B, h, n, hd), of the last n of them -> (B, h, n, hd)."""
         k, v = self.append(i, ops.rotate(k, *rope), v)
-        return attend(ops.rotate(q, *rope), k, v, mask)
+        n = q.shape[2]
+        return attend(ops.rotate(q, *(x[:, :, -n:] for x in rope)), k, v, mask[:, :, -n:])
 
     def keep(self, rows):
         """Drop every row but `rows` (a LongTensor, repeats allowed): what is finished costs nothing more."""
@@ -124,12 +125,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(cfg.n_embd, self.h_kv * self.hd, bias=False)
         self.o_proj = nn.Linear(self.h * self.hd, cfg.n_embd, bias=False)
 
-    def forward(self, x, rope, cache, i, mask):
+    def forward(self, x, n, rope, cache, i, mask):
+        """Keys and values of all T columns of x (B, T, D), queries of the last n -> (B, n, D)."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.h, self.hd).transpose(1, 2)     # (B, h, T, hd)
-        k = self.k_proj(x).view(B, T, self.h_kv, self.hd).transpose(1, 2)  # (B, h_kv, T, hd)
+        q = self.q_proj(x[:, -n:]).view(B, n, self.h, self.hd).transpose(1, 2)  # (B, h, n, hd)
+        k = self.k_proj(x).view(B, T, self.h_kv, self.hd).transpose(1, 2)       # (B, h_kv, T, hd)
         v = self.v_proj(x).view(B, T, self.h_kv, self.hd).transpose(1, 2)
-        return self.o_proj(cache.attend(i, q, k, v, rope, mask).transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(cache.attend(i, q, k, v, rope, mask).transpose(1, 2).reshape(B, n, -1))
 
 
 def attend(q, k, v, mask):
@@ -163,10 +165,11 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
         self.recompute = False  # of the MLP in the backward pass: most of the activations for a fifth more work
 
-    def forward(self, x, a, rope, cache, i, mask):
-        """The residual stream x and what the last branch adds to it, likewise after this block: each norm does the addition before it."""
+    def forward(self, x, a, n, rope, cache, i, mask):
+        """The residual stream x and what the last branch adds to it, likewise after this block, of the last n columns: each norm does
+        the addition before it."""
         x, y = self.input_layernorm(x, a)
-        x, y = self.post_attention_layernorm(x, self.self_attn(y, rope, cache, i, mask))
+        x, y = self.post_attention_layernorm(x[:, -n:], self.self_attn(y, n, rope, cache, i, mask))
         if self.recompute and torch.is_grad_enabled() and y.shape[1] > 1:  # the chain keeps its products' inputs (kernels/linear.py)
             return x, checkpoint(self.mlp, y, use_reentrant=False)
         return x, self.mlp(y)
@@ -206,16 +209,18 @@ class Llama(nn.Module):
         """ids (...) -> input embeddings (..., D)."""
         return self.model.embed_tokens(ids)
 
-    def forward(self, x, valid, cache):
+    def forward(self, x, valid, cache, n=None):
         """Read T new columns x (B, T, D), real where valid (B, T) bool, after those in the cache.
 
-        Returns the hidden states after the final norm, (B, T, D). Positions count the real columns only.
+        Returns the hidden states after the final norm, (B, T, D), or of the last n columns alone: of the others the top layer then
+        makes keys and values and nothing else. Positions count the real columns only.
         """
         angle = cache.open(valid)[:, None, :, None] * self.freq  # (B, 1, T, hd/2)
         rope, mask = (angle.cos().to(x.dtype), angle.sin().to(x.dtype)), cache.mask(x.shape[1])
         a = None
         for i, block in enumerate(self.model.layers):
-            x, a = block(x, a, rope, cache, i, mask)
+            top = i == len(self.model.layers) - 1
+            x, a = block(x, a, n if n and top else x.shape[1], rope, cache, i, mask)
         return self.model.norm(x, a)[1]
 
     def logits(self, h):

@@ -46,7 +46,7 @@ def think(model, batch, eps=None):
     B, Tq = batch.prompt.shape
     policy = model.policy
     cache = policy.cache(B, Tq + batch.L + batch.tail.shape[1])
-    h = policy(policy.embed(batch.prompt), batch.prompt_valid, cache)[:, -1]
+    h = policy(policy.embed(batch.prompt), batch.prompt_valid, cache, 1)[:, 0]
     return *walk(model, h, cache, batch.n_latent, batch.n_candidate, eps, batch.free if batch.counts["free"] else None), cache
 
 
@@ -57,7 +57,7 @@ def tail_valid(batch):
 def read_text(model, batch):
     """Hidden states (B, Tt, D) of the tail where nothing is latent: prompt and tail are read at once."""
     ids, valid = torch.cat((batch.prompt, batch.tail), 1), torch.cat((batch.prompt_valid, tail_valid(batch)), 1)
-    return model.policy(model.policy.embed(ids), valid, model.policy.cache(*ids.shape))[:, batch.prompt.shape[1]:]
+    return model.policy(model.policy.embed(ids), valid, model.policy.cache(*ids.shape), batch.tail.shape[1])
 
 
 def supervise(model, batch, eps=None):
@@ -157,7 +157,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
                   zeros(model.K) + torch.nan, zeros(max_new).long() - 1, zeros().long(), zeros(c * model.K), zeros(model.K),
                   zeros(max_new), *((noise.spread, noise.temperature) if noise else ()))
     cache = policy.cache(len(prompt), Tq + c * K + 1 + max_new)
-    h = policy(policy.embed(prompt), valid, cache)[:, -1]
+    h = policy(policy.embed(prompt), valid, cache, 1)[:, 0]
     if group > 1:
         cache.keep(torch.arange(B, device=device) // group)
         h = h.repeat_interleave(group, 0)
@@ -248,7 +248,7 @@ def score(model, prompt, valid, r, group=1, eps=None):
     used, written = column[:L] < r.n_latent[:, None], column[:Tt] < r.n_token[:, None]
     candidate = used | ((column[:L] == r.n_latent[:, None]) & r.stopped[:, None])
     cache = policy.cache(len(prompt), prompt.shape[1] + L + Tt)
-    h_prompt = policy(policy.embed(prompt), valid, cache)[:, -1:].repeat_interleave(group, 0)
+    h_prompt = policy(policy.embed(prompt), valid, cache, 1).repeat_interleave(group, 0)
     cache.keep(torch.arange(B, device=prompt.device) // group)
     tail = policy.embed(torch.cat((torch.full((B, 1), model.end, device=prompt.device), r.token[:, :-1].clamp(min=0)), 1))
     logp_z, logp_stop, mu, logvar = r.logp_z.new_zeros(B, L), r.logp_stop.new_zeros(B, model.K), None, None

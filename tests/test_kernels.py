@@ -199,7 +199,7 @@ def tiny_llama():
 def two_rollouts(llama, x, valid, steps, tail, tail_valid):
     """A shared prompt, a chain whose steps feed on each other, a row that leaves, and a long tail."""
     c = llama.cache(2, 32)
-    h = llama(x, valid, c)[:, -1].repeat_interleave(2, 0)
+    h = llama(x, valid, c, 1)[:, 0].repeat_interleave(2, 0)
     c.keep(torch.tensor([0, 0, 1, 1], device=DEVICE))
     for noise, alive in steps:
         h = llama((h + noise)[:, None], alive[:, None], c)[:, 0]

@@ -117,3 +117,18 @@ def test_gradient_and_preallocated_caches_agree_with_gqa_and_padding():
         cache = model.policy.cache(3, 9)
         pieces = torch.cat([model.policy(x[:, t:t + 1], valid[:, t:t + 1], cache) for t in range(9)], 1)
     torch.testing.assert_close(whole[valid], pieces[valid], rtol=1e-5, atol=1e-5)
+
+
+def test_the_last_columns_alone_are_what_they_are_among_all():
+    torch.manual_seed(0)
+    cfg = LlamaConfig(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=40, head_dim=8, rope_theta=100.0,
+                      rope_scaling=None, bos=0, eos=(1,))
+    llama = Llama(cfg).init_weights().double()
+    x, more, valid = torch.randn(3, 9, 32).double(), torch.randn(3, 2, 32).double(), torch.arange(9) >= torch.tensor([[4], [0], [6]])
+
+    def read(n):
+        cache = llama.cache(3, 11)
+        h, after = llama(x, valid, cache, n)[:, -2:], llama(more, valid[:, -2:], cache)
+        return h, after, *torch.autograd.grad(h.sin().sum() + after.cos().sum(), list(llama.model.layers.parameters()))
+
+    torch.testing.assert_close(read(2), read(None))
