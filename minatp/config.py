@@ -247,7 +247,7 @@ PRESETS = {
 }
 
 EPOCHS = {  # preset -> the default of --epochs
-    "tiny": lambda cfg: ",".join(("4", *[".4"] * (cfg.K - 1), ".6", "16")) if cfg.latent else {"cot": "12", "no-cot": "52"}[cfg.method],
+    "tiny": lambda cfg: ",".join(("4", *[".4"] * (cfg.K - 1), ".6", "16")) if cfg.latent else {"cot": "12", "no-cot": "72"}[cfg.method],
     "llama-1b": lambda cfg: "2",
 }
 RL = {"tiny": {"lr": 3e-4, "init": "out/sft", "estimator": "path", "anchor": 1.0, "updates": 600}, "llama-1b": {"lr": 1e-6, "batch_size": 16, "init": "out/sft"}}
