@@ -292,6 +292,7 @@ def test_folders_that_cannot_be_used(finished, refused, tmp_path):
     ("--data a --test x/a,y/a", "two files of the same name"),
     ("--preset llama-1b", "--preset llama-1b needs --init"), ("--stage rl --G 1", "--G must be at least 2"),
     ("--answers-share 2", "--answers-share must be between 0 and 1"), ("--baseline best", "--baseline must be mean or rloo"),
+    ("--stage rl --method cot", "takes the model of --init as it is"), ("--stage rl --no-stop", "takes the model of --init as it is"),
     ("--estimator guess", "--estimator must be"), ("--coherence loose", "--coherence must be"),
 ])
 def test_command_lines(argv, reason, refused, tmp_path):

@@ -191,6 +191,38 @@ def test_every_line_tells_every_diagnostic(runs, tmp_path, capsys, monkeypatch):
         assert all(f"  {name} " in line for line in lines), name
 
 
+@pytest.mark.parametrize("lacks, options", [(("answer",), ("--no-answers",)), (("answer", "steps"), ("--no-answers", "--anchor", 0)), (("steps",), ("--anchor", 0))])
+def test_data_without_labels(lacks, options, runs, tmp_path, capsys):
+    """Coherence-only needs no answer, and without the anchor no steps are needed; what is measured brings its own answers."""
+    ps = [vars(p) for p in problems.generate("labelled", 30, 9)]
+    for p in ps[:6] if "--anchor" not in options else []:  # some are labelled: the anchor
+        p["at"] = "labelled"
+    bare = [p if p["at"] == "labelled" else {"steps": [], **{k: v for k, v in p.items() if k not in lacks}} for p in ps]
+    (tmp_path / "p.json").write_text(json.dumps(bare))
+    (tmp_path / "t.json").write_text(json.dumps([vars(p) for p in problems.generate("test", 6, 9)]))
+    data = ["--data", tmp_path / "p.json", "--test", tmp_path / "t.json", "--val", tmp_path / "t.json"]
+    rl = "--stage rl --batch-size 4 --G 2 --updates 2 --log-every 2 --device cpu --init".split() + [runs[0]]
+    go(*rl, *data, *options, "--out", tmp_path / "o")
+    summary = json.loads((tmp_path / "o" / "summary.json").read_text())
+    assert (summary["n_problems"], summary["training_problems"]) == (6, 30)
+    if "--no-answers" in options:
+        assert f"{len(ps) - 6 * ('--anchor' not in options)} without answers or steps" in capsys.readouterr().out
+        go(*rl, *data[:4], *options, "--out", tmp_path / "p", expect=2)
+        assert "with an answer; give --val" in capsys.readouterr().err
+    else:
+        go(*rl, *data, "--out", tmp_path / "p", expect=2)
+        assert "--anchor 0" in capsys.readouterr().err
+
+
+def test_the_anchor_is_of_the_stage_that_was_taught(tmp_path, monkeypatch):
+    go(*SMALL, "--out", tmp_path / "sft", "--epochs", ".1,.1,0,0")
+    seen, gradients = [], train.sft_gradients
+    monkeypatch.setattr(train, "sft_gradients", lambda *a: seen.append(a[4]) or gradients(*a))
+    monkeypatch.setattr(train, "judge", lambda cfg, chains, golds: (torch.eye(cfg.G)[: len(golds)], {}))
+    go(*RL, "--updates", 1, "--anchor", 1, "--init", tmp_path / "sft", "--out", tmp_path / "rl")
+    assert seen == [1]
+
+
 def test_no_signal_changes_nothing_and_says_so(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "judge", lambda cfg, chains, golds: (torch.ones(len(golds), cfg.G), {}))
     go(*RL, "--updates", 51, "--init", runs[0], "--out", tmp_path)
