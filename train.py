@@ -141,7 +141,7 @@ def rl(cfg, splits, device):
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}
     log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
     cfg.c, cfg.K = model.c, model.K
-    pool = splits.answers or splits.train
+    pool = [*splits.train, *splits.answers] if cfg.data else splits.answers  # the built-in task's SFT has exhausted its labels
     prompts, rows = [tokens.prompt(p.question) for p in pool], run.encoded(cfg, splits.train, tokens, model)
     val_rows = run.encoded(cfg, [p for p in splits.val if p.steps][:200], tokens, model)
     run.encoded(cfg, splits.answers + splits.held_out, tokens, model)  # none is too long
@@ -152,16 +152,17 @@ def rl(cfg, splits, device):
     order, anchors = (data.batches(lengths, cfg.batch_size, cfg.seed * 1000 + k)
                       for k, lengths in enumerate(([len(p) for p in prompts], [r.length for r in rows])))
     silent = state.get("silent", 0)
+    taught = read_back(start, tokens, val_rows, device)
 
     def validate(step):
         """Where it is due and not done: a run can have been stopped between saving and this."""
         if step > log.validated and (step % cfg.val_every == 0 or step == cfg.updates):
             with meter.paused():
                 m = {**evaluate.measure(solve(cfg, model, tokens, splits.val, max_new), splits.val),
-                     **look_inside(cfg, model, tokens, splits.val, val_rows, max_new, device)}
+                     **look_inside(cfg, model, tokens, splits.val, val_rows, taught, max_new, device)}
             log.write({"step": step, "validation": m})
-            run.say(f"rl  validation: {evaluate.tell(m)}; {m['thought_share']:.0%} of the reward's variance from thoughts; "
-                    f"reading {m['reading']:.2f} nats")
+            run.say(f"rl  validation: {evaluate.tell(m)}; {m['thought_share']:.0%} of the reward's variance from thoughts"
+                    + (f"; reading {m['reading']:.2f} nats ({m['drift']:+.2f})" if val_rows else ""))
 
     validate(state["step"])
     for step in range(cfg.updates):
@@ -172,13 +173,14 @@ def rl(cfg, splits, device):
         asked, lr = [pool[i] for i in chosen], run.lr_at(step, cfg.updates, min(cfg.warmup, cfg.updates // 10), cfg.lr)
         x = explore(cfg, model, tokens, asked, [prompts[i] for i in chosen], step, max_new, device)
         diagnostics = {}
-        for update in learn(cfg, model, start if cfg.kl or (step + 1) % cfg.log_every == 0 else None, x, f"rl, step {step + 1}"):
+        due = (step + 1) % cfg.log_every == 0 or step == cfg.updates - 1
+        for update in learn(cfg, model, start if cfg.kl or due else None, x, f"rl, step {step + 1}"):
             if cfg.anchor:
-                sft_gradients(cfg, model, tokens, [rows[i] for i in anchor], model.K + 1, step, device, cfg.anchor)
+                sft_gradients(cfg, model, tokens, [rows[i] for i in anchor], model.stage, step, device, cfg.anchor)
             diagnostics = {**update.told, "grad_norm": steps.take(lr, update.loss, step, asked)}
         silent = unheard(silent, x.telling)
         meter.add({**x.told, **diagnostics}, {}, x.n_token)
-        if (step + 1) % cfg.log_every == 0 or step == cfg.updates - 1:
+        if due:
             steps.check()
             means, speed, left = meter.read(cfg.updates - step - 1)
             log.write({"step": step + 1, **means, "lr": lr, "tokens_per_second": speed, "seconds": log.seconds()})
@@ -235,7 +237,8 @@ def explore(cfg, model, tokens, asked, prompts, step, max_new, device):
         R = R.flatten()[torch.randperm(R.numel(), generator=run.generator(cfg, step))].view_as(R)
     advantage = advantages(R, cfg.baseline, cfg.normalise)
     telling = (advantage != 0).any(1)
-    parts = distributed.mean({**parts, "latents": r.n_latent.float().mean()}, len(prompt), device)
+    parts |= {"latents": r.n_latent.float().mean(), "sigma": (0.5 * r.logvar[r.logvar.any(-1)]).exp().mean()}
+    parts = distributed.mean(parts, len(prompt), device)
     n_token = distributed.total({"n": int(r.n_latent.sum() + r.n_token.sum())}, device)["n"]
     return Explored(prompt, valid, noise, r, advantage, telling, {"reward": R.mean(), "signal": telling.float().mean(), **parts}, n_token)
 
@@ -267,11 +270,16 @@ def learn(cfg, model, start, x, what):
         yield Update(distributed.total({"loss": loss.detach()}, device)["loss"], distributed.mean(told, len(chain), device))
 
 
+def earned(cfg, chain, gold):
+    """The reward of a Chain and its parts."""
+    return reward.total(chain.text, chain.steps, chain.ended, None if cfg.no_answers else gold, cfg.w_acc, cfg.w_coh, cfg.w_fmt,
+                        cfg.coherence == "strict")
+
+
 def judge(cfg, chains, golds):
-    """Rewards (B, G) of the chains of B questions, and the means of their parts."""
-    told = [reward.total(c.text, c.steps, c.ended, None if cfg.no_answers else golds[i // cfg.G], cfg.w_acc, cfg.w_coh, cfg.w_fmt,
-                         cfg.coherence == "strict") for i, c in enumerate(chains)]
-    parts = {k: torch.tensor([p[k] for _, p in told]).mean() for k in ("acc", "coh", "fmt")}
+    """Rewards (B, G) of the chains of B questions, and the means of their parts: accuracy only where answers are looked at."""
+    told = [earned(cfg, c, golds[i // cfg.G]) for i, c in enumerate(chains)]
+    parts = {k: torch.tensor([p[k] for _, p in told]).mean() for k in ("acc", "coh", "fmt")[cfg.no_answers:]}
     return torch.tensor([R for R, _ in told]).view(len(golds), cfg.G), parts
 
 
@@ -287,7 +295,9 @@ def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n, n_t
     old = new.detach() if old is None else old
     each, clamped = surrogate(new, old, advantage)
     loss = each.sum() / n
-    d = {"sigma": (0.5 * s.logvar[s.candidate]).exp().mean(), "clamped": clamped.float().mean()}
+    decided = torch.cat((s.candidate & (cfg.estimator == "score"), s.candidate[:, ::model.c] & model.stop,
+                         (r.token >= 0) & (not cfg.greedy)), 1)  # what is no decision has ratio 1, and would hide those that are clamped
+    d = {"clamped": clamped.sum() / decided.sum().clamp(min=1)}
     if start is not None:
         with torch.no_grad():
             ref = score(start, prompt, valid, r, cfg.G)
@@ -304,18 +314,24 @@ def kl_to(s, ref):
 
 
 @torch.no_grad()
-def look_inside(cfg, model, tokens, val, val_rows, max_new, device):
-    """Whether thoughts matter to the reward, and whether the frozen φ still reads them: −log p of the true steps, per thought."""
+def look_inside(cfg, model, tokens, val, val_rows, taught, max_new, device):
+    """Whether thoughts matter to the reward, and whether the frozen φ still reads them as it read the SFT policy's (`taught`)."""
     some = val[:24]
-    one = lambda chain, gold: reward.total(chain.text, chain.steps, chain.ended, gold, cfg.w_acc, cfg.w_coh, cfg.w_fmt)[0]
     with run.autocast(device):
-        share, total = evaluate.reward_variance(model, tokens, [tokens.prompt(p.question) for p in some], [p.answer for p in some], one,
-                                                max_new, cfg.seed, spread=cfg.spread)
-        reading = float("nan")
-        if val_rows:
-            batch = data.collate(val_rows, model.K + 1, tokens, model)
-            reading = float(supervise(model, batch.to(device))["dec"]) / batch.counts["dec"]
-    return {"thought_share": share, "reward_variance": total, "reading": reading}
+        share, total = evaluate.reward_variance(model, tokens, [tokens.prompt(p.question) for p in some], [p.answer for p in some],
+                                                lambda chain, gold: earned(cfg, chain, gold)[0], max_new, cfg.seed, spread=cfg.spread)
+    reading = read_back(model, tokens, val_rows, device)
+    return {"thought_share": share, "reward_variance": total, **({"reading": reading, "drift": reading - taught} if val_rows else {})}
+
+
+@torch.no_grad()
+def read_back(model, tokens, rows, device):
+    """−log p that φ gives the true steps of problems that have some, a thought; None without such problems."""
+    if not rows:
+        return None
+    batch = data.collate(rows, model.stage, tokens, model)
+    with run.autocast(device):
+        return float(supervise(model, batch.to(device))["dec"]) / batch.counts["dec"]
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------------

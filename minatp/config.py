@@ -230,6 +230,8 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
             need(not getattr(self, "no_" + name) or METHODS[self.method]["decode" if name == "decoder" else name],
                  f"--no-{name} contradicts --method {self.method}, which has none")
         need(not (self.no_vae and self.no_stop and self.no_decoder), "--no-vae --no-stop --no-decoder is --method coconut; say so")
+        need(self.stage != "rl" or self.method == "atp" and not (self.no_vae or self.no_stop or self.no_decoder),
+             "--stage rl takes the model of --init as it is; leave --method and its ablations away")
         need(self.baseline in ("mean", "rloo"), f"--baseline must be mean or rloo, not {self.baseline!r}")
         need(self.estimator in ("score", "path"), f"--estimator must be score or path, not {self.estimator!r}")
         need(self.coherence in ("paper", "strict"), f"--coherence must be paper or strict, not {self.coherence!r}")

@@ -22,10 +22,10 @@ class Problem:
 
 # ---- files --------------------------------------------------------------------------------------------------------------
 
-def read_problems(path):
+def read_problems(path, answers=True):
     """Problems of a file. Coconut's JSON list or JSONL of {"question", "steps", "answer"}, or iCoT's `question||steps #### answer`.
 
-    Raises UserError with file, line and reason.
+    answers False: an answer may be empty, and in JSON left away. Raises UserError with file, line and reason.
     """
     path = Path(path)
     try:
@@ -37,13 +37,13 @@ def read_problems(path):
     if not text.strip():
         raise UserError(f"{path}:1: is empty; it needs at least one problem")
     if text.lstrip().startswith("["):
-        return list(_json_list(path, text))
+        return list(_json_list(path, text, answers))
     lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # U+2028 may stand inside a JSON string
     read = _json_line if lines[0][1].lstrip().startswith("{") else _icot_line
-    return [read(f"{path}:{i}", line) for i, line in lines]
+    return [read(f"{path}:{i}", line, answers) for i, line in lines]
 
 
-def _json_list(path, text):
+def _json_list(path, text, answers):
     """Problems of a JSON list, one record at a time, so that an error knows the line that its record begins on."""
     decoder, blank = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
     line, at = 1, 0
@@ -58,7 +58,7 @@ def _json_list(path, text):
         raise UserError(f"{path}:1: the list is empty; it needs at least one problem")
     while True:
         record, end = _json(f"{path}:{line}", lambda: decoder.raw_decode(text, at), "the file may be truncated")
-        yield _record(f"{path}:{line}", record)
+        yield _record(f"{path}:{line}", record, answers)
         after = skip(end)
         if after == "]":
             break
@@ -69,8 +69,8 @@ def _json_list(path, text):
         raise UserError(f"{path}:{line}: text after the end of the list; give one list a file")
 
 
-def _json_line(where, line):
-    return _record(where, _json(where, lambda: json.loads(line), "each line must be one object"))
+def _json_line(where, line, answers):
+    return _record(where, _json(where, lambda: json.loads(line), "each line must be one object"), answers)
 
 
 def _json(where, read, hint):
@@ -81,9 +81,11 @@ def _json(where, read, hint):
         raise UserError(f"{where}: is not valid JSON ({getattr(e, 'msg', e)}); {hint}")
 
 
-def _record(where, r):
+def _record(where, r, answers):
     if not isinstance(r, dict):
         raise UserError(f"{where}: a problem must be an object, not {type(r).__name__}; give question, steps and answer")
+    if not answers:
+        r = {"answer": "", **r}
     for key, kind, name in (("question", str, "a string"), ("steps", list, "a list of strings"), ("answer", str, "a string")):
         if key not in r:
             raise UserError(f'{where}: "{key}" is missing; a problem has question, steps and answer')
@@ -92,7 +94,7 @@ def _record(where, r):
     for step in r["steps"]:
         if not isinstance(step, str) or not step.strip():
             raise UserError(f'{where}: "steps" must hold non-empty strings, not {step!r}')
-    for key in ("question", "answer"):
+    for key in ("question", "answer")[: 1 + answers]:
         if not r[key].strip():
             raise UserError(f'{where}: "{key}" is empty; write it or leave the problem out')
     need_text(where, r["question"], *r["steps"], r["answer"])
@@ -107,12 +109,12 @@ def need_text(where, *texts):
         raise UserError(f"{where}: {e.object[e.start]!r} is half of a surrogate pair and no text; write the whole character in UTF-8")
 
 
-def _icot_line(where, line):
+def _icot_line(where, line, answers):
     question, bar, rest = line.partition("||")
     steps, hashes, answer = rest.partition("####")
     if not bar or not hashes:
         raise UserError(f"{where}: is not `question||<<…>> <<…>> #### answer`; see README, Llama-3.2-1B and GSM8k-Aug")
-    return _record(where, {"question": question, "steps": steps.split(), "answer": answer})
+    return _record(where, {"question": question, "steps": steps.split(), "answer": answer}, answers)
 
 
 # ---- tokens -------------------------------------------------------------------------------------------------------------
@@ -259,14 +261,14 @@ def collate(rows, stage, tokens, model):
 
 
 def batches(lengths, batch_size, seed):
-    """Endless index lists of batch_size problems, lengths being theirs: a new order each epoch, nothing repeated within one, the
+    """Endless index lists of batch_size problems (empty ones where there is none), lengths being theirs: a new order each epoch, nothing repeated within one, the
     same for the same seed. The last, short batch of an epoch is filled from the next.
 
     Among every 16 batches' worth, problems of like length go together, so that little is padding.
     """
     g = torch.Generator().manual_seed(seed)
     queue, n_pool = [], max(1, min(16, len(lengths) // max(1, batch_size)))
-    if not batch_size:
+    if not batch_size or not lengths:
         while True:
             yield []
     while True:

@@ -22,6 +22,7 @@ def dry_run(cfg, splits, device, step):
     model, tokens = (None, None) if cfg.init else on_meta(cfg, splits.train)
     if not model or fits(model):  # otherwise it is too large to build only to be counted
         model, tokens = run.build(cfg, splits.train)
+    splits.train = splits.train or splits.answers  # RL can do without labels
     rows = run.encoded(cfg, splits.train, tokens, model)
     data_report(splits, rows, tokens)
     curriculum_report(cfg, splits, rows, tokens, model)

@@ -117,7 +117,7 @@ def elect(chains, by):
     if by == "coherence":
         best = max(reward.coherence(c.steps, c.answer) for c in chains)
         chains = [c for c in chains if reward.coherence(c.steps, c.answer) == best]
-    key = lambda c: None if c.answer is None else (reward.number(c.answer) or c.answer)
+    key = lambda c: c.answer if c.answer is None or (n := reward.number(c.answer)) is None else n
     votes = Counter(key(c) for c in chains if c.answer is not None)
     commonest = votes.most_common(1)[0][0] if votes else None
     return next(c for c in chains if key(c) == commonest)

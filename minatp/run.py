@@ -26,7 +26,7 @@ from .llama import LLAMA3_ROPE, LlamaConfig
 @dataclass
 class Splits:
     train: list
-    answers: list  # problems with an answer and no steps
+    answers: list  # problems with an answer and no steps; where RL looks at no answer, all that lack one of the two
     val: list
     tests: dict   # name -> problems
     note: str     # what was left out, or ""
@@ -37,7 +37,7 @@ class Splits:
 
     def tell(self):
         """Counts in one line."""
-        parts = [("training", self.train), ("with answers alone", self.answers), ("validation", self.val)]
+        parts = [("training", self.train), ("with answers alone" if all(p.answer for p in self.answers) else "without answers or steps", self.answers), ("validation", self.val)]
         parts += [(f"test ({name})", p) for name, p in self.tests.items()]
         return "  ".join(f"{len(p):,} {name}" for name, p in parts if p) + (f"   {self.note}" if self.note else "")
 
@@ -49,8 +49,10 @@ def load_splits(cfg):
         return Splits(problems.generate("labelled", cfg.labelled, 0), problems.generate("answers", n_answers, 0),
                       problems.generate("validation", cfg.val_size, 0),
                       {"built-in": problems.generate("test", cfg.test_size, 0)}, "")
-    train = data.read_problems(cfg.data)
+    rl = cfg.stage == "rl"
+    train = data.read_problems(cfg.data, answers=not (rl and cfg.no_answers))
     random.Random(0).shuffle(train)  # the same split for every seed of a run
+    train.sort(key=lambda p: not p.answer)  # what is held out needs an answer
     held = []
     for option, given in (("--val", cfg.val), ("--test", cfg.test)):
         if given:
@@ -58,20 +60,21 @@ def load_splits(cfg):
             if len(held[-1]) < 1 + given.count(","):
                 raise UserError(f"command line: {option}: two files of the same name could not be told apart: {given}")
         else:
-            if len(train) <= cfg.val_size:
-                raise UserError(f"{cfg.data}:1: has {len(train)} problems, too few to hold out --val-size {cfg.val_size}")
+            if (n := sum(bool(p.answer) for p in train)) <= cfg.val_size:
+                lacking = f" with an answer; give {option}" * (n < len(train))
+                raise UserError(f"{cfg.data}:1: has {n} problems{lacking}, too few to hold out --val-size {cfg.val_size}")
             held.append({"held out": train[:cfg.val_size]})
             train = train[cfg.val_size:]
     val = [p for part in held[0].values() for p in part]
     unseen = {p.question for p in val} | {p.question for part in held[1].values() for p in part}
     kept = [p for p in train if p.question not in unseen]
-    taught = kept if cfg.method == "no-cot" else [p for p in kept if p.steps]
-    if not taught:
-        raise UserError(f"{cfg.data}:1: no problem with steps is left to learn from")
+    taught = kept if cfg.method == "no-cot" else [p for p in kept if p.steps and p.answer]
+    if not taught and not (rl and kept and not cfg.anchor):
+        raise UserError(f"{cfg.data}:1: no problem with steps is left to learn from" + "; RL can do without by --anchor 0" * rl)
     left_out = [f"{len(train) - len(kept)} in the validation or test set"] * (len(kept) < len(train)) + \
-               [f"{len(kept) - len(taught)} without steps (see --answers-share)"] * (len(taught) < len(kept) and not cfg.answers_share)
+               [f"{len(kept) - len(taught)} without steps (see --answers-share)"] * (len(taught) < len(kept) and not cfg.answers_share and not rl)
     note = "left out of training: " + ", ".join(left_out) if left_out else ""
-    return Splits(taught, [p for p in kept if not p.steps], val, held[1], note)
+    return Splits(taught, [p for p in kept if not (p.steps and p.answer)], val, held[1], note)
 
 
 def test_set(folder, n=0, seed=0):
@@ -207,7 +210,7 @@ def room(cfg, rows, stage):
     """Most tokens of an answer after a curriculum stage."""
     if cfg.max_new:
         return cfg.max_new
-    return max(16, max(sum(map(len, r.lines[stage:] if stage <= cfg.K else [])) + len(r.answer) for r in rows))
+    return max(16, max((sum(map(len, r.lines[stage:] if stage <= cfg.K else [])) + len(r.answer) for r in rows), default=0))
 
 
 # ---- what can go wrong --------------------------------------------------------------------------------------------------

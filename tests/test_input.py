@@ -292,6 +292,7 @@ def test_folders_that_cannot_be_used(finished, refused, tmp_path):
     ("--data a --test x/a,y/a", "two files of the same name"),
     ("--preset llama-1b", "--preset llama-1b needs --init"), ("--stage rl --G 1", "--G must be at least 2"),
     ("--answers-share 2", "--answers-share must be between 0 and 1"), ("--baseline best", "--baseline must be mean or rloo"),
+    ("--stage rl --method cot", "takes the model of --init as it is"), ("--stage rl --no-stop", "takes the model of --init as it is"),
     ("--estimator guess", "--estimator must be"), ("--coherence loose", "--coherence must be"),
 ])
 def test_command_lines(argv, reason, refused, tmp_path):
@@ -333,7 +334,9 @@ def test_help_tells_every_option_and_what_it_is_where_it_is_not_given(capsys):
     (["--n", "0"], "command line: ", "--n must be positive"), (["Q", "--file", "x"], "command line: ", "not both"),
     (["--temperature", "-1"], "command line: ", "--temperature"), (["--temperature", "nan"], "command line: ", "--temperature"),
     (["--seed", 10**20, "Q"], "command line: ", "--seed"), (["--problems", "-1"], "command line: ", "--problems"),
-    (["--vote", "loudest"], "command line: ", "--vote must be"), (["--temprature", "1"], "command line: ", "did you mean --temperature?"),
+    (["--vote", "loudest"], "command line: ", "--vote must be"),
+    (["--vote", "majority", "--n", "2", "--temperature", "0"], "command line: ", "does not go with --temperature 0"),
+    (["--temprature", "1"], "command line: ", "did you mean --temperature?"),
     (["Q\udcff"], "command line:1: ", "half of a surrogate pair"), ([""], "command line:1: ", "holds no question"),
     (["word " * 900], "command line:1: ", "shorten it"), (["Q", "--max-new", "9999"], "command line:1: ", "lower --max-new"),
     (["--file", "no.txt"], "no.txt:0: ", "cannot be read"), (["--file", "latin.txt"], "latin.txt:0: ", "cannot be read"),

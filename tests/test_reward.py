@@ -27,6 +27,7 @@ def test_form(text, ended, good):
     ([], "5", 0), (["", ""], "5", 0), (["<<1+2=3>>", "<<3+2=5>>"], "5", 1), (["<<1+2=3>>", "<<4+1=5>>"], "5", 0.5),
     (["<<1+4=5>>", "<<15+1=16>>"], "16", 0.5),        # "5" inside "15" is no use of 5
     (["<<5+3=8"], "8", 1), (["<<5+3>>"], "8", 0), (["8"], "8", 0), (["<<9-4=5>>", "<<16-5=11>>"], "11", 1),
+    (["<<3+4=9>>", "<<9+1=10>>"], "10", 1), (["<<5+0=5>>"] * 3, "5", 1), (["<<1+1=2>>"] * 3, "5", 0),  # the paper's asks for use, not truth
     (["<<2*3=6.0>>", "<<6/2=3>>"], "3", 1), (["<<3+2=5>>"], None, 0), (["<<1-4=-3>>", "<<5+-3=2>>"], "2", 1),
 ])
 def test_coherence(steps, final, want):
@@ -57,5 +58,7 @@ def test_measures_of_known_chains():
     assert (v["pass"], v["majority"], v["mean"]) == (1.0, 0.5, 0.5)
     coherent, not_so = chain("### 3", ["<<1+1=2>>", "<<2+1=3>>"]), chain("### 4", ["<<1+1=2>>", "<<9+1=4>>"])
     assert elect([not_so, coherent, not_so], "coherence") is coherent and elect([coherent, not_so, not_so], "majority") is not_so
+    zero = [chain("### 0"), chain("### 3"), chain("### 3"), chain("### 0.0"), chain("### -0")]
+    assert elect(zero, "majority") is zero[0]
     nothing = chain("words")
     assert elect([nothing], "majority") is nothing and elect([nothing, coherent], "majority") is coherent

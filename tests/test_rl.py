@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from minatp import checkpoint, data, problems, reward
+from minatp import checkpoint, config, data, evaluate, problems, reward
 from minatp.latent import ATP
 from minatp.llama import LlamaConfig
 from minatp.loss import advantages, surrogate
@@ -147,7 +147,7 @@ def test_an_rl_run_leaves_what_others_rely_on(runs):
     records = [json.loads(line) for line in (rl / "metrics.jsonl").read_text().splitlines()]
     assert {"reward", "acc", "coh", "fmt", "signal", "clamped", "sigma", "latents", "grad_norm", "kl"} <= set().union(*records)
     seen = [r["validation"] for r in records if "validation" in r]
-    assert len(seen) == 2 and {"thought_share", "reading", "accuracy"} <= seen[0].keys()
+    assert len(seen) == 2 and {"thought_share", "reading", "drift", "accuracy"} <= seen[0].keys()
     before, after = (load_file(d / "final" / "minatp" / "decoder.safetensors") for d in (sft, rl))
     assert all(torch.equal(before[k], after[k]) for k in before)  # φ is frozen
     before, after = (load_file(d / "final" / "model.safetensors") for d in (sft, rl))
@@ -162,10 +162,72 @@ def test_the_variants_run(options, runs, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["n_problems"] == 24
 
 
+def test_clamped_is_a_share_of_decisions_and_kl_to_oneself_is_none(tiny):
+    """Two chains of 4 + 1 decisions (a stop at once: 1 thought, 1 stop, 1 word and eos) in 2 × 8 columns."""
+    model, prompt, valid = tiny
+    cfg = config.parse(["--stage", "rl", "--estimator", "score", "--G", "2"], "")
+    r = as_rollout(torch.randn(1, C * K, 8).double(), [(0, True, (0, 1)), (0, True, (2, 1))])
+    chains = (prompt, valid, r, torch.tensor([[0.5], [-0.5]]).double(), None)
+    _, old, told = train.policy_loss(cfg, model, model, *chains, None, 2, 2)
+    assert told["clamped"] == 0 and told["kl"].item() == pytest.approx(0, abs=1e-9)
+    assert train.policy_loss(cfg, model, None, *chains, old - 1.0 * (old != 0), 2, 2)[2]["clamped"] == 1
+
+
+def test_coherence_only_looks_at_no_answer_anywhere():
+    cfg = config.parse(["--stage", "rl", "--no-answers", "--coherence", "strict", "--G", "2"], "")
+    chains = [evaluate.Chain(["<<1+1=2>>"], "### 2", True, 1, 3, [], []), evaluate.Chain(["<<1+2=2>>"], "### 2", True, 1, 3, [], [])]
+    R, parts = train.judge(cfg, chains, ["7"])
+    assert R.tolist() == [[pytest.approx(0.6), 0.5]] and parts.keys() == {"coh", "fmt"}
+    assert train.earned(cfg, chains[0], "7") == train.earned(cfg, chains[0], "2")
+
+
+def test_every_line_tells_every_diagnostic(runs, tmp_path, capsys, monkeypatch):
+    """The last one too, where --log-every does not divide --updates, and the KL that no option asked for."""
+    monkeypatch.setattr(train, "judge", lambda cfg, chains, golds: (torch.eye(cfg.G)[: len(golds)], {"acc": torch.tensor(0.25)}))
+    go(*RL, "--updates", 3, "--init", runs[0], "--out", tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rl  step ")]
+    assert len(lines) == 2
+    for name in ("reward", "acc", "signal", "latents", "sigma", "clamped", "kl", "grad_norm"):
+        assert all(f"  {name} " in line for line in lines), name
+
+
+@pytest.mark.parametrize("lacks, options", [(("answer",), ("--no-answers",)), (("answer", "steps"), ("--no-answers", "--anchor", 0)), (("steps",), ("--anchor", 0))])
+def test_data_without_labels(lacks, options, runs, tmp_path, capsys):
+    """Coherence-only needs no answer, and without the anchor no steps are needed; what is measured brings its own answers."""
+    ps = [vars(p) for p in problems.generate("labelled", 30, 9)]
+    for p in ps[:6] if "--anchor" not in options else []:  # some are labelled: the anchor
+        p["at"] = "labelled"
+    bare = [p if p["at"] == "labelled" else {"steps": [], **{k: v for k, v in p.items() if k not in lacks}} for p in ps]
+    (tmp_path / "p.json").write_text(json.dumps(bare))
+    (tmp_path / "t.json").write_text(json.dumps([vars(p) for p in problems.generate("test", 6, 9)]))
+    data = ["--data", tmp_path / "p.json", "--test", tmp_path / "t.json", "--val", tmp_path / "t.json"]
+    rl = "--stage rl --batch-size 4 --G 2 --updates 2 --log-every 2 --device cpu --init".split() + [runs[0]]
+    go(*rl, *data, *options, "--out", tmp_path / "o")
+    summary = json.loads((tmp_path / "o" / "summary.json").read_text())
+    assert (summary["n_problems"], summary["training_problems"]) == (6, 30)
+    if "--no-answers" in options:
+        assert f"{len(ps) - 6 * ('--anchor' not in options)} without answers or steps" in capsys.readouterr().out
+        go(*rl, *data[:4], *options, "--out", tmp_path / "p", expect=2)
+        assert "with an answer; give --val" in capsys.readouterr().err
+    else:
+        go(*rl, *data, "--out", tmp_path / "p", expect=2)
+        assert "--anchor 0" in capsys.readouterr().err
+
+
+def test_the_anchor_is_of_the_stage_that_was_taught(tmp_path, monkeypatch):
+    go(*SMALL, "--out", tmp_path / "sft", "--epochs", ".1,.1,0,0")
+    seen, gradients = [], train.sft_gradients
+    monkeypatch.setattr(train, "sft_gradients", lambda *a: seen.append(a[4]) or gradients(*a))
+    monkeypatch.setattr(train, "judge", lambda cfg, chains, golds: (torch.eye(cfg.G)[: len(golds)], {}))
+    go(*RL, "--updates", 1, "--anchor", 1, "--init", tmp_path / "sft", "--out", tmp_path / "rl")
+    assert seen == [1]
+
+
 def test_no_signal_changes_nothing_and_says_so(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "judge", lambda cfg, chains, golds: (torch.ones(len(golds), cfg.G), {}))
     go(*RL, "--updates", 51, "--init", runs[0], "--out", tmp_path)
-    assert capsys.readouterr().out.count("warning: for 50 batches") == 1
+    shown = capsys.readouterr().out
+    assert shown.count("warning: for 50 batches") == 1 and shown.count("sigma 0.") == shown.count("rl  step ") == 26  # what it says to look at
     a, b = (load_file(d / "final" / "model.safetensors") for d in (runs[0], tmp_path))
     assert all(torch.equal(a[k], b[k]) for k in a)
 

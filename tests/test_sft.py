@@ -165,6 +165,10 @@ def test_sample_shows_thoughts(atp, capsys, monkeypatch):
     assert config.guarded(sample.main, ["--run", str(atp), "Ann has 5 pens. How many?", "--n", "3", "--json"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(records) == 3 and all(len(r["sigma"]) == len(r["thoughts"]) == r["latents"] // 2 for r in records)
+    for by in ("majority", "coherence"):  # one of the three speaks, a question without an answer
+        assert config.guarded(sample.main, ["--run", str(atp), "Ann has 5 pens. How many?", "--n", "3", "--vote", by, "--json"]) == 0
+        elected, = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+        assert elected in records and elected["right"] is None
     monkeypatch.setattr("sys.stdin", __import__("io").StringIO("One?\n\nTwo?\n"))
     assert config.guarded(sample.main, ["--run", str(atp), "-", "--json"]) == 0
     assert [json.loads(line)["question"] for line in capsys.readouterr().out.splitlines()] == ["One?", "Two?"]
