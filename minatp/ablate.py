@@ -28,7 +28,6 @@ AFTER = {  # name -> options of the run that goes on from ATP; {epochs}: as many
     "RL, thoughts scored": ["--stage", "rl", "--estimator", "score"],
     "RL, thoughts scored, σ × 4": ["--stage", "rl", "--estimator", "score", "--spread", "4"],
     "RL, thoughts scored, σ × 4, greedy words": ["--stage", "rl", "--estimator", "score", "--spread", "4", "--greedy"],
-    "RL, σ × 4, greedy words": ["--stage", "rl", "--spread", "4", "--greedy"],
     "RL, normalised": ["--stage", "rl", "--normalise"],
     "RL, 4 updates a batch (GRPO)": ["--stage", "rl", "--updates-per-batch", "4"],
     "control: more SFT": [*MORE],

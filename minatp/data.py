@@ -261,8 +261,8 @@ def collate(rows, stage, tokens, model):
 
 
 def batches(lengths, batch_size, seed):
-    """Endless index lists of batch_size problems (empty ones where there is none), lengths being theirs: a new order each epoch, nothing repeated within one, the
-    same for the same seed. The last, short batch of an epoch is filled from the next.
+    """Endless index lists of batch_size problems (empty ones where there is none), lengths being theirs: a new order each epoch,
+    nothing repeated within one, the same for the same seed. The last, short batch of an epoch is filled from the next.
 
     Among every 16 batches' worth, problems of like length go together, so that little is padding.
     """

@@ -37,7 +37,8 @@ class Splits:
 
     def tell(self):
         """Counts in one line."""
-        parts = [("training", self.train), ("with answers alone" if all(p.answer for p in self.answers) else "without answers or steps", self.answers), ("validation", self.val)]
+        bare = "with answers alone" if all(p.answer for p in self.answers) else "without answers or steps"
+        parts = [("training", self.train), (bare, self.answers), ("validation", self.val)]
         parts += [(f"test ({name})", p) for name, p in self.tests.items()]
         return "  ".join(f"{len(p):,} {name}" for name, p in parts if p) + (f"   {self.note}" if self.note else "")
 
