@@ -391,7 +391,7 @@ def restore(folder, model, optimizer):
     for n, p in model.named_parameters():
         mine = {k: moments.pop(f"{n}/{k}") for k in ("step", "exp_avg", "exp_avg_sq") if f"{n}/{k}" in moments}
         if mine:
-            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in mine.items()}
+            optimizer.state[p] = {k: v.to(p.device) for k, v in mine.items()}  # the step as well: fused AdamW counts on the device
     if moments:
         raise UserError(f"{file}:0: tensor {min(moments)} belongs to no parameter of this model; the checkpoint is of another run")
     return read_json(Path(folder) / "state.json")

@@ -1,5 +1,6 @@
 """The benchmark: its peers compute what minatp computes, the gated counts are met, and a GPU's floors are ../shared/performance.md's."""
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,22 @@ def test_the_counts_meet_the_gates(case, every):
     assert bench.missed(found) == []
     halved = [{**r, "sides": {**r["sides"], "reference": {k: v / 10 for k, v in r["sides"]["reference"].items()}}} for r in found]
     assert len(bench.missed(halved)) == len(bench.GATES)  # and they can be missed
+
+
+def test_a_side_that_runs_out_of_memory_is_told_and_is_no_win(monkeypatch, capsys):
+    def full():
+        raise torch.OutOfMemoryError
+
+    small = lambda: torch.ones(9, 9) @ torch.ones(9, 9)
+    every = {name: SimpleNamespace(bf16=True, run=work) for name, work in (("minatp", small), ("tuned", full), ("reference", small))}
+    case = SimpleNamespace(device=torch.device("cpu"), model=torch.nn.Linear(1, 1), machine=None)
+    monkeypatch.setattr(bench, "works", lambda case: {"rollouts": (lambda side: side.run(), 10)})
+    found, = bench.measure(case, every, 3)
+    assert list(found["sides"]) == ["minatp", "reference"] and len(found["sides"]["reference"]["seconds"]) == 3
+    assert "tuned              ran out of memory" in capsys.readouterr().out
+    every["minatp"].run = full
+    with pytest.raises(config.OutOfMemory, match="minatp itself"):
+        bench.measure(case, every, 1)
 
 
 def test_counts_are_those_of_the_arithmetic():

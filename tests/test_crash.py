@@ -32,6 +32,18 @@ def options(tmp_path_factory):
     return {"sft": TINY, "rl": [*TINY_RL, "--init", start]}
 
 
+def test_all_of_the_optimizer_is_restored_to_the_parameters_device(tmp_path):
+    model, tokens = run.build(config.parse(TINY, ""), run.load_splits(config.parse(TINY, "")).train)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    checkpoint.save_checkpoint(tmp_path, {"step": 1}, model, tokens, optimizer)
+    model.to("meta")  # a device that every machine has
+    checkpoint.restore(checkpoint.newest_checkpoint(tmp_path), model, again := torch.optim.AdamW(model.parameters()))
+    assert {(k, v.device.type) for state in again.state.values() for k, v in state.items()} == {
+        (k, "meta") for k in ("step", "exp_avg", "exp_avg_sq")}
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, options):
     """{stage: (folder, what watched() saw)} of runs that nothing happened to."""
