@@ -67,6 +67,10 @@ def options(argv):
     args = parser.parse_args(argv)
     args.run = [f for given in args.run or ["out/sft"] for f in given.split(",") if f]
     args.edit = [edit.parse(text) for text in args.edit]
+    if not args.run:
+        raise config.UserError("command line: --run names no folder")
+    if args.n is not None and args.n > 1 and args.temperature == 0:
+        raise config.UserError(f"command line: --n {args.n} chains of --temperature 0 would be one and the same; leave one away")
     args.problems = args.problems if args.problems is not None else 50 if args.html else 4
     args.n = args.n if args.n is not None else 6 if args.html else 1
     args.temperature = args.temperature if args.temperature is not None else float(args.n > 1)
@@ -113,7 +117,7 @@ def think(args, folder, name, asked, device):
     prompts = run.prompts(asked, tokens, model, args.max_new)
     solve = lambda prompts=prompts, **how: evaluate.solve(model, tokens, prompts, args.max_new, keep=True, **how)
     began = time.perf_counter()
-    with run.autocast(device):
+    with run.tool_memory("sample", prompts, model, args.max_new), run.autocast(device):
         if args.html or not args.temperature:
             mean = solve()
             shows = [Show(name, "", [[c] for c in mean], time.perf_counter() - began)]
@@ -150,7 +154,7 @@ def questions(args):
     if not args.file:
         return run.test_set(args.run[0], args.problems, args.seed)
     try:
-        text = Path(args.file).read_text(encoding="utf-8")
+        text = Path(args.file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise config.UserError(f"{args.file}:0: cannot be read ({e}); give problems or plain questions, one a line")
     is_problems = text.lstrip()[:1] in ("[", "{") or "||" in text

@@ -366,7 +366,7 @@ def test(cfg, model, tokens, splits, max_new, start=None):
             b = evaluate.measure(before, asked)
             m |= {"start_accuracy": b["accuracy"], "start_coherence": b["coherence"], "start_tokens": b["tokens"],
                   **evaluate.paired(chains, before, asked)}
-            run.say(f"start ({name}): {evaluate.tell(b)}; gained {100 * m['gain']:+.1f} ± {100 * m['gain_se']:.1f} points (standard error)")
+            run.say(f"start ({name}): {evaluate.tell(b)}; {evaluate.tell_gain(m)}")
     return tests
 
 

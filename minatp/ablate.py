@@ -55,7 +55,9 @@ def main(argv=None):
         seeds = [int(s) for s in args.seeds.split(",")]
     except ValueError:
         raise config.UserError(f"command line: --seeds must be whole numbers separated by commas, not {args.seeds!r}")
-    study = Study(Path(args.out), args.options.split())
+    if args.jobs < 1:
+        raise config.UserError(f"command line: --jobs must be positive, not {args.jobs}")
+    study = Study(Path(args.out).absolute(), args.options.split())
     with ThreadPoolExecutor(args.jobs) as pool:  # a seed's later arms wait for its earlier ones; seeds and methods run side by side
         late = [a for a in (*AFTER, *THEN) if a in arms]
         first = [a for a in METHODS if a in arms or late and a == "ATP"]
@@ -135,7 +137,7 @@ def gained(study, arm, runs, seeds):
     gains = [100 * (r["accuracy"] - b["accuracy"]) for r, b in zip(runs, start)]
     if len(gains) > 1:
         return f" {statistics.fmean(gains):+.1f} ± {statistics.stdev(gains) / len(gains) ** 0.5:.1f} |"
-    return f" {gains[0]:+.1f}" + (f" ± {100 * runs[0]['gain_se']:.1f} |" if "gain_se" in runs[0] else " |")
+    return f" {gains[0]:+.1f}" + (f" ± {100 * runs[0]['gain_se']:.1f} |" if runs[0].get("gain_se") is not None else " |")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ manifest.json, by which a broken checkpoint is known.
 """
 import hashlib
 import json
-import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -51,14 +51,12 @@ def read_config(path):
         value = j.get(name, default)
         if value is None and default is None:
             raise UserError(f'{path}:1: "{name}" is missing; this does not look like a LLaMA\'s config.json')
-        if kind is float and isinstance(value, int):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        if not isinstance(value, (int, float) if kind is float else kind) or (kind is not bool and isinstance(value, bool)):
             names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             raise UserError(f'{path}:1: "{name}" must be {names}, not {value!r}')
-        if kind in (int, float) and not 0 < value < math.inf and not name.endswith("token_id"):
-            raise UserError(f'{path}:1: "{name}" must be positive, not {value!r}')
-        return value
+        if kind in (int, float) and not 0 < value < 2**31 and not name.endswith("token_id"):
+            raise UserError(f'{path}:1: "{name}" must be positive, and below 2^31, not {value!r}')
+        return float(value) if kind is float else value
 
     if j.get("model_type", "llama") != "llama":
         raise UserError(f'{path}:1: "model_type" is {j["model_type"]!r}; only llama can be loaded')
@@ -70,13 +68,13 @@ def read_config(path):
         raise UserError(f"{path}:1: the parameters of RoPE must be an object, not {rope!r}")
     rope = dict(rope)
     theta = rope.pop("rope_theta", None) or j.get("rope_theta") or 10000.0
-    if type(theta) not in (int, float) or not 0 < theta < math.inf:
+    if type(theta) not in (int, float) or not 0 < theta < 2**63:
         raise UserError(f'{path}:1: "rope_theta" must be a positive number, not {theta!r}')
     kind = rope.get("rope_type", rope.pop("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f'{path}:1: RoPE of type {kind!r} is not supported; only default and llama3')
     missing = [k for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-               if kind == "llama3" and not (type(rope.get(k)) in (int, float) and 0 < rope[k] < math.inf)]
+               if kind == "llama3" and not (type(rope.get(k)) in (int, float) and 0 < rope[k] < 2**63)]
     if missing:
         raise UserError(f'{path}:1: the llama3 RoPE scaling lacks a positive number "{missing[0]}"')
     n_head, D = get("num_attention_heads", int), get("hidden_size", int)
@@ -348,8 +346,8 @@ def save_final(out, model, tokens, source=None):
 def save_checkpoint(out, state, model, tokens, optimizer, source=None, keep=2):
     """out/checkpoints/{step}: the directory that `save` writes, AdamW's moments and `state` (JSON: step, seconds …).
 
-    The last `keep` are kept; older ones are removed, and newer ones, which a resume has found broken. A checkpoint serves --init
-    and sample.py as well as --resume. Rank 0 alone writes. Raises NotWritten.
+    The last `keep` are kept; older ones are removed, and newer ones, which a resume has found broken; what has another name, say a
+    copy that a user made, stays. A checkpoint serves --init and sample.py as well as --resume. Rank 0 alone writes. Raises NotWritten.
     """
     if distributed.rank():
         return
@@ -363,13 +361,14 @@ def save_checkpoint(out, state, model, tokens, optimizer, source=None, keep=2):
     new = Path(out) / "checkpoints" / f"{state['step']:08d}"
     write_folder(new, write, n_bytes(model, optimizer))
     kept = [c for c in checkpoints(out) if c <= new][-keep:]
-    for other in sorted(set(new.parent.iterdir()) - set(kept), reverse=True):  # what a crash left of a name, then the name
+    ours = {c for c in new.parent.iterdir() if re.fullmatch(r"\d{8}(\.tmp|\.old)?", c.name) and c.is_dir()}
+    for other in sorted(ours - set(kept), reverse=True):  # what a crash left of a name, then the name
         shutil.rmtree(other if other.suffix else other.rename(other.with_suffix(".old")))  # never half a checkpoint
 
 
 def checkpoints(out):
     """Folders of a run's checkpoints, oldest first."""
-    return sorted((Path(out) / "checkpoints").glob("*[0-9]"))
+    return sorted((Path(out) / "checkpoints").glob("[0-9]" * 8))
 
 
 def newest_checkpoint(out):

@@ -57,6 +57,12 @@ def guarded(main, argv=None):
     except Ended as e:
         sys.stderr.write(" ".join(str(e).split()) + "\n")
         return e.code
+    except OSError as e:  # no permission, or a name too long, where nobody asked first
+        if e.filename is None:
+            raise
+        name = " ".join(str(e.filename).split())
+        sys.stderr.write(f"{name}:0: cannot be used ({e.strerror}); look at its name and its permissions\n")
+        return UserError.code
     except KeyboardInterrupt:
         return 130
 
@@ -212,13 +218,15 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
 
         for f in fields(self):
             need(f.type is not float or math.isfinite(getattr(self, f.name)), f"{flag(f.name)} must be a finite number")
+            need(f.type is not int or getattr(self, f.name) < 2**32, f"{flag(f.name)} must be below 2^32, not {getattr(self, f.name)}")
         need(self.stage in ("sft", "rl"), f"--stage must be sft or rl, not {self.stage!r}")
         need(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, not {self.method!r}")
-        for name in ("K", "c", "batch_size", "lr", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "block_size", "eval_batch",
+        for name in ("K", "c", "batch_size", "lr", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "block_size", "rope_theta", "vocab_size", "eval_batch",
                      "log_every", "save_every", "labelled", "val_size", "test_size", "temperature", "clip", "updates", "G", "answers", "spread", "updates_per_batch", "val_every"):
             need(getattr(self, name) > 0, f"{flag(name)} must be positive, not {getattr(self, name)}")
         for name in ("seed", "micro_batch", "decoder_layers", "beta", "warmup", "weight_decay", "max_new", "votes", "w_acc", "w_coh", "w_fmt", "kl", "anchor"):
             need(getattr(self, name) >= 0, f"{flag(name)} must not be negative, but is {getattr(self, name)}")
+        need(self.init or self.c * self.K < self.block_size, f"--c {self.c} × --K {self.K} latents do not fit --block-size {self.block_size}")
         need(self.n_embd % self.n_head == 0 and self.n_embd // self.n_head % 2 == 0,
              f"--n-embd {self.n_embd} must be an even multiple of --n-head {self.n_head}")
         need(self.n_head % self.n_kv_head == 0, f"--n-head {self.n_head} must be a multiple of --n-kv-head {self.n_kv_head}")
@@ -235,7 +243,6 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
         need(self.baseline in ("mean", "rloo"), f"--baseline must be mean or rloo, not {self.baseline!r}")
         need(self.estimator in ("score", "path"), f"--estimator must be score or path, not {self.estimator!r}")
         need(self.coherence in ("paper", "strict"), f"--coherence must be paper or strict, not {self.coherence!r}")
-        need(self.seed < 2**32, f"--seed must be below 2^32, not {self.seed}")
         need(0 <= self.answers_share <= 1, f"--answers-share must be between 0 and 1, not {self.answers_share}")
         need(self.sink in ("", "tensorboard", "wandb"), f"--sink must be tensorboard or wandb, not {self.sink!r}")
         need(self.G > 1, "--G must be at least 2: a group is its own baseline")
@@ -322,14 +329,14 @@ def of_run(path):
         old = json.loads(Path(path).read_text(encoding="utf-8"))
         cfg = Config(**old)
     except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise UserError(f"{path}:1: is not the config.json of a run ({e}); start without --resume")
+        raise UserError(f"{path}:1: is not the config.json of a run ({e}); start without --resume, or give another folder")
     for f in fields(Config):
         value = getattr(cfg, f.name)
         if type(value) is not f.type and not (f.type is float and type(value) is int):
             raise UserError(f'{path}:1: "{f.name}" must be {f.type.__name__}, not {value!r}')
     try:
         cfg.check()
-    except UserError as e:
+    except (UserError, OverflowError) as e:  # the latter: an integer that is no float
         raise UserError(f"{path}:1: {e}")
     return cfg
 

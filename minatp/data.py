@@ -31,7 +31,7 @@ def read_problems(path, answers=True):
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as e:
-        raise UserError(f"{path}:0: cannot be read ({e.strerror}); give a problem file to --data")
+        raise UserError(f"{path}:0: cannot be read ({e.strerror}); give a problem file")
     except UnicodeDecodeError as e:
         raise UserError(f"{path}:0: is not UTF-8 text (byte {e.start}); give JSON, JSONL or iCoT text")
     if not text.strip():
@@ -45,7 +45,7 @@ def read_problems(path, answers=True):
 
 def _json_list(path, text, answers):
     """Problems of a JSON list, one record at a time, so that an error knows the line that its record begins on."""
-    decoder, blank = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    decoder, blank = json.JSONDecoder(object_pairs_hook=_once), re.compile(r"[ \t\r\n]*")
     line, at = 1, 0
 
     def skip(to):  # over blanks from `to`
@@ -70,7 +70,7 @@ def _json_list(path, text, answers):
 
 
 def _json_line(where, line, answers):
-    return _record(where, _json(where, lambda: json.loads(line), "each line must be one object"), answers)
+    return _record(where, _json(where, lambda: json.loads(line, object_pairs_hook=_once), "each line must be one object"), answers)
 
 
 def _json(where, read, hint):
@@ -79,6 +79,14 @@ def _json(where, read, hint):
         return read()
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: is not valid JSON ({getattr(e, 'msg', e)}); {hint}")
+
+
+def _once(pairs):
+    """The object of a JSON object's pairs. Raises ValueError where a key comes twice: which one counts is anyone's guess."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))!r} stands twice in one object")
+    return found
 
 
 def _record(where, r, answers):
@@ -97,6 +105,8 @@ def _record(where, r, answers):
     for key in ("question", "answer")[: 1 + answers]:
         if not r[key].strip():
             raise UserError(f'{where}: "{key}" is empty; write it or leave the problem out')
+    if any("### " in text for text in (*r["steps"], r["answer"])):
+        raise UserError(f'{where}: a step or the answer holds "### ", which begins an answer; write it in another way')
     need_text(where, r["question"], *r["steps"], r["answer"])
     return Problem(r["question"].strip(), [s.strip() for s in r["steps"]], r["answer"].strip(), where)
 

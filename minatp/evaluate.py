@@ -146,9 +146,15 @@ def tell(m):
 
 
 def paired(after, before, problems):
-    """Accuracy gained from `before` to `after` (one Chain per problem each) and its standard error, by the differences."""
+    """Accuracy gained from `before` to `after` (one Chain per problem each) and its standard error, by the differences (None for one problem)."""
     d = torch.tensor([reward.accuracy(a.text, p.answer) - reward.accuracy(b.text, p.answer) for a, b, p in zip(after, before, problems)])
-    return {"gain": float(d.mean()), "gain_se": float(d.std() / len(d) ** 0.5)}
+    return {"gain": float(d.mean()), "gain_se": float(d.std() / len(d) ** 0.5) if len(d) > 1 else None}
+
+
+def tell_gain(m):
+    """What `paired` found, in words."""
+    error = "" if m["gain_se"] is None else f" ± {100 * m['gain_se']:.1f}"
+    return f"gained {100 * m['gain']:+.1f}{error} points (standard error)"
 
 
 def agree(a, b):
@@ -204,7 +210,7 @@ def main(argv=None):
         model, tokens = checkpoint.load(folder)
         run.place(model, device).eval()
         prompts = run.prompts(asked, tokens, model, args.max_new)
-        with run.autocast(device):
+        with run.tool_memory("evaluation", prompts, model, args.max_new), run.autocast(device):
             chains = solve(model, tokens, prompts, args.max_new)
             m = measure(chains, asked)
             if args.votes:
@@ -214,7 +220,7 @@ def main(argv=None):
             m |= paired(chains, first, asked)
         first = first or chains
         run.say(json.dumps({"run": folder, **m}) if args.json else f"{folder}: {tell(m)}"
-                + (f"; gained {100 * m['gain']:+.1f} ± {100 * m['gain_se']:.1f} points (standard error)" if "gain" in m else ""))
+                + (f"; {tell_gain(m)}" if "gain" in m else ""))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def read(path):
     for i, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            raise config.UserError(f"{path}:{i}: is not valid JSON ({e.msg}); is it the metrics.jsonl of a run?")
+        except (ValueError, RecursionError) as e:
+            raise config.UserError(f"{path}:{i}: is not valid JSON ({getattr(e, 'msg', e)}); is it the metrics.jsonl of a run?")
         if not isinstance(records[-1], dict) or "step" not in records[-1]:
             raise config.UserError(f'{path}:{i}: has no "step"; is it the metrics.jsonl of a run?')
     if not records:

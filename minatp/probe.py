@@ -32,6 +32,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.problems < 10 or args.max_new < 1:
         raise config.UserError(f"command line: --problems must be at least 10 and --max-new positive, not {args.problems}, {args.max_new}")
+    if not 0 <= args.seed < 2**32:
+        raise config.UserError(f"command line: --seed must not be negative and below 2^32, not {args.seed}")
     found = data.read_problems(args.file)[: args.problems] if args.file else run.test_set(args.run, args.problems)
     if len(found) < 10:
         raise config.UserError(f"{args.file or args.run}:0: has {len(found)} problems; a probe needs at least 10")
@@ -39,7 +41,7 @@ def main(argv=None):
     model, tokens = checkpoint.load(args.run)
     run.place(model, device).eval()
     prompts = run.prompts(found, tokens, model, args.max_new)
-    with run.autocast(device):
+    with run.tool_memory("probe", prompts, model, args.max_new), run.autocast(device):
         solve = lambda **how: evaluate.solve(model, tokens, prompts, args.max_new, keep=True, **how)
         mean = solve()
         if not any(c.n_latent for c in mean):

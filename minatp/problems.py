@@ -11,17 +11,21 @@ import random
 import re
 from dataclasses import replace
 
+from .config import UserError
 from .data import Problem
 
 NAMES = "Ann Bob Cid Dan Eve Fay Gus Hal Ivy Jon Kim Leo Mia Ned Ora Pam".split()
 THINGS = "pens cups eggs nuts figs hats keys maps".split()
 TOP = 30        # no number is larger
+MOST = 10**6    # problems of a set, of which it has more
 LONGER = (5, 6)  # steps of the set "longer": more than any problem that is learned from
 SETS = {"test": (0, 1), "longer": (0, 1), "validation": (2,), "labelled": (3, 4, 5, 6, 7, 8, 9), "answers": (10, 11, 12, 13, 14, 15)}  # of 16 buckets
 
 
 def generate(which, n, seed):
     """n different problems of the set `which` (a key of SETS), the same for the same seed. Those of "answers" have no steps."""
+    if n > MOST:
+        raise UserError(f"built-in {which}:0: {n:,} problems are too many; ask for {MOST:,} at most")
     families, shares = ((lambda rng: events(rng, LONGER, (1, 1)),), (1,)) if which == "longer" else ((events, comparison, groups, shopping), (3, 3, 1, 1))
     rng = random.Random(f"{which}/{seed}")
     seen, out = set(), []

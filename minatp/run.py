@@ -84,8 +84,7 @@ def test_set(folder, n=0, seed=0):
     folder = Path(folder)
     trained = of_run(folder / "config.json") if (folder / "metrics.jsonl").exists() else Config()
     if not trained.data:
-        n = n or trained.test_size
-        return problems.generate("test", n * (seed + 1), 0)[-n:]
+        return problems.generate("test", n or trained.test_size, seed)
     if not trained.test:
         raise UserError(f"{folder}:0: was not trained on the built-in task; give a question or --file")
     return [p for f in trained.test.split(",") for p in data.read_problems(f)][: n or None]
@@ -281,6 +280,12 @@ def memory(what, batch, length, option):
         raise OutOfMemory(f"{what}: out of memory with a batch of {batch} × {length} tokens: lower {option}") from e
 
 
+def tool_memory(what, prompts, model, max_new):
+    """`memory` of a program that solves all prompts, in the batches of evaluate.solve."""
+    length = max(map(len, prompts)) + model.c * model.K + 1 + max_new
+    return memory(what, min(500, len(prompts)), length, "--problems or --max-new")
+
+
 class Stop:
     """SIGTERM and Ctrl-C. The first asks the loop to end after its step. For a second one the system's own handler is back, which
     ends the process at once, even inside a kernel."""
@@ -344,7 +349,7 @@ class Log:
                 try:
                     record = json.loads(line)
                     record["step"] + 0
-                except (ValueError, LookupError, TypeError):
+                except (ValueError, LookupError, TypeError, RecursionError):
                     raise UserError(f"{self.path}:{i}: is not a record with a step; remove that line")
                 yield line, record
 

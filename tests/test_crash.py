@@ -216,6 +216,20 @@ def test_a_broken_checkpoint_is_skipped(harm, whole, tmp_path, capsys):
     assert capsys.readouterr().err.count("warning") == 1 and facts(out) == facts(whole["sft"][0])
 
 
+def test_what_is_no_checkpoint_is_left_alone(whole, tmp_path, capsys):
+    """A copy that a user made, a desktop's files: neither read as checkpoints, nor removed, nor stumbled over."""
+    shutil.copytree(whole["sft"][0], tmp_path, dirs_exist_ok=True)
+    good, newest = checkpoint.checkpoints(tmp_path)
+    newest.rename(newest.with_name(f"{newest.name}-copy2"))
+    (good.parent / ".DS_Store").write_text("")
+    (good.parent / "notes.1").write_text("")
+    (good.parent / "99999999").write_text("")
+    go("--resume", "--out", tmp_path)
+    (good.parent / "99999999").unlink()
+    assert capsys.readouterr().err.count("warning") == 1 and facts(tmp_path) == facts(whole["sft"][0])
+    assert {f.name for f in good.parent.iterdir()} == {good.name, newest.name, f"{newest.name}-copy2", ".DS_Store", "notes.1"}
+
+
 def test_one_flipped_bit_anywhere_in_a_manifest_is_seen(whole):
     good = checkpoint.checkpoints(whole["sft"][0])[-1]
     text = (good / "manifest.json").read_bytes()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
-from minatp import ablate, checkpoint, config
+from minatp import ablate, checkpoint, config, evaluate, probe
 from runs import TINY, TINY_RL, go
 
 MODEL = Path(__file__).parent / "fixtures" / "conformance" / "policy"
@@ -76,6 +76,11 @@ GOOD = '{"question": "q", "steps": ["<<1+1=2>>"], "answer": "2"}'
     ("q||<<1+1=2>> 2", 1, "is not `question||"),
     ("q||<<1+1=2>> #### ", 1, '"answer" is empty'),
     ("||<<1+1=2>> #### 2", 1, '"question" is empty'),
+    ("q||<<1+1=2>> #### 2 #### 3", 1, 'holds "### ", which begins an answer'),
+    ('{"question": "q", "steps": ["### 7"], "answer": "2"}', 1, 'holds "### ", which begins an answer'),
+    (f'{GOOD}\n{{"question": "q", "answer": "1", "steps": [], "answer": "2"}}', 2, "'answer' stands twice in one object"),
+    (f'[{GOOD},\n{{"question": "q", "question": "p", "steps": [], "answer": "2"}}]', 2, "'question' stands twice in one object"),
+    (GOOD.encode("utf-16"), 0, "is not UTF-8 text (byte 0)"),
     (b"q||<<1+1=2>> #### 2\n\xff\xfe", 0, "is not UTF-8 text (byte 20)"),
     (b"PK\x03\x04\x99\x00", 0, "is not UTF-8 text"),
     (f"{GOOD}\n" * 3, 1, "has 3 problems, too few to hold out --val-size 4"),
@@ -164,6 +169,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     (edit(CONFIG, vocab_size="many"), f"{CONFIG}:1", '"vocab_size" must be int'),
     (edit(CONFIG, hidden_size=True), f"{CONFIG}:1", '"hidden_size" must be int'),
     (edit(CONFIG, num_hidden_layers=0), f"{CONFIG}:1", '"num_hidden_layers" must be positive'),
+    (edit(CONFIG, hidden_size=10**30), f"{CONFIG}:1", '"hidden_size" must be positive, and below 2^31'),
+    (edit(CONFIG, rms_norm_eps=10**400), f"{CONFIG}:1", '"rms_norm_eps" must be positive, and below 2^31'),
+    (edit(CONFIG, rope_theta=10**400), f"{CONFIG}:1", '"rope_theta" must be a positive number'),
     (edit(CONFIG, rms_norm_eps=float("nan")), f"{CONFIG}:1", '"rms_norm_eps" must be positive'),
     (edit(CONFIG, num_key_value_heads=3), f"{CONFIG}:1", "4 heads cannot share 3"),
     (edit(CONFIG, head_dim=15), f"{CONFIG}:1", "head_dim 15 is odd"),
@@ -230,6 +238,7 @@ def all_checkpoints(harm):
     (text("config.json", b"[]"), "", "config.json:1", "is not the config.json of a run"),
     (edit("config.json", lr="fast"), "", "config.json:1", "\"lr\" must be float, not 'fast'"),
     (edit("config.json", K=2.5), "", "config.json:1", '"K" must be int, not 2.5'),
+    (edit("config.json", lr=10**400), "", "config.json:1", "int too large"),
     (edit("config.json", colour="red"), "", "config.json:1", "unexpected keyword argument 'colour'"),
     (edit("config.json", batch_size=-3), "", "config.json:1", "--batch-size must be positive, not -3"),
     (lambda out: None, "--lr 7", "config.json:1", "the run has --lr 0.002, not 7.0"),
@@ -237,6 +246,7 @@ def all_checkpoints(harm):
     (lambda out: shutil.rmtree(out / "checkpoints"), "", "checkpoints:0", "holds no checkpoint to resume from"),
     (text("metrics.jsonl", b'{"step": 1}\n{"st\n{"step": 2}\n'), "", "metrics.jsonl:2", "is not a record with a step"),
     (text("metrics.jsonl", b'{"loss": 1}\n'), "", "metrics.jsonl:1", "is not a record with a step"),
+    (text("metrics.jsonl", b"[" * 100_000 + b"\n"), "", "metrics.jsonl:1", "is not a record with a step"),
     (text("metrics.jsonl", b"7\n"), "", "metrics.jsonl:1", "is not a record with a step"),
 ])
 def test_folders_to_resume_from(harm, options, file, reason, finished, refused, tmp_path):
@@ -265,6 +275,8 @@ def test_folders_that_cannot_be_used(finished, refused, tmp_path):
     refused(train.main, [*TINY, "--out", finished], f"{finished}:0: ", "holds a run already; add --resume")
     (tmp_path / "file").write_text("")
     refused(train.main, [*TINY, "--out", "file"], "file:0: ", "cannot be written (File exists)")
+    refused(train.main, [*TINY, "--out", "x" * 300], "x" * 300, "cannot be used (File name too long)")
+    refused(sample.main, ["--run", "x" * 300, "Q"], "x" * 300, "cannot be used (File name too long)")
     refused(train.main, [*TINY, "--out", "file/below"], "file/below:0: ", "cannot be written (Not a directory)")
     go(*TINY, "--method", "cot", "--out", tmp_path / "cot")
     refused(train.main, [*TINY_RL, "--init", "cot", "--out", "rl"], "cot:0: ", "start --stage rl from an SFT run of --method atp")
@@ -281,7 +293,9 @@ def test_folders_that_cannot_be_used(finished, refused, tmp_path):
     ("--K 2.5", "argument --K: invalid int value: '2.5'"),
     ("--lr -1", "--lr must be positive"), ("--lr nan", "--lr must be"), ("--w-acc inf", "--w-acc must be a finite number"),
     ("--K 0", "--K must be positive"), ("--batch-size 0", "--batch-size must be positive"), ("--seed -1", "--seed must not be negative"),
-    (f"--seed {10**20}", "--seed must be below 2^32"), ("--micro-batch -2", "--micro-batch must not be negative"),
+    (f"--seed {10**20}", "--seed must be below 2^32"), (f"--n-layer {10**30}", "--n-layer must be below 2^32"),
+    ("--vocab-size -5", "--vocab-size must be positive"), ("--rope-theta 0", "--rope-theta must be positive"),
+    ("--c 200", "--c 200 × --K 4 latents do not fit --block-size 512"), ("--micro-batch -2", "--micro-batch must not be negative"),
     ("--method sft", "--method must be one of"), ("--stage dream", "--stage must be"), ("--preset huge", "--preset must be one of"),
     ("--epochs 1,2", "--epochs needs 1 or 6 numbers"), ("--epochs x", "--epochs must be numbers"), ("--epochs nan", "--epochs needs"),
     ("--epochs 0", "--epochs needs"), ("--epochs inf", "--epochs needs"),
@@ -307,6 +321,7 @@ def test_command_lines(argv, reason, refused, tmp_path):
     (["--stage", "rl", "--init", "nowhere"], "nowhere:0: ", "is not a directory"),
     (["--resume", "--out", "nowhere"], "nowhere/config.json:1: ", "start without --resume"),
     (["--block-size", 20], "built-in labelled:1: ", "context is 20"),
+    (["--labelled", 10**9], "built-in labelled:0: ", "ask for 1,000,000 at most"),
 ])
 def test_command_lines_with_a_wrong_path(argv, start, reason, refused):
     refused(train.main, ["--labelled", 40, "--answers", 5, "--test-size", 5, "--val-size", 5, *argv], start, reason)
@@ -342,18 +357,53 @@ def test_help_tells_every_option_and_what_it_is_where_it_is_not_given(capsys):
     (["--file", "no.txt"], "no.txt:0: ", "cannot be read"), (["--file", "latin.txt"], "latin.txt:0: ", "cannot be read"),
     (["--file", "empty.txt"], "empty.txt:1: ", "holds no question"), (["--file", "long.txt"], "long.txt:2: ", "shorten it"),
     (["--file", "cut.json"], "cut.json:1: ", "is not valid JSON"),
+    (["--file", "wide.txt"], "wide.txt:0: ", "cannot be read"), (["--file", "marked.json"], "marked.json:1: ", '"steps" is missing'),
+    (["--n", 3, "--temperature", 0, "Q"], "command line: ", "would be one and the same"),
+    (["--problems", 10**9], "built-in test:0: ", "ask for 1,000,000 at most"),
 ])
 def test_sample_command_lines(argv, start, reason, finished, refused, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "long.txt").write_text("One?\n" + "word " * 900)
+    (tmp_path / "wide.txt").write_text("One?\n", encoding="utf-16")
+    (tmp_path / "marked.json").write_text('[{"question": "q"}]', encoding="utf-8-sig")  # a byte order mark does not make it a question
     (tmp_path / "cut.json").write_text(f"[{GOOD[:-5]}")
     refused(sample.main, ["--run", finished, *argv], start, reason)
 
 
 @pytest.mark.parametrize("argv, reason", [
     (["--arms", "magic"], "there is no 'magic'"), (["--seeds", "x"], "--seeds must be whole numbers"),
-    (["--job", "2"], "did you mean --jobs?"),
+    (["--job", "2"], "did you mean --jobs?"), (["--jobs", "0"], "--jobs must be positive"),
 ])
 def test_ablate_command_lines(argv, reason, refused):
     refused(ablate.main, argv, "command line: ", reason)
+
+
+def test_no_folder_given_to_sample(refused):
+    refused(sample.main, ["--run", ",", "Q"], "command line: ", "--run names no folder")
+
+
+def test_another_seed_shows_other_problems_at_once(finished):
+    """The largest seed, too."""
+    shown = [[p.question for p in sample.run.test_set(finished, 4, seed)] for seed in (0, 1, 2**32 - 1)]
+    assert shown[0] == [p.question for p in sample.run.test_set(finished)][:4] and not set(shown[0]) & set(shown[1]) & set(shown[2])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_probe_command_lines(seed, finished, refused):
+    refused(probe.main, [finished, "--problems", 10, "--seed", seed], "command line: ", "--seed must not be negative")
+
+
+@pytest.mark.parametrize("main, argv", [(evaluate.main, []), (probe.main, []), (sample.main, ["--run"])])
+def test_tools_out_of_memory_exit_4(main, argv, finished, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "rollout", lambda *a, **k: torch.empty(1 << 55, dtype=torch.uint8))
+    assert config.guarded(main, [*argv, str(finished), "--problems", "12", "--max-new", "4"]) == 4
+    err = capsys.readouterr().err
+    assert "out of memory with a batch of 12 ×" in err and "lower --problems or --max-new" in err and err.count("\n") == 1
+
+
+def test_the_gain_on_one_problem_has_no_error(finished, tmp_path, capsys, recwarn):
+    (tmp_path / "one").write_text(GOOD)
+    assert config.guarded(evaluate.main, [str(finished), str(finished), "--file", str(tmp_path / "one"), "--max-new", "4", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[1])["gain_se"] is None and not err and not recwarn

@@ -328,7 +328,8 @@ def test_curves_have_every_quantity(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, message", [("", ":1: is empty"), ('{"step": 1}\n{"st', ":2: is not valid JSON"),
-                                           ("[1]\n", ':1: has no "step"'), (None, ":0: cannot be read")])
+                                           ("[1]\n", ':1: has no "step"'), ("[" * 100_000, ":1: is not valid JSON"),
+                                           ("7" * 5000, ":1: is not valid JSON"), (None, ":0: cannot be read")])
 def test_broken_metrics_are_named(text, message, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     if text is not None:
