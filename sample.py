@@ -81,8 +81,7 @@ def options(argv):
         raise config.UserError(f"command line: --vote must be majority or coherence, with --n of at least 2, not {args.vote!r} of {args.n}")
     if not 0 <= args.temperature < math.inf or args.problems < 0 or not 0 <= args.seed < 2**32:
         raise config.UserError("command line: --temperature, --problems and --seed must not be negative, nor without end")
-    for a, b, wrong in (("--vote", "--temperature 0", args.vote and not args.temperature), ("--html", "--json", args.html and args.json),
-                        ("--html", "--vote", args.html and args.vote),
+    for a, b, wrong in (("--html", "--json", args.html and args.json), ("--html", "--vote", args.html and args.vote),
                         ("--edit", "--vote", args.edit and args.vote),
                         ("--edit", "--n without --html", args.edit and not args.html and args.temperature)):
         if wrong:

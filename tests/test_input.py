@@ -350,7 +350,7 @@ def test_help_tells_every_option_and_what_it_is_where_it_is_not_given(capsys):
     (["--temperature", "-1"], "command line: ", "--temperature"), (["--temperature", "nan"], "command line: ", "--temperature"),
     (["--seed", 10**20, "Q"], "command line: ", "--seed"), (["--problems", "-1"], "command line: ", "--problems"),
     (["--vote", "loudest"], "command line: ", "--vote must be"),
-    (["--vote", "majority", "--n", "2", "--temperature", "0"], "command line: ", "does not go with --temperature 0"),
+    (["--vote", "majority", "--n", "2", "--temperature", "0"], "command line: ", "would be one and the same"),
     (["--temprature", "1"], "command line: ", "did you mean --temperature?"),
     (["Q\udcff"], "command line:1: ", "half of a surrogate pair"), ([""], "command line:1: ", "holds no question"),
     (["word " * 900], "command line:1: ", "shorten it"), (["Q", "--max-new", "9999"], "command line:1: ", "lower --max-new"),
