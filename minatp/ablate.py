@@ -25,6 +25,7 @@ AFTER = {  # name -> options of the run that goes on from ATP; {epochs}: as many
     "RL, placebo (permuted rewards)": ["--stage", "rl", "--placebo"],
     "RL, no coherence": ["--stage", "rl", "--w-coh", "0"],
     "RL, coherence only (sees no answer)": ["--stage", "rl", "--no-answers", "--w-coh", "1"],
+    "RL, σ × 4": ["--stage", "rl", "--spread", "4"],
     "RL, thoughts scored": ["--stage", "rl", "--estimator", "score"],
     "RL, thoughts scored, σ × 4": ["--stage", "rl", "--estimator", "score", "--spread", "4"],
     "RL, thoughts scored, σ × 4, greedy words": ["--stage", "rl", "--estimator", "score", "--spread", "4", "--greedy"],
