@@ -151,8 +151,7 @@ def rl(cfg, splits, device):
 
     order, anchors = (data.batches(lengths, cfg.batch_size, cfg.seed * 1000 + k)
                       for k, lengths in enumerate(([len(p) for p in prompts], [r.length for r in rows])))
-    silent = state.get("silent", 0)
-    taught = read_back(start, tokens, val_rows, device)
+    silent, taught = state.get("silent", 0), read_back(start, tokens, val_rows, device)
 
     def validate(step):
         """Where it is due and not done: a run can have been stopped between saving and this."""
