@@ -135,7 +135,7 @@ def rl(cfg, splits, device):
     run.need_size(model, cfg)
     run.need_thoughts(model, cfg)
     run.place(model, device).set_recompute(cfg.recompute)
-    start.to(device).requires_grad_(False)
+    start.to(device)
     model.decoder.requires_grad_(False)
     optimizer = run.adamw(cfg, model)
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}

@@ -1,5 +1,6 @@
 """The decoder LM φ: it reads the c latents of a step as input embeddings and writes the step as text."""
 import math
+from contextlib import contextmanager
 
 import torch
 
@@ -17,6 +18,20 @@ def thought_nll(decoder, z, text):
     return nll.new_zeros(text.shape).masked_scatter(labelled, nll).sum(1)
 
 
+@contextmanager
+def cast_once(module):
+    """Inside, autocast keeps its copies of a frozen module's weights, too, where it would make them anew for every word: it goes by
+    requires_grad."""
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
 @torch.no_grad()
 def read_thoughts(decoder, z, eos, max_new=24):
     """What φ writes greedily for each thought. z (N, c, D) -> N lists of ids, up to the id `eos` that φ was taught to write.
@@ -27,20 +42,22 @@ def read_thoughts(decoder, z, eos, max_new=24):
     texts = [[] for _ in range(N)]
     if not N:
         return texts
-    rows, cache = torch.arange(N, device=z.device), decoder.cache(N, c + max_new)
-    h = decoder(z, torch.ones(N, c, dtype=torch.bool, device=z.device), cache)[:, -1]
-    for _ in range(max_new):
-        token = decoder.logits(h).argmax(-1)
-        going = token != eos
-        for row, t, on in zip(rows.tolist(), token.tolist(), going.tolist()):
-            if on:
-                texts[row].append(t)
-        if not going.any():
-            break
-        if not going.all():
-            rows, token = rows[going], token[going]
-            cache.keep(going.nonzero()[:, 0])
-        h = decoder(decoder.embed(token)[:, None], torch.ones(len(rows), 1, dtype=torch.bool, device=z.device), cache)[:, 0]
+    rows, cache = list(range(N)), decoder.cache(N, c + max_new)
+    with cast_once(decoder):
+        h = decoder(z, torch.ones(N, c, dtype=torch.bool, device=z.device), cache, 1)[:, 0]
+        for _ in range(max_new):
+            token = decoder.logits(h).argmax(-1)
+            words = token.tolist()
+            left = [i for i, word in enumerate(words) if word != eos]
+            for i in left:
+                texts[rows[i]].append(words[i])
+            if not left:
+                break
+            if len(left) < len(rows):
+                rows, keep = [rows[i] for i in left], torch.tensor(left, device=z.device)
+                token = token[keep]
+                cache.keep(keep)
+            h = decoder(decoder.embed(token)[:, None], torch.ones(len(rows), 1, dtype=torch.bool, device=z.device), cache)[:, 0]
     return texts
 
 

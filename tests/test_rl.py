@@ -4,11 +4,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from minatp import checkpoint, config, data, evaluate, problems, reward
+from minatp.explain import read_thoughts
 from minatp.latent import ATP
-from minatp.llama import LlamaConfig
+from minatp.llama import Llama, LlamaConfig
 from minatp.loss import advantages, surrogate
 from minatp.rollout import Rollout, score
 from runs import go
@@ -249,9 +251,29 @@ def test_free_rows_stop_where_generation_does_and_teach_their_answer(runs):
     sums = supervise(model, batch)
     assert sums["enc"] > 0 and not sums["kl"] and not sums["stop"] and "dec" not in sums
     sums["enc"].backward()
-    assert model.latent_head.mean.weight.grad.norm() > 0 or not n_latent.any()
+    assert model.latent_head.gauss.weight.grad.norm() > 0 or not n_latent.any()
 
 
 def test_sft_takes_answers_alone(tmp_path):
     go(*SMALL, "--out", tmp_path, "--answers", 40, "--answers-share", 0.5)
     assert json.loads((tmp_path / "summary.json").read_text())["method"] == "atp"
+
+
+def test_a_frozen_decoder_is_cast_once():
+    """autocast keeps its copies of weights that ask for a gradient alone: without cast_once a frozen φ is cast anew for every word."""
+    cfg = LlamaConfig(vocab_size=11, n_layer=2, n_head=2, n_kv_head=1, n_embd=8, n_inner=12, head_dim=4, rope_scaling=None, bos=0, eos=(1,))
+    decoder = Llama(cfg).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
+    casts = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].shape in [p.shape for p in decoder.parameters() if p.dim() == 2]:
+                casts.append(args[0].data_ptr())
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Watch():
+        texts = read_thoughts(decoder, torch.randn(3, 2, 8), eos=-1, max_new=5)
+    assert [len(t) for t in texts] == [5, 5, 5]
+    weights = [p.data_ptr() for p in decoder.parameters() if p.dim() == 2]
+    assert sorted(p for p in casts if p in weights) == sorted(weights)
+    assert not any(p.requires_grad for p in decoder.parameters())
