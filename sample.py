@@ -77,6 +77,8 @@ def options(argv):
     for name in ("n", "max_new"):
         if getattr(args, name) < 1:
             raise config.UserError(f"command line: {config.flag(name)} must be positive, not {getattr(args, name)}")
+    if args.n > 10_000:
+        raise config.UserError(f"command line: --n {args.n} chains of each question are too many; at most 10000")
     if args.vote not in ("", "majority", "coherence") or args.vote and args.n < 2:
         raise config.UserError(f"command line: --vote must be majority or coherence, with --n of at least 2, not {args.vote!r} of {args.n}")
     if not 0 <= args.temperature < math.inf or args.problems < 0 or not 0 <= args.seed < 2**32:

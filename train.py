@@ -87,13 +87,13 @@ def sft(cfg, splits, device):
         first += n_steps
         if first >= state["step"] and first > log.validated:  # a run can have been stopped between saving and this
             with meter.paused():
-                m = evaluate.measure(solve(cfg, model, tokens, splits.val, run.room(cfg, rows, stage)), splits.val)
+                m = evaluate.measure(solve(cfg, model, tokens, splits.val, run.room(cfg, rows, model)), splits.val)
             log.write({"step": first, "stage": stage, "validation": m})
             run.say(f"stage {stage}  validation: {evaluate.tell(m)}")
 
     seconds = log.seconds()
     checkpoint.save_final(cfg.out, model, tokens, found or cfg.init)
-    tests = test(cfg, model, tokens, splits, run.room(cfg, rows, plan[-1][0]))
+    tests = test(cfg, model, tokens, splits, run.room(cfg, rows, model))
     log.summary(cfg, tests, seconds, device, training_problems=len(rows))
 
 
@@ -138,14 +138,14 @@ def rl(cfg, splits, device):
     start.to(device)
     model.decoder.requires_grad_(False)
     optimizer = run.adamw(cfg, model)
-    state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}
+    state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0, "start": run.fingerprint(start)}
+    run.need_start(start, state, cfg)
     log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
-    cfg.c, cfg.K = model.c, model.K
     pool = [*splits.train, *splits.answers] if cfg.data else splits.answers  # the built-in task's SFT has exhausted its labels
     prompts, rows = [tokens.prompt(p.question) for p in pool], run.encoded(cfg, splits.train, tokens, model)
     val_rows = run.encoded(cfg, [p for p in splits.val if p.steps][:200], tokens, model)
     run.encoded(cfg, splits.answers + splits.held_out, tokens, model)  # none is too long
-    max_new = run.room(cfg, rows, model.stage)
+    max_new = run.room(cfg, rows, model)
     run.say(f"rl from {cfg.init}: {run.size(model)}, {cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts on {device}; "
             f"files in {cfg.out}")
 
@@ -188,7 +188,7 @@ def rl(cfg, splits, device):
         stopping = distributed.anyone(run.stop.asked, device)
         if any((step + 1) % n == 0 for n in (cfg.save_every, cfg.val_every)) or step == cfg.updates - 1 or stopping:
             steps.check()
-            state = {"step": step + 1, "seconds": log.seconds(), "meter": meter.state(), "silent": silent}
+            state |= {"step": step + 1, "seconds": log.seconds(), "meter": meter.state(), "silent": silent}
             checkpoint.save_checkpoint(cfg.out, state, model, tokens, optimizer, found or cfg.init)
             run.stop.check(cfg, stopping)
         validate(step + 1)

@@ -214,6 +214,8 @@ def load(directory, **switches):
         directory = newest_checkpoint(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}:0: is not a directory; give a Hugging Face directory or a run's folder")
+    if (directory / "metrics.jsonl").exists():
+        raise UserError(f"{directory}:0: is a run that has saved nothing yet; wait for its first checkpoint, or start it again")
     cfg = read_config(directory / "config.json")
     tokens, vocab_size = read_tokens(directory, cfg), cfg.vocab_size
     ours = directory / "minatp"

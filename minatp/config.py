@@ -1,6 +1,7 @@
 """Every option, once. The command line, --help and a run's config.json are made from these dataclasses."""
 import argparse
 import difflib
+import errno
 import json
 import math
 import os
@@ -40,9 +41,10 @@ class NotWritten(Ended):
         """error: the exception; needed: bytes that were to be written."""
         there = Path(path).absolute()
         free = shutil.disk_usage(next(p for p in there.parents if p.exists())).free
-        why = getattr(error, "strerror", None) or error
+        why, code = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
+        do = "make room" if code in (None, errno.ENOSPC, errno.EDQUOT) else "mend that"  # safetensors gives no number
         super().__init__(f"{path}:0: cannot be written ({why}): {needed:,} bytes are needed and {free:,} are free; what is already saved "
-                         "is intact: make room, then go on with --resume")
+                         f"is intact: {do}, then go on with --resume")
 
 
 class Stopped(Ended):
@@ -226,7 +228,8 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
             need(getattr(self, name) > 0, f"{flag(name)} must be positive, not {getattr(self, name)}")
         for name in ("seed", "micro_batch", "decoder_layers", "beta", "warmup", "weight_decay", "max_new", "votes", "w_acc", "w_coh", "w_fmt", "kl", "anchor"):
             need(getattr(self, name) >= 0, f"{flag(name)} must not be negative, but is {getattr(self, name)}")
-        need(self.init or self.c * self.K < self.block_size, f"--c {self.c} × --K {self.K} latents do not fit --block-size {self.block_size}")
+        need(self.init or self.c * self.K + self.max_new < self.block_size,
+             f"--c {self.c} × --K {self.K} latents{f' and --max-new {self.max_new}' * bool(self.max_new)} do not fit --block-size {self.block_size}")
         need(self.n_embd % self.n_head == 0 and self.n_embd // self.n_head % 2 == 0,
              f"--n-embd {self.n_embd} must be an even multiple of --n-head {self.n_head}")
         need(self.n_head % self.n_kv_head == 0, f"--n-head {self.n_head} must be a multiple of --n-kv-head {self.n_kv_head}")

@@ -6,7 +6,6 @@ from fractions import Fraction
 LONGEST = 1000  # digits of a number; Python converts no more than 4,300 at once
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
 SIGNED = re.compile(rf"(?<![\d.)])-?(?:{NUMBER.pattern})")  # a minus after a number or a bracket is an operator
-ANSWER = re.compile(rf"### \s*\$?(-?(?:{NUMBER.pattern}))%?\s*$")
 
 
 def number(text):
@@ -36,7 +35,7 @@ def accuracy(text, gold):
 
 def form(text, ended):
     """R_fmt: 1.0 for "### " with a number, then eos (`ended`)."""
-    return float(ended and ANSWER.search(text) is not None)
+    return float(ended and number(answer(text) or "") is not None)
 
 
 def result(step):

@@ -135,9 +135,28 @@ def need_size(model, cfg):
 
 
 def need_thoughts(model, cfg):
-    """RL explores in sampled latents and judges what φ reads in them. Raises UserError for a model without them."""
+    """RL explores in sampled latents and judges what φ reads in them; how many they are, SFT has settled. Raises UserError for a model
+    without them, or where an option asks for others."""
     if not (model.vae and model.decode and model.stage):
         raise UserError(f"{cfg.init}:0: has no sampled latents or no decoder LM; start --stage rl from an SFT run of --method atp")
+    preset = Config(**PRESETS[cfg.preset])
+    for name in ("c", "K"):
+        if (asked := getattr(cfg, name)) not in (has := getattr(model, name), getattr(preset, name)):
+            raise UserError(f"command line: {flag(name)} {asked} contradicts --init {cfg.init}, which has {has}; leave it away")
+
+
+def fingerprint(model):
+    """A short hash of a model's parameters, of the first few numbers of each."""
+    h = hashlib.sha256()
+    for p in model.parameters():
+        h.update(p.detach().flatten()[:64].cpu().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def need_start(start, state, cfg):
+    """Raises UserError where --init no longer holds what a resumed RL run began from and is to be compared with."""
+    if state["start"] != fingerprint(start):
+        raise UserError(f"{cfg.init}:0: is not what this run began from (trained again since?); bring that back, or begin anew in another --out")
 
 
 SMALL = 10**7  # parameters
@@ -208,11 +227,11 @@ def lr_at(step, n_steps, warmup, peak):
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
 
-def room(cfg, rows, stage):
-    """Most tokens of an answer after a curriculum stage."""
+def room(cfg, rows, model):
+    """Most tokens of an answer after the curriculum stage that the model has reached."""
     if cfg.max_new:
         return cfg.max_new
-    return max(16, max((sum(map(len, r.lines[stage:] if stage <= cfg.K else [])) + len(r.answer) for r in rows), default=0))
+    return max(16, max((sum(map(len, r.lines[model.stage:] if model.stage <= model.K else [])) + len(r.answer) for r in rows), default=0))
 
 
 # ---- what can go wrong --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train
 from minatp import checkpoint, config, data, evaluate, run
@@ -147,6 +148,20 @@ def test_the_writer_of_checkpoints_killed_at_any_moment(whole, context, tmp_path
 
 
 # ---- the three cut points, step by step ---------------------------------------------------------------------------------
+
+def test_a_resumed_rl_run_is_compared_with_its_own_start(whole, tmp_path, capsys):
+    shutil.copytree(whole["rl"][0], tmp_path / "rl")
+    config_file, weights = tmp_path / "rl" / "config.json", tmp_path / "sft" / "final" / "model.safetensors"
+    told = json.loads(config_file.read_text())
+    shutil.copytree(told["init"], tmp_path / "sft")
+    config_file.write_text(json.dumps({**told, "init": str(tmp_path / "sft")}))
+    go("--resume", "--out", tmp_path / "rl")
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] += 1e-4
+    save_file(tensors, weights)
+    go("--resume", "--out", tmp_path / "rl", expect=2)
+    assert capsys.readouterr().err.startswith(f"{tmp_path}/sft:0: is not what this run began from")
+
 
 class Crash(BaseException):
     pass
@@ -335,6 +350,9 @@ def test_a_full_disk_under_the_other_files(tmp_path):
     with pytest.raises(config.NotWritten, match="there:0: .* 3 bytes are needed"):
         config.replace_file(tmp_path / "there", "new")
     assert (tmp_path / "there").read_text() == "old"
+    with pytest.raises(config.NotWritten, match=r"\(Is a directory\).*: mend that, then"):
+        (tmp_path / "folder").mkdir()
+        config.replace_file(tmp_path / "folder", "new")
 
 
 # ---- what is not finite -------------------------------------------------------------------------------------------------

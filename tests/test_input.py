@@ -295,7 +295,8 @@ def test_folders_that_cannot_be_used(finished, refused, tmp_path):
     ("--K 0", "--K must be positive"), ("--batch-size 0", "--batch-size must be positive"), ("--seed -1", "--seed must not be negative"),
     (f"--seed {10**20}", "--seed must be below 2^32"), (f"--n-layer {10**30}", "--n-layer must be below 2^32"),
     ("--vocab-size -5", "--vocab-size must be positive"), ("--rope-theta 0", "--rope-theta must be positive"),
-    ("--c 200", "--c 200 × --K 4 latents do not fit --block-size 512"), ("--micro-batch -2", "--micro-batch must not be negative"),
+    ("--c 200", "--c 200 × --K 4 latents do not fit --block-size 512"),
+    ("--max-new 508", "--c 1 × --K 4 latents and --max-new 508 do not fit --block-size 512"), ("--micro-batch -2", "--micro-batch must not be negative"),
     ("--method sft", "--method must be one of"), ("--stage dream", "--stage must be"), ("--preset huge", "--preset must be one of"),
     ("--epochs 1,2", "--epochs needs 1 or 6 numbers"), ("--epochs x", "--epochs must be numbers"), ("--epochs nan", "--epochs needs"),
     ("--epochs 0", "--epochs needs"), ("--epochs inf", "--epochs needs"),
@@ -331,6 +332,16 @@ def test_command_lines_with_a_wrong_path(argv, start, reason, refused):
 def test_a_size_that_the_model_has_not(options, finished, refused):
     refused(train.main, [*options, "--n-inner", 40, "--init", finished, "--out", "o"], "command line: ",
             f"--n-inner 40 contradicts --init {finished}, which has 24")
+
+
+def test_rl_takes_the_latents_that_sft_has_settled(finished, refused):
+    refused(train.main, [*TINY_RL, "--c", 3, "--init", finished, "--out", "o"], "command line: ", f"--c 3 contradicts --init {finished}, which has")
+
+
+def test_a_run_that_has_saved_nothing(tmp_path, refused):
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "config.json").write_text("{}")
+    refused(sample.main, ["--run", tmp_path, "q"], f"{tmp_path}:0: ", "has saved nothing yet")
 
 
 def test_help_tells_every_option_and_what_it_is_where_it_is_not_given(capsys):

@@ -18,7 +18,7 @@ def test_accuracy(text, gold, right):
 
 
 @pytest.mark.parametrize("text, ended, good", [("### 19", True, 1), ("### 19", False, 0), ("### x", True, 0), ("19", True, 0),
-                                               ("### 19 pens", True, 0), ("### -1,000.5", True, 1)])
+                                               ("### 19 pens", True, 0), ("### -1,000.5", True, 1), ("### 5 ### 7", True, 0)])
 def test_form(text, ended, good):
     assert reward.form(text, ended) == good
 
