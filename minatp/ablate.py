@@ -18,6 +18,7 @@ from .run import say
 METHODS = {  # name -> options of train.py --stage sft
     "no-CoT": ["--method", "no-cot"], "CoT": ["--method", "cot"], "Coconut": ["--method", "coconut"], "SIM-CoT": ["--method", "sim-cot"],
     "ATP": ["--method", "atp"], "ATP, no VAE": ["--no-vae"], "ATP, no stop head": ["--no-stop"], "ATP, no decoder": ["--no-decoder"],
+    "ATP, β × 10": ["--beta", "1e-2"], "ATP, σ / 20 at first": ["--init-logvar", "-10"],
 }
 MORE = ("--stage", "sft", "--lr", "1e-3", "--epochs", "0,0,0,0,0,{epochs}")  # the last stage again; of 5e-4, 1e-3 and 2e-3 no lr was better
 AFTER = {  # name -> options of the run that goes on from ATP; {epochs}: as many as take the seconds of "RL"
@@ -27,15 +28,18 @@ AFTER = {  # name -> options of the run that goes on from ATP; {epochs}: as many
     "RL, coherence only (sees no answer)": ["--stage", "rl", "--no-answers", "--w-coh", "1"],
     "RL, σ × 4": ["--stage", "rl", "--spread", "4"],
     "RL, thoughts scored": ["--stage", "rl", "--estimator", "score"],
-    "RL, thoughts scored, σ × 4": ["--stage", "rl", "--estimator", "score", "--spread", "4"],
+    "RL, thoughts scored, lr / 10": ["--stage", "rl", "--estimator", "score", "--lr", "3e-5"],
     "RL, thoughts scored, σ × 4, greedy words": ["--stage", "rl", "--estimator", "score", "--spread", "4", "--greedy"],
     "RL, normalised": ["--stage", "rl", "--normalise"],
+    "RL, leave one out": ["--stage", "rl", "--baseline", "rloo"],
+    "RL, KL 0.01": ["--stage", "rl", "--kl", "0.01"],
     "RL, 4 updates a batch (GRPO)": ["--stage", "rl", "--updates-per-batch", "4"],
     "control: more SFT": [*MORE],
     "SFT on answers alone": [*MORE, "--answers-share", "0.75"],
 }
 THEN = {"SFT on answers alone, then RL": ("SFT on answers alone", ["--stage", "rl"]),
-        "SFT on answers alone, twice": ("SFT on answers alone", AFTER["SFT on answers alone"])}
+        "SFT on answers alone, twice": ("SFT on answers alone", AFTER["SFT on answers alone"]),
+        "ATP, β × 10, then RL": ("ATP, β × 10", AFTER["RL"])}
 
 
 def main(argv=None):
