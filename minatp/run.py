@@ -259,7 +259,7 @@ class Steps:
         told = torch.stack((loss.detach().float(), norm))
         self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, 1 - told.isfinite().all().float())
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("scale", 1.0)
+            group["lr"] = lr * group["scale"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.seen.append((told, step, chosen))

@@ -360,7 +360,7 @@ def test_a_full_disk_under_the_other_files(tmp_path):
 def test_steps_that_are_not_finite_are_not_taken(whole):
     """Nor any after them, until `check` tells; parameters and moments keep their bits."""
     model, _ = checkpoint.load(whole["sft"][0])
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = run.adamw(config.parse([*TINY, "--out", "o"], ""), model)
     problem = lambda at: [data.Problem("q", [], "1", at)]
 
     def take(steps, step, loss, gradient):
