@@ -222,7 +222,7 @@ class Explored(NamedTuple):
 
 def explore(cfg, model, tokens, asked, prompts, step, max_new, device):
     """G chains of each problem asked (this process's share of them), judged against their group -> Explored."""
-    noise = Noise.draw(model, len(asked) * cfg.G, max_new, cfg.seed * 1_000_003 + step, spread=cfg.spread, greedy=cfg.greedy)
+    noise = Noise.draw(model, len(asked) * cfg.G, max_new, run.seed_at(cfg, step, 1), spread=cfg.spread, greedy=cfg.greedy)
     noise = noise.at(distributed.mine(torch.arange(len(asked) * cfg.G).view(-1, cfg.G)).flatten(), device)
     prompt, valid = data.left_pad(distributed.mine(prompts), tokens.end, device)
     with run.memory(f"rl, step {step + 1}", len(noise.eps), prompt.shape[1] + model.c * model.K + 1 + max_new, "--batch-size or --G"):
@@ -233,7 +233,7 @@ def explore(cfg, model, tokens, asked, prompts, step, max_new, device):
     R = distributed.whole(R)  # every process knows all rewards and learns from its own chains
     run.need_finite(R, step, asked)
     if cfg.placebo:
-        R = R.flatten()[torch.randperm(R.numel(), generator=run.generator(cfg, step))].view_as(R)
+        R = R.flatten()[torch.randperm(R.numel(), generator=run.generator(cfg, step, 2))].view_as(R)
     advantage = advantages(R, cfg.baseline, cfg.normalise)
     telling = (advantage != 0).any(1)
     parts |= {"latents": r.n_latent.float().mean(), "sigma": (0.5 * r.logvar[r.logvar.any(-1)]).exp().mean()}

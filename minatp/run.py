@@ -175,9 +175,14 @@ def size(model):
     return f"{sum(p.numel() for p in model.parameters()):,} parameters"
 
 
-def generator(cfg, step):
-    """The chance of one step, the same whether or not the run was stopped before it."""
-    return torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+def seed_at(cfg, step, stream=0):
+    """Seed of one step's chance, the same whether or not the run was stopped before it. stream: 0 SFT, 1 rollouts, 2 the placebo, which
+    are independent (of a seed torch's generator on a CPU takes the low 32 bits)."""
+    return cfg.seed * 1_000_003 + stream * 333_331 + step
+
+
+def generator(cfg, step, stream=0):
+    return torch.Generator().manual_seed(seed_at(cfg, step, stream))
 
 
 def shape(cfg, vocab_size):
