@@ -7,7 +7,6 @@
     python sample.py --edit "drop 2"          without thought 2: does the answer change? Also "swap 1 2" and "replace 2 WITH",
                                               WITH being zero, prior, next (problem's) or words: "replace 1 <<3+4=7>>"
 """
-import argparse
 import json
 import math
 import os
@@ -49,7 +48,7 @@ def main(argv=None):
 
 def options(argv):
     """The command line, checked. Raises UserError."""
-    parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = config.Parser(__doc__)
     parser.add_argument("question", nargs="?", help="a question, or - for stdin [--problems of the test set]")
     parser.add_argument("--run", action="append", help="folder of a run, or of a saved model; several: a,b or once more [out/sft]")
     parser.add_argument("--file", help="problems (JSON, JSONL, iCoT) or plain questions, one a line")
@@ -63,7 +62,6 @@ def options(argv):
     parser.add_argument("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
     parser.add_argument("--device", default="", help="cpu | cuda | cuda:N [cuda where there is one]")
     parser.add_argument("--json", action="store_true", help="one JSON object per chain")
-    parser.known = [o for action in parser._actions for o in action.option_strings]
     args = parser.parse_args(argv)
     args.run = [f for given in args.run or ["out/sft"] for f in given.split(",") if f]
     args.edit = [edit.parse(text) for text in args.edit]

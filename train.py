@@ -45,7 +45,7 @@ def sft(cfg, splits, device):
     plan = [(stage, max(1, round(epochs * len(rows) / cfg.batch_size))) for stage, epochs in cfg.schedule()]
     n_total, first = sum(n for _, n in plan), 0
     # from scratch, φ starts as what π has become when thoughts begin
-    born = plan[0][1] if plan[0][0] == 0 and model.decode and not cfg.init else -1
+    decoder_start = plan[0][1] if plan[0][0] == 0 and model.decode and not cfg.init else -1
     run.say(f"{cfg.method}: {run.size(model)}, {len(tokens):,} tokens, {n_total:,} steps of {cfg.batch_size} problems on {device}; "
             f"files in {cfg.out}")
 
@@ -61,14 +61,14 @@ def sft(cfg, splits, device):
             if step < state["step"]:
                 continue  # done before the resume; the order had to be drawn
 
-            if step == born:
+            if step == decoder_start:
                 model.decoder.start_from(model.policy)
 
-            lr = run.lr_at(i, n_steps, min(cfg.warmup, n_steps // 10), cfg.lr)
-            sums, counts, n_token = sft_gradients(cfg, model, tokens, chosen, stage, step, device)
+            lr = run.lr_at(cfg, i, n_steps)
+            sums, counts = sft_gradients(cfg, model, tokens, chosen, stage, step, device)
             norm = steps.take(lr, sum(sums.values()), step, chosen)
 
-            meter.add({**sums, "grad_norm": norm}, counts, n_token)
+            meter.add({**sums, "grad_norm": norm}, counts, counts["read"])
             if (step + 1) % cfg.log_every == 0 or i == n_steps - 1:
                 steps.check()
                 means, speed, left = meter.read(n_total - step - 1)
@@ -87,13 +87,13 @@ def sft(cfg, splits, device):
         first += n_steps
         if first >= state["step"] and first > log.validated:  # a run can have been stopped between saving and this
             with meter.paused():
-                m = evaluate.measure(solve(cfg, model, tokens, splits.val, run.room(cfg, rows, model)), splits.val)
+                m = evaluate.measure(solve(cfg, model, tokens, splits.val, run.max_answer(cfg, rows, model)), splits.val)
             log.write({"step": first, "stage": stage, "validation": m})
             run.say(f"stage {stage}  validation: {evaluate.tell(m)}")
 
     seconds = log.seconds()
     checkpoint.save_final(cfg.out, model, tokens, found or cfg.init)
-    tests = test(cfg, model, tokens, splits, run.room(cfg, rows, model))
+    tests = test(cfg, model, tokens, splits, run.max_answer(cfg, rows, model))
     log.summary(cfg, tests, seconds, device, training_problems=len(rows))
 
 
@@ -101,14 +101,14 @@ def sft_gradients(cfg, model, tokens, rows, stage, step, device, weight=1.0):
     """Add one batch's SFT gradients, times `weight`, to the parameters, micro-batch by micro-batch.
 
     Every loss is divided by its count in the whole batch and every row has its own noise, so that the split, over micro-batches and
-    over processes, changes nothing. Returns (sums, counts, positions read).
+    over processes, changes nothing. Returns (sums, counts, "read" among them: positions).
     """
     rows = sorted(rows, key=lambda r: len(r.prompt))  # micro-batches of like length
     shape = (len(rows), model.c * model.K + 1, model.policy.cfg.n_embd)
     noise = distributed.mine(torch.randn(shape, generator=run.generator(cfg, step))) if model.vae else None
     rows = distributed.mine(rows)
     size = cfg.micro_batch or len(rows)
-    parts = [data.collate(rows[i:i + size], stage, tokens, model) for i in range(0, len(rows), size)]
+    parts = [data.collate(rows[i:i + size], stage, model) for i in range(0, len(rows), size)]
     counts = {name: sum(p.counts[name] for p in parts) for name in parts[0].counts}
     counts["read"] = sum(int(p.prompt_valid.sum() + p.n_latent.sum() + (p.target >= 0).sum()) for p in parts)
     counts, total = distributed.total(counts, device), {}
@@ -122,7 +122,7 @@ def sft_gradients(cfg, model, tokens, rows, stage, step, device, weight=1.0):
             loss.backward()
         for name, value in sums.items():
             total[name] = total.get(name, 0) + value.detach()
-    return distributed.total(total, device), counts, counts["read"]
+    return distributed.total(total, device), counts
 
 
 # ---- stage 2: method.md, Stage 2 ----------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def rl(cfg, splits, device):
     prompts, rows = [tokens.prompt(p.question) for p in pool], run.encoded(cfg, splits.train, tokens, model)
     val_rows = run.encoded(cfg, [p for p in splits.val if p.steps][:200], tokens, model)
     run.encoded(cfg, splits.answers + splits.held_out, tokens, model)  # none is too long
-    max_new = run.room(cfg, rows, model)
+    max_new = run.max_answer(cfg, rows, model)
     run.say(f"rl from {cfg.init}: {run.size(model)}, {cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts on {device}; "
             f"files in {cfg.out}")
 
@@ -158,7 +158,7 @@ def rl(cfg, splits, device):
         if step > log.validated and (step % cfg.val_every == 0 or step == cfg.updates):
             with meter.paused():
                 m = {**evaluate.measure(solve(cfg, model, tokens, splits.val, max_new), splits.val),
-                     **look_inside(cfg, model, tokens, splits.val, val_rows, taught, max_new, device)}
+                     **diagnose(cfg, model, tokens, splits.val, val_rows, taught, max_new, device)}
             log.write({"step": step, "validation": m})
             run.say(f"rl  validation: {evaluate.tell(m)}; {m['thought_share']:.0%} of the reward's variance from thoughts"
                     + (f"; reading {m['reading']:.2f} nats ({m['drift']:+.2f})" if val_rows else ""))
@@ -169,16 +169,16 @@ def rl(cfg, splits, device):
         if step < state["step"]:
             continue
 
-        asked, lr = [pool[i] for i in chosen], run.lr_at(step, cfg.updates, min(cfg.warmup, cfg.updates // 10), cfg.lr)
+        asked, lr = [pool[i] for i in chosen], run.lr_at(cfg, step, cfg.updates)
         x = explore(cfg, model, tokens, asked, [prompts[i] for i in chosen], step, max_new, device)
-        diagnostics = {}
-        due = (step + 1) % cfg.log_every == 0 or step == cfg.updates - 1
-        for update in learn(cfg, model, start if cfg.kl or due else None, x, f"rl, step {step + 1}"):
+        due, old, metrics = (step + 1) % cfg.log_every == 0 or step == cfg.updates - 1, None, {}
+        for _ in range(cfg.updates_per_batch if x.informative.any() else 0):
+            loss, old, metrics = policy_gradients(cfg, model, start if cfg.kl or due else None, x, old, f"rl, step {step + 1}")
             if cfg.anchor:
                 sft_gradients(cfg, model, tokens, [rows[i] for i in anchor], model.stage, step, device, cfg.anchor)
-            diagnostics = {**update.told, "grad_norm": steps.take(lr, update.loss, step, asked)}
-        silent = unheard(silent, x.telling)
-        meter.add({**x.told, **diagnostics}, {}, x.n_token)
+            metrics["grad_norm"] = steps.take(lr, loss, step, asked)
+        silent = count_silent(silent, x.informative)
+        meter.add({**x.metrics, **metrics}, {}, x.n_token)
         if due:
             steps.check()
             means, speed, left = meter.read(cfg.updates - step - 1)
@@ -199,9 +199,9 @@ def rl(cfg, splits, device):
     log.summary(cfg, tests, seconds, device, training_problems=len(pool))
 
 
-def unheard(silent, telling):
-    """How many batches in a row had next to nothing to tell, this one included; at 50 of them there is a warning. telling (B,) bool."""
-    silent = silent + 1 if telling.float().mean() < 0.05 else 0
+def count_silent(silent, informative):
+    """How many batches in a row had next to no signal, this one included; at 50 of them there is a warning. informative (B,) bool."""
+    silent = silent + 1 if informative.float().mean() < 0.05 else 0
     if silent == 50:
         run.say("warning: for 50 batches fewer than 5 % of the groups had rewards that differ, so there is little to learn from: look at "
                 "acc (all right or all wrong?), fmt (0: answers do not end), sigma and --spread (do the thoughts differ at all?)")
@@ -215,8 +215,8 @@ class Explored(NamedTuple):
     noise: Noise             # of B·G chains
     rollout: Rollout
     advantage: torch.Tensor  # (questions of all processes, G)
-    telling: torch.Tensor    # (questions of all processes,) bool: where the advantages are not all 0
-    told: dict               # diagnostics
+    informative: torch.Tensor  # (questions of all processes,) bool: where the advantages are not all 0
+    metrics: dict
     n_token: int
 
 
@@ -235,41 +235,33 @@ def explore(cfg, model, tokens, asked, prompts, step, max_new, device):
     if cfg.placebo:
         R = R.flatten()[torch.randperm(R.numel(), generator=run.generator(cfg, step, 2))].view_as(R)
     advantage = advantages(R, cfg.baseline, cfg.normalise)
-    telling = (advantage != 0).any(1)
+    informative = (advantage != 0).any(1)
     parts |= {"latents": r.n_latent.float().mean(), "sigma": (0.5 * r.logvar[r.logvar.any(-1)]).exp().mean()}
     parts = distributed.mean(parts, len(prompt), device)
     n_token = distributed.total({"n": int(r.n_latent.sum() + r.n_token.sum())}, device)["n"]
-    return Explored(prompt, valid, noise, r, advantage, telling, {"reward": R.mean(), "signal": telling.float().mean(), **parts}, n_token)
+    return Explored(prompt, valid, noise, r, advantage, informative, {"reward": R.mean(), "signal": informative.float().mean(), **parts},
+                    n_token)
 
 
-class Update(NamedTuple):
-    loss: torch.Tensor  # of all processes
-    told: dict          # diagnostics
-
-
-def learn(cfg, model, start, x, what):
-    """Leave the policy gradient of x (Explored) in the parameters, once per update on this batch: a generator of Updates, after each
-    of which the caller takes the step; none where no group tells anything. start: see policy_loss. what: names this batch where memory
-    runs out."""
-    if not x.telling.any():
-        return
-    device, telling = x.prompt.device, distributed.mine(x.telling)
-    group = telling.nonzero()[:, 0].to(device)
+def policy_gradients(cfg, model, start, x, old, what):
+    """Add the policy gradient of x (Explored), of its informative groups, to the parameters. start, old: see policy_loss. what: names this
+    batch where memory runs out. Returns (loss of all processes, old for the next update on this batch, metrics)."""
+    device, informative = x.prompt.device, distributed.mine(x.informative)
+    group = informative.nonzero()[:, 0].to(device)
     chain = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
-    mine = distributed.mine(x.advantage)[telling].view(-1, 1).to(device)
-    chains = (x.prompt[group], x.valid[group], x.rollout.take(chain), mine, x.noise.eps[chain])
-    loss, old, told = torch.zeros((), device=device), None, {}
+    advantage = distributed.mine(x.advantage)[informative].view(-1, 1).to(device)
+    loss, metrics = torch.zeros((), device=device), {}
     length = x.prompt.shape[1] + x.rollout.z.shape[1] + 1 + x.rollout.token.shape[1]
-    for _ in range(cfg.updates_per_batch):
-        if len(chain):
-            with run.memory(what, len(chain), length, "--batch-size or --G"):
-                with run.autocast(device):
-                    loss, old, told = policy_loss(cfg, model, start, *chains, old, x.advantage.numel(), int(x.telling.sum()) * cfg.G)
-                loss.backward()
-        yield Update(distributed.total({"loss": loss.detach()}, device)["loss"], distributed.mean(told, len(chain), device))
+    if len(chain):
+        with run.memory(what, len(chain), length, "--batch-size or --G"):
+            with run.autocast(device):
+                loss, old, metrics = policy_loss(cfg, model, start, x.prompt[group], x.valid[group], x.rollout.take(chain), advantage,
+                                                 x.noise.eps[chain], old, x.advantage.numel(), int(x.informative.sum()) * cfg.G)
+            loss.backward()
+    return distributed.total({"loss": loss.detach()}, device)["loss"], old, distributed.mean(metrics, len(chain), device)
 
 
-def earned(cfg, chain, gold):
+def reward_of(cfg, chain, gold):
     """The reward of a Chain and its parts."""
     return reward.total(chain.text, chain.steps, chain.ended, None if cfg.no_answers else gold, cfg.w_acc, cfg.w_coh, cfg.w_fmt,
                         cfg.coherence == "strict")
@@ -277,17 +269,17 @@ def earned(cfg, chain, gold):
 
 def judge(cfg, chains, golds):
     """Rewards (B, G) of the chains of B questions, and the means of their parts: accuracy only where answers are looked at."""
-    told = [earned(cfg, c, golds[i // cfg.G]) for i, c in enumerate(chains)]
-    parts = {k: torch.tensor([p[k] for _, p in told]).mean() for k in ("acc", "coh", "fmt")[cfg.no_answers:]}
-    return torch.tensor([R for R, _ in told]).view(len(golds), cfg.G), parts
+    found = [reward_of(cfg, c, golds[i // cfg.G]) for i, c in enumerate(chains)]
+    parts = {k: torch.tensor([p[k] for _, p in found]).mean() for k in ("acc", "coh", "fmt")[cfg.no_answers:]}
+    return torch.tensor([R for R, _ in found]).view(len(golds), cfg.G), parts
 
 
-def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n, n_telling):
-    """−Σ advantage·log-probability over the chains r of the telling groups, over all n chains of the batch, of which n_telling are in
-    such groups; both counted over all processes.
+def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n, n_informative):
+    """−Σ advantage·log-probability over the chains r of the informative groups, over all n chains of the batch, of which n_informative are
+    in such groups; both counted over all processes.
 
     start: the SFT policy where the KL to it is asked for, which is a pass more. Returns (loss, the log-probabilities that later
-    updates on this batch are compared with, diagnostics).
+    updates on this batch are compared with, metrics).
     """
     s = score(model, prompt, valid, r, cfg.G, eps if cfg.estimator == "path" else None)
     new = torch.cat((s.logp_z, s.logp_stop, s.logp_token if not cfg.greedy else 0 * s.logp_token), 1)
@@ -296,13 +288,13 @@ def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n, n_t
     loss = each.sum() / n
     decided = torch.cat((s.candidate & (cfg.estimator == "score"), s.candidate[:, ::model.c] & model.stop,
                          (r.token >= 0) & (not cfg.greedy)), 1)  # what is no decision has ratio 1, and would hide those that are clamped
-    d = {"clamped": clamped.sum() / decided.sum().clamp(min=1)}
+    metrics = {"clamped": clamped.sum() / decided.sum().clamp(min=1)}
     if start is not None:
         with torch.no_grad():
             ref = score(start, prompt, valid, r, cfg.G)
         kl = kl_to(s, ref)
-        d["kl"] = kl / len(advantage)
-    return loss + cfg.kl * kl / n_telling if cfg.kl else loss, old, d
+        metrics["kl"] = kl / len(advantage)
+    return loss + cfg.kl * kl / n_informative if cfg.kl else loss, old, metrics
 
 
 def kl_to(s, ref):
@@ -313,12 +305,12 @@ def kl_to(s, ref):
 
 
 @torch.no_grad()
-def look_inside(cfg, model, tokens, val, val_rows, taught, max_new, device):
+def diagnose(cfg, model, tokens, val, val_rows, taught, max_new, device):
     """Whether thoughts matter to the reward, and whether the frozen φ still reads them as it read the SFT policy's (`taught`)."""
     some = val[:24]
     with run.autocast(device):
         share, total = evaluate.reward_variance(model, tokens, [tokens.prompt(p.question) for p in some], [p.answer for p in some],
-                                                lambda chain, gold: earned(cfg, chain, gold)[0], max_new, cfg.seed, spread=cfg.spread)
+                                                lambda chain, gold: reward_of(cfg, chain, gold)[0], max_new, cfg.seed, spread=cfg.spread)
     reading = read_back(model, tokens, val_rows, device)
     return {"thought_share": share, "reward_variance": total, **({"reading": reading, "drift": reading - taught} if val_rows else {})}
 
@@ -328,7 +320,7 @@ def read_back(model, tokens, rows, device):
     """−log p that φ gives the true steps of problems that have some, a thought; None without such problems."""
     if not rows:
         return None
-    batch = data.collate(rows, model.stage, tokens, model)
+    batch = data.collate(rows, model.stage, model)
     with run.autocast(device):
         return float(supervise(model, batch.to(device))["dec"]) / batch.counts["dec"]
 
@@ -341,7 +333,7 @@ def solve(cfg, model, tokens, problems, max_new, seed=None):
     length = max(map(len, prompts)) + model.c * model.K + 1 + max_new
     with run.memory("evaluation", min(cfg.eval_batch, len(prompts)), length, "--eval-batch"), run.autocast(model.policy.freq.device):
         return evaluate.solve(model, tokens, prompts, max_new, cfg.eval_batch, seed, cfg.temperature,
-                              lambda done: run.stop.check(cfg, run.stop.asked and distributed.world() == 1))  # several would not agree
+                              lambda: run.stop.check(cfg, run.stop.asked and distributed.world() == 1))  # several would not agree
 
 
 def test(cfg, model, tokens, splits, max_new, start=None):

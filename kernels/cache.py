@@ -125,7 +125,8 @@ class Keep(torch.autograd.Function):
 
 
 class StepCache:
-    """Keys and values of every layer. The columns read first are left-padded; those of later calls may be real or not, as they like."""
+    """Keys and values of every layer. The columns read first are left-padded (or, where nothing is read after them, padded
+    anywhere); those of later calls may be real or not, as they like."""
     def __init__(self, cfg, B, T, device):
         self.T, self.shape, self.rep = T, (cfg.n_kv_head, cfg.head_dim), cfg.n_head // cfg.n_kv_head
         self.prefix, self.own, self.thread = ([None] * cfg.n_layer for _ in range(3))

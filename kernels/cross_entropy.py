@@ -14,7 +14,7 @@ Products: 2·R·V·D operations forward, 3 × as many backward.
 import torch
 import torch.nn.functional as F
 
-from .common import power_of_2, tl, triton, wide
+from .common import as_rows, power_of_2, tl, triton, wide
 
 IGNORE = -100
 CHUNK = 1024  # rows whose dl is in memory at a time: enough for a product of full speed
@@ -137,8 +137,7 @@ class LinearNLL(torch.autograd.Function):
 
 def apply(h, W, target, temperature=1.0):
     """LinearNLL on h (..., D), target (...), with h and W in one dtype."""
-    rows = h.reshape(-1, h.shape[-1])
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = as_rows(h)
     if not len(rows):
         return rows.sum(1).float().view(target.shape)
     return LinearNLL.apply(rows, W, target.reshape(-1), 1.0 / temperature).view(target.shape)

@@ -36,8 +36,7 @@ def use_triton(device, dtype=torch.float32):
 
 def serves(*tensors):
     """Whether the kernels serve these tensors, which lie on one device."""
-    wide = any(x.dtype == torch.float64 for x in tensors)
-    return use_triton(tensors[0].device, torch.float64 if wide else tensors[0].dtype)
+    return use_triton(tensors[0].device, torch.float64 if any(x.dtype == torch.float64 for x in tensors) else tensors[0].dtype)
 
 
 # ---- the VAE ------------------------------------------------------------------------------------------------------------
@@ -45,13 +44,6 @@ def serves(*tensors):
 def sample(mu, logvar, eps):
     """z = μ + σε, (..., D)."""
     return vae.apply(mu, logvar, eps, mode=vae.GIVEN)[0] if serves(mu, eps) else vae.sample(mu, logvar, eps)
-
-
-def draw(mu, logvar, seed, offset):
-    """z = μ + σε (..., D), its KL and its log-probability by row (...). ε is Philox of seed (1,) and each row's offset (...), int64."""
-    if serves(mu):
-        return vae.apply(mu, logvar, seed=seed, offset=offset, mode=vae.DRAW)
-    return vae.reparameterise(mu, logvar, vae.philox(seed, offset.reshape(-1), mu.shape[-1]).view(mu.shape).to(mu.dtype))
 
 
 def kl_normal(mu, logvar):

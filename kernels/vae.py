@@ -12,7 +12,7 @@ backward pass draws it again instead of reading it. seed and offset are read fro
 anew at every replay. Column j·⌈D/4⌉ + i takes lane j of counter i.
 
 Bytes an element, inputs in bf16: forward 4 read, 4 written (z stays float32, its density is asked for later); backward 4 + 4 read,
-4 written. ε given or z given: 4 more. The rows' values are 8 bytes a row.
+4 written. ε given or z given: 4 more. The rows' values are 8 bytes a row. (The training loops keep μ and logσ² in float32, 8 read.)
 """
 import math
 

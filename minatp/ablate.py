@@ -4,7 +4,6 @@
 
 Stage 1: the methods. Stage 2: RL and its controls, all from the same SFT run and, where they say so, for the same seconds.
 """
-import argparse
 import json
 import statistics
 import subprocess
@@ -43,13 +42,12 @@ THEN = {"SFT on answers alone, then RL": ("SFT on answers alone", ["--stage", "r
 
 
 def main(argv=None):
-    parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = config.Parser(__doc__)
     parser.add_argument("--out", default="out/ablate", help="folder of the runs [%(default)s]")
     parser.add_argument("--seeds", default="0", help="separated by commas [%(default)s]")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side [%(default)s]")
     parser.add_argument("--arms", default="", help="only these, by name, separated by semicolons; ATP and RL come with what needs them [all]")
     parser.add_argument("--options", default="", help="given to every run of train.py, in one string")
-    parser.known = [o for action in parser._actions for o in action.option_strings]
     args = parser.parse_args(argv)
     known = [*METHODS, *AFTER, *THEN]
     arms = [a.strip() for a in args.arms.split(";")] if args.arms else known

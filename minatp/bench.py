@@ -7,7 +7,6 @@ All must compute the same losses, gradients, chains and log-probabilities before
 turn, and a ratio is that of two times of one round: median [p10, p90]. Counts (minatp/count.py) do not swing with load, so they
 are what is gated. Weights are untrained and shared by all sides; in what is timed no chain ends early.
 """
-import argparse
 import json
 import os
 import statistics
@@ -103,7 +102,7 @@ class Case:
         """(data.Batch at a curriculum stage, its noise), and the model set to that stage. rows: Encoded [as many as an SFT step has]."""
         model = self.model
         model.stage = stage
-        batch = data.collate(rows or self.rows[: self.size["batch"]], stage, model, model).to(self.device)
+        batch = data.collate(rows or self.rows[: self.size["batch"]], stage, model).to(self.device)
         eps = torch.randn(len(batch.prompt), model.c * model.K + 1, model.policy.cfg.n_embd, generator=torch.Generator().manual_seed(1))
         return batch, eps.to(self.device)
 
@@ -112,7 +111,7 @@ class Case:
 
 
 def paper_row(vocab_size, n_prompt=90, n_step=10, per_step=9, n_answer=6):
-    """A problem of random ids, of the lengths that ../shared/performance.md reckons with."""
+    """A problem of random ids, of about a GSM8k-Aug problem's lengths."""
     ids = lambda n: torch.randint(2, vocab_size, (n,)).tolist()
     steps = [ids(per_step) for _ in range(n_step)]
     return data.Encoded(ids(n_prompt), steps, steps, [], ids(n_answer), "")
@@ -310,7 +309,7 @@ def tell(record, case):
 
 def floor(case, work, flops):
     """Least seconds of one of `works` on the case's machine: products at the product rate; passes of one position after another
-    that each read the weights; AdamW, which reads and writes 28 bytes a parameter. ../shared/performance.md, Floors."""
+    that each read the weights; AdamW, which reads and writes 28 bytes a parameter."""
     model, size, m = case.model, case.size, case.machine
     cfg, n, rows = model.policy.cfg, model.c * model.K, size["questions"] * size["G"]
     count_of = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())
@@ -398,13 +397,11 @@ def tell_memory():
 
 
 def main(argv=None):
-    parser = config.Parser(description=__doc__, usage="python -m minatp.bench [--option value …]", allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.Parser(__doc__, "python -m minatp.bench [--option value …]")
     parser.add_argument("--preset", default="tiny", help="tiny | llama-1b [%(default)s]")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is timed [%(default)s]")
     parser.add_argument("--device", default="", help="cpu | cuda | cuda:N [tiny: cpu; llama-1b: cuda]")
     parser.add_argument("--out", default="", help="write every figure to this JSON file as well")
-    parser.known = [o for action in parser._actions for o in action.option_strings]
     args = parser.parse_args(argv)
     if args.preset not in SIZES:
         raise config.UserError(f"command line: --preset must be one of {', '.join(SIZES)}, not {args.preset!r}")

@@ -196,8 +196,8 @@ def add_tokens(model, tokens):
     source = tokens.encode("<<")
     source = source if len(source) == 1 else slice(None)
     for llama in [model.policy] + ([model.decoder] if model.decode else []):
-        llama.resize(len(tokens), source)
-    model.start, model.latent, model.end = tokens.start, tokens.latent, tokens.end
+        llama.add_rows([tokens.start, tokens.latent, tokens.end], source)
+    model.end = tokens.end
 
 
 def load(directory, **switches):
@@ -217,26 +217,25 @@ def load(directory, **switches):
     if (directory / "metrics.jsonl").exists():
         raise UserError(f"{directory}:0: is a run that has saved nothing yet; wait for its first checkpoint, or start it again")
     cfg = read_config(directory / "config.json")
-    tokens, vocab_size = read_tokens(directory, cfg), cfg.vocab_size
+    tokens = read_tokens(directory, cfg)
     ours = directory / "minatp"
     saved = read_switches(ours / "config.json") if ours.is_dir() else {}
     model = ATP(cfg, **{k: v for k, v in {**saved, **switches}.items() if k != "stage"})
     model.stage = saved.get("stage", model.stage)
-    model.start, model.latent, model.end = tokens.start, tokens.latent, tokens.end
+    model.end = tokens.end
     fill_llama(model.policy, directory)
     if model.decode:
         if saved.get("decode"):
             fill_llama(model.decoder, ours, "decoder")
         else:
-            mine = dict(model.policy.named_parameters())
-            fill(model.decoder, {k: mine[k] for k, _ in model.decoder.named_parameters()}, directory)
+            model.decoder.start_from(model.policy)
     if saved:
         tensors, file = read_tensors(ours, "heads")
         for name, switch in (("latent_head", "vae"), ("stop_head", "stop")):
             part = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
             if hasattr(model, name) and saved[switch]:
                 fill(getattr(model, name), part, file)
-    if len(tokens) > vocab_size or not _knows(directory):
+    if not knows_tokens(directory):
         add_tokens(model, tokens)
     return model, tokens
 
@@ -251,7 +250,7 @@ def read_switches(path):
     return found
 
 
-def _knows(directory):
+def knows_tokens(directory):
     """Whether the directory's tokenizer had the control tokens already."""
     return START in (directory / "tokenizer.json").read_text(encoding="utf-8")
 

@@ -144,7 +144,7 @@ class Optim:
     micro_batch: int = opt(0, "problems per forward pass, gradients accumulated; 0: all of the batch at once")
     lr: float = opt(2e-3, "peak learning rate; a cosine in each stage")
     head_lr: float = opt(1.0, "learning rate of the latent head, × --lr")
-    warmup: int = opt(50, "steps of linear warm-up, at the start of each stage")
+    warmup: int = opt(50, "steps of linear warm-up in each stage, at most a tenth of it")
     weight_decay: float = opt(0.01, "of AdamW, on matrices")
     clip: float = opt(1.0, "largest gradient norm")
     answers_share: float = opt(0.0, "of each batch of the last stage from problems that have an answer and no steps")
@@ -234,6 +234,8 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
         need(self.n_embd % self.n_head == 0 and self.n_embd // self.n_head % 2 == 0,
              f"--n-embd {self.n_embd} must be an even multiple of --n-head {self.n_head}")
         need(self.n_head % self.n_kv_head == 0, f"--n-head {self.n_head} must be a multiple of --n-kv-head {self.n_kv_head}")
+        need(self.init or not self.switches["decode"] or self.decoder_layers <= self.n_layer,
+             f"--decoder-layers {self.decoder_layers} must be at most --n-layer {self.n_layer}: φ starts from π's lower layers")
         need(self.preset != "llama-1b" or self.init or self.dry_run or self.data,
              "--preset llama-1b needs --init DIR, a Hugging Face directory of Llama-3.2-1B")
         need(not self.test or self.data, "--test needs --data: the built-in task brings its own test set")
@@ -281,20 +283,22 @@ def flag(name):
 
 
 class Parser(argparse.ArgumentParser):
-    known = ()
+    """Options in full, the module's docstring as it is, and a mistake as a UserError that guesses what was meant."""
+    def __init__(self, description, usage=None):
+        super().__init__(description=description, usage=usage, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         if message.startswith("unrecognized arguments:"):
             word = message.split(": ")[1].split()[0]
-            close = difflib.get_close_matches(word.split("=")[0], self.known, 1)
+            known = [option for action in self._actions for option in action.option_strings]
+            close = difflib.get_close_matches(word.split("=")[0], known, 1)
             message = f"there is no option {word}; " + (f"did you mean {close[0]}?" if close else "--help lists them")
         raise UserError(f"command line: {message}")
 
 
 def parse(argv, description):
     """Command line -> Config. Precedence: what is given, then the preset, then the defaults; --resume takes the run's config.json."""
-    parser = Parser(description=description, usage="python train.py [--option value …]", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.known = [flag(f.name) for f in fields(Config)]
+    parser = Parser(description, "python train.py [--option value …]")
     for group_class in (Run, Data, Latents, Optim, Explore, Size, Report):
         group = parser.add_argument_group(group_class.__doc__)
         for f in fields(group_class):

@@ -150,7 +150,7 @@ def narrow(row):
 
 
 def last_stage_loss(model, rows):
-    batch = data.collate(rows, model.K + 1, model, model)
+    batch = data.collate(rows, model.K + 1, model)
     eps = torch.zeros(len(rows), batch.n_candidate, model.policy.cfg.n_embd)
     with torch.autocast("cpu", torch.bfloat16):
         return sft_loss(supervise(model, batch, eps), batch.counts, 1e-3)

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from kernels.cross_entropy import IGNORE
+
 from .config import UserError
 from .latent import END, LATENT, START
-from .loss import IGNORE
 
 
 @dataclass
@@ -246,8 +247,8 @@ def left_pad(rows, value, device="cpu"):
     return ids.to(device), (torch.arange(ids.shape[1]) >= ids.shape[1] - n[:, None]).to(device)
 
 
-def collate(rows, stage, tokens, model):
-    """Batch of Encoded `rows` at a curriculum stage (0 … K+1). model: ATP, for c, K and its switches."""
+def collate(rows, stage, model):
+    """Batch of Encoded `rows` at a curriculum stage (0 … K+1). model: ATP, for c, K, its switches and <|end-latent|>."""
     c, K = model.c, model.K
     cap = min(stage, K)
     n_step = [min(len(r.lines), cap) for r in rows]
@@ -255,12 +256,12 @@ def collate(rows, stage, tokens, model):
     n_latent = torch.tensor([c * (cap if f or not model.stop else n) for n, f in zip(n_step, free.tolist())])
     asks = torch.tensor([model.stop and n < cap for n in n_step]) & ~free
     last = stage > K  # the last stage: nothing stays text, the K-th step stands for all that are left
-    tails = [[tokens.end, *(i for line in ([] if last else r.lines[n:]) for i in line), *r.answer] for r, n in zip(rows, n_step)]
+    tails = [[model.end, *(i for line in ([] if last else r.lines[n:]) for i in line), *r.answer] for r, n in zip(rows, n_step)]
     thoughts = [(b, s, r.rest if last and s == K - 1 and r.rest else r.texts[s])
                 for b, (r, n) in enumerate(zip(rows, n_step)) for s in range(n)] if model.decode else []
-    tail = pad(tails, tokens.end)
+    tail = pad(tails, model.end)
     target = pad([t[1:] for t in tails], IGNORE)
-    prompt, prompt_valid = left_pad([r.prompt for r in rows], tokens.end)
+    prompt, prompt_valid = left_pad([r.prompt for r in rows], model.end)
     L = int(n_latent.max())
     counts = {"enc": sum(len(t) - 1 for t in tails), "dec": len(thoughts), "kl": int(n_latent[~free].sum()),
               "stop": int(sum(n_step) + asks.sum()), "free": int(free.sum())}

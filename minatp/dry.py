@@ -13,7 +13,8 @@ from .rollout import supervise
 
 
 def dry_run(cfg, splits, device, step):
-    """Print counts, lengths, one problem at each stage, parameters and memory, then run one update of the largest stage.
+    """Print counts, lengths, one problem at each stage, parameters and memory, then make the SFT gradients of one batch at the first and at
+    the last stage; no weight changes. For --stage rl too, whose anchor they are; rollouts are not tried.
 
     step(model, tokens, rows, stage): adds one batch's gradients; train.py's own.
     """
@@ -53,7 +54,7 @@ def activations(cfg, model, tokens, row, device):
         return parts["activations"] + parts["logits"]
 
     def forward(n, stage):
-        batch = data.collate([row] * n, stage, tokens, model).to(device)
+        batch = data.collate([row] * n, stage, model).to(device)
         eps = torch.zeros(n, batch.n_candidate, model.policy.cfg.n_embd, device=device) if model.vae else None
         with run.autocast(device):
             return supervise(model, batch, eps)
@@ -94,7 +95,7 @@ def curriculum_report(cfg, splits, rows, tokens, model):
     i = max(range(min(200, len(rows))), key=lambda i: len(rows[i].lines))
     run.say(f"\nproblem     {splits.train[i].question}")
     for stage, epochs in cfg.schedule():
-        b = data.collate([rows[i]], stage, tokens, model)
+        b = data.collate([rows[i]], stage, model)
         thoughts = [tokens.decode([t for t in text.tolist() if t >= 0]) for text in b.thought] or [""] * (b.L // model.c)
         chain = " ".join(f"[{'z' * model.c}{' = ' + repr(t) if t else ''}]" for t in thoughts)
         text = repr(tokens.decode([t for t in b.target[0].tolist() if t >= 0]))
@@ -107,7 +108,7 @@ def one_step(cfg, model, tokens, longest, device, step):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
-        sums, counts, _ = step(model, tokens, longest, stage)
+        sums, counts = step(model, tokens, longest, stage)
         loss = {k: float(v) / max(1, counts[k]) for k, v in sums.items()}
         peak = f", peak {amount(torch.cuda.max_memory_allocated(device))}" if device.type == "cuda" else ""
         run.say(f"one step    stage {stage}, {len(longest)} longest problems: {time.perf_counter() - began:.2f} s{peak}; "

@@ -4,7 +4,6 @@
     python -m minatp.evaluate out/sft out/rl --longer     the built-in task with more steps than were ever taught
     python -m minatp.evaluate out/sft --votes 8           also pass@8, and the vote of 8 chains by majority and by coherence
 """
-import argparse
 import json
 import math
 import statistics
@@ -44,11 +43,12 @@ class Chain:
 
 
 @torch.no_grad()
-def solve(model, tokens, prompts, max_new, batch_size=500, seed=None, temperature=1.0, progress=None, noise=None, given=None,
+def solve(model, tokens, prompts, max_new, batch_size=500, seed=None, temperature=1.0, between=None, noise=None, given=None,
           keep=False):
     """One Chain per prompt (a list of ids). The mean policy, or sampled where a seed is given.
 
     noise (Noise), given (Given): of all prompts, for chance and thoughts of the caller's choice. keep: Chains with their latents.
+    between: called after each batch; it may raise.
     Prompts of like length share a batch; a problem's result depends neither on that nor on its neighbours.
     """
     device = model.policy.freq.device
@@ -64,8 +64,8 @@ def solve(model, tokens, prompts, max_new, batch_size=500, seed=None, temperatur
             chains[i] = chain
             if keep:
                 chain.z = r.z[b, : chain.n_latent].cpu()
-        if progress:
-            progress(start + len(rows))
+        if between:
+            between()
     return distributed.merged(chains)
 
 
@@ -182,7 +182,7 @@ def reward_variance(model, tokens, prompts, golds, judge, max_new, seed, n_thoug
 
 
 def main(argv=None):
-    parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = config.Parser(__doc__)
     parser.add_argument("run", nargs="+", help="folders of runs, or of saved models")
     parser.add_argument("--file", default="", help="problems (JSON, JSONL, iCoT) [the first run's test set]")
     parser.add_argument("--longer", action="store_true", help="problems of the built-in task with 5 and 6 steps")
@@ -193,7 +193,6 @@ def main(argv=None):
     parser.add_argument("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
     parser.add_argument("--device", default="", help="cpu | cuda | cuda:N [cuda where there is one]")
     parser.add_argument("--json", action="store_true", help="one JSON object a run")
-    parser.known = [o for action in parser._actions for o in action.option_strings]
     args = parser.parse_args(argv)
     if args.file and args.longer:
         raise config.UserError("command line: give --file or --longer, not both")

@@ -4,7 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
-from .loss import IGNORE, wide
+from kernels.common import wide
+from kernels.cross_entropy import IGNORE
 
 
 def thought_nll(decoder, z, text):

@@ -6,9 +6,9 @@ import torch
 import torch.nn as nn
 
 from kernels import ops
+from kernels.common import wide
 
 from .llama import Block, Llama
-from .loss import wide
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
@@ -48,7 +48,7 @@ class ATP(nn.Module):
         super().__init__()
         self.c, self.K, self.vae, self.stop, self.decode = c, K, vae, stop, decode
         self.stage = K + 1
-        self.start = self.latent = self.end = None  # token ids, set by checkpoint.add_tokens
+        self.end = None  # id of <|end-latent|>
         self.policy = Llama(cfg)
         if decode:
             self.decoder = Llama(replace(cfg, n_layer=decoder_layers or cfg.n_layer))

@@ -57,11 +57,11 @@ class KVCache:
     Without autograd the columns are written into memory allocated once for `T` columns. Under autograd a saved tensor must
     not be written again, so columns are joined instead, and the gradient of later columns flows back into earlier ones.
     """
-    def __init__(self, cfg, B, T, device, dtype=torch.float32):
+    def __init__(self, cfg, B, T, device):
         self.length = 0
         self.valid = torch.zeros(B, T, dtype=torch.bool, device=device)  # (B, T)
         self.count = torch.zeros(B, 1, dtype=torch.long, device=device)  # real positions so far, by row
-        self.shape, self.dtype = (B, cfg.n_kv_head, T, cfg.head_dim), dtype
+        self.shape = B, cfg.n_kv_head, T, cfg.head_dim
         self.kv = [None] * cfg.n_layer
 
     def open(self, valid):
@@ -236,11 +236,12 @@ class Llama(nn.Module):
         """-log p of each target (...), 0 where it is IGNORE; the logits of h (..., D) need not ever be in memory."""
         return ops.linear_nll(h, self.head, target, temperature)
 
-    def resize(self, vocab_size, source):
-        """Grow the embedding (and the output matrix) to vocab_size rows; the new ones are the mean of the rows `source`."""
-        tables = [self.model.embed_tokens] + ([] if self.cfg.tied else [self.lm_head])
-        for table in tables:
+    def add_rows(self, ids, source):
+        """Rows `ids` of the embedding (and of the output matrix), which grows where it lacks them, become the mean of the rows `source`."""
+        for table in [self.model.embed_tokens] + ([] if self.cfg.tied else [self.lm_head]):
             W = table.weight.data
-            new = W[source].mean(0, keepdim=True).expand(max(0, vocab_size - W.shape[0]), -1)
-            table.weight = nn.Parameter(torch.cat((W, new)))
-        self.cfg.vocab_size = self.model.embed_tokens.weight.shape[0]
+            new = W[source].mean(0, keepdim=True)
+            W = torch.cat((W, new.expand(max(0, max(ids) + 1 - len(W)), -1)))
+            W[ids] = new
+            table.weight = nn.Parameter(W)
+        self.cfg.vocab_size = len(self.model.embed_tokens.weight)

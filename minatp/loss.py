@@ -1,20 +1,15 @@
-"""Losses as pure functions of tensors, and the one place where they are added up.
+"""Losses as pure functions of tensors: RL's advantages and surrogate, and the one place where SFT's are added up.
 
-The values of a token and of a row, token_nll, kl_normal and gaussian_log_prob, stand beside the kernels that compute them.
+The values of a token and of a row (token_nll, kl_normal, gaussian_log_prob) stand beside the kernels that compute them.
 """
 import torch
-
-from kernels.common import wide
-from kernels.cross_entropy import IGNORE, token_nll
-from kernels.ops import gaussian_log_prob, kl_normal
-
-__all__ = ["IGNORE", "advantages", "gaussian_log_prob", "kl_normal", "sft_loss", "surrogate", "token_nll", "wide"]
 
 
 def advantages(reward, baseline="mean", normalise=False):
     """reward (B, G) -> advantage (B, G), 0 where a group's rewards are all equal: it teaches nothing.
 
-    baseline "mean": the group's mean (method.md); "rloo": the mean of the others. normalise: over the group's deviation.
+    baseline "mean": the group's mean; "rloo": the mean of the others. normalise: over the group's deviation, as in method.md; left away by
+    default, because it blows up groups that differ in coherence alone.
     """
     G = reward.shape[1]
     mean = reward.mean(1, keepdim=True)

@@ -10,9 +10,12 @@ gradients and answers can be compared with minatp's own.
 """
 import torch
 
+from kernels.common import wide
+from kernels.cross_entropy import IGNORE, token_nll
+from kernels.ops import gaussian_log_prob, kl_normal
+
 from . import checkpoint
 from .config import UserError
-from .loss import IGNORE, gaussian_log_prob, kl_normal, token_nll, wide
 from .rollout import Rollout, choose, tail_valid
 
 try:
@@ -152,7 +155,7 @@ class Reference:
                 break
             x = torch.cat((x, self.policy.get_input_embeddings()(token)[:, None]), 1)
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
-        return chains(z, n_latent, n_latent < n, torch.stack(written, 1), self.model.K)
+        return chains(z, n_latent, n_latent < n, torch.stack(written, 1))
 
     def stops(self, z, t, noise):
         logp = wide(self.stop_head(z)).log_softmax(-1)
@@ -282,7 +285,7 @@ class Tuned(Reference):
             if not going.any():
                 break
         z = torch.stack(thoughts, 1) if thoughts else h.new_zeros(B, 0, h.shape[-1])
-        return chains(z, n_latent, n_latent < n, torch.stack(written, 1), self.model.K)
+        return chains(z, n_latent, n_latent < n, torch.stack(written, 1))
 
     @torch.no_grad()
     def read_thoughts(self, z, eos, max_new):
@@ -308,7 +311,7 @@ class Tuned(Reference):
         return self.densities(r, mu, logvar, used, candidate) + (torch.zeros_like(written, dtype=nll.dtype).masked_scatter(written, -nll),)
 
 
-def chains(z, n_latent, stopped, token, K):
+def chains(z, n_latent, stopped, token):
     """A Rollout with the used thoughts and the words alone."""
     z = z * (torch.arange(z.shape[1], device=z.device) < n_latent[:, None])[..., None]
     nothing = z.new_zeros(len(z), 0)

@@ -5,7 +5,6 @@
 Losses and rewards of training, accuracy by curriculum stage (SFT) or by update (RL) with its 95 % interval, and latents used.
 Needs matplotlib, which minatp itself does not.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -23,10 +22,9 @@ LOGARITHMIC = {"enc", "dec", "stop"}
 
 
 def main(argv=None):
-    parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = config.Parser(__doc__)
     parser.add_argument("files", nargs="+", help="metrics.jsonl of runs, or their folders")
     parser.add_argument("-o", "--out", default="curves.png", help="picture to write: .png, .svg or .pdf [%(default)s]")
-    parser.known = [o for action in parser._actions for o in action.option_strings]
     args = parser.parse_args(argv)
     try:
         import matplotlib

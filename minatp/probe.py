@@ -6,7 +6,6 @@ Reading: how much of a step's result a linear probe (ridge regression) reads fro
 fitted on. "as written": the result in the problem's own step of that place; "as φ reads it": the result in φ's words.
 Using: accuracy of the greedy answer when the thoughts are taken away, or are another problem's, or noisy.
 """
-import argparse
 import json
 import sys
 
@@ -20,7 +19,7 @@ RIDGES = tuple(10.0 ** k for k in range(-3, 5))
 
 
 def main(argv=None):
-    parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = config.Parser(__doc__)
     parser.add_argument("run", help="folder of a run, or of a saved model")
     parser.add_argument("--file", default="", help="problems (JSON, JSONL, iCoT) [the run's test set]")
     parser.add_argument("--problems", type=int, default=1000, help="how many of them [%(default)s]")
@@ -28,7 +27,6 @@ def main(argv=None):
     parser.add_argument("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
     parser.add_argument("--device", default="", help="cpu | cuda | cuda:N [cuda where there is one]")
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
-    parser.known = [o for action in parser._actions for o in action.option_strings]
     args = parser.parse_args(argv)
     if args.problems < 10 or args.max_new < 1:
         raise config.UserError(f"command line: --problems must be at least 10 and --max-new positive, not {args.problems}, {args.max_new}")

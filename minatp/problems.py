@@ -52,9 +52,7 @@ def problem(question, equations):
     """equations: (a, op, b) with numbers in hand. None where a result leaves 1 … TOP or a division leaves a rest."""
     steps = []
     for a, op, b in equations:
-        if op == "/" and a % b:
-            return None
-        value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
+        value = apply(a, op, b)
         if not 1 <= value <= TOP:
             return None
         steps.append(f"<<{a}{op}{b}={value}>>")
@@ -62,6 +60,7 @@ def problem(question, equations):
 
 
 def apply(a, op, b):
+    """a op b; 0 where a division leaves a rest."""
     return {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else 0}[op]
 
 

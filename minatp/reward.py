@@ -29,7 +29,7 @@ def same(a, b):
 
 
 def accuracy(text, gold):
-    """R_acc: 1.0 where the number after "### " equals gold's."""
+    """R_acc: 1.0 where the number after "### " equals gold's; answers that are no numbers are compared as text."""
     return float(same(answer(text), gold))
 
 

@@ -2,7 +2,7 @@
 
 `supervise`  the stops are given and gradients on: SFT.
 `rollout`    the model decides, without gradients: evaluation, sample.py and RL's exploration.
-`score`      everything sampled is given, in one parallel pass: the log-probabilities that RL differentiates.
+`score`      everything sampled is given: the log-probabilities that RL differentiates, in one parallel pass or by walking the chain.
 All three go through ATP.propose, the stop head and the same KV cache.
 """
 import math
@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.common import wide
+from kernels.cross_entropy import IGNORE, token_nll
 from kernels.linear import deferred
+from kernels.ops import gaussian_log_prob, kl_normal
 
 from .explain import thought_nll
-from .loss import IGNORE, gaussian_log_prob, kl_normal, token_nll, wide
 
 
 def walk(model, h, cache, n_latent, n_candidate, eps=None, free=None):
@@ -142,12 +144,12 @@ class Rollout:
 
 @torch.no_grad()
 def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
-    """Think, stop and answer. prompt (B, Tq) ids left-padded, valid (B, Tq) bool; each is read once and continued `group` times,
-    which gives B·group rows, those of a prompt side by side.
+    """Think, stop and answer. prompt (Q, Tq) ids left-padded, valid (Q, Tq) bool; each is read once and continued `group` times,
+    which gives B = Q·group rows, those of a prompt side by side.
 
     noise None is the mean policy: z = μ, stop by argmax, greedy answer. Every tick feeds one column to every unfinished row,
     a thought or a word; a row that has written eos leaves the batch, so early stops save real work.
-    given (Given of B·group rows): no stop is taken before or at these thoughts, whatever the stop head says of them.
+    given (Given of B rows): no stop is taken before or at these thoughts, whatever the stop head says of them.
     """
     B, Tq = prompt.shape[0] * group, prompt.shape[1]
     policy, c, device = model.policy, model.c, prompt.device
@@ -235,11 +237,12 @@ class Score(NamedTuple):
 
 
 def score(model, prompt, valid, r, group=1, eps=None):
-    """Log-probability of everything in Rollout r (of B·group rows), with gradients. The prompt is read once for its group.
+    """Log-probability of everything in Rollout r, with gradients: its B = Q·group rows are of prompt (Q, Tq), valid (Q, Tq), which is read
+    once for its group.
 
     eps None: z is given, so the chain need not be walked. All that followed the prompt is read at once, the dropped candidate
     scored from the hidden state before it and never fed.
-    eps (B·group, cK, D), the noise of the rollout: z is a function of the weights and that noise (the reparameterisation), so its
+    eps (B, cK, D), the noise of the rollout: z is a function of the weights and that noise (the reparameterisation), so its
     density is not an action's; the chain is walked, and the stops and words send their gradient back through every latent.
     """
     policy, c = model.policy, model.c

@@ -113,7 +113,8 @@ def encoded(cfg, chosen, tokens, model, free=False):
 def build(cfg, train):
     """(model, tokens): from cfg.init, or untrained with a tokenizer learned from `train`. Weights follow the global seed."""
     if cfg.init:
-        model, tokens = checkpoint.load(cfg.init, **{k: v for k, v in cfg.switches.items() if k != "decoder_layers"})
+        switches = {k: v for k, v in cfg.switches.items() if k != "decoder_layers" and cfg.stage != "rl"}
+        model, tokens = checkpoint.load(cfg.init, **switches)
         need_size(model, cfg)
         return model, tokens
     tokens = data.train_tokenizer(train, cfg.vocab_size)
@@ -121,7 +122,7 @@ def build(cfg, train):
     model.policy.init_weights()
     if model.decode:
         model.decoder.init_weights()
-    checkpoint.add_tokens(model, tokens)
+    model.end = tokens.end
     return model, tokens
 
 
@@ -226,15 +227,16 @@ def adamw(cfg, model):
                              lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
-def lr_at(step, n_steps, warmup, peak):
-    """Learning rate of a stage's step: linear warm-up, then a cosine to a tenth of the peak."""
+def lr_at(cfg, step, n_steps):
+    """Learning rate of a stage's step: linear warm-up, of a tenth of the stage at most, then a cosine to a tenth of the peak."""
+    warmup = min(cfg.warmup, n_steps // 10)
     if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
+        return cfg.lr * (step + 1) / (warmup + 1)
     share = (step - warmup) / max(1, n_steps - warmup)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
 
-def room(cfg, rows, model):
+def max_answer(cfg, rows, model):
     """Most tokens of an answer after the curriculum stage that the model has reached."""
     if cfg.max_new:
         return cfg.max_new

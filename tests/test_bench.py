@@ -1,4 +1,4 @@
-"""The benchmark: its peers compute what minatp computes, the gated counts are met, and a GPU's floors are ../shared/performance.md's."""
+"""The benchmark: its peers compute what minatp computes, the gated counts are met, and a GPU's floors are as reckoned by hand."""
 from functools import partial
 from types import SimpleNamespace
 
@@ -80,7 +80,7 @@ def test_counts_are_those_of_the_arithmetic():
     assert count.stored(torch.zeros(1, 8).expand(100, 8)) == 4 * 8
 
 
-def test_the_floors_and_the_memory_are_performance_mds():
+def test_the_floors_and_the_memory_are_as_reckoned_by_hand():
     """Llama-3.2-1B: a latent step at B = 32 and 128, an answer token, T = 140; 54 GB and less than 80 for SFT."""
     ms = lambda rows, words: 1e3 * count.pass_bytes(LLAMA_1B, rows, 140, words) / 4.3e12
     assert [round(ms(*at), 2) for at in ((32, False), (128, False), (32, True), (128, True))] == [0.49, 0.59, 0.61, 0.71]

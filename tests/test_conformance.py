@@ -77,7 +77,7 @@ def test_logits(world, pad):
 @pytest.mark.parametrize("stage", range(GOLD["max_steps"] + 2))
 def test_token_ids(world, stage):
     model, tokens = world
-    gold, batch = GOLD["sft"][str(stage)], data.collate(encoded(world), stage, tokens, model)
+    gold, batch = GOLD["sft"][str(stage)], data.collate(encoded(world), stage, model)
     assert batch.n_latent.tolist() == gold["latents"]
     for b, want in enumerate(gold["sequences"]):
         prompt, target = batch.prompt[b][batch.prompt_valid[b]].tolist(), batch.target[b][batch.target[b] >= 0].tolist()
@@ -90,11 +90,11 @@ def test_token_ids(world, stage):
 def test_sft_losses_and_gradients(world, stage, micro):
     model, tokens = world
     rows, gold, eps = encoded(world), GOLD["sft"][str(stage)], T[f"sft{stage}.eps"].float()
-    counts = data.collate(rows, stage, tokens, model).counts
+    counts = data.collate(rows, stage, model).counts
     model.zero_grad()
     total = {"enc": 0.0, "dec": 0.0, "stop": 0.0, "kl": 0.0}
     for i in range(0, len(rows), micro):  # one batch of four, or four accumulated
-        batch = data.collate(rows[i:i + micro], stage, tokens, model)
+        batch = data.collate(rows[i:i + micro], stage, model)
         sums = rollout.supervise(model, batch, eps[i:i + micro])
         sft_loss(sums, counts, GOLD["beta"]).backward()
         for name, value in sums.items():
@@ -115,7 +115,7 @@ def test_sft_losses_and_gradients(world, stage, micro):
 @pytest.mark.parametrize("stage", range(1, GOLD["max_steps"] + 2))
 def test_proposals(world, stage):
     model, tokens = world
-    batch = data.collate(encoded(world), stage, tokens, model)
+    batch = data.collate(encoded(world), stage, model)
     _, mu, logvar, _, _ = rollout.think(model, batch, T[f"sft{stage}.eps"].float())
     for i in range(len(GOLD["samples"])):
         n = len(T[f"sft{stage}.mu{i}"])

@@ -33,7 +33,7 @@ def model(monkeypatch):
 def gradients(model, dtype=None, plain=None):
     """{name: gradient} of an SFT loss: chains of 6, 2 and 4 latents behind prompts of unequal length, and one that the model ends."""
     rows = [data.Encoded([5 + n] * (2 + n), LINES[:n], [line + [1] for line in LINES[:n]], [], [6, 5, 1], "", free=not n) for n in (3, 1, 2, 0)]
-    batch = data.collate(rows, model.K + 1, model, model)
+    batch = data.collate(rows, model.K + 1, model)
     assert batch.n_latent.tolist() == [6, 2, 4, 6] and batch.free.tolist() == [False] * 3 + [True]
     eps = torch.randn(4, batch.n_candidate, CFG.n_embd, generator=torch.Generator().manual_seed(1)).to(model.policy.head.dtype)
     model.zero_grad()

@@ -371,7 +371,7 @@ def losses(steps=30):
     take = run.Steps(optimizer, model, cfg.clip).take
     for step in range(steps):
         pair = [encoded[step % 10], encoded[(step + 3) % 10]]
-        sums, counts, _ = train.sft_gradients(cfg, model, tokens, pair, model.stage, step, torch.device(DEVICE))
+        sums, counts = train.sft_gradients(cfg, model, tokens, pair, model.stage, step, torch.device(DEVICE))
         told.append(train.sft_loss(sums, counts, cfg.beta))
         take(cfg.lr, told[-1], step, pair)
     return torch.stack(told)
@@ -395,7 +395,7 @@ def under_autocast():
     model.policy.init_weights(), model.decoder.init_weights()
     model.to(DEVICE).end = 3
     row = lambda n, m: data.Encoded([5 + n] * (2 + n), [[7, 8]] * m, [[7, 8, 1]] * m, [], [6, 5, 9, 1], "")
-    batch = data.collate([row(3, 2), row(1, 1)], model.K, model, model).to(DEVICE)
+    batch = data.collate([row(3, 2), row(1, 1)], model.K, model).to(DEVICE)
     prompt, valid = data.left_pad([[5, 6], [7] * 5], model.end, DEVICE)
     noise = Noise.draw(model, 4, 8, 1).at(slice(None), DEVICE)
     found = []

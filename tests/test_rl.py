@@ -180,7 +180,7 @@ def test_coherence_only_looks_at_no_answer_anywhere():
     chains = [evaluate.Chain(["<<1+1=2>>"], "### 2", True, 1, 3, [], []), evaluate.Chain(["<<1+2=2>>"], "### 2", True, 1, 3, [], [])]
     R, parts = train.judge(cfg, chains, ["7"])
     assert R.tolist() == [[pytest.approx(0.6), 0.5]] and parts.keys() == {"coh", "fmt"}
-    assert train.earned(cfg, chains[0], "7") == train.earned(cfg, chains[0], "2")
+    assert train.reward_of(cfg, chains[0], "7") == train.reward_of(cfg, chains[0], "2")
 
 
 def test_every_line_tells_every_diagnostic(runs, tmp_path, capsys, monkeypatch):
@@ -242,7 +242,7 @@ def test_free_rows_stop_where_generation_does_and_teach_their_answer(runs):
     torch.nn.init.normal_(model.stop_head[2].weight, std=3.0, generator=torch.Generator().manual_seed(0))
     ps = problems.generate("answers", 12, 1)
     rows = data.encode(ps, tokens, model.K, 512, free=True)
-    batch = data.collate(rows, model.K + 1, tokens, model)
+    batch = data.collate(rows, model.K + 1, model)
     assert batch.free.all() and batch.counts == {"enc": sum(len(r.answer) for r in rows), "dec": 0, "kl": 0, "stop": 0, "free": 12}
     from minatp.rollout import think
     n_latent = think(model, batch)[3]

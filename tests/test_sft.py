@@ -69,7 +69,7 @@ def test_accumulation_changes_nothing(atp):
 def test_a_problem_without_steps_is_taught_to_stop_at_once(atp):
     model, tokens = checkpoint.load(atp)
     rows = data.encode([data.Problem("Ann has 5 pens. How many?", [], "5"), *problems.generate("labelled", 1, 1)], tokens, model.K, 512)
-    alone, other, both = (data.collate(r, 2, tokens, model) for r in (rows[:1], rows[1:], rows))
+    alone, other, both = (data.collate(r, 2, model) for r in (rows[:1], rows[1:], rows))
     assert (alone.n_latent.tolist(), alone.asks.tolist(), alone.counts["stop"], alone.counts["free"]) == ([0], [True], 1, 0)
     a, b, ab = (supervise(model, batch) for batch in (alone, other, both))
     for name in ("enc", "stop"):
