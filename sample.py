@@ -22,6 +22,8 @@ def main(argv=None):
     args = options(argv)
     asked = questions(args)
     device = run.pick_device(args.device)
+    for folder in args.run:  # before the first thinks
+        checkpoint.locate(folder)
     shows = [show for folder, name in zip(args.run, names(args.run)) for show in think(args, folder, name, asked, device)]
     rows = list(zip(asked, zip(*(show.chains for show in shows))))  # (problem, the chains of each show)
     if args.json:

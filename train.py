@@ -20,6 +20,8 @@ def main(argv=None):
     device = distributed.start(run.pick_device(cfg.device))
     distributed.check(cfg.batch_size)
     torch.manual_seed(cfg.seed)
+    if cfg.init:
+        checkpoint.locate(cfg.init)  # before the data is read
     splits = run.load_splits(cfg)
     run.say(splits.tell())
     if cfg.dry_run:

@@ -42,7 +42,7 @@ THEN = {"SFT on answers alone, then RL": ("SFT on answers alone", ["--stage", "r
 
 
 def main(argv=None):
-    parser = config.Parser(__doc__)
+    parser = config.Parser(__doc__, "minatp.ablate")
     parser.add_argument("--out", default="out/ablate", help="folder of the runs [%(default)s]")
     parser.add_argument("--seeds", default="0", help="separated by commas [%(default)s]")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side [%(default)s]")

@@ -397,7 +397,7 @@ def tell_memory():
 
 
 def main(argv=None):
-    parser = config.Parser(__doc__, "python -m minatp.bench [--option value …]")
+    parser = config.Parser(__doc__, "minatp.bench")
     parser.add_argument("--preset", default="tiny", help="tiny | llama-1b [%(default)s]")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is timed [%(default)s]")
     parser.add_argument("--device", default="", help="cpu | cuda | cuda:N [tiny: cpu; llama-1b: cuda]")

@@ -200,6 +200,20 @@ def add_tokens(model, tokens):
     model.end = tokens.end
 
 
+def locate(directory):
+    """Where the model of a directory lies: in a run's folder its final/, or its newest checkpoint. Raises UserError."""
+    directory = Path(directory)
+    if (directory / "final").is_dir():
+        return directory / "final"
+    if checkpoints(directory):
+        return newest_checkpoint(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}:0: is not a directory; give a Hugging Face directory or the folder of a run, which --stage sft makes")
+    if (directory / "metrics.jsonl").exists():
+        raise UserError(f"{directory}:0: is a run that has saved nothing yet; wait for its first checkpoint, or start it again")
+    return directory
+
+
 def load(directory, **switches):
     """(model, tokens) of a Hugging Face directory, of a directory saved by `save`, or of a run's folder: its final/, or the newest
     checkpoint of a run that has not ended.
@@ -207,15 +221,7 @@ def load(directory, **switches):
     switches (ATP's keyword arguments) win over what was saved with the heads. What a switch asks for and the directory lacks
     starts fresh: heads at their initial values, φ from π's weights. Raises UserError naming the file that is wrong.
     """
-    directory = Path(directory)
-    if (directory / "final").is_dir():
-        directory = directory / "final"
-    elif checkpoints(directory):
-        directory = newest_checkpoint(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory}:0: is not a directory; give a Hugging Face directory or a run's folder")
-    if (directory / "metrics.jsonl").exists():
-        raise UserError(f"{directory}:0: is a run that has saved nothing yet; wait for its first checkpoint, or start it again")
+    directory = locate(directory)
     cfg = read_config(directory / "config.json")
     tokens = read_tokens(directory, cfg)
     ours = directory / "minatp"

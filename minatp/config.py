@@ -284,8 +284,9 @@ def flag(name):
 
 class Parser(argparse.ArgumentParser):
     """Options in full, the module's docstring as it is, and a mistake as a UserError that guesses what was meant."""
-    def __init__(self, description, usage=None):
-        super().__init__(description=description, usage=usage, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, description, module=None, usage=None):
+        super().__init__(f"python -m {module}" if module else None, usage, description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         if message.startswith("unrecognized arguments:"):
@@ -298,7 +299,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv, description):
     """Command line -> Config. Precedence: what is given, then the preset, then the defaults; --resume takes the run's config.json."""
-    parser = Parser(description, "python train.py [--option value …]")
+    parser = Parser(f"{description}\nDefaults stand in brackets: [a; llama-1b b; rl c; llama-1b rl d], where b, c and d are those of --preset "
+                    "llama-1b, of --stage rl and of both.", usage="python train.py [--option value …]")
     for group_class in (Run, Data, Latents, Optim, Explore, Size, Report):
         group = parser.add_argument_group(group_class.__doc__)
         for f in fields(group_class):
@@ -323,6 +325,8 @@ def parse(argv, description):
 def resumed(cfg, given):
     """The Config that the run in cfg.out was started with. Raises UserError where a given option contradicts it."""
     path = Path(cfg.out) / "config.json"
+    if not path.exists():
+        raise UserError(f"{path}:0: is missing, so no run is here to go on with; start without --resume, or give another --out")
     before = of_run(path)
     for name, value in given.items():
         if name not in ("resume", "out", "device") and getattr(before, name) != value:

@@ -81,8 +81,10 @@ def given(edit, model, chains, pool, seed=0):
         if kept:
             z[i, : n[i]] = torch.cat(kept)
     if not any(applies):
-        raise UserError(f"command line: --edit {edit.text!r}: no chain has a thought {edit.reach}"
-                        + (f", or none is read as {edit.by!r}" if edit.words else "") + "; try another")
+        why = f"no chain has a thought {edit.reach}; edit an earlier one"
+        if any(len(mine) >= edit.reach for mine in steps):
+            why = f"no thought of these problems, or of others, is read as {edit.by!r}; name one that is shown"
+        raise UserError(f"command line: --edit {edit.text!r}: {why}")
     ends = torch.tensor([edit.kind == "drop" or not a for a in applies])
     return Given(z, n, ends), applies
 

@@ -182,7 +182,7 @@ def reward_variance(model, tokens, prompts, golds, judge, max_new, seed, n_thoug
 
 
 def main(argv=None):
-    parser = config.Parser(__doc__)
+    parser = config.Parser(__doc__, "minatp.evaluate")
     parser.add_argument("run", nargs="+", help="folders of runs, or of saved models")
     parser.add_argument("--file", default="", help="problems (JSON, JSONL, iCoT) [the first run's test set]")
     parser.add_argument("--longer", action="store_true", help="problems of the built-in task with 5 and 6 steps")
@@ -205,6 +205,8 @@ def main(argv=None):
     else:
         asked = run.test_set(args.run[0], args.problems)
     device, first = run.pick_device(args.device), None
+    for folder in args.run:  # before the first is measured
+        checkpoint.locate(folder)
     for folder in args.run:
         model, tokens = checkpoint.load(folder)
         run.place(model, device).eval()

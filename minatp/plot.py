@@ -22,7 +22,7 @@ LOGARITHMIC = {"enc", "dec", "stop"}
 
 
 def main(argv=None):
-    parser = config.Parser(__doc__)
+    parser = config.Parser(__doc__, "minatp.plot")
     parser.add_argument("files", nargs="+", help="metrics.jsonl of runs, or their folders")
     parser.add_argument("-o", "--out", default="curves.png", help="picture to write: .png, .svg or .pdf [%(default)s]")
     args = parser.parse_args(argv)

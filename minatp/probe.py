@@ -19,7 +19,7 @@ RIDGES = tuple(10.0 ** k for k in range(-3, 5))
 
 
 def main(argv=None):
-    parser = config.Parser(__doc__)
+    parser = config.Parser(__doc__, "minatp.probe")
     parser.add_argument("run", help="folder of a run, or of a saved model")
     parser.add_argument("--file", default="", help="problems (JSON, JSONL, iCoT) [the run's test set]")
     parser.add_argument("--problems", type=int, default=1000, help="how many of them [%(default)s]")

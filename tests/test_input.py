@@ -233,7 +233,7 @@ def all_checkpoints(harm):
 
 
 @pytest.mark.parametrize("harm, options, file, reason", [
-    (without("config.json"), "", "config.json:1", "is not the config.json of a run"),
+    (without("config.json"), "", "config.json:0", "is missing, so no run is here"),
     (text("config.json", b"{"), "", "config.json:1", "is not the config.json of a run"),
     (text("config.json", b"[]"), "", "config.json:1", "is not the config.json of a run"),
     (edit("config.json", lr="fast"), "", "config.json:1", "\"lr\" must be float, not 'fast'"),
@@ -320,7 +320,7 @@ def test_command_lines(argv, reason, refused, tmp_path):
 @pytest.mark.parametrize("argv, start, reason", [
     (["--init", "nowhere"], "nowhere:0: ", "is not a directory"),
     (["--stage", "rl", "--init", "nowhere"], "nowhere:0: ", "is not a directory"),
-    (["--resume", "--out", "nowhere"], "nowhere/config.json:1: ", "start without --resume"),
+    (["--resume", "--out", "nowhere"], "nowhere/config.json:0: ", "start without --resume"),
     (["--block-size", 20], "built-in labelled:1: ", "context is 20"),
     (["--labelled", 10**9], "built-in labelled:0: ", "ask for 1,000,000 at most"),
 ])

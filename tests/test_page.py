@@ -92,7 +92,7 @@ def test_what_is_not_an_edit(text):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--edit", "drop 3"], "no chain has a thought 3"), (["--edit", "replace 1 <<0+0=7>>"], "none is read as '<<0+0=7>>'"),
+    (["--edit", "drop 3"], "no chain has a thought 3"), (["--edit", "replace 1 <<0+0=7>>"], "or of others, is read as '<<0+0=7>>'"),
     (["--edit", "replace 1 next", "--problems", "1", "--seed", "2"], "there is no next problem"),
     (["--edit", "drop 1", "--n", "3"], "does not go with --n"), (["--html", "x.html", "--json"], "does not go with --json"),
     (["--html", "/nowhere/x.html"], "/nowhere/x.html:0: cannot be written"),
