@@ -143,7 +143,6 @@ class Optim:
     batch_size: int = opt(32, "problems per step")
     micro_batch: int = opt(0, "problems per forward pass, gradients accumulated; 0: all of the batch at once")
     lr: float = opt(2e-3, "peak learning rate; a cosine in each stage")
-    head_lr: float = opt(1.0, "learning rate of the latent head, × --lr")
     warmup: int = opt(50, "steps of linear warm-up in each stage, at most a tenth of it")
     weight_decay: float = opt(0.01, "of AdamW, on matrices")
     clip: float = opt(1.0, "largest gradient norm")
@@ -224,7 +223,7 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
             need(f.type is not int or getattr(self, f.name) < 2**32, f"{flag(f.name)} must be below 2^32, not {getattr(self, f.name)}")
         need(self.stage in ("sft", "rl"), f"--stage must be sft or rl, not {self.stage!r}")
         need(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, not {self.method!r}")
-        for name in ("K", "c", "batch_size", "lr", "head_lr", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "block_size", "rope_theta", "vocab_size", "eval_batch",
+        for name in ("K", "c", "batch_size", "lr", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "block_size", "rope_theta", "vocab_size", "eval_batch",
                      "log_every", "save_every", "labelled", "val_size", "test_size", "temperature", "clip", "updates", "G", "answers", "spread", "updates_per_batch", "val_every"):
             need(getattr(self, name) > 0, f"{flag(name)} must be positive, not {getattr(self, name)}")
         for name in ("seed", "micro_batch", "decoder_layers", "beta", "warmup", "weight_decay", "max_new", "votes", "w_acc", "w_coh", "w_fmt", "kl", "anchor"):
@@ -256,7 +255,7 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
 
 
 PRESETS = {
-    "tiny": {"c": 1, "head_lr": 0.25},
+    "tiny": {"c": 1},
     "llama-1b": {"n_layer": 16, "n_head": 32, "n_kv_head": 8, "n_embd": 2048, "n_inner": 8192, "block_size": 131072, "rope_theta": 500000.0,
                  "vocab_size": 128256, "decoder_layers": 0, "K": 10, "lr": 1e-4, "log_every": 10},
 }

@@ -16,16 +16,13 @@ START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 class LatentHead(nn.Module):
     """h (..., D) -> μ and logσ² of the next thought: x = LayerNorm(W2·GELU(W1·h + b1) + b2), (μ, logσ²) = W·x + b.
 
-    W (2D, D) is Wμ above Wσ, one product; in a file they are two (checkpoint.named). An untrained head leaves the hidden state as it is,
-    normalised, so that thinking starts as Coconut's: W1 = I/2 with b1 = 3, where GELU is all but linear, and W2 = Wμ = I.
+    W (2D, D) is Wμ above Wσ, one product; in a file they are two (checkpoint.named).
     """
     def __init__(self, D, init_logvar=-4.0):
         super().__init__()
         self.fc = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D), nn.LayerNorm(D))
         self.gauss = nn.Linear(D, 2 * D)
-        for linear, scale, b in ((self.fc[0], 0.5, 3.0), (self.fc[2], 1.0, 0.0), (self.gauss, 1.0, 0.0)):
-            nn.init.eye_(linear.weight).data.mul_(scale)
-            nn.init.constant_(linear.bias, b)
+        nn.init.zeros_(self.gauss.weight[D:])
         nn.init.constant_(self.gauss.bias[D:], init_logvar)
 
     def forward(self, h):

@@ -218,12 +218,10 @@ def autocast(device):
 
 
 def adamw(cfg, model):
-    """AdamW with weight decay on matrices alone. `scale`, of each group, times the learning rate that Steps.take sets."""
-    groups = {}
-    for name, p in model.named_parameters():
-        decay, scale = cfg.weight_decay * (p.dim() >= 2), cfg.head_lr if name.startswith("latent_head.") else 1.0
-        groups.setdefault((decay, scale), []).append(p)
-    return torch.optim.AdamW([{"params": ps, "weight_decay": decay, "scale": scale} for (decay, scale), ps in groups.items()],
+    """AdamW with weight decay on matrices alone."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}],
                              lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -266,7 +264,7 @@ class Steps:
         told = torch.stack((loss.detach().float(), norm))
         self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, 1 - told.isfinite().all().float())
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.seen.append((told, step, chosen))

@@ -8,8 +8,6 @@ import torch
 import sample
 import train
 from minatp import checkpoint, config, data, evaluate, problems, run
-from minatp.latent import ATP
-from minatp.llama import LlamaConfig
 from minatp.rollout import Noise, rollout, score, supervise
 from runs import go
 
@@ -88,24 +86,10 @@ def test_recomputing_activations_changes_nothing(atp):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-def test_the_latent_head_learns_at_its_own_rate():
-    """--head-lr: after one step of gradients that are all 1, AdamW has moved every parameter by its rate and no decay."""
-    cfg = config.parse(["--head-lr", "0.25", "--weight-decay", "0"], "")
-    model = ATP(LlamaConfig(vocab_size=5, n_layer=1, n_head=2, n_kv_head=1, n_embd=8, n_inner=12, head_dim=4, rope_scaling=None), c=1, K=1)
-    steps = run.Steps(run.adamw(cfg, model), model, 1.0)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    steps.take(1e-3, torch.tensor(0.0), 0, [])
-    for n, p in model.named_parameters():
-        rate = 0.25e-3 if n.startswith("latent_head.") else 1e-3
-        assert torch.allclose(before[n] - p, torch.full_like(p, rate), atol=1e-6), n
-
-
 def ragged(run_folder):
     """(model, tokens) whose stops and answers end at all lengths: random weights, large enough to disagree."""
     model, tokens = checkpoint.load(run_folder)
-    g = torch.Generator().manual_seed(5)
+    g = torch.Generator().manual_seed(3)
     for p in [*model.policy.parameters(), *model.stop_head.parameters(), model.latent_head.gauss.weight[: model.policy.cfg.n_embd]]:  # of μ
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.4, generator=g)
