@@ -18,6 +18,7 @@ float32 buffers, read and written. Columns of left padding cost nothing.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .common import power_of_2, tl, triton
 from .rows import rotate
@@ -47,6 +48,15 @@ def visible(w, P, C):
     own = (arange(C) < w.n_own[:, None])[:, None].expand(B, T, C)
     t = arange(T)
     return torch.cat((prefix, own, ((t < t[:, None]) & (w.slot >= 0)[:, None]) | (t == t[:, None])), 2)
+
+
+def masked_sdpa(q, k, v, mask):
+    """softmax(q kᵀ/√hd) v of a long pass: q (B, h, T, hd), k and v (B, h_kv, S, hd), mask (B, 1, T, S) bool. On a GPU the key/value heads
+    are repeated: beside a mask PyTorch's fused kernels want as many as there are query heads."""
+    rep = q.shape[1] // k.shape[1]
+    if q.is_cuda and rep > 1:
+        k, v = (x.repeat_interleave(rep, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def scores(q, k, cos, sin, prefix_k, own_k, w):

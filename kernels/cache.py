@@ -13,7 +13,6 @@ The nodes of a layer are threaded on a scalar that holds nothing: each takes the
 them in exactly the reverse order, whether or not a number flows from one to the next.
 """
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import attention
@@ -94,9 +93,9 @@ class Read(torch.autograd.Function):
 
 class Append(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, own, thread, k, v, slot):
+    def forward(ctx, own, thread, k, v, slot, real):
         ctx.own, ctx.slot, ctx.dtype = own, slot, k.dtype
-        b, t = (slot >= 0).nonzero(as_tuple=True)
+        b, t = real
         for buffer, new in zip(own.kv, (k, v)):
             buffer[b, :, slot[b, t]] = new[b, :, t].to(buffer.dtype)
         return k.new_zeros(())
@@ -105,7 +104,7 @@ class Append(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, thread):
         dk, dv = ctx.own.take(ctx.slot)
-        return None, thread, dk.to(ctx.dtype), dv.to(ctx.dtype), None
+        return None, thread, dk.to(ctx.dtype), dv.to(ctx.dtype), None, None
 
 
 class Keep(torch.autograd.Function):
@@ -143,6 +142,7 @@ class StepCache:
             return rank.clamp(min=0)
         before, self.slot = self.n_own, torch.where(valid, self.n_own[:, None] + rank, -1)
         self.n_own, self.used = before + valid.sum(1), self.used + T
+        self.real = valid.nonzero(as_tuple=True) if T > FEW else None  # the host waits once, not in every layer
         members = self.owner.argsort(stable=True)
         first = torch.searchsorted(self.owner[members], torch.arange(len(self.start) + 1, device=valid.device))
         narrow = (x.int() for x in (self.start, self.owner, members, first))
@@ -170,9 +170,9 @@ class StepCache:
         else:
             own = self.room(i, k)
             old_k, old_v, thread = Read.apply(self.prefix[i], own, self.thread[i], self.owner, self.used - k.shape[2])
-            self.thread[i] = Append.apply(own, thread, k, v, self.slot)
+            self.thread[i] = Append.apply(own, thread, k, v, self.slot, self.real)
             k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, -n:], enable_gqa=self.rep > 1)
+        return attention.masked_sdpa(q, k, v, mask[:, :, -n:])
 
     def room(self, i, k):
         """Layer i's own columns, made at the first of them."""

@@ -8,6 +8,7 @@ turn, and a ratio is that of two times of one round: median [p10, p90]. Counts (
 are what is gated. Weights are untrained and shared by all sides; in what is timed no chain ends early.
 """
 import json
+import math
 import os
 import statistics
 import sys
@@ -242,19 +243,26 @@ def counted(work, device, bf16=True):
         return count.count(work)
 
 
+def attempt(did, model):
+    """did(), or None where the GPU runs out of memory, which is then made free again."""
+    try:
+        return did()
+    except torch.OutOfMemoryError:
+        pass
+    model.zero_grad(set_to_none=True)  # outside the except, which holds on to what was computed
+    torch.cuda.empty_cache()
+
+
+UNCOUNTED = count.Counts(*[math.nan] * 4)  # PyTorch's operations, which are counted, can need memory that the kernels do not
+
+
 def warm_up(work, every, case):
     """{name: counts} of the sides that a work fits on the device with; every kernel is compiled then."""
     counts = {}
     for s, side in every.items():
-        try:
-            counts[s] = asdict(counted(partial(work, side), case.device, side.bf16))
-            if case.device.type == "cuda":
-                seconds_of(partial(work, side), case.device, side.bf16)
-        except torch.OutOfMemoryError:
-            counts.pop(s, None)
-        if s not in counts:  # outside the except, which holds on to what was computed
-            case.model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
+        once = (partial(work, side), case.device, side.bf16)
+        if attempt(lambda: seconds_of(*once), case.model):
+            counts[s] = asdict(attempt(lambda: counted(*once), case.model) or UNCOUNTED)
     if "minatp" not in counts:
         raise config.OutOfMemory(f"minatp/bench.py:0: minatp itself runs out of memory on {case.device}; take a larger GPU")
     return counts
@@ -344,7 +352,7 @@ def missed(found):
 
 def fit(found):
     """Seconds per operation and per FLOP that explain minatp's times of `found` best, in relative error; neither is negative."""
-    own = [r["sides"]["minatp"] for r in found]
+    own = [o for r in found if math.isfinite((o := r["sides"]["minatp"])["ops"])]
     seconds = torch.tensor([statistics.median(o["seconds"]) for o in own], dtype=torch.float64)
     A = torch.tensor([[o["ops"], o["flops"]] for o in own], dtype=torch.float64) / seconds[:, None]
     both = torch.linalg.lstsq(A, torch.ones(len(own), 1, dtype=torch.float64)).solution[:, 0]
@@ -372,9 +380,10 @@ def growth(case, per_op, per_flop, rounds):
             sft_loss(supervise(model, batch, eps), batch.counts, BETA).backward()
             model.zero_grad(set_to_none=True)
 
-        c = counted(step, case.device)
-        if case.device.type == "cuda":
-            seconds_of(step, case.device)  # kernels are compiled anew for some sizes
+        if not attempt(lambda: seconds_of(step, case.device), model):  # kernels are compiled anew for some sizes
+            run.say(f"{key:>9}{value:5}   out of memory")
+            continue
+        c = attempt(lambda: counted(step, case.device), model) or UNCOUNTED
         seconds = statistics.median(seconds_of(step, case.device)[0] for _ in range(rounds))
         predicted = per_op * c.ops + per_flop * c.flops
         rows.append({"varied": key, "value": value, **asdict(c), "predicted": predicted, "seconds": seconds})
@@ -412,17 +421,18 @@ def main(argv=None):
     every = sides(case.model, device)
     run.say(f"{args.preset} on {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; {run.size(case.model)}")
     compare(case, every)
+    record = {"preset": args.preset, "device": str(device), "torch": torch.__version__}
+    save = lambda **more: args.out and Path(args.out).write_text(json.dumps(record | more, indent=2) + "\n")
     found = measure(case, every, args.rounds)
+    save(work=found)
     rows = growth(case, *fit(found), args.rounds)
     memory = tell_memory()
     misses = missed(found) if args.preset == "tiny" else []
+    save(work=found, growth=rows, memory=memory, missed=misses)
     shown = ", ".join(f"{work} {ratio(r, 'reference')[0]:.1f} × (target {TARGETS[work]})" for r in found
                       if (work := r["work"]) in TARGETS and "reference" in r["sides"])
     run.say(f"\nwall time, shown and not gated: {shown}" + "".join(f"\ngate missed: {m}" for m in misses)
             + ("\nall gates of counts met" if args.preset == "tiny" and not misses else ""))
-    if args.out:
-        Path(args.out).write_text(json.dumps({"preset": args.preset, "device": str(device), "torch": torch.__version__, "work": found,
-                                              "growth": rows, "memory": memory, "missed": misses}, indent=2) + "\n")
     return int(bool(misses))
 
 

@@ -1,6 +1,8 @@
 """What a computation costs, counted and not timed: operations, bytes, floating-point operations, waits of the host, memory kept
 for the backward pass. Counts do not swing with the load of a machine."""
+import os
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -152,5 +154,5 @@ def narrow(row):
 def last_stage_loss(model, rows):
     batch = data.collate(rows, model.K + 1, model)
     eps = torch.zeros(len(rows), batch.n_candidate, model.policy.cfg.n_embd)
-    with torch.autocast("cpu", torch.bfloat16):
+    with patch.dict(os.environ, MINATP_KERNELS="torch"), torch.autocast("cpu", torch.bfloat16):
         return sft_loss(supervise(model, batch, eps), batch.counts, 1e-3)

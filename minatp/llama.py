@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels import ops
+from kernels.attention import masked_sdpa
 
 
 @dataclass
@@ -138,7 +139,7 @@ def attend(q, k, v, mask):
     """softmax(q kᵀ/√hd) v with grouped heads. q (B, h, T, hd), k and v (B, h_kv, S, hd), mask (B, 1, T, S) -> (B, h, T, hd)."""
     B, h, T, hd = q.shape
     if T > 1 or q.is_cuda:
-        return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, enable_gqa=h != k.shape[1])
+        return masked_sdpa(q, k.to(q.dtype), v.to(q.dtype), mask)
     # one new position: the heads of a group are the rows of one product, and no key is copied
     q = q.reshape(B, k.shape[1], -1, hd)
     score = (q @ k.transpose(2, 3)) * hd**-0.5

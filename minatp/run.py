@@ -207,6 +207,8 @@ def pick_device(name):
         raise UserError(f"environment: {e}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"command line: --device {name}: this machine shows torch {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every shape, and shapes change here with every batch
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors lie
     return device
@@ -301,7 +303,8 @@ def memory(what, batch, length, option):
     try:
         yield
     except (RuntimeError, MemoryError) as e:  # the CPU's allocator has no exception of its own
-        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(e):
+        said = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")  # of the CPU, of Triton, of cuBLAS
+        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and not any(words in str(e) for words in said):
             raise
         raise OutOfMemory(f"{what}: out of memory with a batch of {batch} × {length} tokens: lower {option}") from e
 
