@@ -349,11 +349,11 @@ def test(cfg, model, tokens, splits, max_new, start=None):
             m["sampled"] = evaluate.vote([solve(cfg, model, tokens, asked, max_new, cfg.seed * 1000 + k) for k in range(cfg.votes)], asked)
         run.say(f"test ({name}): {evaluate.tell(m)}")
         if not cfg.data:
-            taught = {problems.numbers(p) for p in splits.train + splits.answers}
+            taught = {problems.numbers(p) for p in splits.train + (splits.answers or problems.generate("answers", cfg.answers, 0))}
             new = [i for i, p in enumerate(asked) if problems.numbers(p) not in taught]
             if new:
                 m["new_numbers"] = evaluate.measure([chains[i] for i in new], [asked[i] for i in new])
-                run.say(f"  with numbers that no training problem has: {evaluate.tell(m['new_numbers'])}")
+                run.say(f"  with numbers that no problem to learn from has, of either set: {evaluate.tell(m['new_numbers'])}")
         if start:
             before = solve(cfg, start, tokens, asked, max_new)
             b = evaluate.measure(before, asked)

@@ -12,7 +12,7 @@ import torch
 import train
 from minatp import checkpoint, config
 
-TINY = ("--n-layer 1 --n-head 2 --n-kv-head 1 --n-embd 16 --n-inner 24 --decoder-layers 1 --K 2 --labelled 60 --val-size 4 --test-size 6 "
+TINY = ("--n-layer 1 --n-head 2 --n-kv-head 1 --n-embd 16 --n-inner 24 --decoder-layers 1 --K 2 --labelled 60 --answers 20 --val-size 4 --test-size 6 "
         "--batch-size 4 --epochs .27 --log-every 2 --save-every 1 --device cpu").split()
 TAUGHT = [*TINY, *"--lr .02 --warmup 5 --epochs .2,.2,.2,2 --save-every 100".split()]  # writes answers, some in form: RL has a signal
 TINY_RL = ("--stage rl --labelled 60 --answers 20 --val-size 4 --test-size 6 --batch-size 4 --G 4 --updates 12 --log-every 5 "

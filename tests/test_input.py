@@ -296,6 +296,7 @@ def test_folders_that_cannot_be_used(finished, refused, tmp_path):
     (f"--seed {10**20}", "--seed must be below 2^32"), (f"--n-layer {10**30}", "--n-layer must be below 2^32"),
     ("--vocab-size -5", "--vocab-size must be positive"), ("--rope-theta 0", "--rope-theta must be positive"),
     ("--c 200", "--c 200 × --K 4 latents do not fit --block-size 512"),
+    ("--n-layer 1", "--decoder-layers 2 must be at most --n-layer 1"),
     ("--max-new 508", "--c 1 × --K 4 latents and --max-new 508 do not fit --block-size 512"), ("--micro-batch -2", "--micro-batch must not be negative"),
     ("--method sft", "--method must be one of"), ("--stage dream", "--stage must be"), ("--preset huge", "--preset must be one of"),
     ("--epochs 1,2", "--epochs needs 1 or 6 numbers"), ("--epochs x", "--epochs must be numbers"), ("--epochs nan", "--epochs needs"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from minatp import checkpoint
 from minatp.latent import ATP
@@ -54,6 +55,25 @@ def test_transformers_agrees_before_and_after_a_round_trip(name, tmp_path):
     assert tokenizer("<<5+3=8>>", add_special_tokens=False).input_ids == tokens.encode("<<5+3=8>>")
     saved = json.loads((tmp_path / "config.json").read_text())
     assert "rope_theta" in saved and "rope_parameters" not in saved and saved["vocab_size"] == len(tokens)
+
+
+@pytest.mark.parametrize("spare", [0, 2, 64])
+def test_the_control_tokens_start_as_the_row_of_the_operator(spare, tmp_path):
+    """Also where the embedding has rows to spare, as published ones are padded."""
+    shutil.copytree(FIXTURE / "policy", tmp_path / "hf")
+    config, weights = tmp_path / "hf" / "config.json", tmp_path / "hf" / "model.safetensors"
+    told, tensors = json.loads(config.read_text()), load_file(weights)
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
+        tensors[name] = torch.cat((tensors[name], torch.full((spare, tensors[name].shape[1]), 7.0)))
+    save_file(tensors, weights)
+    config.write_text(json.dumps({**told, "vocab_size": told["vocab_size"] + spare}))
+    model, tokens = checkpoint.load(tmp_path / "hf")
+    operator, = tokens.encode("<<")
+    for llama in (model.policy, model.decoder):
+        W = llama.model.embed_tokens.weight
+        assert len(W) == llama.cfg.vocab_size == told["vocab_size"] + max(3, spare)
+        for i in (tokens.start, tokens.latent, tokens.end):
+            assert torch.equal(W[i], W[operator])
 
 
 def test_a_saved_model_loads_as_it_was(tmp_path):

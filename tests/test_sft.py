@@ -11,7 +11,7 @@ from minatp import checkpoint, config, data, evaluate, problems, run
 from minatp.rollout import Noise, rollout, score, supervise
 from runs import go
 
-SMALL = ("--n-layer 2 --n-embd 32 --n-inner 48 --labelled 160 --val-size 8 --test-size 24 --batch-size 8 --epochs .2 --K 2 --c 2 "
+SMALL = ("--n-layer 2 --n-embd 32 --n-inner 48 --labelled 160 --answers 40 --val-size 8 --test-size 24 --batch-size 8 --epochs .2 --K 2 --c 2 "
          "--decoder-layers 1 --log-every 2 --save-every 3 --device cpu").split()
 
 
