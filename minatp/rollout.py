@@ -142,13 +142,16 @@ class Rollout:
         return replace(self, **{f.name: v[rows] for f in fields(self) if torch.is_tensor(v := getattr(self, f.name))})
 
 
+THINKS, ENDS, WRITES, DONE = range(4)
+
+
 @torch.no_grad()
 def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
     """Think, stop and answer. prompt (Q, Tq) ids left-padded, valid (Q, Tq) bool; each is read once and continued `group` times,
     which gives B = Q·group rows, those of a prompt side by side.
 
-    noise None is the mean policy: z = μ, stop by argmax, greedy answer. Every tick feeds one column to every unfinished row,
-    a thought or a word; a row that has written eos leaves the batch, so early stops save real work.
+    noise None is the mean policy: z = μ, stop by argmax, greedy answer. Every tick feeds one column to every unfinished row:
+    a thought, <|end-latent|> or a word; a row that has written eos leaves the batch, so early stops save real work.
     given (Given of B rows): no stop is taken before or at these thoughts, whatever the stop head says of them.
     """
     B, Tq = prompt.shape[0] * group, prompt.shape[1]
@@ -164,30 +167,39 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
         cache.keep(torch.arange(B, device=device) // group)
         h = h.repeat_interleave(group, 0)
     rows = torch.arange(B, device=device)                       # which problems are still in the batch
-    thinking = torch.ones(B, dtype=torch.bool, device=device)
+    fate = torch.zeros_like(rows)                               # what becomes of each: it THINKS, ENDS its thinking, WRITES or is DONE
+    most = torch.full_like(rows, c * K) if given is None else torch.where(given.ends, given.n, c * K)
     eos = torch.tensor(policy.cfg.eos, device=device)
-    for t in range(c * K + 1 + max_new):
-        token = torch.full_like(rows, model.end)                # fed by a row that ends its thinking now
-        x = policy.embed(token)
-        i = (~thinking).nonzero()[:, 0]                         # a GPU's host waits for nonzero: as few as can be
-        n_word = len(i)
-        if n_word:                                              # write a word
-            r, at = rows[i], out.n_token[rows[i]]
-            token[i], logp = choose(policy.logits(h[i]), noise, r, at)
-            out.token[r, at], out.logp_token[r, at], out.n_token[r] = token[i], logp, at + 1
-            x = policy.embed(token)
-        if given is not None:
-            thinking = thinking & ~(given.ends[rows] & (given.n[rows] == t))
-        if t == c * K:
-            thinking = torch.zeros_like(thinking)
-        elif t < c * K and len(i := thinking.nonzero()[:, 0]):  # think
-            r = rows[i]
-            z, mu, logvar = model.propose(h[i], noise and noise.spread * noise.eps[r, t])
+    for t in range(c * K + max_new + 2):
+        fate = torch.where((fate == THINKS) & (t >= most[rows]), ENDS, fate)
+        fates = fate.tolist()                                   # the one wait of a tick for a GPU
+        n_think, n_end, n_done = (fates.count(f) for f in (THINKS, ENDS, DONE))
+        if n_done == len(fates):
+            break
+        if n_done:
+            left = (fate == DONE).long().argsort(stable=True)[: len(fates) - n_done]
+            rows, fate, x = rows[left], fate[left], x[left]
+            cache.keep(left)
+        if t:
+            h = policy(x[:, None], torch.ones_like(rows, dtype=torch.bool)[:, None], cache)[:, 0]
+        order = fate.argsort(stable=True)
+        think, write = order[:n_think], order[n_think + n_end:]
+        x, fate = policy.embed(torch.full_like(rows, model.end)), torch.full_like(rows, WRITES)  # of a row that ends its thinking now
+        if len(write):
+            r, at = rows[write], out.n_token[rows[write]]
+            token, logp = choose(policy.logits(h[write]), noise, r, at)
+            out.token[r, at], out.logp_token[r, at], out.n_token[r] = token, logp, at + 1
+            x = x.index_put((write,), policy.embed(token))
+            fate[write] = torch.where(torch.isin(token, eos) | (at + 1 == max_new), DONE, WRITES)
+        if len(think):
+            r = rows[think]
+            z, mu, logvar = model.propose(h[think], noise and noise.spread * noise.eps[r, t])
             if given is not None:
                 z = torch.where((t < given.n[r])[:, None], given.z[r, t], z)
             out.z[r, t] = z
             if model.vae:
                 out.logvar[r, t], out.logp_z[r, t] = logvar, gaussian_log_prob(z, mu, logvar + 2 * math.log(out.spread))
+            stop = torch.zeros_like(r, dtype=torch.bool)
             if model.stop and t % c == 0:
                 logp = wide(model.stop_head(z)).log_softmax(-1)
                 stop = logp[:, 1] > logp[:, 0] if noise is None else noise.stop[r, t // c] < logp[:, 1].exp()
@@ -196,20 +208,9 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
                 out.stop_prob[r, t // c] = logp[:, 1].exp()
                 out.logp_stop[r, t // c] = torch.where(stop, logp[:, 1], logp[:, 0])
                 out.stopped[r] = stop
-                thinking[i] = ~stop
-                on = (~stop).nonzero()[:, 0]
-                z, r, i = z[on], r[on], i[on]
-            out.n_latent[r] += 1
-            x = x.index_put((i,), z.to(x.dtype))
-        if n_word:
-            done = torch.isin(token, eos) | (out.n_token[rows] == max_new)
-            left = (~done).nonzero()[:, 0]
-            if not len(left):
-                break
-            if len(left) < len(rows):
-                rows, thinking, x = rows[left], thinking[left], x[left]
-                cache.keep(left)
-        h = policy(x[:, None], torch.ones_like(rows, dtype=torch.bool)[:, None], cache)[:, 0]
+            out.n_latent[r] += ~stop
+            x = x.index_put((think,), torch.where(stop[:, None], x[think], z.to(x.dtype)))
+            fate[think] = torch.where(stop, WRITES, THINKS)
     longest = int(out.n_token.max())
     out.token, out.logp_token = out.token[:, :longest], out.logp_token[:, :longest]
     return out
