@@ -5,7 +5,7 @@
     python sample.py --n 8 --temperature 1    several sampled chains of each question
     python sample.py --run out/sft,out/rl --html thoughts.html    a page to look at: thoughts, links, latents; runs side by side
     python sample.py --edit "drop 2"          without thought 2: does the answer change? Also "swap 1 2" and "replace 2 WITH",
-                                              WITH being zero, prior, next (problem's) or words: "replace 1 <<3+4=7>>"
+                                              WITH being zero, prior, next (problem's) or words: "replace 1 <<3*2=6>>"
 """
 import json
 import math

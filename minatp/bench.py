@@ -104,7 +104,7 @@ class Case:
         model = self.model
         model.stage = stage
         batch = data.collate(rows or self.rows[: self.size["batch"]], stage, model).to(self.device)
-        eps = torch.randn(len(batch.prompt), model.c * model.K + 1, model.policy.cfg.n_embd, generator=torch.Generator().manual_seed(1))
+        eps = torch.randn(len(batch.prompt), model.c * model.K, model.policy.cfg.n_embd, generator=torch.Generator().manual_seed(1))
         return batch, eps.to(self.device)
 
     def prompts(self, n):

@@ -5,7 +5,7 @@
     replace 2 zero     by nothing at all; the model thinks on from there. In place of zero also
               prior    a draw from N(0, I), as the KL term would have it
               next     the same thought of the next problem
-              <<3+4=7>>  a thought that φ reads as these words, taken from another problem
+              <<3*2=6>>  a thought that φ reads as these words, taken from another problem
 
 Thoughts are counted from 1, and each is c latents. What stands before an edit stays as it was, to the bit.
 """

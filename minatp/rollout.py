@@ -168,7 +168,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
         h = h.repeat_interleave(group, 0)
     rows = torch.arange(B, device=device)                       # which problems are still in the batch
     fate = torch.zeros_like(rows)                               # what becomes of each: it THINKS, ENDS its thinking, WRITES or is DONE
-    most = torch.full_like(rows, c * K) if given is None else torch.where(given.ends, given.n, c * K)
+    most = torch.full_like(rows, c * K) if given is None else torch.where(given.ends, given.n, c * K).clamp(max=c * K)
     eos = torch.tensor(policy.cfg.eos, device=device)
     for t in range(c * K + max_new + 2):
         fate = torch.where((fate == THINKS) & (t >= most[rows]), ENDS, fate)
