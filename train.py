@@ -143,7 +143,7 @@ def rl(cfg, splits, device):
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0, "start": run.fingerprint(start)}
     run.need_start(start, state, cfg)
     log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
-    pool = [*splits.train, *splits.answers] if cfg.data else splits.answers  # the built-in task's SFT has exhausted its labels
+    pool = [*splits.train, *splits.answers] if cfg.data else splits.answers  # the built-in task keeps a set for RL
     prompts, rows = [tokens.prompt(p.question) for p in pool], run.encoded(cfg, splits.train, tokens, model)
     val_rows = run.encoded(cfg, [p for p in splits.val if p.steps][:200], tokens, model)
     run.encoded(cfg, splits.answers + splits.held_out, tokens, model)  # none is too long
