@@ -139,7 +139,7 @@ def think(args, folder, name, asked, device):
             for show in shows:
                 chains = [found[0] if found else None for found in show.chains]
                 told = iter(page.read(model, tokens, [c for c in chains if c]))
-                show.view = page.View(name, show.edit, chains, [] if show.edit else sampled, [next(told) if c else [] for c in chains],
+                show.view = page.View(show.name, show.edit, chains, [] if show.edit else sampled, [next(told) if c else [] for c in chains],
                                       model.c, plane)
     return shows
 

@@ -21,17 +21,13 @@ SAME = {"×": "*", "÷": "/", "−": "-"}
 @dataclass
 class View:
     """One column of the page: a run, or an edit of it."""
-    run: str       # its name
+    name: str
     edit: str      # "" for the chains as they are
     chains: list   # a Chain per problem, with its latents; None where the edit does not apply
     sampled: list  # per problem, a list of Chains
     readings: list  # per problem and thought, [(words, probability)], likeliest first
     c: int         # latents per thought
     plane: "Plane"
-
-    @property
-    def name(self):
-        return f"{self.run} · {self.edit}" if self.edit else self.run
 
 
 @dataclass

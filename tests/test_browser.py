@@ -122,7 +122,7 @@ def url(tmp_path_factory):
         chains = [chain(*n, right(i)) for i, n in enumerate(numbers)]
         told = [[[(t, 0.8), ("<<1+1=2>>", 0.1)] for t in c.thoughts] for c in chains]
         views.append(page.View(run, "", chains, [[chain(*n), chain(*n, False)] for n in numbers], told, 2, page.Plane.fit(chains, 2)))
-    views.append(page.View("rl", "drop 1", [None] + views[1].chains[1:], [], [[]] + views[1].readings[1:], 2, views[1].plane))
+    views.append(page.View("rl · drop 1", "drop 1", [None] + views[1].chains[1:], [], [[]] + views[1].readings[1:], 2, views[1].plane))
     path = tmp_path_factory.mktemp("page") / "thoughts.html"
     page.write(path, views, ps)
     return path.as_uri()
