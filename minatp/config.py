@@ -105,7 +105,7 @@ class Data:
     data: str = opt("", "training problems: JSON, JSONL or iCoT text [the built-in task]")
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
     test: str = opt("", "test problems, several files separated by commas [as many again]")
-    labelled: int = opt(8000, "built-in task: labelled training problems")
+    labelled: int = opt(8000, "built-in task: labelled training problems; the default --epochs keep the number of steps")
     val_size: int = opt(500, "validation problems, built-in or held out of --data")
     test_size: int = opt(3000, "built-in task: test problems")
 
@@ -260,10 +260,14 @@ PRESETS = {
                  "vocab_size": 128256, "decoder_layers": 0, "K": 10, "lr": 1e-4, "log_every": 10},
 }
 
-EPOCHS = {  # preset -> the default of --epochs
-    "tiny": lambda cfg: ",".join(("4", *[".4"] * (cfg.K - 1), ".6", "16")) if cfg.latent else {"cot": "12", "no-cot": "72"}[cfg.method],
-    "llama-1b": lambda cfg: "2",
-}
+def tiny_epochs(cfg):
+    """The tiny preset's --epochs: of the built-in task as many steps, whatever --labelled is."""
+    epochs = (4, *[0.4] * (cfg.K - 1), 0.6, 16) if cfg.latent else ({"cot": 12, "no-cot": 72}[cfg.method],)
+    scale = 1 if cfg.data else Config.labelled / max(1, cfg.labelled)
+    return ",".join(f"{scale * e:g}" for e in epochs)
+
+
+EPOCHS = {"tiny": tiny_epochs, "llama-1b": lambda cfg: "2"}  # preset -> the default of --epochs
 RL = {"tiny": {"lr": 3e-4, "init": "out/sft", "estimator": "path", "anchor": 1.0, "updates": 600}, "llama-1b": {"lr": 1e-6, "batch_size": 16, "init": "out/sft"}}
 
 
