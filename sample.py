@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from minatp import checkpoint, config, data, edit, evaluate, page, reward, run
+from minatp import checkpoint, config, data, edit, evaluate, page, reward, run, sets
 
 
 def main(argv=None):
@@ -115,7 +115,7 @@ def think(args, folder, name, asked, device):
     """Shows of one run: its chains, then those of every edit."""
     model, tokens = checkpoint.load(folder)
     run.place(model, device).eval()
-    prompts = run.prompts(asked, tokens, model, args.max_new)
+    prompts = sets.prompts(asked, tokens, model, args.max_new)
     solve = lambda prompts=prompts, **how: evaluate.solve(model, tokens, prompts, args.max_new, keep=True, **how)
     began = time.perf_counter()
     with run.tool_memory("sample", prompts, model, args.max_new), run.autocast(device):
@@ -128,7 +128,7 @@ def think(args, folder, name, asked, device):
             sampled = [[evaluate.elect(found, args.vote)] for found in sampled]
         if not args.html and sampled:
             shows = [Show(name, "", sampled, time.perf_counter() - began)]
-        pool = solve([tokens.prompt(p.question) for p in run.test_set(folder, 500)]) if any(e.words for e in args.edit) else []
+        pool = solve([tokens.prompt(p.question) for p in sets.test_set(folder, 500)]) if any(e.words for e in args.edit) else []
         for e in args.edit:
             began = time.perf_counter()
             given, applies = edit.given(e, model, mean, mean + pool, args.seed)
@@ -153,7 +153,7 @@ def questions(args):
     if args.question is not None:
         return bare([args.question], "command line")
     if not args.file:
-        return run.test_set(args.run[0], args.problems, args.seed)
+        return sets.test_set(args.run[0], args.problems, args.seed)
     try:
         text = Path(args.file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:

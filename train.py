@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from minatp import checkpoint, config, data, distributed, evaluate, problems, reward, run
+from minatp import checkpoint, config, data, distributed, evaluate, problems, reward, run, sets
 from minatp.loss import advantages, sft_loss, surrogate
 from minatp.rollout import Noise, Rollout, rollout, score, supervise
 
@@ -22,7 +22,7 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     if cfg.init:
         checkpoint.locate(cfg.init)  # before the data is read
-    splits = run.load_splits(cfg)
+    splits = sets.load(cfg)
     run.say(splits.tell())
     if cfg.dry_run:
         from minatp.dry import dry_run
@@ -42,8 +42,8 @@ def sft(cfg, splits, device):
     optimizer = run.adamw(cfg, model)
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}
     log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
-    rows, answers = run.encoded(cfg, splits.train, tokens, model), run.encoded(cfg, splits.answers, tokens, model, free=True)
-    run.encoded(cfg, splits.held_out, tokens, model)  # none is too long
+    rows, answers = sets.encoded(cfg, splits.train, tokens, model), sets.encoded(cfg, splits.answers, tokens, model, free=True)
+    sets.encoded(cfg, splits.held_out, tokens, model)  # none is too long
     plan = [(stage, max(1, round(epochs * len(rows) / cfg.batch_size))) for stage, epochs in cfg.schedule()]
     n_total, first = sum(n for _, n in plan), 0
     # from scratch, φ starts as what π has become when thoughts begin
@@ -144,9 +144,9 @@ def rl(cfg, splits, device):
     run.need_start(start, state, cfg)
     log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
     pool = [*splits.train, *splits.answers] if cfg.data else splits.answers  # the built-in task keeps a set for RL
-    prompts, rows = [tokens.prompt(p.question) for p in pool], run.encoded(cfg, splits.train, tokens, model)
-    val_rows = run.encoded(cfg, [p for p in splits.val if p.steps][:200], tokens, model)
-    run.encoded(cfg, splits.answers + splits.held_out, tokens, model)  # none is too long
+    prompts, rows = [tokens.prompt(p.question) for p in pool], sets.encoded(cfg, splits.train, tokens, model)
+    val_rows = sets.encoded(cfg, [p for p in splits.val if p.steps][:200], tokens, model)
+    sets.encoded(cfg, splits.answers + splits.held_out, tokens, model)  # none is too long
     max_new = run.max_answer(cfg, rows, model)
     run.say(f"rl from {cfg.init}: {run.size(model)}, {cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts on {device}; "
             f"files in {cfg.out}")

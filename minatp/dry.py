@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from . import count, data, run
+from . import count, data, run, sets
 from .config import UserError
 from .latent import ATP
 from .reward import same, result
@@ -24,7 +24,7 @@ def dry_run(cfg, splits, device, step):
     if not model or fits(model):  # otherwise it is too large to build only to be counted
         model, tokens = run.build(cfg, splits.train)
     splits.train = splits.train or splits.answers  # RL can do without labels
-    rows = run.encoded(cfg, splits.train, tokens, model)
+    rows = sets.encoded(cfg, splits.train, tokens, model)
     data_report(splits, rows, tokens)
     curriculum_report(cfg, splits, rows, tokens, model)
     n = n_parameters(model)

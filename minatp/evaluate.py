@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import checkpoint, config, distributed, problems, reward, run
+from . import checkpoint, config, distributed, problems, reward, run, sets
 from .data import left_pad, read_problems
 from .explain import read_thoughts
 from .rollout import Noise, rollout
@@ -203,14 +203,14 @@ def main(argv=None):
     elif args.longer:
         asked = problems.generate("longer", args.problems or 3000, 0)
     else:
-        asked = run.test_set(args.run[0], args.problems)
+        asked = sets.test_set(args.run[0], args.problems)
     device, first = run.pick_device(args.device), None
     for folder in args.run:  # before the first is measured
         checkpoint.locate(folder)
     for folder in args.run:
         model, tokens = checkpoint.load(folder)
         run.place(model, device).eval()
-        prompts = run.prompts(asked, tokens, model, args.max_new)
+        prompts = sets.prompts(asked, tokens, model, args.max_new)
         with run.tool_memory("evaluation", prompts, model, args.max_new), run.autocast(device):
             chains = solve(model, tokens, prompts, args.max_new)
             m = measure(chains, asked)

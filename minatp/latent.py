@@ -2,7 +2,6 @@
 beside the policy LM π and the decoder LM φ (method.md, Sequence)."""
 from dataclasses import replace
 
-import torch
 import torch.nn as nn
 
 from kernels import ops

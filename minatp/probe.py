@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from . import checkpoint, config, data, evaluate, reward, run
+from . import checkpoint, config, data, evaluate, reward, run, sets
 from .rollout import Given, Noise
 
 SPREADS = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -32,13 +32,13 @@ def main(argv=None):
         raise config.UserError(f"command line: --problems must be at least 10 and --max-new positive, not {args.problems}, {args.max_new}")
     if not 0 <= args.seed < 2**32:
         raise config.UserError(f"command line: --seed must not be negative and below 2^32, not {args.seed}")
-    found = data.read_problems(args.file)[: args.problems] if args.file else run.test_set(args.run, args.problems)
+    found = data.read_problems(args.file)[: args.problems] if args.file else sets.test_set(args.run, args.problems)
     if len(found) < 10:
         raise config.UserError(f"{args.file or args.run}:0: has {len(found)} problems; a probe needs at least 10")
     device = run.pick_device(args.device)
     model, tokens = checkpoint.load(args.run)
     run.place(model, device).eval()
-    prompts = run.prompts(found, tokens, model, args.max_new)
+    prompts = sets.prompts(found, tokens, model, args.max_new)
     with run.tool_memory("probe", prompts, model, args.max_new), run.autocast(device):
         solve = lambda **how: evaluate.solve(model, tokens, prompts, args.max_new, keep=True, **how)
         mean = solve()

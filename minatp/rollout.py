@@ -167,7 +167,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
         cache.keep(torch.arange(B, device=device) // group)
         h = h.repeat_interleave(group, 0)
     rows = torch.arange(B, device=device)                       # which problems are still in the batch
-    fate = torch.zeros_like(rows)                               # what becomes of each: it THINKS, ENDS its thinking, WRITES or is DONE
+    fate, x = torch.zeros_like(rows), None                      # what becomes of each: it THINKS, ENDS its thinking, WRITES or is DONE
     most = torch.full_like(rows, c * K) if given is None else torch.where(given.ends, given.n, c * K).clamp(max=c * K)
     eos = torch.tensor(policy.cfg.eos, device=device)
     for t in range(c * K + max_new + 2):

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from minatp import checkpoint, config, data, evaluate, run
+from minatp import checkpoint, config, data, evaluate, run, sets
 from runs import TAUGHT, TINY, TINY_RL, facts, go, process, processes, training, writing
 
 LONG = os.environ.get("MINATP_LONG") == "1"
@@ -34,7 +34,7 @@ def options(tmp_path_factory):
 
 
 def test_all_of_the_optimizer_is_restored_to_the_parameters_device(tmp_path):
-    model, tokens = run.build(config.parse(TINY, ""), run.load_splits(config.parse(TINY, "")).train)
+    model, tokens = run.build(config.parse(TINY, ""), sets.load(config.parse(TINY, "")).train)
     optimizer = torch.optim.AdamW(model.parameters())
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()

@@ -397,8 +397,8 @@ def test_no_folder_given_to_sample(refused):
 
 def test_another_seed_shows_other_problems_at_once(finished):
     """The largest seed, too."""
-    shown = [[p.question for p in sample.run.test_set(finished, 4, seed)] for seed in (0, 1, 2**32 - 1)]
-    assert shown[0] == [p.question for p in sample.run.test_set(finished)][:4] and not set(shown[0]) & set(shown[1]) & set(shown[2])
+    shown = [[p.question for p in sample.sets.test_set(finished, 4, seed)] for seed in (0, 1, 2**32 - 1)]
+    assert shown[0] == [p.question for p in sample.sets.test_set(finished)][:4] and not set(shown[0]) & set(shown[1]) & set(shown[2])
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # nump
 
 import train
 from kernels import attention, bench, cache, cross_entropy, ops, rows, vae
-from minatp import config, data, run
+from minatp import config, data, run, sets
 from minatp.data import Problem
 from minatp.explain import read_thoughts
 from minatp.latent import ATP
@@ -367,7 +367,7 @@ def losses(steps=30):
               for a in range(5) for b in (2, 3)]
     model, tokens = run.build(cfg, chosen)
     model.stage = cfg.K + 1
-    encoded, optimizer, told = run.encoded(cfg, chosen, tokens, model), run.adamw(cfg, model.to(DEVICE)), []
+    encoded, optimizer, told = sets.encoded(cfg, chosen, tokens, model), run.adamw(cfg, model.to(DEVICE)), []
     take = run.Steps(optimizer, model, cfg.clip).take
     for step in range(steps):
         pair = [encoded[step % 10], encoded[(step + 3) % 10]]

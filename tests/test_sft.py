@@ -7,7 +7,7 @@ import torch
 
 import sample
 import train
-from minatp import checkpoint, config, data, evaluate, problems, run
+from minatp import checkpoint, config, data, evaluate, problems, sets
 from minatp.rollout import Noise, rollout, score, supervise
 from runs import go
 
@@ -56,7 +56,7 @@ def test_accumulation_changes_nothing(atp):
     grads = []
     for size in ("0", "3", "1"):  # 1 × 8, 3 × 3 and 8 × 1
         cfg = config.parse([*SMALL, "--micro-batch", size], "")
-        rows = run.encoded(cfg, problems.generate("labelled", 8, 1), tokens, model)
+        rows = sets.encoded(cfg, problems.generate("labelled", 8, 1), tokens, model)
         model.zero_grad()
         train.sft_gradients(cfg, model, tokens, rows, 3, 5, torch.device("cpu"))
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
@@ -77,7 +77,7 @@ def test_a_problem_without_steps_is_taught_to_stop_at_once(atp):
 def test_recomputing_activations_changes_nothing(atp):
     model, tokens = checkpoint.load(atp)
     cfg = config.parse(SMALL, "")
-    rows = run.encoded(cfg, problems.generate("labelled", 8, 1), tokens, model)
+    rows = sets.encoded(cfg, problems.generate("labelled", 8, 1), tokens, model)
     grads = []
     for on in (False, True):
         model.set_recompute(on).zero_grad()

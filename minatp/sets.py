@@ -1,0 +1,92 @@
+"""Which problems a run learns from and is judged on: training, validation and test sets, which never share a question."""
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import data, problems
+from .config import Config, UserError, of_run
+
+
+@dataclass
+class Splits:
+    train: list
+    answers: list  # problems with an answer and no steps; where RL looks at no answer, all that lack one of the two
+    val: list
+    tests: dict   # name -> problems
+    note: str     # what was left out, or ""
+
+    @property
+    def held_out(self):
+        return [*self.val, *(p for problems in self.tests.values() for p in problems)]
+
+    def tell(self):
+        """Counts in one line."""
+        bare = "with answers alone" if all(p.answer for p in self.answers) else "without answers or steps"
+        parts = [("training", self.train), (bare, self.answers), ("validation", self.val)]
+        parts += [(f"test ({name})", p) for name, p in self.tests.items()]
+        return "  ".join(f"{len(p):,} {name}" for name, p in parts if p) + (f"   {self.note}" if self.note else "")
+
+
+def load(cfg):
+    """Training, validation and test problems, which never share a question."""
+    if not cfg.data:
+        n_answers = cfg.answers if cfg.stage == "rl" or cfg.answers_share else 0
+        return Splits(problems.generate("labelled", cfg.labelled, 0), problems.generate("answers", n_answers, 0),
+                      problems.generate("validation", cfg.val_size, 0),
+                      {"built-in": problems.generate("test", cfg.test_size, 0)}, "")
+    rl = cfg.stage == "rl"
+    train = data.read_problems(cfg.data, answers=not (rl and cfg.no_answers))
+    random.Random(0).shuffle(train)  # the same split for every seed of a run
+    train.sort(key=lambda p: not p.answer)  # what is held out needs an answer
+    held = []
+    for option, given in (("--val", cfg.val), ("--test", cfg.test)):
+        if given:
+            held.append({Path(f).name: data.read_problems(f) for f in given.split(",")})
+            if len(held[-1]) < 1 + given.count(","):
+                raise UserError(f"command line: {option}: two files of the same name could not be told apart: {given}")
+        else:
+            if (n := sum(bool(p.answer) for p in train)) <= cfg.val_size:
+                lacking = f" with an answer; give {option}" * (n < len(train))
+                raise UserError(f"{cfg.data}:1: has {n} problems{lacking}, too few to hold out --val-size {cfg.val_size}")
+            held.append({"held out": train[:cfg.val_size]})
+            train = train[cfg.val_size:]
+    val = [p for part in held[0].values() for p in part]
+    unseen = {p.question for p in val} | {p.question for part in held[1].values() for p in part}
+    kept = [p for p in train if p.question not in unseen]
+    taught = kept if cfg.method == "no-cot" else [p for p in kept if p.steps and p.answer]
+    if not taught and not (rl and kept and not cfg.anchor):
+        raise UserError(f"{cfg.data}:1: no problem with steps is left to learn from" + "; RL can do without by --anchor 0" * rl)
+    left_out = [f"{len(train) - len(kept)} in the validation or test set"] * (len(kept) < len(train)) + \
+               [f"{len(kept) - len(taught)} without steps (see --answers-share)"] * (len(taught) < len(kept) and not cfg.answers_share and not rl)
+    note = "left out of training: " + ", ".join(left_out) if left_out else ""
+    return Splits(taught, [p for p in kept if not (p.steps and p.answer)], val, held[1], note)
+
+
+def test_set(folder, n=0, seed=0):
+    """The first n problems (0: all) of a run's test set, by the config.json in its folder; for a folder that is no run's, of the
+    built-in task's, and of that for another seed others. Raises UserError where the run brings none."""
+    folder = Path(folder)
+    trained = of_run(folder / "config.json") if (folder / "metrics.jsonl").exists() else Config()
+    if not trained.data:
+        return problems.generate("test", n or trained.test_size, seed)
+    if not trained.test:
+        raise UserError(f"{folder}:0: was not trained on the built-in task; give a question or --file")
+    return [p for f in trained.test.split(",") for p in data.read_problems(f)][: n or None]
+
+
+def prompts(asked, tokens, model, max_new):
+    """Prompts of problems, lists of ids. Raises UserError where one leaves no room for thoughts and an answer."""
+    found = [tokens.prompt(p.question) for p in asked]
+    room = model.policy.cfg.block_size - model.c * model.K - max_new - 1
+    for p, prompt in zip(asked, found):
+        if len(prompt) > room:
+            raise UserError(f"{p.at}: the question {p.question[:40]!r} … is {len(prompt)} tokens long and there is room for "
+                            f"{room}; shorten it or lower --max-new")
+    return found
+
+
+def encoded(cfg, chosen, tokens, model, free=False):
+    """Problems as the method reads them -> list of data.Encoded. free: their steps are not known."""
+    if cfg.method == "no-cot":
+        chosen = [replace(p, steps=[]) for p in chosen]
+    return data.encode(chosen, tokens, model.K, model.policy.cfg.block_size, free)
