@@ -138,18 +138,9 @@ def read_tensors(directory, name="model"):
     return tensors, files[0]
 
 
-def named(module):
-    """{name in a file: parameter}; where a file has two matrices and the model their product in one (LatentHead.gauss), views of it."""
-    own = {}
-    for name, p in module.named_parameters():
-        part, _, kind = name.rpartition(".")
-        own |= {f"mean.{kind}": p.chunk(2)[0], f"log_var.{kind}": p.chunk(2)[1]} if part == "gauss" else {name: p}
-    return own
-
-
 def fill(module, tensors, file):
     """Copy tensors into a module's parameters. A missing, extra or misshapen one is a UserError with name, shapes and file."""
-    own = named(module)
+    own = dict(module.named_parameters())
     for name, p in own.items():
         if name not in tensors:
             raise UserError(f"{file}:0: tensor {name} {tuple(p.shape)} is missing")
@@ -266,7 +257,7 @@ def save(directory, model, tokens, source=None):
     directory, ours = Path(directory), Path(directory) / "minatp"
     ours.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(hf_config(model.policy.cfg), indent=2) + "\n")
-    cpu = lambda m, prefix="": {prefix + k: p.detach().cpu().contiguous() for k, p in named(m).items()}
+    cpu = lambda m, prefix="": {prefix + k: p.detach().cpu().contiguous() for k, p in m.named_parameters()}
     save_file(cpu(model.policy), directory / "model.safetensors", metadata={"format": "pt"})
     tokens.tokenizer.save(str(directory / "tokenizer.json"))
     kept = {name: Path(source) / name for name in KEPT if source and (Path(source) / name).exists()}

@@ -13,19 +13,17 @@ START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
 
 class LatentHead(nn.Module):
-    """h (..., D) -> μ and logσ² of the next thought: x = LayerNorm(W2·GELU(W1·h + b1) + b2), (μ, logσ²) = W·x + b.
-
-    W (2D, D) is Wμ above Wσ, one product; in a file they are two (checkpoint.named).
-    """
+    """h (..., D) -> μ and logσ² of the next thought: x = LayerNorm(W2·GELU(W1·h + b1) + b2), μ = Wμ·x + bμ, logσ² = Wσ·x + bσ."""
     def __init__(self, D, init_logvar=-4.0):
         super().__init__()
         self.fc = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D), nn.LayerNorm(D))
-        self.gauss = nn.Linear(D, 2 * D)
-        nn.init.zeros_(self.gauss.weight[D:])
-        nn.init.constant_(self.gauss.bias[D:], init_logvar)
+        self.mean, self.log_var = nn.Linear(D, D), nn.Linear(D, D)
+        nn.init.zeros_(self.log_var.weight)
+        nn.init.constant_(self.log_var.bias, init_logvar)
 
     def forward(self, h):
-        return wide(self.gauss(self.fc(h))).chunk(2, -1)
+        x = self.fc(h)
+        return wide(self.mean(x)), wide(self.log_var(x))
 
 
 def stop_head(D):
