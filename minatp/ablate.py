@@ -1,6 +1,7 @@
 """Every comparison of the README by one command: trains each arm that has no summary.json yet, then prints the tables.
 
     python -m minatp.ablate --out out/ablate --seeds 0,1,2 --jobs 2
+    python -m minatp.ablate --out out/fewer --arms "RL; control: more SFT; RL, placebo (permuted rewards)" --options "--labelled 4000"
 
 Stage 1: the methods. Stage 2: RL and its controls, all from the same SFT run and, where they say so, for the same seconds.
 """
@@ -17,7 +18,7 @@ from .run import say
 METHODS = {  # name -> options of train.py --stage sft
     "no-CoT": ["--method", "no-cot"], "CoT": ["--method", "cot"], "Coconut": ["--method", "coconut"], "SIM-CoT": ["--method", "sim-cot"],
     "ATP": ["--method", "atp"], "ATP, no VAE": ["--no-vae"], "ATP, no stop head": ["--no-stop"], "ATP, no decoder": ["--no-decoder"],
-    "ATP, β × 10": ["--beta", "1e-2"], "ATP, σ / 20 at first": ["--init-logvar", "-10"],
+    "ATP, β × 10": ["--beta", "1e-2"],
 }
 MORE = ("--stage", "sft", "--lr", "1e-3", "--epochs", "0,0,0,0,0,{epochs}")  # the last stage again; of 5e-4, 1e-3 and 2e-3 no lr was better
 AFTER = {  # name -> options of the run that goes on from ATP; {epochs}: as many as take the seconds of "RL"
@@ -27,7 +28,6 @@ AFTER = {  # name -> options of the run that goes on from ATP; {epochs}: as many
     "RL, coherence only (sees no answer)": ["--stage", "rl", "--no-answers", "--w-coh", "1"],
     "RL, σ × 4": ["--stage", "rl", "--spread", "4"],
     "RL, thoughts scored": ["--stage", "rl", "--estimator", "score"],
-    "RL, thoughts scored, lr / 10": ["--stage", "rl", "--estimator", "score", "--lr", "3e-5"],
     "RL, thoughts scored, σ × 4, greedy words": ["--stage", "rl", "--estimator", "score", "--spread", "4", "--greedy"],
     "RL, normalised": ["--stage", "rl", "--normalise"],
     "RL, leave one out": ["--stage", "rl", "--baseline", "rloo"],
