@@ -106,7 +106,7 @@ def sft_gradients(cfg, model, tokens, rows, stage, step, device, weight=1.0):
     over processes, changes nothing. Returns (sums, counts, "read" among them: positions).
     """
     rows = sorted(rows, key=lambda r: len(r.prompt))  # micro-batches of like length
-    shape = (len(rows), model.c * model.K + 1, model.policy.cfg.n_embd)
+    shape = (len(rows), model.c * model.K + 1, model.policy.cfg.n_embd)  # a column more than is read: the README's runs drew it
     noise = distributed.mine(torch.randn(shape, generator=run.generator(cfg, step))) if model.vae else None
     rows = distributed.mine(rows)
     size = cfg.micro_batch or len(rows)
