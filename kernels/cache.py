@@ -12,10 +12,12 @@ in memory that is written in place, which autograd cannot follow, so each operat
 The nodes of a layer are threaded on a scalar that holds nothing: each takes the last one's and gives its own, so that autograd runs
 them in exactly the reverse order, whether or not a number flows from one to the next.
 """
+from copy import copy
+
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import attention
+from . import attention, graph
 from .rows import Rotate
 
 FEW = 8  # new positions that the step's kernel takes; a longer pass is SDPA's
@@ -133,21 +135,29 @@ class StepCache:
         self.owner, self.group = torch.arange(B, device=device), 1        # prefix of each row; most rows of one
         self.n_own = torch.zeros(B, dtype=torch.long, device=device)      # own columns, by row
         self.P = self.used = 0                                            # columns of the prefix, and of the longest row of its own
+        self.replays, self.replayed = graph.serves(device), graph.Replayed()
 
     def open(self, valid):
         """Make room for new columns, real where valid (B, T); returns their position ids (B, T)."""
         T, rank = valid.shape[1], valid.long().cumsum(1) - 1
         if self.start is None:
             self.start, self.P, self.valid = T - valid.sum(1), T, valid
+            self.regroup()
             return rank.clamp(min=0)
-        before, self.slot = self.n_own, torch.where(valid, self.n_own[:, None] + rank, -1)
-        self.n_own, self.used = before + valid.sum(1), self.used + T
+        before = self.n_own.clone()
+        self.slot = torch.where(valid, before[:, None] + rank, -1)
+        self.n_own += valid.sum(1)  # in place, where a replayed step finds it
+        self.used += T
         self.real = valid.nonzero(as_tuple=True) if T > FEW else None  # the host waits once, not in every layer
+        self.where = attention.Where(*self.groups, self.group, before.int(), self.slot.int())
+        return ((self.behind + before)[:, None] + rank).clamp(min=0)
+
+    def regroup(self):
+        """Who goes on from which prefix."""
         members = self.owner.argsort(stable=True)
-        first = torch.searchsorted(self.owner[members], torch.arange(len(self.start) + 1, device=valid.device))
-        narrow = (x.int() for x in (self.start, self.owner, members, first))
-        self.where = attention.Where(*narrow, self.group, before.int(), self.slot.int())
-        return ((self.P - self.start[self.owner] + before)[:, None] + rank).clamp(min=0)
+        first = torch.searchsorted(self.owner[members], torch.arange(len(self.start) + 1, device=members.device))
+        self.groups = [x.int() for x in (self.start, self.owner, members, first)]
+        self.behind = self.P - self.start[self.owner]  # real columns of each row's prefix
 
     def mask(self, T):
         """What each of T new columns sees of all, (B, 1, T, columns), for a long pass; None for a step, whose kernel knows."""
@@ -174,6 +184,26 @@ class StepCache:
             k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
         return attention.masked_sdpa(q, k, v, mask[:, :, -n:])
 
+    def step(self, work, *inputs):
+        """work(*inputs), which reads one column; replayed, where the rows are those of the last step."""
+        if not self.replays:
+            return work(*inputs)
+        used = self.used + 1  # a replay runs no Python
+        result = self.replayed(work, *inputs)
+        self.used = used
+        return result
+
+    def worth_dropping(self, n_done, n):
+        """Whether `keep` pays where n_done of n rows are finished: a step reads the weights, however few the rows, and a graph of its rows
+        would have to be recorded again."""
+        return n_done >= (n / 2 if self.replays else 1)
+
+    def fork(self):
+        """The cache with its rows and their counts as they are now: for a look back from later."""
+        same = copy(self)
+        same.own, same.n_own, same.thread, same.replayed = list(self.own), self.n_own.clone(), [None] * len(self.own), None
+        return same
+
     def room(self, i, k):
         """Layer i's own columns, made at the first of them."""
         if self.own[i] is None:
@@ -185,7 +215,8 @@ class StepCache:
         """Go on with `rows` (a LongTensor, repeats allowed) alone. The prefix stays where it is, whoever goes on from it."""
         if len(rows) > len(self.owner):
             self.group = int(self.owner[rows].bincount().max())
-        self.owner, self.n_own = self.owner[rows], self.n_own[rows]
+        self.owner, self.n_own, self.replayed = self.owner[rows], self.n_own[rows], graph.Replayed()
+        self.regroup()
         for i, old in enumerate(self.own):
             if old is not None:
                 self.own[i] = Columns(*(x[rows] for x in old.kv))

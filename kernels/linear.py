@@ -8,6 +8,8 @@ size, written and read again. Here each call puts (x_t, dy_t) aside, and dW is o
     Call    one call of a layer                           backward: dx; puts x and dy aside
     Gather  a scalar that holds nothing, read by the      backward: dW and db; autograd runs it when every Call's has run,
             layer's calls and made of its weights         and adds what it returns to the gradients of W's other uses
+
+Where the calls are replays of a CUDA graph, which knows no list, they are put aside in `Stacks`, and who made these asks for dW.
 """
 from contextlib import contextmanager
 
@@ -22,6 +24,12 @@ from .ops import compute_dtype
 LEAST = 2**17  # elements of a weight: a smaller one's products cost less than the Python of these nodes (measured on a CPU)
 
 
+def products(x, dy, dtype):
+    """dW and db of all calls: x (..., in), dy (..., out)."""
+    x, dy = as_rows(x), as_rows(dy)
+    return (dy.t() @ x).to(dtype), dy.sum(0, dtype=dtype)
+
+
 class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, aside, W, b):
@@ -32,9 +40,9 @@ class Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        x, dy = (as_rows(torch.cat(all)) for all in zip(*ctx.aside))  # (rows of all calls, in), (…, out)
+        dW, db = products(*map(torch.cat, zip(*ctx.aside)), ctx.dtype)
         ctx.aside.clear()
-        return None, (dy.t() @ x).to(ctx.dtype), dy.sum(0, dtype=ctx.dtype) if ctx.has_bias else None
+        return None, dW, db if ctx.has_bias else None
 
 
 class Call(torch.autograd.Function):
@@ -54,8 +62,8 @@ class Call(torch.autograd.Function):
 
 class Deferred:
     """The forward of a Linear while its weight gradient is deferred. Autocast's copy of the weights is made at the first call."""
-    def __init__(self, linear):
-        self.linear, self.aside, self.gather = linear, [], None
+    def __init__(self, linear, aside=None):
+        self.linear, self.aside, self.gather = linear, [] if aside is None else aside, None
 
     def __call__(self, x):
         """x (..., in) -> (..., out)."""
@@ -66,14 +74,58 @@ class Deferred:
         return Call.apply(self.aside, self.gather, x.to(self.W.dtype), self.W, self.b)
 
 
+def large(modules):
+    """Every Linear in them whose weight gradient is put off."""
+    return [m for module in modules for m in module.modules() if isinstance(m, nn.Linear) and m.weight.numel() >= LEAST]
+
+
 @contextmanager
-def deferred(module):
-    """Inside, the calls of each large Linear of `module` share one computation of its weight gradient."""
-    linears = [m for m in module.modules() if isinstance(m, nn.Linear) and m.weight.numel() >= LEAST]
-    for m in linears:
-        m.forward = Deferred(m)
+def calls(forward):
+    """Inside, each Linear of {Linear: function} is that function."""
+    for m, f in forward.items():
+        m.forward = f
     try:
         yield
     finally:
-        for m in linears:
+        for m in forward:
             del m.forward
+
+
+def deferred(module):
+    """Inside, the calls of each large Linear of `module` share one computation of its weight gradient."""
+    return calls({m: Deferred(m) for m in large([module])})
+
+
+class Stack:
+    """x and dy of one layer's calls, each in row `at` (1,) of n."""
+    def __init__(self, n, at):
+        self.n, self.at, self.pair = n, at, None
+
+    def append(self, pair):
+        if self.pair is None:
+            self.pair = [x.new_zeros(self.n, *x.shape) for x in pair]
+        for rows, x in zip(self.pair, pair):
+            rows.index_copy_(0, self.at, x[None])
+
+
+class Stacks:
+    """x and dy of all large Linears of some modules. `at`: the row of those that are called next, (1,) on the device."""
+    def __init__(self, modules, n, device):
+        self.at = torch.zeros(1, dtype=torch.long, device=device)
+        self.layers = {m: Deferred(m, Stack(n, self.at)) for m in large(modules)}
+
+    def __contains__(self, p):
+        return any(p is x for m in self.layers for x in (m.weight, m.bias))
+
+    def calls(self):
+        """Inside, their calls are put aside here."""
+        return calls(self.layers)
+
+    def gradients(self):
+        """{parameter: its gradient} of all calls."""
+        found = {}
+        for m, layer in self.layers.items():
+            if layer.aside.pair is not None:
+                dW, db = products(*layer.aside.pair, m.weight.dtype)
+                found |= {m.weight: dW} | ({} if m.bias is None else {m.bias: db})
+        return found

@@ -37,28 +37,30 @@ def cast_once(module):
 def read_thoughts(decoder, z, eos, max_new=24):
     """What φ writes greedily for each thought. z (N, c, D) -> N lists of ids, up to the id `eos` that φ was taught to write.
 
-    A thought that has ended leaves the batch.
+    Thoughts that have ended leave the batch.
     """
     N, c, _ = z.shape
     texts = [[] for _ in range(N)]
     if not N:
         return texts
     rows, cache = list(range(N)), decoder.cache(N, c + max_new)
+    writes = torch.ones(N, dtype=torch.bool, device=z.device)
     with cast_once(decoder):
         h = decoder(z, torch.ones(N, c, dtype=torch.bool, device=z.device), cache, 1)[:, 0]
         for _ in range(max_new):
-            token = decoder.logits(h).argmax(-1)
+            token = decoder.logits(h).argmax(-1).masked_fill(~writes, eos)
             words = token.tolist()
             left = [i for i, word in enumerate(words) if word != eos]
             for i in left:
                 texts[rows[i]].append(words[i])
             if not left:
                 break
-            if len(left) < len(rows):
-                rows, keep = [rows[i] for i in left], torch.tensor(left, device=z.device)
-                token = token[keep]
+            writes = token != eos
+            if cache.worth_dropping(len(rows) - len(left), len(rows)):
+                keep = torch.tensor(left, device=z.device)
+                rows, token, writes = [rows[i] for i in left], token[keep], writes[keep]
                 cache.keep(keep)
-            h = decoder(decoder.embed(token)[:, None], torch.ones(len(rows), 1, dtype=torch.bool, device=z.device), cache)[:, 0]
+            h = decoder.step(decoder.embed(token), writes, cache)
     return texts
 
 

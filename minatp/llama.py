@@ -58,6 +58,8 @@ class KVCache:
     Without autograd the columns are written into memory allocated once for `T` columns. Under autograd a saved tensor must
     not be written again, so columns are joined instead, and the gradient of later columns flows back into earlier ones.
     """
+    replays = False  # whether `step` is a CUDA graph (kernels/cache.py)
+
     def __init__(self, cfg, B, T, device):
         self.length = 0
         self.valid = torch.zeros(B, T, dtype=torch.bool, device=device)  # (B, T)
@@ -99,6 +101,14 @@ class KVCache:
         k, v = self.append(i, ops.rotate(k, *rope), v)
         n = q.shape[2]
         return attend(ops.rotate(q, *(x[:, :, -n:] for x in rope)), k, v, mask[:, :, -n:])
+
+    def step(self, work, *inputs):
+        """work(*inputs), which reads one column."""
+        return work(*inputs)
+
+    def worth_dropping(self, n_done, n):
+        """Whether `keep` pays where n_done of n rows are finished."""
+        return n_done > 0
 
     def keep(self, rows):
         """Drop every row but `rows` (a LongTensor, repeats allowed): what is finished costs nothing more."""
@@ -223,6 +233,11 @@ class Llama(nn.Module):
             top = i == len(self.model.layers) - 1
             x, a = block(x, a, n if n and top else x.shape[1], rope, cache, i, mask)
         return self.model.norm(x, a)[1]
+
+    @torch.no_grad()
+    def step(self, x, real, cache):
+        """Read one column more, x (B, D), of the rows where real (B,) -> hidden states (B, D), overwritten by the next step."""
+        return cache.step(lambda x, real: self(x[:, None], real[:, None], cache)[:, 0], x, real)
 
     def logits(self, h):
         """h (..., D) -> (..., vocab_size)."""

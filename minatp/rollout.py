@@ -13,34 +13,10 @@ import torch
 
 from kernels.common import wide
 from kernels.cross_entropy import IGNORE, token_nll
-from kernels.linear import deferred
 from kernels.ops import gaussian_log_prob, kl_normal
 
+from .chain import walk
 from .explain import thought_nll
-
-
-def walk(model, h, cache, n_latent, n_candidate, eps=None, free=None):
-    """The chain of latents, with gradients through every one of them.
-
-    h (B, D): the hidden state after the prompt, which is in the cache. n_latent (B,): how many each row uses; those of a row of
-    `free` (B,) bool are at most so many, and it stops where generation would. eps (B, ≥ n_candidate, D), or None for z = μ.
-    Returns z, μ, logσ² (B, n_candidate, D) (None where there are none) and n_latent as used. A row's dropped candidate stands
-    at column n_latent.
-    """
-    proposed, L = [], int(n_latent.max()) if n_candidate else 0
-    with deferred(model):  # the gradient of each weight is one product for the whole chain, not one a latent
-        for t in range(n_candidate):
-            proposed.append(model.propose(h, None if eps is None else eps[:, t]))
-            z = proposed[-1][0]
-            if free is not None and model.stop and t % model.c == 0:
-                stops = free & (n_latent > t) & (model.stop_head(z.detach()).argmax(-1) == 1)
-                n_latent = torch.where(stops, t, n_latent)
-            if t < L:
-                h = model.policy(z[:, None], (t < n_latent)[:, None], cache)[:, 0]
-    if not proposed:
-        return None, None, None, n_latent
-    z, mu, logvar = zip(*proposed)
-    return torch.stack(z, 1), torch.stack(mu, 1), torch.stack(logvar, 1) if model.vae else None, n_latent
 
 
 def think(model, batch, eps=None):
@@ -151,7 +127,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
     which gives B = Q·group rows, those of a prompt side by side.
 
     noise None is the mean policy: z = μ, stop by argmax, greedy answer. Every tick feeds one column to every unfinished row:
-    a thought, <|end-latent|> or a word; a row that has written eos leaves the batch, so early stops save real work.
+    a thought, <|end-latent|> or a word; rows that have written eos leave the batch, so early stops save real work.
     given (Given of B rows): no stop is taken before or at these thoughts, whatever the stop head says of them.
     """
     B, Tq = prompt.shape[0] * group, prompt.shape[1]
@@ -176,15 +152,15 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
         n_think, n_end, n_done = (fates.count(f) for f in (THINKS, ENDS, DONE))
         if n_done == len(fates):
             break
-        if n_done:
+        if cache.worth_dropping(n_done, len(fates)):
             left = (fate == DONE).long().argsort(stable=True)[: len(fates) - n_done]
             rows, fate, x = rows[left], fate[left], x[left]
             cache.keep(left)
         if t:
-            h = policy(x[:, None], torch.ones_like(rows, dtype=torch.bool)[:, None], cache)[:, 0]
+            h = policy.step(x, fate < DONE, cache)
         order = fate.argsort(stable=True)
-        think, write = order[:n_think], order[n_think + n_end:]
-        x, fate = policy.embed(torch.full_like(rows, model.end)), torch.full_like(rows, WRITES)  # of a row that ends its thinking now
+        think, write = order[:n_think], order[n_think + n_end: len(fates) - n_done]
+        x, fate = policy.embed(torch.full_like(rows, model.end)), fate.clamp(min=WRITES)  # of a row that ends its thinking now
         if len(write):
             r, at = rows[write], out.n_token[rows[write]]
             token, logp = choose(policy.logits(h[write]), noise, r, at)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear
 from kernels.linear import Deferred, deferred
-from minatp import data, rollout
+from minatp import chain, data, rollout
 from minatp.latent import ATP
 from minatp.llama import LlamaConfig
 from minatp.loss import sft_loss
@@ -39,7 +39,7 @@ def gradients(model, dtype=None, plain=None):
     model.zero_grad()
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype, enabled=dtype is not None):
         if plain:
-            patch.setattr(rollout, "deferred", lambda model: nullcontext())
+            patch.setattr(chain, "deferred", lambda model: nullcontext())
         loss = sft_loss(rollout.supervise(model, batch, eps), batch.counts, 0.1)
     loss.backward()
     assert not any("forward" in vars(m) for m in model.modules())
@@ -78,7 +78,7 @@ class WeightProducts(TorchDispatchMode):
 @pytest.mark.parametrize("L", [1, 5])
 def test_each_weight_gradient_is_one_product(model, L):
     h, eps = torch.randn(2, 3, 16, dtype=torch.float64)[0], torch.randn(3, L + 1, 16, dtype=torch.float64)
-    z, *_ = rollout.walk(model, h, model.policy.cache(3, L), torch.tensor([L, 1, L]), L + 1, eps)
+    z, *_ = chain.walk(model, h, model.policy.cache(3, L), torch.tensor([L, 1, L]), L + 1, eps)
     with WeightProducts(model) as products:
         z.sum().backward()
     assert products.n == 7 * CFG.n_layer + 4

@@ -1,0 +1,112 @@
+"""The chain of latents, with gradients through every one of them.
+
+    forward    z_t, μ_t, logσ²_t = propose(h_t, ε_t);  h_{t+1} = π(z_t | the cache)
+    backward   t = n, …, 1: what the loss and the columns after t ask of latent t, sent back to h_t, the weights and the columns before t
+
+Autograd does it on a CPU. A GPU would wait for Python most of that time, so `Chain` does it there by hand: forward without autograd, of which
+h_t alone is kept; backward each latent computed once more, with autograd, and sent back. Either is one CUDA graph that is replayed for
+every t (kernels/graph.py), at the price of reading the weights once more: 2N bytes (bf16, N weights) a latent forward, 4N backward.
+"""
+import torch
+from torch.autograd.function import once_differentiable
+
+from kernels.graph import Replayed
+from kernels.linear import Stacks, deferred
+
+
+def walk(model, h, cache, n_latent, n_candidate, eps=None, free=None):
+    """Think n_candidate latents, with gradients.
+
+    h (B, D): the hidden state after the prompt, which is in the cache. n_latent (B,): how many each row uses; those of a row of
+    `free` (B,) bool are at most so many, and it stops where generation would. eps (B, ≥ n_candidate, D), or None for z = μ.
+    Returns z, μ, logσ² (B, n_candidate, D) (None where there are none) and n_latent as used. A row's dropped candidate stands
+    at column n_latent.
+    """
+    if not n_candidate:
+        return None, None, None, n_latent
+    if cache.replays and torch.is_grad_enabled():
+        found = Chain.apply(model, cache, n_candidate, free, h, n_latent, eps, *cache.thread, *weights(model))
+        cache.thread = list(found[4:])
+        return found[:4]
+    step = lambda z, real: model.policy(z[:, None], real[:, None], cache)[:, 0]
+    with deferred(model):  # the gradient of each weight is one product for the whole chain, not one a latent
+        _, found, n_latent = loop(model, h, n_latent, n_candidate, eps, free, step)
+    return *found, n_latent
+
+
+def parts(model):
+    """The modules that a latent passes through."""
+    return [*model.policy.model["layers"], model.policy.model["norm"], *([model.latent_head] if model.vae else [])]
+
+
+def weights(model):
+    return [p for m in parts(model) for p in m.parameters()]
+
+
+def loop(model, h, n_latent, n_candidate, eps, free, step):
+    """The chain itself. step(z, real) gives the hidden state after z (B, D), read by the rows where real (B,). Returns all h_t
+    (n_candidate of (B, D)), (z, μ, logσ²), and n_latent as used."""
+    hidden, proposed, L = [], [], int(n_latent.max())
+    for t in range(n_candidate):
+        hidden.append(h)
+        proposed.append(model.propose(h, None if eps is None else eps[:, t]))
+        z = proposed[-1][0]
+        if free is not None and model.stop and t % model.c == 0:
+            stops = free & (n_latent > t) & (model.stop_head(z.detach()).argmax(-1) == 1)
+            n_latent = torch.where(stops, t, n_latent)
+        if t < L:
+            h = step(z, t < n_latent)
+    return hidden, [None if x[0] is None else torch.stack(x, 1) for x in zip(*proposed)], n_latent
+
+
+class Chain(torch.autograd.Function):
+    """`loop`, over the buffers of a StepCache; among its arguments and results are the cache's threads, which order it among its columns'
+    other nodes."""
+    @staticmethod
+    def forward(ctx, model, cache, n_candidate, free, h, n_latent, eps, *threads_and_trained):
+        n_own, L = cache.n_own.clone(), int(n_latent.max())
+        step = lambda z, real: model.policy.step(z, real, cache).clone()
+        hidden, (z, mu, logvar), n_latent = loop(model, h, n_latent, n_candidate, eps, free, step)
+        n_latent = n_latent.clone()
+        ctx.mark_non_differentiable(n_latent)
+        ctx.save_for_backward(torch.stack(hidden), n_latent, n_own, eps)
+        ctx.model, ctx.L, ctx.cache = model, L, cache.fork()
+        kind = h.device.type
+        ctx.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+        return z, mu, logvar, n_latent, *(h.new_zeros(()) for _ in cache.thread)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz, dmu, dlogvar, _, *threads):
+        (hidden, n_latent, n_own, eps), model, cache = ctx.saved_tensors, ctx.model, ctx.cache
+        by_step = lambda x: x.transpose(0, 1).contiguous()
+        asked, noise = [by_step(d) for d in (dz, dmu, dlogvar) if d is not None], [] if eps is None else [by_step(eps)]
+        stacks = Stacks(parts(model), len(hidden), hidden.device)
+        added = {p: torch.zeros_like(p) for p in weights(model) if p.requires_grad and p not in stacks}
+
+        def back(h, dh, real, before, *given, fed=True):
+            """What is asked of h_t, given what is asked of z_t, μ_t and logσ²_t (and ε_t), and dh of h_{t+1}, if z_t was fed. What is asked of
+            the weights is left in `stacks` and `added`."""
+            h = h.detach().requires_grad_()
+            with torch.enable_grad(), stacks.calls():
+                found = [x for x in model.propose(h, *given[len(asked):]) if x is not None]
+                d = [*given[: len(asked)]]
+                if fed:
+                    cache.n_own.copy_(before)
+                    cache.thread = [h.new_zeros((), requires_grad=True) for _ in threads]
+                    found += [model.policy(found[0][:, None], real[:, None], cache)[:, 0], *cache.thread]
+                    d += [dh, *map(torch.zeros_like, cache.thread)]
+                asked_of_h, *more = torch.autograd.grad(found, [h, *added], d, allow_unused=True)
+            for total, x in zip(added.values(), more):
+                if x is not None:
+                    total += x
+            return asked_of_h if fed else asked_of_h + dh
+
+        dh, replayed = torch.zeros_like(hidden[0]), Replayed()
+        with torch.autocast(**ctx.autocast):
+            for t in reversed(range(len(hidden))):
+                stacks.at.fill_(t)
+                inputs = hidden[t], dh, t < n_latent, n_own + n_latent.clamp(max=t), *(x[t] for x in (*asked, *noise))
+                dh = replayed(back, *inputs) if t < ctx.L else back(*inputs, fed=False)  # not fed: a candidate that no row takes
+        found = added | stacks.gradients()
+        return None, None, None, None, dh, None, None, *threads, *(found.get(p) for p in weights(model))
