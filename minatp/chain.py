@@ -24,13 +24,14 @@ def walk(model, h, cache, n_latent, n_candidate, eps=None, free=None):
     """
     if not n_candidate:
         return None, None, None, n_latent
+    L = int(n_latent.max())
     if cache.replays and torch.is_grad_enabled():
-        found = Chain.apply(model, cache, n_candidate, free, h, n_latent, eps, *cache.thread, *weights(model))
+        found = Chain.apply(model, cache, L, n_candidate, free, h, n_latent, eps, *cache.thread, *weights(model))
         cache.thread = list(found[4:])
         return found[:4]
     step = lambda z, real: model.policy(z[:, None], real[:, None], cache)[:, 0]
     with deferred(model):  # the gradient of each weight is one product for the whole chain, not one a latent
-        _, found, n_latent = loop(model, h, n_latent, n_candidate, eps, free, step)
+        _, found, n_latent = loop(model, h, L, n_candidate, n_latent, eps, free, step)
     return *found, n_latent
 
 
@@ -43,10 +44,10 @@ def weights(model):
     return [p for m in parts(model) for p in m.parameters()]
 
 
-def loop(model, h, n_latent, n_candidate, eps, free, step):
-    """The chain itself. step(z, real) gives the hidden state after z (B, D), read by the rows where real (B,). Returns all h_t
-    (n_candidate of (B, D)), (z, μ, logσ²), and n_latent as used."""
-    hidden, proposed, L = [], [], int(n_latent.max())
+def loop(model, h, L, n_candidate, n_latent, eps, free, step):
+    """The chain itself, of which L latents are fed. step(z, real) gives the hidden state after z (B, D), read by the rows where real (B,).
+    Returns all h_t (n_candidate of (B, D)), (z, μ, logσ²), and n_latent as used."""
+    hidden, proposed = [], []
     for t in range(n_candidate):
         hidden.append(h)
         proposed.append(model.propose(h, None if eps is None else eps[:, t]))
@@ -63,10 +64,10 @@ class Chain(torch.autograd.Function):
     """`loop`, over the buffers of a StepCache; among its arguments and results are the cache's threads, which order it among its columns'
     other nodes."""
     @staticmethod
-    def forward(ctx, model, cache, n_candidate, free, h, n_latent, eps, *threads_and_trained):
-        n_own, L = cache.n_own.clone(), int(n_latent.max())
+    def forward(ctx, model, cache, L, n_candidate, free, h, n_latent, eps, *threads_and_weights):
+        n_own = cache.n_own.clone()
         step = lambda z, real: model.policy.step(z, real, cache).clone()
-        hidden, (z, mu, logvar), n_latent = loop(model, h, n_latent, n_candidate, eps, free, step)
+        hidden, (z, mu, logvar), n_latent = loop(model, h, L, n_candidate, n_latent, eps, free, step)
         n_latent = n_latent.clone()
         ctx.mark_non_differentiable(n_latent)
         ctx.save_for_backward(torch.stack(hidden), n_latent, n_own, eps)
@@ -109,4 +110,4 @@ class Chain(torch.autograd.Function):
                 inputs = hidden[t], dh, t < n_latent, n_own + n_latent.clamp(max=t), *(x[t] for x in (*asked, *noise))
                 dh = replayed(back, *inputs) if t < ctx.L else back(*inputs, fed=False)  # not fed: a candidate that no row takes
         found = added | stacks.gradients()
-        return None, None, None, None, dh, None, None, *threads, *(found.get(p) for p in weights(model))
+        return *[None] * 5, dh, None, None, *threads, *(found.get(p) for p in weights(model))
