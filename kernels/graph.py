@@ -15,7 +15,8 @@ from contextlib import suppress
 
 import torch
 
-held = {}  # device -> (the stream for recording, the last graph, whose pool of memory the next one takes over)
+held = {}  # device -> (the stream for recording, the last graph, whose pool of memory the next one takes over: only the last is ever replayed)
+SPARE = 2**28  # bytes: a recording cannot have what PyTorch keeps for later, so that much should be free of it
 
 
 def serves(device):
@@ -28,11 +29,14 @@ def record(work, device):
     stream, last = held.get(device) or (torch.cuda.Stream(device), None)
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
+    if torch.cuda.mem_get_info(device)[0] < SPARE:
+        torch.cuda.empty_cache()
     with torch.cuda.stream(stream):
         graph.capture_begin(pool=last and last.pool(), capture_error_mode="thread_local")  # other threads are NCCL's
         try:
             result = work()
         except BaseException:
+            held.pop(device, None)
             with suppress(RuntimeError):  # it says again that something went wrong
                 graph.capture_end()
             raise

@@ -61,7 +61,8 @@ class Call(torch.autograd.Function):
 
 
 class Deferred:
-    """The forward of a Linear while its weight gradient is deferred. Autocast's copy of the weights is made at the first call."""
+    """The forward of a Linear while its weight gradient is deferred. Autocast's copy of the weights is made at the first call. aside: a Stack,
+    whose owner makes the gradient, or None."""
     def __init__(self, linear, aside=None):
         self.linear, self.aside, self.gather = linear, [] if aside is None else aside, None
 
@@ -69,7 +70,7 @@ class Deferred:
         """x (..., in) -> (..., out)."""
         if self.gather is None:
             W, b, dtype = self.linear.weight, self.linear.bias, compute_dtype(x)
-            self.gather = Gather.apply(self.aside, W, b)
+            self.gather = W.new_zeros(()) if isinstance(self.aside, Stack) else Gather.apply(self.aside, W, b)
             self.W, self.b = W.detach().to(dtype), None if b is None else b.detach().to(dtype)
         return Call.apply(self.aside, self.gather, x.to(self.W.dtype), self.W, self.b)
 
@@ -113,9 +114,7 @@ class Stacks:
     def __init__(self, modules, n, device):
         self.at = torch.zeros(1, dtype=torch.long, device=device)
         self.layers = {m: Deferred(m, Stack(n, self.at)) for m in large(modules)}
-
-    def __contains__(self, p):
-        return any(p is x for m in self.layers for x in (m.weight, m.bias))
+        self.parameters = {p for m in self.layers for p in m.parameters()}
 
     def calls(self):
         """Inside, their calls are put aside here."""

@@ -7,6 +7,8 @@ Autograd does it on a CPU. A GPU would wait for Python most of that time, so `Ch
 h_t alone is kept; backward each latent computed once more, with autograd, and sent back. Either is one CUDA graph that is replayed for
 every t (kernels/graph.py), at the price of reading the weights once more: 2N bytes (bf16, N weights) a latent forward, 4N backward.
 """
+from contextlib import contextmanager
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -14,17 +16,16 @@ from kernels.graph import Replayed
 from kernels.linear import Stacks, deferred
 
 
-def walk(model, h, cache, n_latent, n_candidate, eps=None, free=None):
+def walk(model, h, cache, n_latent, L, n_candidate, eps=None, free=None):
     """Think n_candidate latents, with gradients.
 
-    h (B, D): the hidden state after the prompt, which is in the cache. n_latent (B,): how many each row uses; those of a row of
+    h (B, D): the hidden state after the prompt, which is in the cache. n_latent (B,): how many each row uses, L at most; those of a row of
     `free` (B,) bool are at most so many, and it stops where generation would. eps (B, ≥ n_candidate, D), or None for z = μ.
     Returns z, μ, logσ² (B, n_candidate, D) (None where there are none) and n_latent as used. A row's dropped candidate stands
     at column n_latent.
     """
     if not n_candidate:
         return None, None, None, n_latent
-    L = int(n_latent.max())
     if cache.replays and torch.is_grad_enabled():
         found = Chain.apply(model, cache, L, n_candidate, free, h, n_latent, eps, *cache.thread, *weights(model))
         cache.thread = list(found[4:])
@@ -42,6 +43,19 @@ def parts(model):
 
 def weights(model):
     return [p for m in parts(model) for p in m.parameters()]
+
+
+@contextmanager
+def instead(modules, others):
+    """Inside, the parameters in {parameter: tensor} are the tensors."""
+    places = [(m._parameters, name, p) for module in modules for m in module.modules() for name, p in m._parameters.items() if p in others]
+    for at, name, p in places:
+        at[name] = others[p]
+    try:
+        yield
+    finally:
+        for at, name, p in places:
+            at[name] = p
 
 
 def loop(model, h, L, n_candidate, n_latent, eps, free, step):
@@ -83,13 +97,14 @@ class Chain(torch.autograd.Function):
         by_step = lambda x: x.transpose(0, 1).contiguous()
         asked, noise = [by_step(d) for d in (dz, dmu, dlogvar) if d is not None], [] if eps is None else [by_step(eps)]
         stacks = Stacks(parts(model), len(hidden), hidden.device)
-        added = {p: torch.zeros_like(p) for p in weights(model) if p.requires_grad and p not in stacks}
+        added = {p: torch.zeros_like(p) for p in weights(model) if p.requires_grad and p not in stacks.parameters}
 
         def back(h, dh, real, before, *given, fed=True):
             """What is asked of h_t, given what is asked of z_t, μ_t and logσ²_t (and ε_t), and dh of h_{t+1}, if z_t was fed. What is asked of
             the weights is left in `stacks` and `added`."""
-            h = h.detach().requires_grad_()
-            with torch.enable_grad(), stacks.calls():
+            # leaves of this pass alone: a parameter's own node belongs to the stream of the forward pass, which would end the recording
+            h, fresh = h.detach().requires_grad_(), {p: p.detach().requires_grad_() for p in added}
+            with torch.enable_grad(), stacks.calls(), instead(parts(model), fresh):
                 found = [x for x in model.propose(h, *given[len(asked):]) if x is not None]
                 d = [*given[: len(asked)]]
                 if fed:
@@ -97,7 +112,7 @@ class Chain(torch.autograd.Function):
                     cache.thread = [h.new_zeros((), requires_grad=True) for _ in threads]
                     found += [model.policy(found[0][:, None], real[:, None], cache)[:, 0], *cache.thread]
                     d += [dh, *map(torch.zeros_like, cache.thread)]
-                asked_of_h, *more = torch.autograd.grad(found, [h, *added], d, allow_unused=True)
+                asked_of_h, *more = torch.autograd.grad(found, [h, *fresh.values()], d, allow_unused=True)
             for total, x in zip(added.values(), more):
                 if x is not None:
                     total += x
@@ -109,5 +124,6 @@ class Chain(torch.autograd.Function):
                 stacks.at.fill_(t)
                 inputs = hidden[t], dh, t < n_latent, n_own + n_latent.clamp(max=t), *(x[t] for x in (*asked, *noise))
                 dh = replayed(back, *inputs) if t < ctx.L else back(*inputs, fed=False)  # not fed: a candidate that no row takes
+        cache.thread = [None] * len(threads)  # which hold the last pass, and so all that `stacks` has
         found = added | stacks.gradients()
         return *[None] * 5, dh, None, None, *threads, *(found.get(p) for p in weights(model))

@@ -43,24 +43,26 @@ def read_thoughts(decoder, z, eos, max_new=24):
     texts = [[] for _ in range(N)]
     if not N:
         return texts
-    rows, cache = list(range(N)), decoder.cache(N, c + max_new)
-    writes = torch.ones(N, dtype=torch.bool, device=z.device)
+    cache, n = decoder.cache(N, c + max_new), N             # n: rows of the cache
+    rows, at = list(range(N)), torch.arange(N, device=z.device)  # which thoughts are still read, and their rows of the cache
     with cast_once(decoder):
         h = decoder(z, torch.ones(N, c, dtype=torch.bool, device=z.device), cache, 1)[:, 0]
         for _ in range(max_new):
-            token = decoder.logits(h).argmax(-1).masked_fill(~writes, eos)
+            token = decoder.logits(h[at]).argmax(-1)
             words = token.tolist()
             left = [i for i, word in enumerate(words) if word != eos]
             for i in left:
                 texts[rows[i]].append(words[i])
             if not left:
                 break
-            writes = token != eos
-            if cache.worth_dropping(len(rows) - len(left), len(rows)):
+            if len(left) < len(rows):
                 keep = torch.tensor(left, device=z.device)
-                rows, token, writes = [rows[i] for i in left], token[keep], writes[keep]
-                cache.keep(keep)
-            h = decoder.step(decoder.embed(token), writes, cache)
+                rows, at, token = [rows[i] for i in left], at[keep], token[keep]
+            if cache.worth_dropping(n - len(left), n):
+                cache.keep(at)
+                n, at = len(left), torch.arange(len(left), device=z.device)
+            fed = at.new_full((n,), eos).index_copy_(0, at, token)
+            h = decoder.step(decoder.embed(fed), at.new_zeros(n).index_fill_(0, at, 1).bool(), cache)
     return texts
 
 

@@ -25,7 +25,7 @@ def think(model, batch, eps=None):
     policy = model.policy
     cache = policy.cache(B, Tq + batch.L + batch.tail.shape[1])
     h = policy(policy.embed(batch.prompt), batch.prompt_valid, cache, 1)[:, 0]
-    return *walk(model, h, cache, batch.n_latent, batch.n_candidate, eps, batch.free if batch.counts["free"] else None), cache
+    return *walk(model, h, cache, batch.n_latent, batch.L, batch.n_candidate, eps, batch.free if batch.counts["free"] else None), cache
 
 
 def tail_valid(batch):
@@ -224,6 +224,7 @@ def score(model, prompt, valid, r, group=1, eps=None):
     """
     policy, c = model.policy, model.c
     (B, L), Tt = r.z.shape[:2], r.token.shape[1]
+    longest = 0 if eps is None else int(r.n_latent.max())  # asked for before a GPU has anything to do
     column = torch.arange(max(L, Tt), device=prompt.device)
     used, written = column[:L] < r.n_latent[:, None], column[:Tt] < r.n_token[:, None]
     candidate = used | ((column[:L] == r.n_latent[:, None]) & r.stopped[:, None])
@@ -241,7 +242,7 @@ def score(model, prompt, valid, r, group=1, eps=None):
             _, mu, logvar = model.propose(torch.cat((h_prompt, h[:, : L - 1]), 1))
             logp_z = torch.where(candidate, gaussian_log_prob(z, mu, logvar + 2 * math.log(r.spread)), 0.0)
     else:
-        z, mu, logvar, _ = walk(model, h_prompt[:, 0], cache, r.n_latent, L, r.spread * eps)
+        z, mu, logvar, _ = walk(model, h_prompt[:, 0], cache, r.n_latent, longest, L, r.spread * eps)
         after = policy(tail, written, cache)
     if model.stop:
         logp = wide(model.stop_head(z[:, ::c])).log_softmax(-1)                # (B, K, 2)
