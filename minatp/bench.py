@@ -21,6 +21,8 @@ from unittest.mock import patch
 
 import torch
 
+from kernels.bench import ceilings
+
 from . import config, count, data, problems, run
 from .explain import read_thoughts
 from .latent import ATP
@@ -84,7 +86,10 @@ class Case:
             self.model.end, self.eos = self.cfg.vocab_size + 2, 1
             self.rows = [paper_row(self.model.end) for _ in range(64)]
         run.place(self.model, device)
-        self.machine = count.machine(device) if device.type == "cuda" else None
+        self.machine = None
+        if device.type == "cuda":
+            bandwidth, flops = ceilings(device)
+            self.machine = count.Machine(1e6 * flops, 1e6 * bandwidth)
 
     def ragged(self, on):
         """Whether chains end at all lengths, by chance (for the comparison of results), or never before their full length (for

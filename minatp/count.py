@@ -75,25 +75,6 @@ class Machine:
     bandwidth: float  # bytes a second, read and written, of a large copy
 
 
-def machine(device, size=8192, rounds=10):
-    """Machine of a CUDA device, measured: the best of a few rounds."""
-    def seconds(work):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        took = []
-        for _ in range(rounds):
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            took.append(start.elapsed_time(end) / 1e3)
-        return min(took)
-
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    large = torch.empty(2**30, dtype=torch.uint8, device=device)
-    other = torch.empty_like(large)
-    return Machine(2 * size**3 / seconds(lambda: a @ b), 2 * large.nbytes / seconds(lambda: other.copy_(large)))
-
-
 def pass_bytes(cfg, rows, T, logits):
     """Bytes that one position of `rows` sequences of length T has to read in bf16: the layers, the keys and values, the output matrix."""
     layer = 2 * cfg.n_embd * cfg.head_dim * (cfg.n_head + cfg.n_kv_head) + 3 * cfg.n_embd * cfg.n_inner
