@@ -1,4 +1,5 @@
-"""The cache that the attention kernels read and write, with autograd through it; its interface is minatp's KVCache.
+"""The cache that the attention kernels read and write, with autograd through it; its interface is minatp's KVCache, and what minatp/chain.py
+needs: `step`, `fork`, `thread`, `n_own`.
 
 The columns read first, left-padded, are the prefix: kept once, however many rows go on from it. What follows is a row's own. Both lie
 in memory that is written in place, which autograd cannot follow, so each operation on a layer's columns is a node of its own:
@@ -185,21 +186,19 @@ class StepCache:
         return attention.masked_sdpa(q, k, v, mask[:, :, -n:])
 
     def step(self, work, *inputs):
-        """work(*inputs), which reads one column; replayed, where the rows are those of the last step."""
-        if not self.replays:
-            return work(*inputs)
+        """work(*inputs), which reads one column; from the second step after a `keep` on, a replay."""
         used = self.used + 1  # a replay runs no Python
         result = self.replayed(work, *inputs)
         self.used = used
         return result
 
     def worth_dropping(self, n_done, n):
-        """Whether `keep` pays where n_done of n rows are finished: a step reads the weights, however few the rows, and a graph of its rows
-        would have to be recorded again."""
+        """Whether dropping the n_done finished rows of n pays. A step costs about the same for fewer rows (it reads the weights), and a graph
+        must be recorded again for them: so from half on."""
         return n_done >= (n / 2 if self.replays else 1)
 
     def fork(self):
-        """The cache with its rows and their counts as they are now: for a look back from later."""
+        """A copy that later columns and `keep`s do not change, for the chain's backward pass; keys and values are shared."""
         same = copy(self)
         same.own, same.n_own, same.thread, same.replayed = list(self.own), self.n_own.clone(), [None] * len(self.own), None
         return same

@@ -8,15 +8,15 @@ The first call runs as it is: it compiles kernels, makes the cache's buffers and
 replayed, the others are replays. A graph serves the steps of one batch, so nothing in it can be out of date; recording costs about as much
 as a step without it.
 
-    MINATP_GRAPHS=0        launches every kernel by itself, to find a fault
+    MINATP_GRAPHS=0        no graphs, and the chain of latents is autograd's: to find a fault
 """
 import os
 from contextlib import suppress
 
 import torch
 
-held = {}  # device -> (the stream for recording, the last graph, whose pool of memory the next one takes over: only the last is ever replayed)
-SPARE = 2**28  # bytes: a recording cannot have what PyTorch keeps for later, so that much should be free of it
+held = {}      # device -> (stream for recording, last graph). The next graph reuses the last one's memory: an older one is never replayed again
+SPARE = 2**28  # bytes that should be free on the device: a recording cannot use the blocks that PyTorch's allocator holds in reserve
 
 
 def serves(device):
@@ -37,7 +37,7 @@ def record(work, device):
             result = work()
         except BaseException:
             held.pop(device, None)
-            with suppress(RuntimeError):  # it says again that something went wrong
+            with suppress(RuntimeError):  # ending a failed recording raises again
                 graph.capture_end()
             raise
         graph.capture_end()
@@ -47,7 +47,8 @@ def record(work, device):
 
 
 class Replayed:
-    """A function of tensors whose calls, from the third on, are replays. Its result is overwritten by the next call."""
+    """A function of tensors: the first call runs, the second is recorded, and from the second on the result is a replay's, which the next
+    call overwrites."""
     def __init__(self):
         self.inputs = self.graph = None
 

@@ -9,7 +9,8 @@ size, written and read again. Here each call puts (x_t, dy_t) aside, and dW is o
     Gather  a scalar that holds nothing, read by the      backward: dW and db; autograd runs it when every Call's has run,
             layer's calls and made of its weights         and adds what it returns to the gradients of W's other uses
 
-Where the calls are replays of a CUDA graph, which knows no list, they are put aside in `Stacks`, and who made these asks for dW.
+A CUDA graph cannot append to a list. Its calls write x_t and dy_t into row t of buffers (`Stacks`), and the chain asks these for dW and db
+at the end.
 """
 from contextlib import contextmanager
 
@@ -24,10 +25,10 @@ from .ops import compute_dtype
 LEAST = 2**17  # elements of a weight: a smaller one's products cost less than the Python of these nodes (measured on a CPU)
 
 
-def products(x, dy, dtype):
-    """dW and db of all calls: x (..., in), dy (..., out)."""
+def products(x, dy, dtype, has_bias):
+    """dW and db (None without a bias) of all calls: x (..., in), dy (..., out)."""
     x, dy = as_rows(x), as_rows(dy)
-    return (dy.t() @ x).to(dtype), dy.sum(0, dtype=dtype)
+    return (dy.t() @ x).to(dtype), dy.sum(0, dtype=dtype) if has_bias else None
 
 
 class Gather(torch.autograd.Function):
@@ -40,9 +41,9 @@ class Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        dW, db = products(*map(torch.cat, zip(*ctx.aside)), ctx.dtype)
+        found = products(*map(torch.cat, zip(*ctx.aside)), ctx.dtype, ctx.has_bias)
         ctx.aside.clear()
-        return None, dW, db if ctx.has_bias else None
+        return None, *found
 
 
 class Call(torch.autograd.Function):
@@ -62,15 +63,16 @@ class Call(torch.autograd.Function):
 
 class Deferred:
     """The forward of a Linear while its weight gradient is deferred. Autocast's copy of the weights is made at the first call. aside: a Stack,
-    whose owner makes the gradient, or None."""
+    and its owner computes dW; None: Gather does."""
     def __init__(self, linear, aside=None):
-        self.linear, self.aside, self.gather = linear, [] if aside is None else aside, None
+        self.linear, self.aside, self.gather, self.W = linear, [] if aside is None else aside, None, None
 
     def __call__(self, x):
         """x (..., in) -> (..., out)."""
-        if self.gather is None:
+        if self.W is None:
             W, b, dtype = self.linear.weight, self.linear.bias, compute_dtype(x)
-            self.gather = W.new_zeros(()) if isinstance(self.aside, Stack) else Gather.apply(self.aside, W, b)
+            if isinstance(self.aside, list):
+                self.gather = Gather.apply(self.aside, W, b)
             self.W, self.b = W.detach().to(dtype), None if b is None else b.detach().to(dtype)
         return Call.apply(self.aside, self.gather, x.to(self.W.dtype), self.W, self.b)
 
@@ -125,6 +127,6 @@ class Stacks:
         found = {}
         for m, layer in self.layers.items():
             if layer.aside.pair is not None:
-                dW, db = products(*layer.aside.pair, m.weight.dtype)
-                found |= {m.weight: dW} | ({} if m.bias is None else {m.bias: db})
+                dW, db = products(*layer.aside.pair, m.weight.dtype, m.bias is not None)
+                found |= {m.weight: dW} | ({} if db is None else {m.bias: db})
         return found

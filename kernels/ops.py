@@ -1,6 +1,7 @@
-"""The one place that chooses: Triton on a CUDA device, PyTorch elsewhere. The model calls these names and does not know.
+"""The one place that chooses kernels: Triton on a CUDA device, PyTorch elsewhere. The model calls these names and does not know.
 
     MINATP_KERNELS=auto | torch | triton        a choice that cannot be had is an error
+    MINATP_GRAPHS=0                             no CUDA graphs (kernels/graph.py)
     TRITON_INTERPRET=1                          Triton's interpreter, which runs the kernels on a CPU: slow, for tests
 """
 import os

@@ -1,7 +1,7 @@
 """Every comparison of the README by one command: trains each arm that has no summary.json yet, then prints the tables.
 
     python -m minatp.ablate --out out/ablate --seeds 0,1,2 --jobs 2
-    python -m minatp.ablate --out out/fewer --arms "RL; control: more SFT; RL, placebo (permuted rewards)" --options "--labelled 4000"
+    python -m minatp.ablate --out out/fewer --options "--labelled 4000" --arms "RL; control: more SFT"
 
 Stage 1: the methods. Stage 2: RL and its controls, all from the same SFT run and, where they say so, for the same seconds.
 """

@@ -86,10 +86,7 @@ class Case:
             self.model.end, self.eos = self.cfg.vocab_size + 2, 1
             self.rows = [paper_row(self.model.end) for _ in range(64)]
         run.place(self.model, device)
-        self.machine = None
-        if device.type == "cuda":
-            bandwidth, flops = ceilings(device)
-            self.machine = count.Machine(1e6 * flops, 1e6 * bandwidth)
+        self.machine = count.Machine(*(1e6 * x for x in ceilings(device))) if device.type == "cuda" else None
 
     def ragged(self, on):
         """Whether chains end at all lengths, by chance (for the comparison of results), or never before their full length (for
@@ -342,7 +339,7 @@ def floor(case, work, flops):
         asked, rows = (size["questions"], rows) if work == "rollouts" else (size["evaluated"],) * 2
         return (2 * layers * asked * Tq / m.flops + one_by_one(n, rows, Tq + n, False) + one_by_one(MAX_NEW, rows, Tq + n + MAX_NEW, True))
     n = {"SFT, first stage": 0, "SFT, middle stage": model.c * ((model.K + 1) // 2)}.get(work, n)
-    chain = 2 * one_by_one(n, size["batch"], Tq + n, False)  # forwards and backwards; the gradients of weights can wait for the end
+    chain = 2 * one_by_one(n, size["batch"], Tq + n, False)  # forwards and backwards (minatp/chain.py reads the weights a third time); their gradients can wait
     return (flops - 4 * n * size["batch"] * layers) / m.flops + chain + adamw * work.startswith("SFT")
 
 

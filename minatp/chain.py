@@ -1,11 +1,12 @@
 """The chain of latents, with gradients through every one of them.
 
-    forward    z_t, μ_t, logσ²_t = propose(h_t, ε_t);  h_{t+1} = π(z_t | the cache)
-    backward   t = n, …, 1: what the loss and the columns after t ask of latent t, sent back to h_t, the weights and the columns before t
+    forward    t = 0 … n−1: z_t, μ_t, logσ²_t = propose(h_t, ε_t);  h_{t+1} = π(z_t | the cache)        (h_t is method.md's h_{t−1})
+    backward   t = n−1 … 0: the gradient of z_t, from the loss and from later columns, goes to h_t, the weights and earlier columns
 
-Autograd does it on a CPU. A GPU would wait for Python most of that time, so `Chain` does it there by hand: forward without autograd, of which
-h_t alone is kept; backward each latent computed once more, with autograd, and sent back. Either is one CUDA graph that is replayed for
-every t (kernels/graph.py), at the price of reading the weights once more: 2N bytes (bf16, N weights) a latent forward, 4N backward.
+Autograd does it on a CPU. A GPU would wait for Python most of that time, so `ByHand` does it there: forward without autograd, keeping h_t and,
+in the cache, keys and values; backward each latent is computed once more, with autograd, and sent back. Either is one CUDA graph that is
+replayed for every t (kernels/graph.py). The price is one more reading of the weights a latent: 2N bytes forward and 4N backward (bf16, N
+weights), where autograd reads 2N and 2N.
 """
 from contextlib import contextmanager
 
@@ -27,7 +28,7 @@ def walk(model, h, cache, n_latent, L, n_candidate, eps=None, free=None):
     if not n_candidate:
         return None, None, None, n_latent
     if cache.replays and torch.is_grad_enabled():
-        found = Chain.apply(model, cache, L, n_candidate, free, h, n_latent, eps, *cache.thread, *weights(model))
+        found = ByHand.apply(model, cache, L, n_candidate, free, h, n_latent, eps, *cache.thread, *weights(model))
         cache.thread = list(found[4:])
         return found[:4]
     step = lambda z, real: model.policy(z[:, None], real[:, None], cache)[:, 0]
@@ -74,9 +75,9 @@ def loop(model, h, L, n_candidate, n_latent, eps, free, step):
     return hidden, [None if x[0] is None else torch.stack(x, 1) for x in zip(*proposed)], n_latent
 
 
-class Chain(torch.autograd.Function):
-    """`loop`, over the buffers of a StepCache; among its arguments and results are the cache's threads, which order it among its columns'
-    other nodes."""
+class ByHand(torch.autograd.Function):
+    """`loop` with a StepCache, as one node of autograd. The cache's threads pass through it, so that it runs in order with the nodes of other
+    columns (kernels/cache.py)."""
     @staticmethod
     def forward(ctx, model, cache, L, n_candidate, free, h, n_latent, eps, *threads_and_weights):
         n_own = cache.n_own.clone()
@@ -95,35 +96,36 @@ class Chain(torch.autograd.Function):
     def backward(ctx, dz, dmu, dlogvar, _, *threads):
         (hidden, n_latent, n_own, eps), model, cache = ctx.saved_tensors, ctx.model, ctx.cache
         by_step = lambda x: x.transpose(0, 1).contiguous()
-        asked, noise = [by_step(d) for d in (dz, dmu, dlogvar) if d is not None], [] if eps is None else [by_step(eps)]
+        given = [by_step(x) for x in (dz, dmu, dlogvar, eps) if x is not None]
+        n = len(given) - (eps is not None)
         stacks = Stacks(parts(model), len(hidden), hidden.device)
         added = {p: torch.zeros_like(p) for p in weights(model) if p.requires_grad and p not in stacks.parameters}
 
         def back(h, dh, real, before, *given, fed=True):
-            """What is asked of h_t, given what is asked of z_t, μ_t and logσ²_t (and ε_t), and dh of h_{t+1}, if z_t was fed. What is asked of
-            the weights is left in `stacks` and `added`."""
-            # leaves of this pass alone: a parameter's own node belongs to the stream of the forward pass, which would end the recording
+            """The gradient of h_t, from those of z_t, μ_t and logσ²_t (`given`, then ε_t) and, where z_t was fed, dh of h_{t+1}. The weights'
+            gradients are left in `stacks` and `added`."""
+            d, noise = list(given[:n]), given[n:]
+            # fresh leaves: a parameter's own node in autograd runs on the forward pass's stream, and leaving ours would break the recording
             h, fresh = h.detach().requires_grad_(), {p: p.detach().requires_grad_() for p in added}
             with torch.enable_grad(), stacks.calls(), instead(parts(model), fresh):
-                found = [x for x in model.propose(h, *given[len(asked):]) if x is not None]
-                d = [*given[: len(asked)]]
+                found = [x for x in model.propose(h, *noise) if x is not None]
                 if fed:
                     cache.n_own.copy_(before)
                     cache.thread = [h.new_zeros((), requires_grad=True) for _ in threads]
                     found += [model.policy(found[0][:, None], real[:, None], cache)[:, 0], *cache.thread]
                     d += [dh, *map(torch.zeros_like, cache.thread)]
-                asked_of_h, *more = torch.autograd.grad(found, [h, *fresh.values()], d, allow_unused=True)
+                sent, *more = torch.autograd.grad(found, [h, *fresh.values()], d, allow_unused=True)
             for total, x in zip(added.values(), more):
                 if x is not None:
                     total += x
-            return asked_of_h if fed else asked_of_h + dh
+            return sent if fed else sent + dh
 
         dh, replayed = torch.zeros_like(hidden[0]), Replayed()
         with torch.autocast(**ctx.autocast):
             for t in reversed(range(len(hidden))):
                 stacks.at.fill_(t)
-                inputs = hidden[t], dh, t < n_latent, n_own + n_latent.clamp(max=t), *(x[t] for x in (*asked, *noise))
-                dh = replayed(back, *inputs) if t < ctx.L else back(*inputs, fed=False)  # not fed: a candidate that no row takes
+                inputs = hidden[t], dh, t < n_latent, n_own + n_latent.clamp(max=t), *(x[t] for x in given)
+                dh = replayed(back, *inputs) if t < ctx.L else back(*inputs, fed=False)  # t ≥ L: proposed, but fed by no row
         cache.thread = [None] * len(threads)  # which hold the last pass, and so all that `stacks` has
         found = added | stacks.gradients()
         return *[None] * 5, dh, None, None, *threads, *(found.get(p) for p in weights(model))

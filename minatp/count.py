@@ -71,8 +71,8 @@ def count(work):
 
 @dataclass
 class Machine:
-    flops: float      # a second, of a large bf16 product
     bandwidth: float  # bytes a second, read and written, of a large copy
+    flops: float      # a second, of a large bf16 product
 
 
 def pass_bytes(cfg, rows, T, logits):

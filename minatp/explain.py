@@ -37,7 +37,7 @@ def cast_once(module):
 def read_thoughts(decoder, z, eos, max_new=24):
     """What φ writes greedily for each thought. z (N, c, D) -> N lists of ids, up to the id `eos` that φ was taught to write.
 
-    Thoughts that have ended leave the batch.
+    Thoughts that have ended leave the batch (from half of it on, where steps are CUDA graphs).
     """
     N, c, _ = z.shape
     texts = [[] for _ in range(N)]
@@ -62,7 +62,8 @@ def read_thoughts(decoder, z, eos, max_new=24):
                 cache.keep(at)
                 n, at = len(left), torch.arange(len(left), device=z.device)
             fed = at.new_full((n,), eos).index_copy_(0, at, token)
-            h = decoder.step(decoder.embed(fed), at.new_zeros(n).index_fill_(0, at, 1).bool(), cache)
+            real = torch.zeros(n, dtype=torch.bool, device=z.device).index_fill_(0, at, True)
+            h = decoder.step(decoder.embed(fed), real, cache)
     return texts
 
 

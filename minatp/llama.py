@@ -58,7 +58,7 @@ class KVCache:
     Without autograd the columns are written into memory allocated once for `T` columns. Under autograd a saved tensor must
     not be written again, so columns are joined instead, and the gradient of later columns flows back into earlier ones.
     """
-    replays = False  # whether `step` is a CUDA graph (kernels/cache.py)
+    replays = False  # whether Llama.step is a CUDA graph (kernels/cache.py)
 
     def __init__(self, cfg, B, T, device):
         self.length = 0
@@ -101,10 +101,6 @@ class KVCache:
         k, v = self.append(i, ops.rotate(k, *rope), v)
         n = q.shape[2]
         return attend(ops.rotate(q, *(x[:, :, -n:] for x in rope)), k, v, mask[:, :, -n:])
-
-    def step(self, work, *inputs):
-        """work(*inputs), which reads one column."""
-        return work(*inputs)
 
     def worth_dropping(self, n_done, n):
         """Whether `keep` pays where n_done of n rows are finished."""
@@ -181,7 +177,7 @@ class Block(nn.Module):
         the addition before it."""
         x, y = self.input_layernorm(x, a)
         x, y = self.post_attention_layernorm(x[:, -n:], self.self_attn(y, n, rope, cache, i, mask))
-        if self.recompute and torch.is_grad_enabled() and y.shape[1] > 1:  # the chain keeps its products' inputs (kernels/linear.py)
+        if self.recompute and torch.is_grad_enabled() and y.shape[1] > 1:  # not in a step of the chain: its products' inputs are kept for dW (kernels/linear.py)
             return x, checkpoint(self.mlp, y, use_reentrant=False)
         return x, self.mlp(y)
 
@@ -237,7 +233,8 @@ class Llama(nn.Module):
     @torch.no_grad()
     def step(self, x, real, cache):
         """Read one column more, x (B, D), of the rows where real (B,) -> hidden states (B, D), overwritten by the next step."""
-        return cache.step(lambda x, real: self(x[:, None], real[:, None], cache)[:, 0], x, real)
+        work = lambda x, real: self(x[:, None], real[:, None], cache)[:, 0]
+        return cache.step(work, x, real) if cache.replays else work(x, real)
 
     def logits(self, h):
         """h (..., D) -> (..., vocab_size)."""

@@ -127,7 +127,8 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
     which gives B = Q·group rows, those of a prompt side by side.
 
     noise None is the mean policy: z = μ, stop by argmax, greedy answer. Every tick feeds one column to every unfinished row:
-    a thought, <|end-latent|> or a word; rows that have written eos leave the batch, so early stops save real work.
+    a thought, <|end-latent|> or a word; rows that have written eos leave the batch (from half
+    of it on, where steps are CUDA graphs), so early stops save real work.
     given (Given of B rows): no stop is taken before or at these thoughts, whatever the stop head says of them.
     """
     B, Tq = prompt.shape[0] * group, prompt.shape[1]

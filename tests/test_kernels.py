@@ -285,7 +285,7 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def tapes(monkeypatch):
-    """Steps are recorded as on a GPU, where there is one by the real thing. The list of what was recorded."""
+    """Steps are recorded: on a GPU as CUDA graphs, elsewhere on a Tape. The list of recordings."""
     real, made = graph.record, []
 
     def record(work, device):
@@ -384,7 +384,7 @@ def test_a_replayed_chain_has_the_gradients_of_the_plain_one(monkeypatch, tapes,
         loss = sum((i + 1) * x.float().pow(2).sum().sqrt() for i, x in enumerate(told))
         wanted = list(model.named_parameters())
         outer = {node(p) for _, p in wanted}
-        for _ in range(1 + (choice == "triton")):  # a second time from the same buffers
+        for _ in range(1 + (choice == "triton" and least == 300)):  # a second time from the same buffers
             grads = torch.autograd.grad(loss, [p for _, p in wanted], retain_graph=True, allow_unused=True)
         found[choice] = [*zip(map(str, range(9)), told), *((n, g) for (n, _), g in zip(wanted, grads))]
     assert len(tapes) >= 6 and (DEVICE != "cpu" or len(recorded) >= 4 and sum(tape.replays for tape, _ in tapes) > len(tapes))
