@@ -384,10 +384,13 @@ def test_a_replayed_chain_has_the_gradients_of_the_plain_one(monkeypatch, tapes,
         loss = sum((i + 1) * x.float().pow(2).sum().sqrt() for i, x in enumerate(told))
         wanted = list(model.named_parameters())
         outer = {node(p) for _, p in wanted}
-        for _ in range(1 + (choice == "triton" and least == 300)):  # a second time from the same buffers
+        times = 1 + (choice == "triton" and least == 300)  # the second time from the same buffers
+        for _ in range(times):
             grads = torch.autograd.grad(loss, [p for _, p in wanted], retain_graph=True, allow_unused=True)
         found[choice] = [*zip(map(str, range(9)), told), *((n, g) for (n, _), g in zip(wanted, grads))]
-    assert len(tapes) >= 6 and (DEVICE != "cpu" or len(recorded) >= 4 and sum(tape.replays for tape, _ in tapes) > len(tapes))
+    assert len(tapes) == 2 + 2 * times  # forward once, backward every time, of both
+    if DEVICE == "cpu":
+        assert len(recorded) == 2 * times and all(tape.replays >= 2 for tape, _ in tapes)
     for (name, want), (_, got) in zip(found["torch"], found["triton"]):
         assert (want is None) == (got is None), name
         if want is not None:
