@@ -5,29 +5,24 @@ TRITON_INTERPRET=0 runs the same tests compiled, on the GPU.
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's: exp of −∞, NaN that a mask drops
+pytestmark = [pytest.mark.usefixtures("poison"),
+              pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # numpy's: exp of −∞, NaN that a mask drops
 
 import train
-from kernels import attention, bench, cache, cross_entropy, graph, linear, ops, rows, vae
-from minatp import config, count, data, run, sets
+from floats import DEVICE, FP16, FP32, close, normal
+from kernels import attention, bench, cache, cross_entropy, ops, rows, vae
+from minatp import config, data, run, sets
 from minatp.data import Problem
 from minatp.explain import read_thoughts
 from minatp.latent import ATP
 from minatp.llama import KVCache, Llama, LlamaConfig
-from minatp.rollout import Noise, Rollout, rollout, score, supervise
-
-DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
-FP32 = 1e-6 if DEVICE == "cpu" else 4e-6  # relative L2; a GPU's exp(x) is 2^(x·log₂e), which rounds the exponent: 1e-6 at x = 30
-FP16 = 2e-3  # relative L2: every input, result and operand of a product is rounded to 2⁻¹¹
+from minatp.rollout import Noise, rollout, score, supervise
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,29 +34,6 @@ def compiled():
     yield child
     child.kill()
     child.communicate()
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Memory that is not written holds NaN; few columns and queries make several splits and turns."""
-    monkeypatch.setattr(attention, "COLUMNS", 16)
-    monkeypatch.setattr(attention, "QUERIES", 16)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills torch.empty
-    assert torch.empty(3).isnan().all()
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def close(got, want, bound=FP32, what=""):
-    """Relative L2; where the true value is next to nothing, the error's root mean square."""
-    want = want.double()
-    error = (got.double() - want).norm() / (want.norm() if want.norm() > 1e-3 * want.numel() ** 0.5 else want.numel() ** 0.5 or 1)
-    assert error <= bound, f"{what}: {error:.2e}"
-
-
-def normal(*shape, dtype=torch.float32):
-    return torch.randn(shape, device=DEVICE).to(dtype)
 
 
 def compare(kernel, reference, inputs, bound=FP32):
@@ -236,165 +208,6 @@ def test_the_cache_agrees_with_the_models_own_and_runs_backward_twice(monkeypatc
         if a is not None:
             assert torch.equal(a, b)
             close(a, want, 5 * FP32)
-
-
-class Tape(TorchDispatchMode):
-    """What a CUDA graph does, on a CPU: calls are recorded and undone, and come again on the same memory with the same numbers."""
-    recording = False
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.before, self.made, self.replays = [], {}, {}, 0
-
-    def launch(self, run, *args, **kwargs):
-        with _disable_current_modes():  # of Triton's interpreter
-            self.note((args, kwargs))
-            self.call(lambda: run(*args, **kwargs))
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket not in count.WAITS, func
-        self.note((args, kwargs))
-        return self.call(lambda: func(*args, **kwargs or {}))
-
-    def note(self, args):
-        for x in tree_leaves(args):
-            if isinstance(x, torch.Tensor) and x.data_ptr() and (at := x.untyped_storage().data_ptr()) not in self.made:
-                self.before.setdefault(at, (x, x.untyped_storage().clone()))
-
-    def call(self, work):
-        result = work()
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and (at := x.untyped_storage().data_ptr()) not in self.before:
-                self.made[at] = x
-        self.calls.append((work, result))
-        return result
-
-    def stop(self):
-        for x, old in self.before.values():
-            x.untyped_storage().copy_(old)
-        for x in self.made.values():
-            x.untyped_storage().fill_(255)  # NaN
-
-    def replay(self):
-        self.replays += 1
-        for work, result in self.calls:
-            for x, new in zip(tree_leaves(result), tree_leaves(work())):
-                if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
-                    x.copy_(new)
-
-
-@pytest.fixture
-def tapes(monkeypatch):
-    """Steps are recorded: on a GPU as CUDA graphs, elsewhere on a Tape. The list of recordings."""
-    real, made = graph.record, []
-
-    def record(work, device):
-        if device.type == "cuda":
-            made.append(real(work, device))
-            return made[-1]
-        from triton.runtime.interpreter import InterpretedFunction
-        tape, run = Tape(), InterpretedFunction.run
-        with monkeypatch.context() as patch, tape:
-            patch.setattr(Tape, "recording", True)
-            patch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: tape.launch(run, *args, **kwargs))
-            result = work()
-        tape.stop()
-        made.append((tape, result))
-        return tape, result
-
-    monkeypatch.setattr(graph, "record", record)
-    monkeypatch.setattr(graph, "serves", lambda device: True)
-    return made
-
-
-def test_graphs_can_be_switched_off(monkeypatch):
-    assert graph.serves(torch.device("cuda")) and not graph.serves(torch.device("cpu"))
-    monkeypatch.setenv("MINATP_GRAPHS", "0")
-    assert not graph.serves(torch.device("cuda"))
-
-
-def test_a_tape_replays_on_the_same_memory(tapes):
-    counter, x = torch.zeros(1, device=DEVICE), torch.tensor([3.0], device=DEVICE)
-    step = graph.Replayed()
-    work = lambda x: (counter.add_(1), x * counter)[1]
-    found = [float(step(work, x * i)) for i in range(1, 6)]
-    assert found == [3.0 * i * i for i in range(1, 6)] and len(tapes) == 1 and float(counter) == 5
-    if DEVICE == "cpu":
-        with pytest.raises(AssertionError, match="_local_scalar_dense"):
-            graph.record(lambda: x * float(x), x.device)
-
-
-def test_replayed_steps_are_the_steps(monkeypatch, tapes):
-    """Chains of all lengths, two of a question, and what φ reads in their thoughts; rows leave when half of them are done."""
-    cfg = LlamaConfig(vocab_size=12, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, n_inner=24, head_dim=8, bos=0, eos=(1,))
-    model, eos = ATP(cfg, c=2, K=2), 1
-    for llama in (model.policy, model.decoder):
-        llama.init_weights(torch.Generator().manual_seed(3))
-    model.end = 3
-    model.to(DEVICE)
-    prompt, valid = data.left_pad([[5, 6], [7] * 5], model.end, DEVICE)
-    noise, other = (Noise.draw(model, 4, 6, seed).at(slice(None), DEVICE) for seed in (2, 10))  # half of the rows end sooner
-    found = {}
-    for choice in ("torch", "triton"):
-        monkeypatch.setenv("MINATP_KERNELS", choice)
-        r = rollout(model, prompt, valid, 6, noise, 2)
-        found[choice] = r, read_thoughts(model.decoder, other.eps[:, :2], eos, 5)
-    (want, text), (got, told) = found["torch"], found["triton"]
-    assert want.n_latent.tolist() == [0, 4, 0, 4] and want.n_token.tolist() == [4, 6, 6, 6] and list(map(len, text)) == [5, 5, 1, 0]
-    assert len(tapes) == 3 and told == text  # recorded anew when half of the rows are left
-    for name in ("n_latent", "n_token", "stopped", "token"):
-        assert torch.equal(getattr(got, name), getattr(want, name)), name
-    for name in ("z", "logp_z", "logp_stop", "logp_token"):
-        close(getattr(got, name), getattr(want, name), 5 * FP32, name)
-
-
-@pytest.mark.parametrize("vae, least, autocast", [(True, 300, None), (False, 0, None), (True, 10**9, torch.float16)])
-def test_a_replayed_chain_has_the_gradients_of_the_plain_one(monkeypatch, tapes, vae, least, autocast):
-    """SFT's losses and RL's log-probabilities: chains of 3 and 1 latents, one that the model ends, and two of one prompt."""
-    monkeypatch.setattr(linear, "LEAST", least)
-    outer, recorded, grad, node = set(), [], torch.autograd.grad, lambda p: torch.autograd.graph.get_gradient_edge(p).node
-
-    def watched(found, wanted, *args, **kwargs):
-        """No node of the forward pass, which ran on another stream, may be in what is recorded."""
-        if Tape.recording:
-            recorded.append(len(wanted))
-            assert outer and not outer & set(map(node, wanted))
-        return grad(found, wanted, *args, **kwargs)
-
-    monkeypatch.setattr(torch.autograd, "grad", watched)
-    cfg = LlamaConfig(vocab_size=20, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, n_inner=24, head_dim=8, bos=0, eos=(1,))
-    model = ATP(cfg, c=1, K=3, vae=vae, decode=False)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.25)
-    model.to(DEVICE).end = 3
-    row = lambda n, m, free=False: data.Encoded([5 + n] * (2 + n), [[7, 8]] * m, [[7, 8, 1]] * m, [], [6, 5, 9, 1], "", free=free)
-    batch = data.collate([row(3, 3), row(1, 1), row(0, 0, True)], model.K + 1, model).to(DEVICE)
-    eps = normal(4, batch.n_candidate, 16)
-    prompt, valid = data.left_pad([[5, 6], [7] * 5], model.end, DEVICE)
-    ints = partial(torch.tensor, device=DEVICE)
-    r = Rollout(normal(4, 3, 16), None, ints([2, 1, 0, 3]), ints([True, False, True, False]), None, ints([[4, 7, 1], [2, -1, -1]] * 2),
-                ints([3, 1] * 2), *torch.zeros(3, 4, 3, device=DEVICE))
-    found = {}
-    for choice in ("torch", "triton"):
-        monkeypatch.setenv("MINATP_KERNELS", choice)
-        with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
-            sums = supervise(model, batch, eps[:3])
-            s = score(model, prompt, valid, r, 2, eps)
-        told = [*sums.values(), s.logp_stop, s.logp_token, s.mu]
-        loss = sum((i + 1) * x.float().pow(2).sum().sqrt() for i, x in enumerate(told))
-        wanted = list(model.named_parameters())
-        outer = {node(p) for _, p in wanted}
-        times = 1 + (choice == "triton" and least == 300)  # the second time from the same buffers
-        for _ in range(times):
-            grads = torch.autograd.grad(loss, [p for _, p in wanted], retain_graph=True, allow_unused=True)
-        found[choice] = [*zip(map(str, range(9)), told), *((n, g) for (n, _), g in zip(wanted, grads))]
-    assert len(tapes) == 2 + 2 * times  # forward once, backward every time, of both
-    if DEVICE == "cpu":
-        assert len(recorded) == 2 * times and all(tape.replays >= 2 for tape, _ in tapes)
-    for (name, want), (_, got) in zip(found["torch"], found["triton"]):
-        assert (want is None) == (got is None), name
-        if want is not None:
-            close(got, want, 10 * FP32 if autocast is None else 4e-2, name)
 
 
 # ---- rows and the output matrix -----------------------------------------------------------------------------------------
