@@ -339,7 +339,7 @@ def floor(case, work, flops):
         asked, rows = (size["questions"], rows) if work == "rollouts" else (size["evaluated"],) * 2
         return (2 * layers * asked * Tq / m.flops + one_by_one(n, rows, Tq + n, False) + one_by_one(MAX_NEW, rows, Tq + n + MAX_NEW, True))
     n = {"SFT, first stage": 0, "SFT, middle stage": model.c * ((model.K + 1) // 2)}.get(work, n)
-    chain = 2 * one_by_one(n, size["batch"], Tq + n, False)  # forwards and backwards (minatp/chain.py reads the weights a third time); their gradients can wait
+    chain = 2 * one_by_one(n, size["batch"], Tq + n, False)  # forwards and backwards; weight gradients can wait (minatp/chain.py reads thrice)
     return (flops - 4 * n * size["batch"] * layers) / m.flops + chain + adamw * work.startswith("SFT")
 
 

@@ -177,7 +177,7 @@ class Block(nn.Module):
         the addition before it."""
         x, y = self.input_layernorm(x, a)
         x, y = self.post_attention_layernorm(x[:, -n:], self.self_attn(y, n, rope, cache, i, mask))
-        if self.recompute and torch.is_grad_enabled() and y.shape[1] > 1:  # not in a step of the chain: its products' inputs are kept for dW (kernels/linear.py)
+        if self.recompute and torch.is_grad_enabled() and y.shape[1] > 1:  # a step of the chain keeps its inputs for dW
             return x, checkpoint(self.mlp, y, use_reentrant=False)
         return x, self.mlp(y)
 
