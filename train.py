@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels import ops
 from minatp import checkpoint, config, data, distributed, evaluate, problems, reward, run, sets
 from minatp.loss import advantages, sft_loss, surrogate
 from minatp.rollout import Noise, Rollout, rollout, score, supervise
@@ -106,8 +107,7 @@ def sft_gradients(cfg, model, tokens, rows, stage, step, device, weight=1.0):
     over processes, changes nothing. Returns (sums, counts, "read" among them: positions).
     """
     rows = sorted(rows, key=lambda r: len(r.prompt))  # micro-batches of like length
-    shape = (len(rows), model.c * model.K + 1, model.policy.cfg.n_embd)  # a column more than is read: the README's runs drew it
-    noise = distributed.mine(torch.randn(shape, generator=run.generator(cfg, step))) if model.vae else None
+    noise = distributed.mine(ops.noise(run.seed_at(cfg, step), len(rows), model.c * model.K)) if model.vae else None
     rows = distributed.mine(rows)
     size = cfg.micro_batch or len(rows)
     parts = [data.collate(rows[i:i + size], stage, model) for i in range(0, len(rows), size)]

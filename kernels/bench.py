@@ -17,7 +17,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
-from . import attention, cross_entropy, rows, vae
+from . import attention, cross_entropy, ops, rows, vae
 from .cache import Begin, Columns, Step
 from .common import triton
 
@@ -89,11 +89,11 @@ def flex(w, P, C, cos, sin, dtype):
 
 
 def vae_case(device, dtype, R, D):
-    seed, offset = torch.tensor([5], device=device), torch.arange(R, device=device)
-    eps = vae.philox(seed, offset, D).float()
+    key = ops.noise(5, R).to(device)
+    eps = vae.drawn(key, D)
     inputs = lambda: [torch.randn(R, D, device=device).to(dtype) for _ in range(2)]
     noise = lambda mu, logvar: vae.reparameterise(mu, logvar, torch.randn_like(mu, dtype=torch.float32))
-    return Case(f"reparameterisation, {R} × {D}", inputs, lambda mu, logvar: vae.apply(mu, logvar, seed=seed, offset=offset, mode=vae.DRAW),
+    return Case(f"reparameterisation, {R} × {D}", inputs, lambda mu, logvar: vae.apply(mu, logvar, key, vae.DRAW),
                 lambda mu, logvar: vae.reparameterise(mu, logvar, eps.to(mu.dtype)), 8 * R * D, 12 * R * D,
                 peers={"eager with randn": noise, "torch.compile with randn": lambda *x: torch.compile(noise)(*x)})
 

@@ -38,10 +38,10 @@ def cases():
     shared, alone = ({n: {**attention.blocks(H, H_KV, HD, 1, rows, n), "BT": 16} for n in (32, 16)} for rows in (G, 1))
     row = dict(mu="bf16", logvar="bf16", dz="fp32", z="fp32", kl="fp32", logp="fp32", dkl="fp32", dlogp="fp32", dmu="bf16", dlogvar="bf16",
                s_mu=2 * D, s_logvar=2 * D, s_given=D, s_dz=D, D=D, BLOCK=vae.BLOCK, HAS_DZ=True)
-    modes = {"draw": dict(seed="i64", offset="i64", given=None, dgiven=None, MODE=vae.DRAW),
-             "given": dict(seed=None, offset=None, given="fp32", dgiven=None, MODE=vae.GIVEN),
-             "score": dict(seed=None, offset=None, given="fp32", dgiven="fp32", MODE=vae.SCORE, z=None, dz=None, HAS_DZ=False),
-             "mean": dict(seed=None, offset=None, given=None, dgiven=None, MODE=vae.MEAN, z=None, dz=None, HAS_DZ=False)}
+    modes = {"draw": dict(given="i64", s_given=2, dgiven=None, MODE=vae.DRAW),
+             "given": dict(given="fp32", dgiven=None, MODE=vae.GIVEN),
+             "score": dict(given="fp32", dgiven="fp32", MODE=vae.SCORE, z=None, dz=None, HAS_DZ=False),
+             "mean": dict(given=None, dgiven=None, MODE=vae.MEAN, z=None, dz=None, HAS_DZ=False)}
     norm = dict(x="fp32", a="bf16", weight="fp32", s="fp32", y="bf16", dy="bf16", g="fp32", ds="fp32", rstd="fp32", part_dw="fp32",
                 s_x=D, s_a=D, s_g=D, s_dy=D, s_s=D, rows=B * P, D=D, eps=1e-5, HAS_A=True, HAS_G=True, **rows.norm_blocks(D))
     rope = dict(x="bf16", y="bf16", cos="fp32", sin="fp32", s_xb=P * H * HD, s_xh=HD, s_xt=H * HD, T=P, h=H, n=16 * P * H, sign=1.0,

@@ -4,6 +4,7 @@
     MINATP_GRAPHS=0                             no CUDA graphs (kernels/graph.py)
     TRITON_INTERPRET=1                          Triton's interpreter, which runs the kernels on a CPU: slow, for tests
 """
+import math
 import os
 
 import torch
@@ -42,9 +43,25 @@ def serves(*tensors):
 
 # ---- the VAE ------------------------------------------------------------------------------------------------------------
 
+def noise(seed, *shape):
+    """eps of shape `shape`, not drawn yet: the seed and an offset of its own for each row (*shape, 2), on the CPU."""
+    offset = torch.arange(math.prod(shape)).view(shape)
+    return torch.stack((torch.full_like(offset, seed), offset), -1)
+
+
+def prepared(eps, D, spread=1.0):
+    """spread·ε for `sample`. Where its kernel draws, ε is left to it; PyTorch draws a batch's at once. None stays None."""
+    if eps is None or (spread == 1 and use_triton(eps.device)):
+        return eps
+    eps = vae.drawn(eps, D)
+    return eps if spread == 1 else spread * eps
+
+
 def sample(mu, logvar, eps):
-    """z = μ + σε, (..., D)."""
-    return vae.apply(mu, logvar, eps, mode=vae.GIVEN)[0] if serves(mu, eps) else vae.sample(mu, logvar, eps)
+    """z = μ + σε, (..., D); ε given or drawn (kernels/vae.py)."""
+    if not serves(mu, logvar):
+        return vae.sample(mu, logvar, eps)
+    return vae.apply(mu, logvar, eps, vae.DRAW if eps.dtype == torch.int64 else vae.GIVEN)[0]
 
 
 def kl_normal(mu, logvar):

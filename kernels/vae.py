@@ -7,9 +7,10 @@
                dlogσ²  = ½ g·σ·ε + ½ gKL·(σ² − 1)/D − ½ gp                       dlogσ² += ½ gp·u²
 Four modes: ε drawn here, ε given, z given (the score of an action), and the mean, z = μ, which only has the rows' values.
 
-ε is Philox-4x32 of (seed, the row's offset, the column) and of nothing else: no block size, batch or neighbour changes it, and the
-backward pass draws it again instead of reading it. seed and offset are read from device memory, so that a captured CUDA graph draws
-anew at every replay. Column j·⌈D/4⌉ + i takes lane j of counter i.
+`eps` is one of two things: floats (..., D), the ε itself; or int64 (..., 2), the seed and offset that each row's ε is drawn from. That is
+Philox-4x32 of (seed, offset, column) and of nothing else: no device, block size, batch or neighbour changes it, and the backward pass
+draws it again instead of reading it. Both are read from device memory, so that a captured CUDA graph draws anew at every replay.
+Column j·⌈D/4⌉ + i takes lane j of counter i.
 
 Bytes an element, inputs in bf16: forward 4 read, 4 written (z stays float32, its density is asked for later); backward 4 + 4 read,
 4 written. ε given or z given: 4 more. The rows' values are 8 bytes a row. (The training loops keep μ and logσ² in float32, 8 read.)
@@ -40,7 +41,7 @@ def gaussian_log_prob(z, mu, logvar):
 
 def sample(mu, logvar, eps):
     """z = μ + σε, (..., D)."""
-    return wide(mu) + torch.exp(0.5 * wide(logvar)) * eps
+    return wide(mu) + torch.exp(0.5 * wide(logvar)) * drawn(eps, mu.shape[-1])
 
 
 def reparameterise(mu, logvar, eps):
@@ -63,13 +64,16 @@ def score_backward(dkl, dlogp, z, mu, logvar):
     return -pull, dkl * mu / D + pull, 0.5 * (dkl * (logvar.exp() - 1) / D + dlogp * (u * u - 1))
 
 
-def philox(seed, offset, D):
-    """The standard normals (rows, D) float64 that the kernels draw. seed (1,) and offset (rows,) int64."""
-    quarter = -(-D // 4)
-    column = torch.arange(quarter, device=offset.device).expand(len(offset), -1)
-    low, high = ((offset >> s & 0xFFFFFFFF)[:, None].expand_as(column) for s in (0, 32))
+def drawn(eps, D, dtype=torch.float32):
+    """The ε (..., D) that `eps` is or names."""
+    return eps if eps.dtype != torch.int64 else philox(eps.reshape(-1, 2), D).to(dtype).view(*eps.shape[:-1], D)
+
+
+def philox(key, D):
+    """The standard normals (rows, D) float64 that the kernels draw from the seeds and offsets key (rows, 2) int64."""
+    k0, k1, low, high = (key[:, i:i + 1] >> s & 0xFFFFFFFF for i in (0, 1) for s in (0, 32))
+    column = torch.arange(-(-D // 4), device=key.device)
     c = [column, torch.zeros_like(column), low, high]
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     top = lambda a, b: (a * b) >> 32 & 0xFFFFFFFF  # int64 wraps, which leaves these bits alone
     for _ in range(10):
         A, B = 0xD2511F53, 0xCD9E8D57
@@ -114,14 +118,15 @@ def draw(seed, offset, i):
 
 
 @triton.jit
-def forward_kernel(mu, logvar, given, z, kl, logp, seed, offset, s_mu, s_logvar, s_given, D, MODE: tl.constexpr, BLOCK: tl.constexpr):
+def forward_kernel(mu, logvar, given, z, kl, logp, s_mu, s_logvar, s_given, D, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    """Program: one row. given: its seed and offset (MODE 0), ε (1), z (2) or nothing (3)."""
     row = tl.program_id(0).to(tl.int64)
     Q = tl.cdiv(D, 4)
     sum_kl, sum_p = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, Q, BLOCK):
         i = start + tl.arange(0, BLOCK)
         if MODE == 0:
-            e0, e1, e2, e3 = draw(tl.load(seed), tl.load(offset + row), i)
+            e0, e1, e2, e3 = draw(tl.load(given + row * s_given), tl.load(given + row * s_given + 1), i)
         for lane in tl.static_range(4):
             col = lane * Q + i
             m = (i < Q) & (col < D)
@@ -143,15 +148,16 @@ def forward_kernel(mu, logvar, given, z, kl, logp, seed, offset, s_mu, s_logvar,
 
 
 @triton.jit
-def backward_kernel(mu, logvar, given, dz, dkl, dlogp, dmu, dlogvar, dgiven, seed, offset, s_mu, s_logvar, s_given, s_dz, D,
+def backward_kernel(mu, logvar, given, dz, dkl, dlogp, dmu, dlogvar, dgiven, s_mu, s_logvar, s_given, s_dz, D,
                     MODE: tl.constexpr, HAS_DZ: tl.constexpr, BLOCK: tl.constexpr):
+    """Program: one row."""
     row = tl.program_id(0).to(tl.int64)
     Q = tl.cdiv(D, 4)
     g_kl, g_p = tl.load(dkl + row) / D, tl.load(dlogp + row)
     for start in range(0, Q, BLOCK):
         i = start + tl.arange(0, BLOCK)
         if MODE == 0:
-            e0, e1, e2, e3 = draw(tl.load(seed), tl.load(offset + row), i)
+            e0, e1, e2, e3 = draw(tl.load(given + row * s_given), tl.load(given + row * s_given + 1), i)
         for lane in tl.static_range(4):
             col = lane * Q + i
             m = (i < Q) & (col < D)
@@ -180,51 +186,51 @@ def backward_kernel(mu, logvar, given, dz, dkl, dlogp, dmu, dlogvar, dgiven, see
 
 # ---- launches -----------------------------------------------------------------------------------------------------------
 
-def run_forward(mu, logvar, given, seed, offset, mode, block=BLOCK):
-    """mu, logvar, given (rows, D), rows at any stride -> z (rows, D) float32 (None where it is not new), kl, logp (rows,) float32."""
+def run_forward(mu, logvar, given, mode, block=BLOCK):
+    """mu, logvar (rows, D) and given (rows, D) or (rows, 2), rows at any stride -> z (rows, D) float32 (None where it is not new), kl, logp
+    (rows,) float32."""
     rows, D = mu.shape
     z = mu.new_empty(rows, D, dtype=torch.float32) if mode <= GIVEN else None
     kl, logp = (mu.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows:
-        forward_kernel[(rows,)](mu, logvar, given, z, kl, logp, seed, offset, mu.stride(0), logvar.stride(0),
+        forward_kernel[(rows,)](mu, logvar, given, z, kl, logp, mu.stride(0), logvar.stride(0),
                                 0 if given is None else given.stride(0), D, MODE=mode, BLOCK=min(block, power_of_2(-(-D // 4))))
     return z, kl, logp
 
 
-def run_backward(dz, dkl, dlogp, mu, logvar, given, seed, offset, mode, block=BLOCK):
+def run_backward(dz, dkl, dlogp, mu, logvar, given, mode, block=BLOCK):
     """The gradients (dμ, dlogσ², dz of SCORE or None), in the dtypes of their tensors. dz None counts as zero."""
     rows, D = mu.shape
     dmu, dlogvar = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (mu, logvar))
     dgiven = given.new_empty(rows, D) if mode == SCORE else None
     if rows:
-        backward_kernel[(rows,)](mu, logvar, given, dz, dkl, dlogp, dmu, dlogvar, dgiven, seed, offset, mu.stride(0), logvar.stride(0),
+        backward_kernel[(rows,)](mu, logvar, given, dz, dkl, dlogp, dmu, dlogvar, dgiven, mu.stride(0), logvar.stride(0),
                                  0 if given is None else given.stride(0), 0 if dz is None else dz.stride(0), D,
                                  MODE=mode, HAS_DZ=dz is not None, BLOCK=min(block, power_of_2(-(-D // 4))))
     return dmu, dlogvar, dgiven
 
 
 class Gaussian(torch.autograd.Function):
-    """The kernels under autograd: mu, logvar, given (rows, D) -> z, kl, logp; z is None where it is `given` or the mean."""
+    """The kernels under autograd: mu, logvar, given as rows -> z, kl, logp; z is None where it is `given` or the mean."""
     @staticmethod
-    def forward(ctx, mu, logvar, given, seed, offset, mode):
-        ctx.save_for_backward(mu, logvar, given, seed, offset)
+    def forward(ctx, mu, logvar, given, mode):
+        ctx.save_for_backward(mu, logvar, given)
         ctx.mode = mode
         ctx.set_materialize_grads(False)
-        return run_forward(mu, logvar, given, seed, offset, mode)
+        return run_forward(mu, logvar, given, mode)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dz, dkl, dlogp):
-        mu, logvar, given, seed, offset = ctx.saved_tensors
+        mu, logvar, given = ctx.saved_tensors
         zero = mu.new_zeros(len(mu), dtype=torch.float32)
         dkl, dlogp = (zero if g is None else g.float().contiguous() for g in (dkl, dlogp))
         dz = None if dz is None else as_rows(dz)
-        dmu, dlogvar, dgiven = run_backward(dz, dkl, dlogp, mu, logvar, given, seed, offset, ctx.mode)
-        return dmu, dlogvar, dgiven, None, None, None
+        dmu, dlogvar, dgiven = run_backward(dz, dkl, dlogp, mu, logvar, given, ctx.mode)
+        return dmu, dlogvar, dgiven, None
 
 
-def apply(mu, logvar, given=None, seed=None, offset=None, mode=MEAN):
-    """Gaussian on tensors (..., D): z (..., D) or None, kl and logp (...)."""
-    rows = [None if x is None else as_rows(x) for x in (mu, logvar, given)]
-    z, kl, logp = Gaussian.apply(*rows, seed, None if offset is None else offset.reshape(-1), mode)
+def apply(mu, logvar, given=None, mode=MEAN):
+    """Gaussian on tensors (..., D), given (..., D) or (..., 2): z (..., D) or None, kl and logp (...)."""
+    z, kl, logp = Gaussian.apply(*(None if x is None else as_rows(x) for x in (mu, logvar, given)), mode)
     return None if z is None else z.view(mu.shape), kl.view(mu.shape[:-1]), logp.view(mu.shape[:-1])

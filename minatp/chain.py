@@ -21,7 +21,7 @@ def walk(model, h, cache, n_latent, L, n_candidate, eps=None, free=None):
     """Think n_candidate latents, with gradients.
 
     h (B, D): the hidden state after the prompt, which is in the cache. n_latent (B,): how many each row uses, L at most; those of a row of
-    `free` (B,) bool are at most so many, and it stops where generation would. eps (B, ≥ n_candidate, D), or None for z = μ.
+    `free` (B,) bool are at most so many, and it stops where generation would. eps (B, ≥ n_candidate, …) as in kernels/vae.py, or None for z = μ.
     Returns z, μ, logσ² (B, n_candidate, D) (None where there are none) and n_latent as used. A row's dropped candidate stands
     at column n_latent.
     """

@@ -13,17 +13,19 @@ START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
 
 class LatentHead(nn.Module):
-    """h (..., D) -> μ and logσ² of the next thought: x = LayerNorm(W2·GELU(W1·h + b1) + b2), μ = Wμ·x + bμ, logσ² = Wσ·x + bσ."""
+    """h (..., D) -> μ and logσ² of the next thought: x = LayerNorm(W2·GELU(W1·h + b1) + b2), μ = Wμ·x + bμ, logσ² = Wσ·x + bσ.
+
+    `gaussian` is Wμ over Wσ: one product makes both.
+    """
     def __init__(self, D, init_logvar=-4.0):
         super().__init__()
         self.fc = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D), nn.LayerNorm(D))
-        self.mean, self.log_var = nn.Linear(D, D), nn.Linear(D, D)
-        nn.init.zeros_(self.log_var.weight)
-        nn.init.constant_(self.log_var.bias, init_logvar)
+        self.gaussian = nn.Linear(D, 2 * D)
+        nn.init.zeros_(self.gaussian.weight[D:])
+        nn.init.constant_(self.gaussian.bias[D:], init_logvar)
 
     def forward(self, h):
-        x = self.fc(h)
-        return wide(self.mean(x)), wide(self.log_var(x))
+        return wide(self.gaussian(self.fc(h))).chunk(2, -1)
 
 
 def stop_head(D):
@@ -52,7 +54,7 @@ class ATP(nn.Module):
             self.stop_head = stop_head(cfg.n_embd)
 
     def propose(self, h, eps=None):
-        """The candidate thought after hidden state h (..., D): z, μ, logσ² (..., D). eps (..., D) standard normal; None takes z = μ."""
+        """The candidate thought after hidden state h (..., D): z, μ, logσ² (..., D). eps as in kernels/vae.py; None takes z = μ."""
         if not self.vae:
             return wide(h), wide(h), None
         mu, logvar = self.latent_head(h)

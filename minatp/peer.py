@@ -13,6 +13,7 @@ import torch
 from kernels.common import wide
 from kernels.cross_entropy import IGNORE, token_nll
 from kernels.ops import gaussian_log_prob, kl_normal
+from kernels.vae import drawn
 
 from . import checkpoint
 from .config import UserError
@@ -55,6 +56,7 @@ class Reference:
     def __init__(self, model):
         need_transformers()
         self.model, self.c, self.end, self.stop_head, self.propose = model, model.c, model.end, model.stop_head, model.propose
+        self.D = model.policy.cfg.n_embd
         self.policy, self.decoder = hugging(model.policy), hugging(model.decoder)
 
     @property
@@ -141,7 +143,7 @@ class Reference:
         (B, Tq), n = prompt.shape, self.n_latent
         columns = torch.full((B, n + 1), self.end, device=prompt.device)
         mask = torch.cat((valid, torch.ones_like(columns, dtype=torch.bool)), 1)
-        eps = None if noise is None else noise.spread * noise.eps
+        eps = None if noise is None else noise.spread * drawn(noise.eps, self.D)
         x, mask, *_ = self.think(torch.cat((prompt, columns), 1), mask, Tq, n, eps, lambda z, t: self.stops(z, t, noise))
         n_latent, z = mask[:, Tq:Tq + n].sum(1), x[:, Tq:Tq + n]
         rows, written, going = torch.arange(B, device=x.device), [], torch.ones(B, dtype=torch.bool, device=x.device)
@@ -265,9 +267,10 @@ class Tuned(Reference):
         (B, Tq), n, embed = prompt.shape, self.n_latent, self.policy.get_input_embeddings()
         rows, going = torch.arange(B, device=prompt.device), torch.ones(B, dtype=torch.bool, device=prompt.device)
         cache, thinking, thoughts, written = self.cache(self.policy, Tq + n + 1 + max_new), going, [], []
+        eps = None if noise is None else noise.spread * drawn(noise.eps, self.D)
         h = self.hidden(self.policy, embed(prompt), mask, cache)[:, -1]
         for t in range(n):
-            z, _, _ = self.propose(h, None if noise is None else noise.spread * noise.eps[:, t])
+            z, _, _ = self.propose(h, None if eps is None else eps[:, t])
             if t % self.c == 0:
                 thinking = thinking & ~self.stops(z, t, noise)
                 if not thinking.any():

@@ -13,6 +13,7 @@ import torch
 
 from kernels.common import wide
 from kernels.cross_entropy import IGNORE, token_nll
+from kernels import ops
 from kernels.ops import gaussian_log_prob, kl_normal
 
 from .chain import walk
@@ -25,6 +26,7 @@ def think(model, batch, eps=None):
     policy = model.policy
     cache = policy.cache(B, Tq + batch.L + batch.tail.shape[1])
     h = policy(policy.embed(batch.prompt), batch.prompt_valid, cache, 1)[:, 0]
+    eps = ops.prepared(eps, policy.cfg.n_embd)
     return *walk(model, h, cache, batch.n_latent, batch.L, batch.n_candidate, eps, batch.free if batch.counts["free"] else None), cache
 
 
@@ -67,7 +69,7 @@ def supervise(model, batch, eps=None):
 @dataclass
 class Noise:
     """What chance decides, drawn for each problem before any batch is made, so that a batch does not change a problem's luck."""
-    eps: torch.Tensor    # (B, cK, D) standard normal
+    eps: torch.Tensor    # (B, cK, 2): seed and offset of each thought's ε (kernels/vae.py)
     stop: torch.Tensor   # (B, K) uniform
     token: torch.Tensor  # (B, max_new) uniform; None: the words are greedy
     spread: float = 1.0  # z ~ N(μ, (spread·σ)²)
@@ -77,8 +79,7 @@ class Noise:
     def draw(model, B, max_new, seed, temperature=1.0, spread=None, greedy=False):
         """spread: the temperature where it is not given. greedy: chance in the thoughts alone."""
         g = torch.Generator().manual_seed(seed)
-        D = model.policy.cfg.n_embd
-        return Noise(torch.randn(B, model.c * model.K, D, generator=g), torch.rand(B, model.K, generator=g),
+        return Noise(ops.noise(seed, B, model.c * model.K), torch.rand(B, model.K, generator=g),
                      None if greedy else torch.rand(B, max_new, generator=g), temperature if spread is None else spread, temperature)
 
     def at(self, rows, device):
@@ -147,6 +148,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
     fate, x = torch.zeros_like(rows), None                      # what becomes of each: it THINKS, ENDS its thinking, WRITES or is DONE
     most = torch.full_like(rows, c * K) if given is None else torch.where(given.ends, given.n, c * K).clamp(max=c * K)
     eos = torch.tensor(policy.cfg.eos, device=device)
+    eps = noise and ops.prepared(noise.eps, D, noise.spread)
     for t in range(c * K + max_new + 2):
         fate = torch.where((fate == THINKS) & (t >= most[rows]), ENDS, fate)
         fates = fate.tolist()                                   # the one wait of a tick for a GPU
@@ -170,7 +172,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
             fate[write] = torch.where(torch.isin(token, eos) | (at + 1 == max_new), DONE, WRITES)
         if len(think):
             r = rows[think]
-            z, mu, logvar = model.propose(h[think], noise and noise.spread * noise.eps[r, t])
+            z, mu, logvar = model.propose(h[think], noise and eps[r, t])
             if given is not None:
                 z = torch.where((t < given.n[r])[:, None], given.z[r, t], z)
             out.z[r, t] = z
@@ -220,7 +222,7 @@ def score(model, prompt, valid, r, group=1, eps=None):
 
     eps None: z is given, so the chain need not be walked. All that followed the prompt is read at once, the dropped candidate
     scored from the hidden state before it and never fed.
-    eps (B, cK, D), the noise of the rollout: z is a function of the weights and that noise (the reparameterisation), so its
+    eps, the noise of the rollout: z is a function of the weights and that noise (the reparameterisation), so its
     density is not an action's; the chain is walked, and the stops and words send their gradient back through every latent.
     """
     policy, c = model.policy, model.c
@@ -243,7 +245,7 @@ def score(model, prompt, valid, r, group=1, eps=None):
             _, mu, logvar = model.propose(torch.cat((h_prompt, h[:, : L - 1]), 1))
             logp_z = torch.where(candidate, gaussian_log_prob(z, mu, logvar + 2 * math.log(r.spread)), 0.0)
     else:
-        z, mu, logvar, _ = walk(model, h_prompt[:, 0], cache, r.n_latent, longest, L, r.spread * eps)
+        z, mu, logvar, _ = walk(model, h_prompt[:, 0], cache, r.n_latent, longest, L, ops.prepared(eps, r.z.shape[-1], r.spread))
         after = policy(tail, written, cache)
     if model.stop:
         logp = wide(model.stop_head(z[:, ::c])).log_softmax(-1)                # (B, K, 2)

@@ -26,10 +26,17 @@ def world():
     model, tokens = checkpoint.load(ROOT / "policy", c=c, K=K)
     other, _ = checkpoint.load(ROOT / "decoder", c=c, K=K)
     model.decoder = other.policy
-    heads = load_file(ROOT / "heads.safetensors")
+    heads = joined(load_file(ROOT / "heads.safetensors"))
     for name in ("latent_head", "stop_head"):
         checkpoint.fill(getattr(model, name), {k.removeprefix(name + "."): v for k, v in heads.items() if k.startswith(name)}, ROOT)
     return model, tokens
+
+
+def joined(tensors):
+    """Wμ and Wσ, which the fixture keeps apart, as the one matrix that they are here."""
+    for name in [n for n in tensors if "latent_head.mean." in n]:
+        tensors[name.replace("mean", "gaussian")] = torch.cat((tensors.pop(name), tensors.pop(name.replace("mean", "log_var"))))
+    return tensors
 
 
 def encoded(world):
@@ -104,6 +111,9 @@ def test_sft_losses_and_gradients(world, stage, micro):
     assert sum(total[n] * (GOLD["beta"] if n == "kl" else 1) for n in total) == pytest.approx(gold["total"], rel=1e-4)
     want = {k.removeprefix(f"sft{stage}.grad."): v for k, v in T.items() if k.startswith(f"sft{stage}.grad.")}
     grads = {n: p.grad for n, p in model.named_parameters()}
+    for part in ("weight", "bias"):
+        g = grads.pop(f"latent_head.gaussian.{part}")
+        grads |= zip((f"latent_head.mean.{part}", f"latent_head.log_var.{part}"), (None, None) if g is None else g.chunk(2))
     for name, g in want.items():
         close(grads[name], g, 1e-3, name)
     assert all(g is None or g.norm() < 1e-6 for n, g in grads.items() if stage == 0 and not n.startswith("policy."))

@@ -81,7 +81,7 @@ def test_each_weight_gradient_is_one_product(model, L):
     z, *_ = chain.walk(model, h, model.policy.cache(3, L), torch.tensor([L, 1, L]), L, L + 1, eps)
     with WeightProducts(model) as products:
         z.sum().backward()
-    assert products.n == 7 * CFG.n_layer + 4
+    assert products.n == 7 * CFG.n_layer + 3
     unused = {n for n, p in model.named_parameters() if p.grad is None}
     assert all(n.startswith(("decoder", "stop_head", "policy.model.embed")) for n in unused)
 

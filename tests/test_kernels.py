@@ -54,11 +54,9 @@ def compare(kernel, reference, inputs, bound=FP32):
 def test_vae(shape):
     both = normal(*shape[:-1], 2 * shape[-1])
     mu, logvar = both.chunk(2, -1)  # rows that do not lie side by side
-    eps, seed = normal(*shape), torch.tensor([-12345678901234], device=DEVICE)
-    offset = torch.arange(eps[..., 0].numel(), device=DEVICE) * (2**33 + 1)
-    drawn = vae.philox(seed, offset, shape[-1]).view(shape)
-    kw = dict(seed=seed, offset=offset.view(shape[:-1]))
-    compare(lambda m, v: vae.apply(m, v, **kw, mode=vae.DRAW), lambda m, v: vae.reparameterise(m, v, drawn), [mu, logvar])
+    eps, key = normal(*shape), ops.noise(-12345678901234, *shape[:-1]).to(DEVICE) * torch.tensor([1, 2**33 + 1], device=DEVICE)
+    drawn = vae.drawn(key, shape[-1], torch.float64)
+    compare(lambda m, v: vae.apply(m, v, key, vae.DRAW), lambda m, v: vae.reparameterise(m, v, drawn), [mu, logvar])
     compare(lambda m, v: vae.apply(m, v, eps, mode=vae.GIVEN), lambda m, v: vae.reparameterise(m, v, eps.double()), [mu, logvar])
     compare(lambda m, v: vae.apply(m, v)[1:], lambda m, v: (vae.kl_normal(m, v), vae.gaussian_log_prob(m, m, v)), [mu, logvar])
     compare(lambda m, v, z: vae.apply(m, v, z, mode=vae.SCORE)[1:], lambda m, v, z: (vae.kl_normal(m, v), vae.gaussian_log_prob(z, m, v)),
@@ -75,7 +73,11 @@ def test_vae_in_fp16_and_at_extremes():
 
 def draw(seed, offset, D, block=vae.BLOCK):
     zero = torch.zeros(len(offset), D, device=DEVICE)
-    return vae.run_forward(zero, zero, None, torch.tensor([seed], device=DEVICE), offset, vae.DRAW, block)[0]
+    return vae.run_forward(zero, zero, key(seed, offset), vae.DRAW, block)[0]
+
+
+def key(seed, offset):
+    return torch.stack((torch.full_like(offset, seed), offset), 1)
 
 
 def test_eps_is_standard_normal_and_independent():
@@ -98,8 +100,8 @@ def test_eps_depends_on_seed_offset_and_column_alone():
     assert torch.equal(draw(11, offset[1:2], 203), e[1:2])
     # backward draws it again: with μ = logσ² = 0 and dz = 1, dlogσ² is ε/2
     zero, one = torch.zeros(4, 203, device=DEVICE), torch.ones(4, 203, device=DEVICE)
-    none, seed = torch.zeros(4, device=DEVICE), torch.tensor([11], device=DEVICE)
-    back = [vae.run_backward(one, none, none, zero, zero, None, seed, offset, vae.DRAW, block)[1] for block in (16, 64)]
+    none = torch.zeros(4, device=DEVICE)
+    back = [vae.run_backward(one, none, none, zero, zero, key(11, offset), vae.DRAW, block)[1] for block in (16, 64)]
     assert torch.equal(2 * back[0], e) and torch.equal(back[0], back[1])
 
 
@@ -379,7 +381,7 @@ def under_autocast():
         r.n_token.clamp_(min=1)
         r.token.clamp_(min=2)  # chains of which nothing depends on the choice of kernels
         r.n_latent, r.stopped = r.n_latent * 0 + torch.tensor([2, 1, 0, 2], device=DEVICE), r.stopped & False
-        r.z = noise.eps
+        r.z = vae.drawn(noise.eps, 16)
         for z_given in (None, noise.eps):
             s = score(model, prompt, valid, r, 2, z_given)
             found += [s.logp_z, s.logp_stop, s.logp_token]
@@ -388,7 +390,7 @@ def under_autocast():
     wanted = [model.policy.model.layers[0].self_attn.k_proj.weight, model.latent_head.fc[0].weight, model.policy.head, model.policy.model.norm.weight]
     found += torch.autograd.grad(sum(x.sum() for x in found), wanted)
     assert all(x.dtype == torch.float32 for x in found)
-    assert len(read_thoughts(model.decoder, noise.eps[:, :1], 1, 2)) == 4
+    assert len(read_thoughts(model.decoder, r.z[:, :1], 1, 2)) == 4
     return found
 
 

@@ -90,7 +90,7 @@ def ragged(run_folder):
     """(model, tokens) whose stops and answers end at all lengths: random weights, large enough to disagree."""
     model, tokens = checkpoint.load(run_folder)
     g = torch.Generator().manual_seed(3)
-    for p in [*model.policy.parameters(), *model.stop_head.parameters(), model.latent_head.mean.weight]:
+    for p in [*model.policy.parameters(), *model.stop_head.parameters(), model.latent_head.gaussian.weight]:
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.4, generator=g)
     torch.nn.init.zeros_(model.stop_head[2].bias)
