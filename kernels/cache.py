@@ -186,7 +186,9 @@ class StepCache:
         return attention.masked_sdpa(q, k, v, mask[:, :, -n:])
 
     def step(self, work, *inputs):
-        """work(*inputs), which reads one column; from the second step after a `keep` on, a replay."""
+        """work(*inputs), which reads one column; where steps are graphs, a replay from the second step after a `keep` on."""
+        if not self.replays:
+            return work(*inputs)
         used = self.used + 1  # a replay runs no Python
         result = self.replayed(work, *inputs)
         self.used = used

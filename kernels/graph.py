@@ -46,6 +46,37 @@ def record(work, device):
     return graph, result
 
 
+# ---- what a loop needs whose steps are graphs: nothing in it may ask the device for a number --------------------------------
+
+def some(mask, fixed):
+    """The rows where mask (B,), or all of them where shapes are fixed: what is made of a row outside of mask must then not be kept."""
+    return torch.arange(len(mask), device=mask.device) if fixed else mask.nonzero()[:, 0]
+
+
+def put(x, at, value, real):
+    """x[at] = value where real (n,), in place. at: one index or several, each (n,), no place twice."""
+    x[at] = torch.where(real.view(-1, *[1] * (value.dim() - 1)), value.to(x.dtype), x[at])
+
+
+class Late:
+    """How many are True, of a mask that only gains. Where steps are graphs the answer is that of the call before: the host launches a step and
+    then waits for the one before it, so that the GPU always has something to do."""
+    def __init__(self):
+        self.last = None
+
+    def __call__(self, mask):
+        n = mask.sum()
+        if not serves(mask.device):
+            return int(n)
+        event = torch.cuda.Event() if n.is_cuda else None
+        (last, before), self.last = self.last or (0, None), (n.to("cpu", non_blocking=True), event)
+        if event:
+            event.record()
+        if before:
+            before.synchronize()
+        return int(last)
+
+
 class Replayed:
     """A function of tensors: the first call runs, the second is recorded, and from the second on the result is a replay's, which the next
     call overwrites."""

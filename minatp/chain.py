@@ -31,7 +31,7 @@ def walk(model, h, cache, n_latent, L, n_candidate, eps=None, free=None):
         found = ByHand.apply(model, cache, L, n_candidate, free, h, n_latent, eps, *cache.thread, *weights(model))
         cache.thread = list(found[4:])
         return found[:4]
-    step = lambda z, real: model.policy(z[:, None], real[:, None], cache)[:, 0]
+    step = lambda z, real: model.policy.step(z, real, cache)
     with deferred(model):  # the gradient of each weight is one product for the whole chain, not one a latent
         _, found, n_latent = loop(model, h, L, n_candidate, n_latent, eps, free, step)
     return *found, n_latent
@@ -81,7 +81,8 @@ class ByHand(torch.autograd.Function):
     @staticmethod
     def forward(ctx, model, cache, L, n_candidate, free, h, n_latent, eps, *threads_and_weights):
         n_own = cache.n_own.clone()
-        step = lambda z, real: model.policy.step(z, real, cache).clone()
+        read = lambda z, real: model.policy.step(z, real, cache)
+        step = lambda z, real: cache.step(read, z, real).clone()
         hidden, (z, mu, logvar), n_latent = loop(model, h, L, n_candidate, n_latent, eps, free, step)
         n_latent = n_latent.clone()
         ctx.mark_non_differentiable(n_latent)
@@ -112,7 +113,7 @@ class ByHand(torch.autograd.Function):
                 if fed:
                     cache.n_own.copy_(before)
                     cache.thread = [h.new_zeros((), requires_grad=True) for _ in threads]
-                    found += [model.policy(found[0][:, None], real[:, None], cache)[:, 0], *cache.thread]
+                    found += [model.policy.step(found[0], real, cache), *cache.thread]
                     d += [dh, *map(torch.zeros_like, cache.thread)]
                 sent, *more = torch.autograd.grad(found, [h, *fresh.values()], d, allow_unused=True)
             for total, x in zip(added.values(), more):

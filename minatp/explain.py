@@ -6,6 +6,7 @@ import torch
 
 from kernels.common import wide
 from kernels.cross_entropy import IGNORE
+from kernels.graph import Late, put, some
 
 
 def thought_nll(decoder, z, text):
@@ -37,34 +38,34 @@ def cast_once(module):
 def read_thoughts(decoder, z, eos, max_new=24):
     """What φ writes greedily for each thought. z (N, c, D) -> N lists of ids, up to the id `eos` that φ was taught to write.
 
-    Thoughts that have ended leave the batch (from half of it on, where steps are CUDA graphs).
+    Thoughts that have ended leave the batch (from half of it on, where ticks are CUDA graphs).
     """
     N, c, _ = z.shape
-    texts = [[] for _ in range(N)]
     if not N:
-        return texts
-    cache, n = decoder.cache(N, c + max_new), N             # n: rows of the cache
-    rows, at = list(range(N)), torch.arange(N, device=z.device)  # which thoughts are still read, and their rows of the cache
+        return []
+    cache = decoder.cache(N, c + max_new)
+    rows, reads = torch.arange(N, device=z.device), torch.ones(N, dtype=torch.bool, device=z.device)  # thoughts of the batch; still read
+    word, text = rows.new_full((N,), eos), rows.new_full((N, max_new), eos)
+
+    def choose(h, t):
+        b = some(reads, cache.replays)
+        put(word, b, decoder.logits(h[b]).argmax(-1), reads[b])
+        put(text, (rows[b], t.expand(len(b))), word[b], reads[b])
+        reads.logical_and_(word != eos)
+
+    tick, done = lambda t: choose(decoder.step(decoder.embed(word), reads, cache), t), Late()
     with cast_once(decoder):
-        h = decoder(z, torch.ones(N, c, dtype=torch.bool, device=z.device), cache, 1)[:, 0]
-        for _ in range(max_new):
-            token = decoder.logits(h[at]).argmax(-1)
-            words = token.tolist()
-            left = [i for i, word in enumerate(words) if word != eos]
-            for i in left:
-                texts[rows[i]].append(words[i])
-            if not left:
+        choose(decoder(z, torch.ones(N, c, dtype=torch.bool, device=z.device), cache, 1)[:, 0], torch.zeros_like(rows[0]))
+        for t in range(1, max_new):
+            n_done = done(~reads)
+            if n_done == len(rows):
                 break
-            if len(left) < len(rows):
-                keep = torch.tensor(left, device=z.device)
-                rows, at, token = [rows[i] for i in left], at[keep], token[keep]
-            if cache.worth_dropping(n - len(left), n):
-                cache.keep(at)
-                n, at = len(left), torch.arange(len(left), device=z.device)
-            fed = at.new_full((n,), eos).index_copy_(0, at, token)
-            real = torch.zeros(n, dtype=torch.bool, device=z.device).index_fill_(0, at, True)
-            h = decoder.step(decoder.embed(fed), real, cache)
-    return texts
+            if cache.worth_dropping(n_done, len(rows)):
+                left = (~reads).long().argsort(stable=True)[: len(rows) - n_done]
+                rows, reads, word, done = rows[left], reads[left], word[left], Late()
+                cache.keep(left)
+            cache.step(tick, torch.full_like(rows[0], t))
+    return [ids[: ids.index(eos)] if eos in ids else ids for ids in text.tolist()]
 
 
 @torch.no_grad()

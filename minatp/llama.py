@@ -58,7 +58,7 @@ class KVCache:
     Without autograd the columns are written into memory allocated once for `T` columns. Under autograd a saved tensor must
     not be written again, so columns are joined instead, and the gradient of later columns flows back into earlier ones.
     """
-    replays = False  # whether Llama.step is a CUDA graph (kernels/cache.py)
+    replays = False  # whether `step` is a CUDA graph (kernels/cache.py)
 
     def __init__(self, cfg, B, T, device):
         self.length = 0
@@ -101,6 +101,10 @@ class KVCache:
         k, v = self.append(i, ops.rotate(k, *rope), v)
         n = q.shape[2]
         return attend(ops.rotate(q, *(x[:, :, -n:] for x in rope)), k, v, mask[:, :, -n:])
+
+    def step(self, work, *inputs):
+        """work(*inputs), which reads one column, and is the same every time."""
+        return work(*inputs)
 
     def worth_dropping(self, n_done, n):
         """Whether `keep` pays where n_done of n rows are finished."""
@@ -230,11 +234,9 @@ class Llama(nn.Module):
             x, a = block(x, a, n if n and top else x.shape[1], rope, cache, i, mask)
         return self.model.norm(x, a)[1]
 
-    @torch.no_grad()
     def step(self, x, real, cache):
-        """Read one column more, x (B, D), of the rows where real (B,) -> hidden states (B, D), overwritten by the next step."""
-        work = lambda x, real: self(x[:, None], real[:, None], cache)[:, 0]
-        return cache.step(work, x, real) if cache.replays else work(x, real)
+        """Read one column more, x (B, D), of the rows where real (B,) -> hidden states (B, D)."""
+        return self(x[:, None], real[:, None], cache)[:, 0]
 
     def logits(self, h):
         """h (..., D) -> (..., vocab_size)."""

@@ -13,6 +13,7 @@ import torch
 
 from kernels.common import wide
 from kernels.cross_entropy import IGNORE, token_nll
+from kernels.graph import Late, put, some
 from kernels import ops
 from kernels.ops import gaussian_log_prob, kl_normal
 
@@ -128,8 +129,8 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
     which gives B = Q·group rows, those of a prompt side by side.
 
     noise None is the mean policy: z = μ, stop by argmax, greedy answer. Every tick feeds one column to every unfinished row:
-    a thought, <|end-latent|> or a word; rows that have written eos leave the batch (from half
-    of it on, where steps are CUDA graphs), so early stops save real work.
+    a thought, <|end-latent|> or a word; rows that have written eos leave the batch (from half of it on, where ticks are CUDA
+    graphs), so early stops save real work.
     given (Given of B rows): no stop is taken before or at these thoughts, whatever the stop head says of them.
     """
     B, Tq = prompt.shape[0] * group, prompt.shape[1]
@@ -144,52 +145,59 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
     if group > 1:
         cache.keep(torch.arange(B, device=device) // group)
         h = h.repeat_interleave(group, 0)
-    rows = torch.arange(B, device=device)                       # which problems are still in the batch
-    fate, x = torch.zeros_like(rows), None                      # what becomes of each: it THINKS, ENDS its thinking, WRITES or is DONE
-    most = torch.full_like(rows, c * K) if given is None else torch.where(given.ends, given.n, c * K).clamp(max=c * K)
-    eos = torch.tensor(policy.cfg.eos, device=device)
+    most = torch.full((B,), c * K, device=device) if given is None else torch.where(given.ends, given.n, c * K).clamp(max=c * K)
     eps = noise and ops.prepared(noise.eps, D, noise.spread)
-    for t in range(c * K + max_new + 2):
-        fate = torch.where((fate == THINKS) & (t >= most[rows]), ENDS, fate)
-        fates = fate.tolist()                                   # the one wait of a tick for a GPU
-        n_think, n_end, n_done = (fates.count(f) for f in (THINKS, ENDS, DONE))
-        if n_done == len(fates):
-            break
-        if cache.worth_dropping(n_done, len(fates)):
-            left = (fate == DONE).long().argsort(stable=True)[: len(fates) - n_done]
-            rows, fate, x = rows[left], fate[left], x[left]
-            cache.keep(left)
-        if t:
-            h = policy.step(x, fate < DONE, cache)
-        order = fate.argsort(stable=True)
-        think, write = order[:n_think], order[n_think + n_end: len(fates) - n_done]
-        x, fate = policy.embed(torch.full_like(rows, model.end)), fate.clamp(min=WRITES)  # of a row that ends its thinking now
-        if len(write):
-            r, at = rows[write], out.n_token[rows[write]]
-            token, logp = choose(policy.logits(h[write]), noise, r, at)
-            out.token[r, at], out.logp_token[r, at], out.n_token[r] = token, logp, at + 1
-            x = x.index_put((write,), policy.embed(token))
-            fate[write] = torch.where(torch.isin(token, eos) | (at + 1 == max_new), DONE, WRITES)
-        if len(think):
-            r = rows[think]
-            z, mu, logvar = model.propose(h[think], noise and eps[r, t])
+    eos, end = torch.tensor(policy.cfg.eos, device=device), policy.embed(torch.tensor(model.end, device=device))
+    rows = torch.arange(B, device=device)                       # which problems are still in the batch
+    fate, x = torch.zeros_like(rows), end.repeat(B, 1)          # what becomes of each: it THINKS, ENDS its thinking, WRITES or is DONE
+
+    def decide(h, t):
+        """What every row does with its hidden state at tick t (a tensor), and so what it reads next."""
+        fate.masked_fill_((fate == THINKS) & (t >= most[rows]), ENDS)
+        thinks, writes = fate == THINKS, fate == WRITES
+        x.copy_(end)
+        fate.clamp_(min=WRITES)
+        if len(b := some(writes, cache.replays)):
+            r, real = rows[b], writes[b]
+            at = out.n_token[r].clamp(max=max_new - 1)
+            token, logp = choose(policy.logits(h[b]), noise, r, at)
+            put(out.token, (r, at), token, real)
+            put(out.logp_token, (r, at), logp, real)
+            out.n_token[r] += real
+            put(x, b, policy.embed(token), real)
+            put(fate, b, torch.where(torch.isin(token, eos) | (at + 1 == max_new), DONE, WRITES), real)
+        if len(b := some(thinks, cache.replays)):
+            r, real, at = rows[b], thinks[b], t.clamp(max=c * K - 1).expand(len(b))
+            z, mu, logvar = model.propose(h[b], noise and eps[r, at])
             if given is not None:
-                z = torch.where((t < given.n[r])[:, None], given.z[r, t], z)
-            out.z[r, t] = z
+                z = torch.where((t < given.n[r])[:, None], given.z[r, at], z)
+            put(out.z, (r, at), z, real)
             if model.vae:
-                out.logvar[r, t], out.logp_z[r, t] = logvar, gaussian_log_prob(z, mu, logvar + 2 * math.log(out.spread))
-            stop = torch.zeros_like(r, dtype=torch.bool)
-            if model.stop and t % c == 0:
-                logp = wide(model.stop_head(z)).log_softmax(-1)
-                stop = logp[:, 1] > logp[:, 0] if noise is None else noise.stop[r, t // c] < logp[:, 1].exp()
-                if given is not None:
-                    stop = stop & (t >= given.n[r])
-                out.stop_prob[r, t // c] = logp[:, 1].exp()
-                out.logp_stop[r, t // c] = torch.where(stop, logp[:, 1], logp[:, 0])
-                out.stopped[r] = stop
-            out.n_latent[r] += ~stop
-            x = x.index_put((think,), torch.where(stop[:, None], x[think], z.to(x.dtype)))
-            fate[think] = torch.where(stop, WRITES, THINKS)
+                put(out.logvar, (r, at), logvar, real)
+                put(out.logp_z, (r, at), gaussian_log_prob(z, mu, logvar + 2 * math.log(out.spread)), real)
+            stop = torch.zeros_like(real)
+            if model.stop:
+                asked, logp = real & (t % c == 0), wide(model.stop_head(z)).log_softmax(-1)
+                stop = logp[:, 1] > logp[:, 0] if noise is None else noise.stop[r, at // c] < logp[:, 1].exp()
+                stop = stop & asked if given is None else stop & asked & (t >= given.n[r])
+                put(out.stop_prob, (r, at // c), logp[:, 1].exp(), asked)
+                put(out.logp_stop, (r, at // c), torch.where(stop, logp[:, 1], logp[:, 0]), asked)
+                put(out.stopped, r, stop, real)
+            out.n_latent[r] += real & ~stop
+            put(x, b, z, real & ~stop)
+            put(fate, b, torch.where(stop, WRITES, THINKS), real)
+
+    tick, done = lambda t: decide(policy.step(x, fate < DONE, cache), t), Late()
+    decide(h, torch.zeros_like(rows[0]))
+    for t in range(1, c * K + max_new + 1):
+        n_done = done(fate == DONE)
+        if n_done == len(rows):
+            break
+        if cache.worth_dropping(n_done, len(rows)):
+            left = (fate == DONE).long().argsort(stable=True)[: len(rows) - n_done]
+            rows, fate, x, done = rows[left], fate[left], x[left], Late()
+            cache.keep(left)
+        cache.step(tick, torch.full_like(rows[0], t))
     longest = int(out.n_token.max())
     out.token, out.logp_token = out.token[:, :longest], out.logp_token[:, :longest]
     return out

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from minatp import bench, config, count
-from minatp.explain import read_thoughts
 from minatp.llama import LlamaConfig
-from minatp.rollout import Noise, rollout
 
 LLAMA_1B = LlamaConfig(vocab_size=128259)
 
@@ -71,17 +69,6 @@ def test_a_side_that_runs_out_of_memory_is_told_and_is_no_win(monkeypatch, capsy
     every["minatp"].run = full
     with pytest.raises(config.OutOfMemory, match="minatp itself"):
         bench.measure(case, every, 1)
-
-
-def test_a_gpus_host_waits_once_a_tick(case):
-    """Chains of all lengths, several a question, some of them cut short."""
-    model, (prompt, valid), max_new = case.model, case.prompts(4), 5
-    case.ragged(True)
-    noise = Noise.draw(model, 8, max_new, 0)
-    ticks = model.c * model.K + max_new + 2
-    assert 0 < count.count(lambda: rollout(model, prompt, valid, max_new, noise, 2)).waits <= ticks + 1  # and the longest answer
-    z = torch.randn(8, model.c, model.policy.cfg.n_embd)
-    assert 0 < count.count(lambda: read_thoughts(model.decoder, z, case.eos, max_new)).waits <= max_new
 
 
 def test_counts_are_those_of_the_arithmetic():

@@ -123,7 +123,7 @@ def test_replayed_steps_are_the_steps(monkeypatch, tapes):
         found[choice] = r, read_thoughts(model.decoder, other, eos, 5)
     (want, text), (got, told) = found["torch"], found["triton"]
     assert want.n_latent.tolist() == [0, 4, 4, 0] and want.n_token.tolist() == [6, 3, 6, 6] and list(map(len, text)) == [5, 5, 1, 0]
-    assert len(tapes) == 3 and told == text  # recorded anew when half of the rows are left
+    assert len(tapes) == 4 and told == text  # recorded anew when half of the rows are left
     for name in ("n_latent", "n_token", "stopped", "token"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     for name in ("z", "logp_z", "logp_stop", "logp_token"):

@@ -7,8 +7,10 @@ import torch
 
 import sample
 import train
-from minatp import checkpoint, config, data, evaluate, problems, sets
-from minatp.rollout import Noise, rollout, score, supervise
+from minatp import checkpoint, config, count, data, evaluate, problems, sets
+from minatp.explain import read_thoughts
+from minatp.llama import KVCache
+from minatp.rollout import Given, Noise, rollout, score, supervise
 from runs import go
 
 SMALL = ("--n-layer 2 --n-embd 32 --n-inner 48 --labelled 160 --answers 40 --val-size 8 --test-size 24 --batch-size 8 --epochs .2 --K 2 --c 2 "
@@ -132,6 +134,31 @@ def test_finished_rows_cost_nothing(atp, monkeypatch):
     chains = evaluate.solve(model, tokens, prompts, 12)
     steps = sum(n for m, n in read[1:] if m is model.policy)
     assert steps == sum(c.n_latent + c.n_token for c in chains)  # <|end-latent|> is read and the last token is not
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_ticks_of_fixed_shape_do_the_same_and_wait_for_nothing(atp, monkeypatch, sampled):
+    """As on a GPU: every row is computed, and what it may keep is kept. Chains of all lengths, some with thoughts that they are given."""
+    model, tokens = ragged(atp)
+    prompt, valid = data.left_pad([tokens.prompt(p.question) for p in problems.generate("test", 6, 4)], tokens.end)
+    noise = Noise.draw(model, 12, 5, 1).at(slice(None), "cpu") if sampled else None
+    z = torch.randn(12, 4, model.policy.cfg.n_embd, generator=torch.Generator().manual_seed(2))
+    given = Given(z, torch.tensor([0, 2, 4] * 4), torch.arange(12) > 6)
+    eos = int(read_thoughts(model.decoder, z[:1, :2], -1, 5)[0][2])  # a word that φ writes
+    works = [lambda: rollout(model, prompt, valid, 5, noise, 2), lambda: rollout(model, prompt, valid, 5, noise, 2, given),
+             lambda: read_thoughts(model.decoder, z[:, :2], eos, 5)]
+    want = [work() for work in works]
+    assert len({*want[0].n_latent.tolist()}) > 1 < len({*want[0].n_token.tolist()}) and len({*map(len, want[2])}) > 1
+    monkeypatch.setattr(KVCache, "replays", True)
+    for module in ("explain", "rollout"):
+        monkeypatch.setattr(f"minatp.{module}.Late", lambda: lambda mask: 0)  # the host never learns that a row is done
+    got = []
+    for work in works:
+        assert count.count(lambda: got.append(work())).waits == 1  # for the longest answer, and for the text
+    assert got[2] == want[2]
+    for x, y in zip(got[:2], want):
+        for name in ("n_latent", "stopped", "token", "n_token", "z", "logvar", "stop_prob", "logp_z", "logp_stop", "logp_token"):
+            torch.testing.assert_close(getattr(x, name), getattr(y, name), rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_curriculum_order_and_steps(atp):
