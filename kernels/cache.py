@@ -1,5 +1,5 @@
 """The cache that the attention kernels read and write, with autograd through it; its interface is minatp's KVCache, and what minatp/chain.py
-needs: `step`, `fork`, `thread`, `n_own`.
+needs: `fork`, `thread`, `n_own`.
 
 The columns read first, left-padded, are the prefix: kept once, however many rows go on from it. What follows is a row's own. Both lie
 in memory that is written in place, which autograd cannot follow, so each operation on a layer's columns is a node of its own:

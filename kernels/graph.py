@@ -2,7 +2,8 @@
 
 One new position of a 16-layer model is some 300 short kernels. A GPU runs them faster than Python launches them; a CUDA graph is the list
 of these launches, recorded once and given to the GPU as one. What it holds are addresses and numbers, so whatever differs from step to step
-must lie in memory that stays where it is: the step's inputs, which are copied to one place, and the cache with its counts of columns.
+must lie in memory that stays where it is: the step's inputs, which are copied to one place, the cache with its counts of columns, and what a
+loop's step writes in place. A loop may put other tensors in place of its own only where the cache's `keep` begins a new recording.
 
 The first call runs as it is: it compiles kernels, makes the cache's buffers and autocast's copies of the weights. The second is recorded and
 replayed, the others are replays. A graph serves the steps of one batch, so nothing in it can be out of date; recording costs about as much
@@ -15,8 +16,7 @@ from contextlib import suppress
 
 import torch
 
-held = {}      # device -> (stream for recording, last graph). The next graph reuses the last one's memory: an older one is never replayed again
-SPARE = 2**28  # bytes that should be free on the device: a recording cannot use the blocks that PyTorch's allocator holds in reserve
+held = {}  # device -> (stream for recording, last graph). The next graph reuses the last one's memory: an older one is never replayed again
 
 
 def serves(device):
@@ -26,11 +26,16 @@ def serves(device):
 
 def record(work, device):
     """(graph, result) of work(), which is recorded and not run: `result` holds nothing before the first replay()."""
+    with suppress(torch.OutOfMemoryError):
+        return capture(work, device)
+    torch.cuda.empty_cache()  # a recording cannot use the blocks that PyTorch's allocator holds in reserve
+    return capture(work, device)
+
+
+def capture(work, device):
     stream, last = held.get(device) or (torch.cuda.Stream(device), None)
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
-    if torch.cuda.mem_get_info(device)[0] < SPARE:
-        torch.cuda.empty_cache()
     with torch.cuda.stream(stream):
         graph.capture_begin(pool=last and last.pool(), capture_error_mode="thread_local")  # other threads are NCCL's
         try:
@@ -46,6 +51,11 @@ def record(work, device):
     return graph, result
 
 
+def release():
+    """Let go of what is held for the next graph: after an evaluation, whose batches are larger than training's."""
+    held.clear()
+
+
 # ---- what a loop needs whose steps are graphs: nothing in it may ask the device for a number --------------------------------
 
 def some(mask, fixed):
@@ -59,14 +69,14 @@ def put(x, at, value, real):
 
 
 class Late:
-    """How many are True, of a mask that only gains. Where steps are graphs the answer is that of the call before: the host launches a step and
-    then waits for the one before it, so that the GPU always has something to do."""
-    def __init__(self):
-        self.last = None
+    """How many are True, of a mask that only gains. late: the answer is that of the call before, so that the host launches a step and then
+    waits for the one before it, and the GPU always has something to do."""
+    def __init__(self, late):
+        self.late, self.last = late, None
 
     def __call__(self, mask):
         n = mask.sum()
-        if not serves(mask.device):
+        if not self.late:
             return int(n)
         event = torch.cuda.Event() if n.is_cuda else None
         (last, before), self.last = self.last or (0, None), (n.to("cpu", non_blocking=True), event)

@@ -8,8 +8,8 @@
 Four modes: ε drawn here, ε given, z given (the score of an action), and the mean, z = μ, which only has the rows' values.
 
 `eps` is one of two things: floats (..., D), the ε itself; or int64 (..., 2), the seed and offset that each row's ε is drawn from. That is
-Philox-4x32 of (seed, offset, column) and of nothing else: no device, block size, batch or neighbour changes it, and the backward pass
-draws it again instead of reading it. Both are read from device memory, so that a captured CUDA graph draws anew at every replay.
+Philox-4x32 of (seed, offset, column) and of nothing else: no block size, batch or neighbour changes it (a device does by rounding), and the
+backward pass draws it again instead of reading it. Both are read from device memory, so that a captured CUDA graph draws anew at every replay.
 Column j·⌈D/4⌉ + i takes lane j of counter i.
 
 Bytes an element, inputs in bf16: forward 4 read, 4 written (z stays float32, its density is asked for later); backward 4 + 4 read,

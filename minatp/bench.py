@@ -305,7 +305,7 @@ def tell(record, case):
     own = record["sides"]["minatp"]
     seconds = statistics.median(own["seconds"])
     text = (f"\n{record['work']:20}{1e3 * seconds:9.1f} ms {record['tokens'] / seconds:11,.0f} tokens/s   {own['ops']:,} operations, "
-            f"{own['bytes'] / 1e9:.2f} GB, {own['flops'] / 1e9:.2f} GFLOP, {own['waits']} waits")
+            f"{own['bytes'] / 1e9:.2f} GB, {own['flops'] / 1e9:.2f} GFLOP")
     if case.machine:
         least = floor(case, record["work"], own["flops"])
         text += (f"\n{'':20}{own['flops'] / seconds / case.machine.flops:9.0%} of the product rate, {least / seconds:.0%} of the floor of "

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels import graph
+
 from . import checkpoint, config, distributed, problems, reward, run, sets
 from .data import left_pad, read_problems
 from .explain import read_thoughts
@@ -66,6 +68,7 @@ def solve(model, tokens, prompts, max_new, batch_size=500, seed=None, temperatur
                 chain.z = r.z[b, : chain.n_latent].cpu()
         if between:
             between()
+    graph.release()
     return distributed.merged(chains)
 
 

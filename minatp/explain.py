@@ -53,7 +53,8 @@ def read_thoughts(decoder, z, eos, max_new=24):
         put(text, (rows[b], t.expand(len(b))), word[b], reads[b])
         reads.logical_and_(word != eos)
 
-    tick, done = lambda t: choose(decoder.step(decoder.embed(word), reads, cache), t), Late()
+    tick = lambda t: choose(decoder.step(decoder.embed(word), reads, cache), t)
+    done = Late(cache.replays)
     with cast_once(decoder):
         choose(decoder(z, torch.ones(N, c, dtype=torch.bool, device=z.device), cache, 1)[:, 0], torch.zeros_like(rows[0]))
         for t in range(1, max_new):
@@ -62,7 +63,7 @@ def read_thoughts(decoder, z, eos, max_new=24):
                 break
             if cache.worth_dropping(n_done, len(rows)):
                 left = (~reads).long().argsort(stable=True)[: len(rows) - n_done]
-                rows, reads, word, done = rows[left], reads[left], word[left], Late()
+                rows, reads, word, done = rows[left], reads[left], word[left], Late(cache.replays)
                 cache.keep(left)
             cache.step(tick, torch.full_like(rows[0], t))
     return [ids[: ids.index(eos)] if eos in ids else ids for ids in text.tolist()]

@@ -155,7 +155,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
         """What every row does with its hidden state at tick t (a tensor), and so what it reads next."""
         fate.masked_fill_((fate == THINKS) & (t >= most[rows]), ENDS)
         thinks, writes = fate == THINKS, fate == WRITES
-        x.copy_(end)
+        x.copy_(end)              # of a row that ends its thinking now, and writes next; the others' are put in their places below
         fate.clamp_(min=WRITES)
         if len(b := some(writes, cache.replays)):
             r, real = rows[b], writes[b]
@@ -165,7 +165,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
             put(out.logp_token, (r, at), logp, real)
             out.n_token[r] += real
             put(x, b, policy.embed(token), real)
-            put(fate, b, torch.where(torch.isin(token, eos) | (at + 1 == max_new), DONE, WRITES), real)
+            put(fate, b, torch.where((token[:, None] == eos).any(1) | (at + 1 == max_new), DONE, WRITES), real)
         if len(b := some(thinks, cache.replays)):
             r, real, at = rows[b], thinks[b], t.clamp(max=c * K - 1).expand(len(b))
             z, mu, logvar = model.propose(h[b], noise and eps[r, at])
@@ -187,7 +187,8 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
             put(x, b, z, real & ~stop)
             put(fate, b, torch.where(stop, WRITES, THINKS), real)
 
-    tick, done = lambda t: decide(policy.step(x, fate < DONE, cache), t), Late()
+    tick = lambda t: decide(policy.step(x, fate < DONE, cache), t)
+    done = Late(cache.replays)
     decide(h, torch.zeros_like(rows[0]))
     for t in range(1, c * K + max_new + 1):
         n_done = done(fate == DONE)
@@ -195,7 +196,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
             break
         if cache.worth_dropping(n_done, len(rows)):
             left = (fate == DONE).long().argsort(stable=True)[: len(rows) - n_done]
-            rows, fate, x, done = rows[left], fate[left], x[left], Late()
+            rows, fate, x, done = rows[left], fate[left], x[left], Late(cache.replays)
             cache.keep(left)
         cache.step(tick, torch.full_like(rows[0], t))
     longest = int(out.n_token.max())
@@ -205,7 +206,8 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
 
 def choose(logits, noise, rows, at):
     """Next tokens (A,) and their log-probabilities: greedy, or sampled by the row's own uniform number."""
-    logp = (wide(logits) / (noise.temperature if noise else 1)).log_softmax(-1)
+    logits = wide(logits)
+    logp = (logits / noise.temperature if noise and noise.temperature != 1 else logits).log_softmax(-1)
     if noise is None or noise.token is None:
         token = logp.argmax(-1)
     else:

@@ -94,6 +94,26 @@ def test_graphs_can_be_switched_off(monkeypatch):
     assert not graph.serves(torch.device("cuda"))
 
 
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_recording_that_lacks_memory_is_tried_once_more(monkeypatch, fails):
+    done = []
+
+    def capture(work, device):
+        done.append(work)
+        if done.count(work) <= fails:
+            raise torch.OutOfMemoryError
+        return "graph", "result"
+
+    monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    if fails == 1:
+        assert graph.record("work", None) == ("graph", "result")
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            graph.record("work", None)
+    assert done == ["work", "emptied", "work"]
+
+
 def test_a_tape_replays_on_the_same_memory(tapes):
     counter, x = torch.zeros(1, device=DEVICE), torch.tensor([3.0], device=DEVICE)
     step = graph.Replayed()

@@ -151,7 +151,7 @@ def test_ticks_of_fixed_shape_do_the_same_and_wait_for_nothing(atp, monkeypatch,
     assert len({*want[0].n_latent.tolist()}) > 1 < len({*want[0].n_token.tolist()}) and len({*map(len, want[2])}) > 1
     monkeypatch.setattr(KVCache, "replays", True)
     for module in ("explain", "rollout"):
-        monkeypatch.setattr(f"minatp.{module}.Late", lambda: lambda mask: 0)  # the host never learns that a row is done
+        monkeypatch.setattr(f"minatp.{module}.Late", lambda late: lambda mask: 0)  # the host never learns that a row is done
     got = []
     for work in works:
         assert count.count(lambda: got.append(work())).waits == 1  # for the longest answer, and for the text
