@@ -194,11 +194,6 @@ class StepCache:
         self.used = used
         return result
 
-    def worth_dropping(self, n_done, n):
-        """Whether dropping the n_done finished rows of n pays. A step costs about the same for fewer rows (it reads the weights), and a graph
-        must be recorded again for them: so from half on."""
-        return n_done >= (n / 2 if self.replays else 1)
-
     def fork(self):
         """A copy that later columns and `keep`s do not change, for the chain's backward pass; keys and values are shared."""
         same = copy(self)

@@ -25,7 +25,8 @@ def serves(device):
 
 
 def record(work, device):
-    """(graph, result) of work(), which is recorded and not run: `result` holds nothing before the first replay()."""
+    """(graph, result) of work(), which is recorded and not run: `result` holds nothing before the first replay(). Tried once more where
+    memory is lacking. Raises torch.OutOfMemoryError."""
     with suppress(torch.OutOfMemoryError):
         return capture(work, device)
     torch.cuda.empty_cache()  # a recording cannot use the blocks that PyTorch's allocator holds in reserve
@@ -33,6 +34,7 @@ def record(work, device):
 
 
 def capture(work, device):
+    """`record`, tried once."""
     stream, last = held.get(device) or (torch.cuda.Stream(device), None)
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -59,13 +61,20 @@ def release():
 # ---- what a loop needs whose steps are graphs: nothing in it may ask the device for a number --------------------------------
 
 def some(mask, fixed):
-    """The rows where mask (B,), or all of them where shapes are fixed: what is made of a row outside of mask must then not be kept."""
+    """Indices (n,) of the rows where mask (B,); of all rows where shapes are fixed: `put` then leaves the others as they were."""
     return torch.arange(len(mask), device=mask.device) if fixed else mask.nonzero()[:, 0]
 
 
 def put(x, at, value, real):
     """x[at] = value where real (n,), in place. at: one index or several, each (n,), no place twice."""
     x[at] = torch.where(real.view(-1, *[1] * (value.dim() - 1)), value.to(x.dtype), x[at])
+
+
+def left(done, n_done, fixed):
+    """Indices of the rows to go on with, where n_done of done (B,) are known to be True; None: all rows. With fixed shapes a step costs about
+    the same for fewer rows (it reads the weights) and must be recorded anew for them: so from half on."""
+    if n_done >= (len(done) / 2 if fixed else 1):
+        return done.long().argsort(stable=True)[: len(done) - n_done]
 
 
 class Late:

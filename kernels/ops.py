@@ -44,13 +44,13 @@ def serves(*tensors):
 # ---- the VAE ------------------------------------------------------------------------------------------------------------
 
 def noise(seed, *shape):
-    """eps of shape `shape`, not drawn yet: the seed and an offset of its own for each row (*shape, 2), on the CPU."""
+    """ε not drawn yet: its seed and an offset of its own for each, (*shape, 2) int64 on the CPU."""
     offset = torch.arange(math.prod(shape)).view(shape)
     return torch.stack((torch.full_like(offset, seed), offset), -1)
 
 
 def prepared(eps, D, spread=1.0):
-    """spread·ε for `sample`. Where its kernel draws, ε is left to it; PyTorch draws a batch's at once. None stays None."""
+    """spread·ε for `sample`. With spread 1, where its kernel draws, ε is left to it; else PyTorch draws a batch's at once. None stays None."""
     if eps is None or (spread == 1 and use_triton(eps.device)):
         return eps
     eps = vae.drawn(eps, D)

@@ -13,7 +13,9 @@ backward pass draws it again instead of reading it. Both are read from device me
 Column j·⌈D/4⌉ + i takes lane j of counter i.
 
 Bytes an element, inputs in bf16: forward 4 read, 4 written (z stays float32, its density is asked for later); backward 4 + 4 read,
-4 written. ε given or z given: 4 more. The rows' values are 8 bytes a row. (The training loops keep μ and logσ² in float32, 8 read.)
+4 written. ε given: 4 more read, both ways. z given: forward 8 read, backward 8 read and 8 written. The rows' values are 8 bytes a row.
+(The training loops keep μ and logσ² in float32, 8 read. They take one result of a launch: z of each thought as it comes, KL and
+log-probability of those that count later: kernels/ops.py.)
 """
 import math
 

@@ -183,7 +183,7 @@ class Encoded:
     rest: list     # as texts, the K-th step joined with all that follow; empty where there are not more than K
     answer: list   # ids: "### " answer eos
     at: str        # of the problem
-    free: bool = False  # its steps are not known: what has no `lines` may need some
+    free: bool = False  # its steps are not known, which is not the same as having none
 
     @property
     def length(self):
@@ -192,7 +192,7 @@ class Encoded:
 
 
 def encode(problems, tokens, K, block_size, free=False):
-    """Problems -> list of Encoded. free: as there. Raises UserError where one is longer than the context of block_size tokens."""
+    """Problems -> list of Encoded. free: as in Encoded. Raises UserError where one is longer than the context of block_size tokens."""
     prompts = tokens.encode_all([p.question + "\n" for p in problems])
     answers = tokens.encode_all(["### " + p.answer for p in problems])
     steps = [s for p in problems for s in p.steps]

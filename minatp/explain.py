@@ -6,7 +6,7 @@ import torch
 
 from kernels.common import wide
 from kernels.cross_entropy import IGNORE
-from kernels.graph import Late, put, some
+from kernels.graph import Late, left
 
 
 def thought_nll(decoder, z, text):
@@ -38,7 +38,7 @@ def cast_once(module):
 def read_thoughts(decoder, z, eos, max_new=24):
     """What φ writes greedily for each thought. z (N, c, D) -> N lists of ids, up to the id `eos` that φ was taught to write.
 
-    Thoughts that have ended leave the batch (from half of it on, where ticks are CUDA graphs).
+    Thoughts that have ended leave the batch, at once or, where ticks are CUDA graphs, when they are half of it.
     """
     N, c, _ = z.shape
     if not N:
@@ -47,24 +47,23 @@ def read_thoughts(decoder, z, eos, max_new=24):
     rows, reads = torch.arange(N, device=z.device), torch.ones(N, dtype=torch.bool, device=z.device)  # thoughts of the batch; still read
     word, text = rows.new_full((N,), eos), rows.new_full((N, max_new), eos)
 
-    def choose(h, t):
-        b = some(reads, cache.replays)
-        put(word, b, decoder.logits(h[b]).argmax(-1), reads[b])
-        put(text, (rows[b], t.expand(len(b))), word[b], reads[b])
-        reads.logical_and_(word != eos)
+    def write(h, t):
+        """The next word of every thought, from hidden states h (A, D) at tick t (a tensor, ()); eos where it has ended."""
+        word.copy_(torch.where(reads, decoder.logits(h).argmax(-1), eos))
+        text[rows, t.expand_as(rows)] = word
+        reads.copy_(word != eos)
 
-    tick = lambda t: choose(decoder.step(decoder.embed(word), reads, cache), t)
+    tick = lambda t: write(decoder.step(decoder.embed(word), reads, cache), t)
     done = Late(cache.replays)
     with cast_once(decoder):
-        choose(decoder(z, torch.ones(N, c, dtype=torch.bool, device=z.device), cache, 1)[:, 0], torch.zeros_like(rows[0]))
+        write(decoder(z, torch.ones(N, c, dtype=torch.bool, device=z.device), cache, 1)[:, 0], torch.zeros_like(rows[0]))
         for t in range(1, max_new):
             n_done = done(~reads)
             if n_done == len(rows):
                 break
-            if cache.worth_dropping(n_done, len(rows)):
-                left = (~reads).long().argsort(stable=True)[: len(rows) - n_done]
-                rows, reads, word, done = rows[left], reads[left], word[left], Late(cache.replays)
-                cache.keep(left)
+            if (b := left(~reads, n_done, cache.replays)) is not None:
+                rows, reads, word, done = rows[b], reads[b], word[b], Late(cache.replays)
+                cache.keep(b)
             cache.step(tick, torch.full_like(rows[0], t))
     return [ids[: ids.index(eos)] if eos in ids else ids for ids in text.tolist()]
 

@@ -106,10 +106,6 @@ class KVCache:
         """work(*inputs), which reads one column, and is the same every time."""
         return work(*inputs)
 
-    def worth_dropping(self, n_done, n):
-        """Whether `keep` pays where n_done of n rows are finished."""
-        return n_done > 0
-
     def keep(self, rows):
         """Drop every row but `rows` (a LongTensor, repeats allowed): what is finished costs nothing more."""
         self.valid, self.count = self.valid[rows], self.count[rows]

@@ -1,7 +1,7 @@
 """The built-in task: arithmetic word problems of 1 to 4 steps, so that everything runs with no download.
 
 Four families: chains of events (serial: each step needs the one before) and chains of comparisons, told forwards or backwards (find
-where to begin, then serial), three problems in four; groups (two products in either order) and shopping (several valid orders of the
+where to begin, then serial), nearly four problems in five; groups (two products in either order) and shopping (several valid orders of the
 same steps).
 Which set a problem belongs to is a hash of its question, so that no set can leak into another, for any seed. The same numbers may
 come again under other names: `numbers` tells which do, and a summary gives the accuracy on those that do not as well.

@@ -13,7 +13,7 @@ import torch
 
 from kernels.common import wide
 from kernels.cross_entropy import IGNORE, token_nll
-from kernels.graph import Late, put, some
+from kernels.graph import Late, left, put, some
 from kernels import ops
 from kernels.ops import gaussian_log_prob, kl_normal
 
@@ -120,7 +120,7 @@ class Rollout:
         return replace(self, **{f.name: v[rows] for f in fields(self) if torch.is_tensor(v := getattr(self, f.name))})
 
 
-THINKS, ENDS, WRITES, DONE = range(4)
+THINKS, WRITES, DONE = range(3)
 
 
 @torch.no_grad()
@@ -128,10 +128,11 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
     """Think, stop and answer. prompt (Q, Tq) ids left-padded, valid (Q, Tq) bool; each is read once and continued `group` times,
     which gives B = Q·group rows, those of a prompt side by side.
 
-    noise None is the mean policy: z = μ, stop by argmax, greedy answer. Every tick feeds one column to every unfinished row:
-    a thought, <|end-latent|> or a word; rows that have written eos leave the batch (from half of it on, where ticks are CUDA
-    graphs), so early stops save real work.
+    noise (Noise of B rows): what chance decides; None is the mean policy: z = μ, stop by argmax, greedy answer.
     given (Given of B rows): no stop is taken before or at these thoughts, whatever the stop head says of them.
+    Every tick feeds one column to every unfinished row: a thought, <|end-latent|> or a word. A row is done at eos or after max_new
+    words. Done rows leave the batch, at once or, where ticks are CUDA graphs, when they are half of it: early stops save real work.
+    Returns a Rollout of B rows.
     """
     B, Tq = prompt.shape[0] * group, prompt.shape[1]
     policy, c, device = model.policy, model.c, prompt.device
@@ -148,13 +149,12 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
     most = torch.full((B,), c * K, device=device) if given is None else torch.where(given.ends, given.n, c * K).clamp(max=c * K)
     eps = noise and ops.prepared(noise.eps, D, noise.spread)
     eos, end = torch.tensor(policy.cfg.eos, device=device), policy.embed(torch.tensor(model.end, device=device))
-    rows = torch.arange(B, device=device)                       # which problems are still in the batch
-    fate, x = torch.zeros_like(rows), end.repeat(B, 1)          # what becomes of each: it THINKS, ENDS its thinking, WRITES or is DONE
+    rows = torch.arange(B, device=device)                       # the chain of each row of the batch
+    fate, x = torch.zeros_like(rows), end.repeat(B, 1)          # what becomes of it: it THINKS, WRITES or is DONE; what it reads next
 
     def decide(h, t):
-        """What every row does with its hidden state at tick t (a tensor), and so what it reads next."""
-        fate.masked_fill_((fate == THINKS) & (t >= most[rows]), ENDS)
-        thinks, writes = fate == THINKS, fate == WRITES
+        """What every row makes of its hidden state, h (A, D), at tick t (a tensor, ()): `out`, `fate` and `x`, written in place."""
+        thinks, writes = (fate == THINKS) & (t < most[rows]), fate == WRITES
         x.copy_(end)              # of a row that ends its thinking now, and writes next; the others' are put in their places below
         fate.clamp_(min=WRITES)
         if len(b := some(writes, cache.replays)):
@@ -194,10 +194,9 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
         n_done = done(fate == DONE)
         if n_done == len(rows):
             break
-        if cache.worth_dropping(n_done, len(rows)):
-            left = (fate == DONE).long().argsort(stable=True)[: len(rows) - n_done]
-            rows, fate, x, done = rows[left], fate[left], x[left], Late(cache.replays)
-            cache.keep(left)
+        if (b := left(fate == DONE, n_done, cache.replays)) is not None:
+            rows, fate, x, done = rows[b], fate[b], x[b], Late(cache.replays)
+            cache.keep(b)
         cache.step(tick, torch.full_like(rows[0], t))
     longest = int(out.n_token.max())
     out.token, out.logp_token = out.token[:, :longest], out.logp_token[:, :longest]
@@ -205,7 +204,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
 
 
 def choose(logits, noise, rows, at):
-    """Next tokens (A,) and their log-probabilities: greedy, or sampled by the row's own uniform number."""
+    """Next tokens (A,) and their log-probabilities from logits (A, V): greedy, or by uniform number `at` (A,) of the chains `rows` (A,)."""
     logits = wide(logits)
     logp = (logits / noise.temperature if noise and noise.temperature != 1 else logits).log_softmax(-1)
     if noise is None or noise.token is None:
@@ -221,8 +220,8 @@ class Score(NamedTuple):
     logp_z: torch.Tensor      # (B, cK)
     logp_stop: torch.Tensor   # (B, K)
     logp_token: torch.Tensor  # (B, Tt)
-    mu: torch.Tensor          # (B, cK, D); None without the VAE, as logσ²
-    logvar: torch.Tensor
+    mu: torch.Tensor          # (B, cK, D); without the VAE None, or hidden states where the chain is walked
+    logvar: torch.Tensor      # (B, cK, D); None without the VAE
     candidate: torch.Tensor   # (B, cK) bool: where a thought was proposed
 
 

@@ -1,4 +1,4 @@
-"""Which problems a run learns from and is judged on: training, validation and test sets, which never share a question."""
+"""Which problems a run learns from and is judged on: no question of the validation and test sets is in training."""
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ class Splits:
 
 
 def load(cfg):
-    """Training, validation and test problems, which never share a question."""
+    """Training, validation and test problems; no question of the last two is in the first."""
     if not cfg.data:
         n_answers = cfg.answers if cfg.stage == "rl" or cfg.answers_share else 0
         return Splits(problems.generate("labelled", cfg.labelled, 0), problems.generate("answers", n_answers, 0),
