@@ -3,7 +3,7 @@
     python -m minatp.ablate --out out/ablate --seeds 0,1,2 --jobs 2
     python -m minatp.ablate --out out/fewer --options "--labelled 4000" --arms "RL; control: more SFT"
 
-Stage 1: the methods. Stage 2: RL and its controls, all from the same SFT run and, where they say so, for the same seconds.
+Stage 1: the methods. Stage 2: RL and its controls, all from the same SFT run and, where they say so, for the same seconds or steps.
 """
 import json
 import statistics
@@ -20,10 +20,11 @@ METHODS = {  # name -> options of train.py --stage sft
     "ATP": ["--method", "atp"], "ATP, no VAE": ["--no-vae"], "ATP, no stop head": ["--no-stop"], "ATP, no decoder": ["--no-decoder"],
     "ATP, β × 10": ["--beta", "1e-2"],
 }
-MORE = ("--stage", "sft", "--lr", "1e-3", "--epochs", "0,0,0,0,0,{epochs}")  # the last stage again; of 5e-4, 1e-3 and 2e-3 no lr was better
-AFTER = {  # name -> options of the run that goes on from ATP; {epochs}: as many as take the seconds of "RL"
+MORE = ("--stage", "sft", "--lr", "1e-3", "--epochs", "0,0,0,0,0,{seconds}")  # the last stage again; of 5e-4, 1e-3 and 2e-3 no lr was better
+AFTER = {  # name -> options of the run that goes on from ATP; {seconds}, {steps}: the epochs that take as many of them as "RL"
     "RL": ["--stage", "rl"],
     "RL, placebo (permuted rewards)": ["--stage", "rl", "--placebo"],
+    "the anchor alone": ["--stage", "sft", "--lr", str(config.RL["tiny"]["lr"]), "--epochs", "0,0,0,0,0,{steps}"],
     "RL, no coherence": ["--stage", "rl", "--w-coh", "0"],
     "RL, coherence only (sees no answer)": ["--stage", "rl", "--no-answers", "--w-coh", "1"],
     "RL, σ × 4": ["--stage", "rl", "--spread", "4"],
@@ -101,16 +102,18 @@ class Study:
     def after(self, arm, seed):
         base, options = THEN[arm] if arm in THEN else ("ATP", AFTER[arm])
         start = self.after(base, seed) if base in AFTER else self.method(base, seed)
-        epochs = self.equal_seconds(seed) if any("{epochs}" in o for o in options) else None
-        return self.train(arm, seed, [o.format(epochs=epochs) for o in options] + ["--init", str(start.resolve())])
+        epochs = self.epochs(seed) if any("{" in o for o in options) else {}
+        return self.train(arm, seed, [o.format(**epochs) for o in options] + ["--init", str(start.resolve())])
 
-    def equal_seconds(self, seed):
-        """Epochs of the last SFT stage that take as long as RL took, from the speeds of the two runs."""
+    def epochs(self, seed):
+        """Of the last SFT stage, as many as take RL's "steps", and as take its "seconds" by the speeds of the two runs."""
         sft = [json.loads(line) for line in (self.folder("ATP", seed) / "metrics.jsonl").read_text().splitlines()]
         last = [r for r in sft if r["stage"] == sft[-1]["stage"] and "seconds" in r]
         per_step = (last[-1]["seconds"] - last[0]["seconds"]) / (last[-1]["step"] - last[0]["step"])
         cfg = json.loads((self.folder("ATP", seed) / "config.json").read_text())
-        return round(self.summary("RL", seed)["seconds"] / per_step * cfg["batch_size"] / self.summary("ATP", seed)["training_problems"], 3)
+        updates = json.loads((self.folder("RL", seed) / "config.json").read_text())["updates"]
+        one = self.summary("ATP", seed)["training_problems"] / cfg["batch_size"]  # steps of an epoch
+        return {"steps": round(updates / one, 3), "seconds": round(self.summary("RL", seed)["seconds"] / per_step / one, 3)}
 
     def summary(self, arm, seed):
         return json.loads((self.folder(arm, seed) / "summary.json").read_text())
