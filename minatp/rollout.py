@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from kernels import ops
 from kernels.common import wide
 from kernels.cross_entropy import IGNORE, token_nll
 from kernels.graph import Late, left, put, some
-from kernels import ops
 from kernels.ops import gaussian_log_prob, kl_normal
 
 from .chain import walk
