@@ -251,7 +251,7 @@ def test_free_rows_stop_where_generation_does_and_teach_their_answer(runs):
     sums = supervise(model, batch)
     assert sums["enc"] > 0 and not sums["kl"] and not sums["stop"] and "dec" not in sums
     sums["enc"].backward()
-    assert model.latent_head.gaussian.weight.grad[:128].norm() > 0 or not n_latent.any()
+    assert model.latent_head.gaussian.weight.grad[: model.policy.cfg.n_embd].norm() > 0 or not n_latent.any()
 
 
 def test_sft_takes_answers_alone(tmp_path):
