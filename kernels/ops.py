@@ -49,29 +49,15 @@ def noise(seed, *shape):
     return torch.stack((torch.full_like(offset, seed), offset), -1)
 
 
-def prepared(eps, D, spread=1.0):
-    """spread·ε for `sample`. With spread 1, where its kernel draws, ε is left to it; else PyTorch draws a batch's at once. None stays None."""
-    if eps is None or (spread == 1 and use_triton(eps.device)):
-        return eps
-    eps = vae.drawn(eps, D)
-    return eps if spread == 1 else spread * eps
+def prepared(eps, D):
+    """ε for many calls of `reparameterise`: left to its kernel where that serves, else drawn here, all at once. None stays None."""
+    return eps if eps is None or use_triton(eps.device) else vae.drawn(eps, D)
 
 
-def sample(mu, logvar, eps):
-    """z = μ + σε, (..., D); ε given or drawn (kernels/vae.py)."""
-    if not serves(mu, logvar):
-        return vae.sample(mu, logvar, eps)
-    return vae.apply(mu, logvar, eps, vae.DRAW if eps.dtype == torch.int64 else vae.GIVEN)[0]
-
-
-def kl_normal(mu, logvar):
-    """KL(N(μ, σ²) ‖ N(0, I)) of each row, mean over the dimensions: (..., D) -> (...)."""
-    return vae.apply(mu, logvar)[1] if serves(mu) else vae.kl_normal(mu, logvar)
-
-
-def gaussian_log_prob(z, mu, logvar):
-    """log N(z; μ, σ²) of each row, summed over the dimensions: (..., D) -> (...)."""
-    return vae.apply(mu, logvar, z, mode=vae.SCORE)[2] if serves(z, mu) else vae.gaussian_log_prob(z, mu, logvar)
+def reparameterise(mu, logvar, eps=None, z=None):
+    """z = μ + σε (..., D), its rows' KL(N(μ, σ²) ‖ N(0, I)), mean over the dimensions, and log N(z; μ, σ²), their sum (...). ε given or drawn
+    (kernels/vae.py). z given: that one; neither given: z = μ."""
+    return (vae.apply if serves(mu, logvar, *[z] * (z is not None)) else vae.reparameterise)(mu, logvar, eps, z)
 
 
 # ---- a layer ------------------------------------------------------------------------------------------------------------

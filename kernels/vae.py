@@ -14,8 +14,7 @@ Column j·⌈D/4⌉ + i takes lane j of counter i.
 
 Bytes an element, inputs in bf16: forward 4 read, 4 written (z stays float32, its density is asked for later); backward 4 + 4 read,
 4 written. ε given: 4 more read, both ways. z given: forward 8 read, backward 8 read and 8 written. The rows' values are 8 bytes a row.
-(The training loops keep μ and logσ² in float32, 8 read. They take one result of a launch: z of each thought as it comes, KL and
-log-probability of those that count later: kernels/ops.py.)
+(The training loops keep μ and logσ² in float32, 8 read.)
 """
 import math
 
@@ -41,14 +40,10 @@ def gaussian_log_prob(z, mu, logvar):
     return -0.5 * ((z - mu).pow(2) * torch.exp(-logvar) + logvar + math.log(2 * math.pi)).sum(-1)
 
 
-def sample(mu, logvar, eps):
-    """z = μ + σε, (..., D)."""
-    return wide(mu) + torch.exp(0.5 * wide(logvar)) * drawn(eps, mu.shape[-1])
-
-
-def reparameterise(mu, logvar, eps):
-    """z = μ + σε of (..., D), its rows' KL and log-probability (...)."""
-    z = sample(mu, logvar, eps)
+def reparameterise(mu, logvar, eps=None, z=None):
+    """z = μ + σε of (..., D), its rows' KL and log-probability (...). z given: that one; neither given: z = μ."""
+    if z is None:
+        z = wide(mu) if eps is None else wide(mu) + torch.exp(0.5 * wide(logvar)) * drawn(eps, mu.shape[-1])
     return z, kl_normal(mu, logvar), gaussian_log_prob(z, mu, logvar)
 
 
@@ -232,7 +227,9 @@ class Gaussian(torch.autograd.Function):
         return dmu, dlogvar, dgiven, None
 
 
-def apply(mu, logvar, given=None, mode=MEAN):
-    """Gaussian on tensors (..., D), given (..., D) or (..., 2): z (..., D) or None, kl and logp (...)."""
-    z, kl, logp = Gaussian.apply(*(None if x is None else as_rows(x) for x in (mu, logvar, given)), mode)
-    return None if z is None else z.view(mu.shape), kl.view(mu.shape[:-1]), logp.view(mu.shape[:-1])
+def apply(mu, logvar, eps=None, z=None):
+    """`reparameterise` by the kernels, in one launch."""
+    mode = SCORE if z is not None else MEAN if eps is None else DRAW if eps.dtype == torch.int64 else GIVEN
+    new, kl, logp = Gaussian.apply(*(None if x is None else as_rows(x) for x in (mu, logvar, eps if z is None else z)), mode)
+    z = z if mode == SCORE else wide(mu) if mode == MEAN else new.view(mu.shape)
+    return z, kl.view(mu.shape[:-1]), logp.view(mu.shape[:-1])

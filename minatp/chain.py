@@ -1,6 +1,6 @@
 """The chain of latents, with gradients through every one of them.
 
-    forward    t = 0 … n−1: z_t, μ_t, logσ²_t = propose(h_t, ε_t);  h_{t+1} = π(z_t | the cache)        (h_t is method.md's h_{t−1})
+    forward    t = 0 … n−1: z_t, μ_t, logσ²_t, … = propose(h_t, ε_t);  h_{t+1} = π(z_t | the cache)     (h_t is method.md's h_{t−1})
     backward   t = n−1 … 0: the gradient of z_t, from the loss and from later columns, goes to h_t, the weights and earlier columns
 
 Autograd does it on a CPU. A GPU would wait for Python most of that time, so `ByHand` does it there: forward without autograd, keeping h_t and,
@@ -16,25 +16,27 @@ from torch.autograd.function import once_differentiable
 from kernels.graph import Replayed
 from kernels.linear import Stacks, deferred
 
+from .latent import Thought
 
-def walk(model, h, cache, n_latent, L, n_candidate, eps=None, free=None):
+
+def walk(model, h, cache, n_latent, L, n_candidate, eps=None, free=None, spread=1.0):
     """Think n_candidate latents, with gradients.
 
     h (B, D): the hidden state after the prompt, which is in the cache. n_latent (B,): how many each row uses, L at most; those of a row of
-    `free` (B,) bool are at most so many, and it stops where generation would. eps (B, ≥ n_candidate, …) as in kernels/vae.py, or None for z = μ.
-    Returns z, μ, logσ² (B, n_candidate, D) (None where there are none) and n_latent as used. A row's dropped candidate stands
-    at column n_latent.
+    `free` (B,) bool are at most so many, and it stops where generation would. eps (B, ≥ n_candidate, …) as in kernels/vae.py, or None for z = μ;
+    spread as in ATP.propose. Returns the Thought (B, n_candidate), None where there is none, and n_latent as used. A row's dropped
+    candidate stands at column n_latent.
     """
     if not n_candidate:
-        return None, None, None, n_latent
+        return None, n_latent
     if cache.replays and torch.is_grad_enabled():
-        found = ByHand.apply(model, cache, L, n_candidate, free, h, n_latent, eps, *cache.thread, *weights(model))
-        cache.thread = list(found[4:])
-        return found[:4]
+        found = ByHand.apply(model, cache, L, n_candidate, free, spread, h, n_latent, eps, *cache.thread, *weights(model))
+        cache.thread = list(found[6:])
+        return Thought(*found[:5]), found[5]
     step = lambda z, real: model.policy.step(z, real, cache)
     with deferred(model):  # the gradient of each weight is one product for the whole chain, not one a latent
-        _, found, n_latent = loop(model, h, L, n_candidate, n_latent, eps, free, step)
-    return *found, n_latent
+        _, thought, n_latent = loop(model, h, L, n_candidate, n_latent, eps, free, spread, step)
+    return thought, n_latent
 
 
 def parts(model):
@@ -59,61 +61,63 @@ def instead(modules, others):
             at[name] = p
 
 
-def loop(model, h, L, n_candidate, n_latent, eps, free, step):
+def loop(model, h, L, n_candidate, n_latent, eps, free, spread, step):
     """The chain itself, of which L latents are fed. step(z, real) gives the hidden state after z (B, D), read by the rows where real (B,).
-    Returns all h_t (n_candidate of (B, D)), (z, μ, logσ²), and n_latent as used."""
+    Returns all h_t (n_candidate of (B, D)), the Thought (B, n_candidate), and n_latent as used."""
     hidden, proposed = [], []
     for t in range(n_candidate):
         hidden.append(h)
-        proposed.append(model.propose(h, None if eps is None else eps[:, t]))
-        z = proposed[-1][0]
+        proposed.append(model.propose(h, None if eps is None else eps[:, t], spread=spread))
+        z = proposed[-1].z
         if free is not None and model.stop and t % model.c == 0:
             stops = free & (n_latent > t) & (model.stop_head(z.detach()).argmax(-1) == 1)
             n_latent = torch.where(stops, t, n_latent)
         if t < L:
             h = step(z, t < n_latent)
-    return hidden, [None if x[0] is None else torch.stack(x, 1) for x in zip(*proposed)], n_latent
+    return hidden, Thought(*(None if x[0] is None else torch.stack(x, 1) for x in zip(*proposed))), n_latent
 
 
 class ByHand(torch.autograd.Function):
     """`loop` with a StepCache, as one node of autograd. The cache's threads pass through it, so that it runs in order with the nodes of other
     columns (kernels/cache.py)."""
     @staticmethod
-    def forward(ctx, model, cache, L, n_candidate, free, h, n_latent, eps, *threads_and_weights):
+    def forward(ctx, model, cache, L, n_candidate, free, spread, h, n_latent, eps, *threads_and_weights):
         n_own = cache.n_own.clone()
         read = lambda z, real: model.policy.step(z, real, cache)
         step = lambda z, real: cache.step(read, z, real).clone()
-        hidden, (z, mu, logvar), n_latent = loop(model, h, L, n_candidate, n_latent, eps, free, step)
+        hidden, thought, n_latent = loop(model, h, L, n_candidate, n_latent, eps, free, spread, step)
         n_latent = n_latent.clone()
         ctx.mark_non_differentiable(n_latent)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(torch.stack(hidden), n_latent, n_own, eps)
-        ctx.model, ctx.L, ctx.cache = model, L, cache.fork()
+        ctx.model, ctx.L, ctx.spread, ctx.cache = model, L, spread, cache.fork()
         kind = h.device.type
         ctx.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
-        return z, mu, logvar, n_latent, *(h.new_zeros(()) for _ in cache.thread)
+        return *thought, n_latent, *(h.new_zeros(()) for _ in cache.thread)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dz, dmu, dlogvar, _, *threads):
+    def backward(ctx, *upstream):
         (hidden, n_latent, n_own, eps), model, cache = ctx.saved_tensors, ctx.model, ctx.cache
-        by_step = lambda x: x.transpose(0, 1).contiguous()
-        given = [by_step(x) for x in (dz, dmu, dlogvar, eps) if x is not None]
-        n = len(given) - (eps is not None)
+        thought, threads = upstream[:5], upstream[6:]
+        used = [i for i, x in enumerate(thought) if x is not None]  # z and kl in SFT, z alone in RL
+        given = [x.transpose(0, 1).contiguous() for x in (*thought, eps) if x is not None]
         stacks = Stacks(parts(model), len(hidden), hidden.device)
         added = {p: torch.zeros_like(p) for p in weights(model) if p.requires_grad and p not in stacks.parameters}
 
         def back(h, dh, real, before, *given, fed=True):
-            """The gradient of h_t, from those of z_t, μ_t and logσ²_t (`given`, then ε_t) and, where z_t was fed, dh of h_{t+1}. The weights'
-            gradients are left in `stacks` and `added`."""
-            d, noise = list(given[:n]), given[n:]
+            """The gradient of h_t, from those of what was used of its Thought (`given`, then ε_t) and, where z_t was fed, dh of h_{t+1}. The
+            weights' gradients are left in `stacks` and `added`."""
+            d, noise = list(given[:len(used)]), given[len(used):]
             # fresh leaves: a parameter's own node in autograd runs on the forward pass's stream, and leaving ours would break the recording
             h, fresh = h.detach().requires_grad_(), {p: p.detach().requires_grad_() for p in added}
             with torch.enable_grad(), stacks.calls(), instead(parts(model), fresh):
-                found = [x for x in model.propose(h, *noise) if x is not None]
+                thought = model.propose(h, *noise, spread=ctx.spread)
+                found = [thought[i] for i in used]
                 if fed:
                     cache.n_own.copy_(before)
                     cache.thread = [h.new_zeros((), requires_grad=True) for _ in threads]
-                    found += [model.policy.step(found[0], real, cache), *cache.thread]
+                    found += [model.policy.step(thought.z, real, cache), *cache.thread]
                     d += [dh, *map(torch.zeros_like, cache.thread)]
                 sent, *more = torch.autograd.grad(found, [h, *fresh.values()], d, allow_unused=True)
             for total, x in zip(added.values(), more):
@@ -129,4 +133,4 @@ class ByHand(torch.autograd.Function):
                 dh = replayed(back, *inputs) if t < ctx.L else back(*inputs, fed=False)  # t ≥ L: proposed, but fed by no row
         cache.thread = [None] * len(threads)  # which hold the last pass, and so all that `stacks` has
         found = added | stacks.gradients()
-        return *[None] * 5, dh, None, None, *threads, *(found.get(p) for p in weights(model))
+        return *[None] * 6, dh, None, None, *threads, *(found.get(p) for p in weights(model))

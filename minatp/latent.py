@@ -1,7 +1,10 @@
 """The thinking part: a latent head that proposes a thought, a stop head that ends the thinking, and ATP, which holds both
 beside the policy LM π and the decoder LM φ (method.md, Sequence)."""
+import math
 from dataclasses import replace
+from typing import NamedTuple
 
+import torch
 import torch.nn as nn
 
 from kernels import ops
@@ -10,6 +13,15 @@ from kernels.common import wide
 from .llama import Block, Llama
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
+
+
+class Thought(NamedTuple):
+    """A candidate, or many of them (...), and the Gaussian that it was drawn from. Without the VAE z = μ alone; the rest is None."""
+    z: torch.Tensor       # (..., D)
+    mu: torch.Tensor      # (..., D)
+    logvar: torch.Tensor  # (..., D)
+    kl: torch.Tensor      # (...) KL(N(μ, σ²) ‖ N(0, I)), mean over the dimensions
+    logp: torch.Tensor    # (...) log-density of z, summed over them
 
 
 class LatentHead(nn.Module):
@@ -53,12 +65,16 @@ class ATP(nn.Module):
         if stop:
             self.stop_head = stop_head(cfg.n_embd)
 
-    def propose(self, h, eps=None):
-        """The candidate thought after hidden state h (..., D): z, μ, logσ² (..., D). eps as in kernels/vae.py; None takes z = μ."""
+    def propose(self, h, eps=None, z=None, spread=1.0):
+        """The candidate after hidden state h (..., D) -> Thought. eps as in kernels/vae.py. z given: that one; neither given: z = μ.
+
+        spread: z ~ N(μ, (spread·σ)²), which kl and logp are of; mu and logvar are the head's own.
+        """
         if not self.vae:
-            return wide(h), wide(h), None
+            return Thought(wide(h) if z is None else z, wide(h), None, None, None)
         mu, logvar = self.latent_head(h)
-        return (mu if eps is None else ops.sample(mu, logvar, eps)), mu, logvar
+        z, kl, logp = ops.reparameterise(mu, logvar if spread == 1 else logvar + 2 * math.log(spread), eps, z)
+        return Thought(z, mu, logvar, kl, logp)
 
     def set_recompute(self, on):
         """Whether MLP activations are computed again in the backward pass. Returns self."""

@@ -12,8 +12,7 @@ import torch
 
 from kernels.common import wide
 from kernels.cross_entropy import IGNORE, token_nll
-from kernels.ops import gaussian_log_prob, kl_normal
-from kernels.vae import drawn
+from kernels.vae import drawn, gaussian_log_prob, kl_normal
 
 from . import checkpoint
 from .config import UserError

@@ -5,7 +5,6 @@
 `score`      everything sampled is given: the log-probabilities that RL differentiates, in one parallel pass or by walking the chain.
 All three go through ATP.propose, the stop head and the same KV cache.
 """
-import math
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -15,7 +14,6 @@ from kernels import ops
 from kernels.common import wide
 from kernels.cross_entropy import IGNORE, token_nll
 from kernels.graph import Late, left, put, some
-from kernels.ops import gaussian_log_prob, kl_normal
 
 from .chain import walk
 from .explain import thought_nll
@@ -43,20 +41,21 @@ def read_text(model, batch):
 
 def supervise(model, batch, eps=None):
     """Stage 1's losses, each summed over the batch: {"enc", "dec", "stop", "kl"} (those that apply); see loss.sft_loss."""
-    z = None
+    thought = None
     if batch.n_candidate:
-        z, mu, logvar, n_latent, cache = think(model, batch, eps)
+        thought, n_latent, cache = think(model, batch, eps)
         h = model.policy(model.policy.embed(batch.tail), tail_valid(batch), cache)
     else:
         h = read_text(model, batch)
     labelled = batch.target >= 0
     sums = {"enc": model.policy.nll(h[labelled], batch.target[labelled]).sum()}
-    if z is None:
+    if thought is None:
         return sums
+    z = thought.z
     t = torch.arange(z.shape[1], device=z.device)
     used = (t < n_latent[:, None]) & ~batch.free[:, None]                         # (B, n_candidate); a free row has no label
     if model.vae:
-        sums["kl"] = kl_normal(mu[used], logvar[used]).sum()
+        sums["kl"] = thought.kl[used].sum()
     if model.stop:
         dropped = (t == batch.n_latent[:, None]) & batch.asks[:, None]
         asked = (used | dropped) & (t % model.c == 0)
@@ -147,7 +146,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
         cache.keep(torch.arange(B, device=device) // group)
         h = h.repeat_interleave(group, 0)
     most = torch.full((B,), c * K, device=device) if given is None else torch.where(given.ends, given.n, c * K).clamp(max=c * K)
-    eps = noise and ops.prepared(noise.eps, D, noise.spread)
+    eps = noise and ops.prepared(noise.eps, D)
     eos, end = torch.tensor(policy.cfg.eos, device=device), policy.embed(torch.tensor(model.end, device=device))
     rows = torch.arange(B, device=device)                       # the chain of each row of the batch
     fate, x = torch.zeros_like(rows), end.repeat(B, 1)          # what becomes of it: it THINKS, WRITES or is DONE; what it reads next
@@ -168,13 +167,14 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
             put(fate, b, torch.where((token[:, None] == eos).any(1) | (at + 1 == max_new), DONE, WRITES), real)
         if len(b := some(thinks, cache.replays)):
             r, real, at = rows[b], thinks[b], t.clamp(max=c * K - 1).expand(len(b))
-            z, mu, logvar = model.propose(h[b], noise and eps[r, at])
+            thought = model.propose(h[b], noise and eps[r, at], spread=out.spread)
             if given is not None:
-                z = torch.where((t < given.n[r])[:, None], given.z[r, at], z)
+                thought = model.propose(h[b], z=torch.where((t < given.n[r])[:, None], given.z[r, at], thought.z), spread=out.spread)
+            z = thought.z
             put(out.z, (r, at), z, real)
             if model.vae:
-                put(out.logvar, (r, at), logvar, real)
-                put(out.logp_z, (r, at), gaussian_log_prob(z, mu, logvar + 2 * math.log(out.spread)), real)
+                put(out.logvar, (r, at), thought.logvar, real)
+                put(out.logp_z, (r, at), thought.logp, real)
             stop = torch.zeros_like(real)
             if model.stop:
                 asked, logp = real & (t % c == 0), wide(model.stop_head(z)).log_softmax(-1)
@@ -220,8 +220,8 @@ class Score(NamedTuple):
     logp_z: torch.Tensor      # (B, cK)
     logp_stop: torch.Tensor   # (B, K)
     logp_token: torch.Tensor  # (B, Tt)
-    mu: torch.Tensor          # (B, cK, D); without the VAE None, or hidden states where the chain is walked
-    logvar: torch.Tensor      # (B, cK, D); None without the VAE
+    mu: torch.Tensor          # (B, cK, D) or, without the VAE, hidden states
+    logvar: torch.Tensor      # (B, cK, D) or None without the VAE
     candidate: torch.Tensor   # (B, cK) bool: where a thought was proposed
 
 
@@ -244,21 +244,20 @@ def score(model, prompt, valid, r, group=1, eps=None):
     h_prompt = policy(policy.embed(prompt), valid, cache, 1).repeat_interleave(group, 0)
     cache.keep(torch.arange(B, device=prompt.device) // group)
     tail = policy.embed(torch.cat((torch.full((B, 1), model.end, device=prompt.device), r.token[:, :-1].clamp(min=0)), 1))
-    logp_z, logp_stop, mu, logvar = r.logp_z.new_zeros(B, L), r.logp_stop.new_zeros(B, model.K), None, None
+    logp_z, logp_stop = r.logp_z.new_zeros(B, L), r.logp_stop.new_zeros(B, model.K)
     if eps is None:
-        z = r.z
-        h = policy(torch.cat((z, tail), 1), torch.cat((used, written), 1), cache)
+        h = policy(torch.cat((r.z, tail), 1), torch.cat((used, written), 1), cache)
         after = h[:, L:]
+        # column t's proposal comes from the column before it; unused columns in between hold nothing that is read
+        thought = model.propose(torch.cat((h_prompt, h[:, : L - 1]), 1), z=r.z, spread=r.spread)
         if model.vae:
-            # column t's proposal comes from the column before it; unused columns in between hold nothing that is read
-            _, mu, logvar = model.propose(torch.cat((h_prompt, h[:, : L - 1]), 1))
-            logp_z = torch.where(candidate, gaussian_log_prob(z, mu, logvar + 2 * math.log(r.spread)), 0.0)
+            logp_z = torch.where(candidate, thought.logp, 0.0)
     else:
-        z, mu, logvar, _ = walk(model, h_prompt[:, 0], cache, r.n_latent, longest, L, ops.prepared(eps, r.z.shape[-1], r.spread))
+        thought, _ = walk(model, h_prompt[:, 0], cache, r.n_latent, longest, L, ops.prepared(eps, r.z.shape[-1]), spread=r.spread)
         after = policy(tail, written, cache)
     if model.stop:
-        logp = wide(model.stop_head(z[:, ::c])).log_softmax(-1)                # (B, K, 2)
+        logp = wide(model.stop_head(thought.z[:, ::c])).log_softmax(-1)        # (B, K, 2)
         taken = torch.where(used[:, ::c], logp[..., 0], logp[..., 1])
         logp_stop = torch.where(candidate[:, ::c], taken, 0.0)
     logp_token = -policy.nll(after, r.token.masked_fill(~written, IGNORE), r.temperature)
-    return Score(logp_z, logp_stop, logp_token, mu, logvar, candidate)
+    return Score(logp_z, logp_stop, logp_token, thought.mu, thought.logvar, candidate)

@@ -123,12 +123,12 @@ def test_sft_losses_and_gradients(world, stage, micro):
 def test_proposals(world, stage):
     model, tokens = world
     batch = data.collate(encoded(world), stage, model)
-    _, mu, logvar, _, _ = rollout.think(model, batch, T[f"sft{stage}.eps"].float())
+    thought = rollout.think(model, batch, T[f"sft{stage}.eps"].float())[0]
     for i in range(len(GOLD["samples"])):
         n = len(T[f"sft{stage}.mu{i}"])
         assert n == batch.n_latent[i] + batch.asks[i]
-        close(mu[i, :n], T[f"sft{stage}.mu{i}"], 1e-4, f"mu{i}")
-        close(logvar[i, :n], T[f"sft{stage}.logvar{i}"], 1e-4, f"logvar{i}")
+        close(thought.mu[i, :n], T[f"sft{stage}.mu{i}"], 1e-4, f"mu{i}")
+        close(thought.logvar[i, :n], T[f"sft{stage}.logvar{i}"], 1e-4, f"logvar{i}")
 
 
 def test_rollout_log_probabilities(world):

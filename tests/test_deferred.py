@@ -78,9 +78,9 @@ class WeightProducts(TorchDispatchMode):
 @pytest.mark.parametrize("L", [1, 5])
 def test_each_weight_gradient_is_one_product(model, L):
     h, eps = torch.randn(2, 3, 16, dtype=torch.float64)[0], torch.randn(3, L + 1, 16, dtype=torch.float64)
-    z, *_ = chain.walk(model, h, model.policy.cache(3, L), torch.tensor([L, 1, L]), L, L + 1, eps)
+    thought, _ = chain.walk(model, h, model.policy.cache(3, L), torch.tensor([L, 1, L]), L, L + 1, eps)
     with WeightProducts(model) as products:
-        z.sum().backward()
+        thought.z.sum().backward()
     assert products.n == 7 * CFG.n_layer + 3
     unused = {n for n, p in model.named_parameters() if p.grad is None}
     assert all(n.startswith(("decoder", "stop_head", "policy.model.embed")) for n in unused)

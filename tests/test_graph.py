@@ -175,7 +175,7 @@ def test_a_replayed_chain_has_the_gradients_of_the_plain_one(monkeypatch, tapes,
     prompt, valid = data.left_pad([[5, 6], [7] * 5], model.end, DEVICE)
     ints = partial(torch.tensor, device=DEVICE)
     r = Rollout(normal(4, 3, 16), None, ints([2, 1, 0, 3]), ints([True, False, True, False]), None, ints([[4, 7, 1], [2, -1, -1]] * 2),
-                ints([3, 1] * 2), *torch.zeros(3, 4, 3, device=DEVICE))
+                ints([3, 1] * 2), *torch.zeros(3, 4, 3, device=DEVICE), 1.5)
     found = {}
     for choice in ("torch", "triton"):
         monkeypatch.setenv("MINATP_KERNELS", choice)

@@ -56,19 +56,18 @@ def test_vae(shape):
     mu, logvar = both.chunk(2, -1)  # rows that do not lie side by side
     eps, key = normal(*shape), ops.noise(-12345678901234, *shape[:-1]).to(DEVICE) * torch.tensor([1, 2**33 + 1], device=DEVICE)
     drawn = vae.drawn(key, shape[-1], torch.float64)
-    compare(lambda m, v: vae.apply(m, v, key, vae.DRAW), lambda m, v: vae.reparameterise(m, v, drawn), [mu, logvar])
-    compare(lambda m, v: vae.apply(m, v, eps, mode=vae.GIVEN), lambda m, v: vae.reparameterise(m, v, eps.double()), [mu, logvar])
-    compare(lambda m, v: vae.apply(m, v)[1:], lambda m, v: (vae.kl_normal(m, v), vae.gaussian_log_prob(m, m, v)), [mu, logvar])
-    compare(lambda m, v, z: vae.apply(m, v, z, mode=vae.SCORE)[1:], lambda m, v, z: (vae.kl_normal(m, v), vae.gaussian_log_prob(z, m, v)),
-            [mu, logvar, mu + logvar.exp() * eps])
+    compare(lambda m, v: vae.apply(m, v, key), lambda m, v: vae.reparameterise(m, v, drawn), [mu, logvar])
+    compare(lambda m, v: vae.apply(m, v, eps), lambda m, v: vae.reparameterise(m, v, eps.double()), [mu, logvar])
+    compare(vae.apply, vae.reparameterise, [mu, logvar])
+    compare(lambda m, v, z: vae.apply(m, v, z=z), lambda m, v, z: vae.reparameterise(m, v, z=z), [mu, logvar, mu + logvar.exp() * eps])
 
 
 def test_vae_in_fp16_and_at_extremes():
     half = torch.float16
     mu, logvar, eps = normal(3, 37, dtype=half), normal(3, 37, dtype=half), normal(3, 37, dtype=half)
-    compare(lambda m, v: vae.apply(m, v, eps, mode=vae.GIVEN), lambda m, v: vae.reparameterise(m, v, eps.double()), [mu, logvar], FP16)
+    compare(lambda m, v: vae.apply(m, v, eps), lambda m, v: vae.reparameterise(m, v, eps.double()), [mu, logvar], FP16)
     mu, logvar = 1e3 * normal(2, 37), torch.linspace(-30, 30, 74, device=DEVICE).view(2, 37)
-    compare(lambda m, v: vae.apply(m, v, eps[:2], mode=vae.GIVEN), lambda m, v: vae.reparameterise(m, v, eps[:2].double()), [mu, logvar])
+    compare(lambda m, v: vae.apply(m, v, eps[:2]), lambda m, v: vae.reparameterise(m, v, eps[:2].double()), [mu, logvar])
 
 
 def draw(seed, offset, D, block=vae.BLOCK):
@@ -400,6 +399,16 @@ def test_kernels_under_autocast(monkeypatch):
     monkeypatch.setenv("MINATP_KERNELS", "triton")
     for a, b in zip(under_autocast(), want):
         close(a, b, 2e-2)
+
+
+def test_z_kl_and_log_probability_are_one_launch(monkeypatch):
+    launched, launch = [], vae.run_forward
+    monkeypatch.setattr(vae, "run_forward", lambda *a: launched.append(a[3]) or launch(*a))
+    monkeypatch.setenv("MINATP_KERNELS", "triton")
+    monkeypatch.setenv("MINATP_GRAPHS", "0")
+    under_autocast()
+    n = launched.index(vae.SCORE)
+    assert 1 <= n <= 2 and launched[n + 1:] == [vae.DRAW] * 4, launched  # rollout; score: all thoughts at once, or 2 walked; SFT: 2
 
 
 def test_the_benchmark_verifies_before_it_times():

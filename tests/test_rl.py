@@ -245,7 +245,7 @@ def test_free_rows_stop_where_generation_does_and_teach_their_answer(runs):
     batch = data.collate(rows, model.K + 1, model)
     assert batch.free.all() and batch.counts == {"enc": sum(len(r.answer) for r in rows), "dec": 0, "kl": 0, "stop": 0, "free": 12}
     from minatp.rollout import think
-    n_latent = think(model, batch)[3]
+    n_latent = think(model, batch)[1]
     r = rollout(model, batch.prompt, batch.prompt_valid, 3)
     assert torch.equal(n_latent, r.n_latent)
     sums = supervise(model, batch)
