@@ -54,9 +54,14 @@ class Reference:
     """model: the ATP whose weights and stage are taken. Results are those of supervise, rollout, score and read_thoughts."""
     def __init__(self, model):
         need_transformers()
-        self.model, self.c, self.end, self.stop_head, self.propose = model, model.c, model.end, model.stop_head, model.propose
+        self.model, self.c, self.end, self.stop_head = model, model.c, model.end, model.stop_head
         self.D = model.policy.cfg.n_embd
         self.policy, self.decoder = hugging(model.policy), hugging(model.decoder)
+
+    def propose(self, h, eps=None):
+        """z, μ and logσ² (..., D) after h (..., D), in plain PyTorch. eps None: z = μ."""
+        mu, logvar = self.model.latent_head(h)
+        return mu if eps is None else mu + torch.exp(0.5 * logvar) * eps, mu, logvar
 
     @property
     def n_latent(self):
