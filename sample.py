@@ -43,7 +43,7 @@ def main(argv=None):
                 if len(shows) > 1:
                     print(paint.dim(f"  {show.name}" + ("" if chains else ": does not apply")))
                 for chain in chains:
-                    print("\n".join(draw(p, chain, paint)))
+                    print("\n".join(draw(p, chain, show.c, paint)))
     for show in shows:
         print(paint.dim(closing(show, shows, asked)))
 
@@ -95,6 +95,7 @@ def options(argv):
 class Show:
     """What a run, or an edit of it, makes of all questions."""
     run: str
+    c: int         # latents a thought
     edit: str
     chains: list   # per question a list of Chains, [] where the edit does not apply
     seconds: float
@@ -121,19 +122,19 @@ def think(args, folder, name, asked, device):
     with run.tool_memory("sample", prompts, model, args.max_new), run.autocast(device):
         if args.html or not args.temperature:
             mean = solve()
-            shows = [Show(name, "", [[c] for c in mean], time.perf_counter() - began)]
+            shows = [Show(name, model.c, "", [[c] for c in mean], time.perf_counter() - began)]
         sampled = [solve(seed=args.seed * 1000 + k, temperature=args.temperature) for k in range(args.n)] if args.temperature else []
         sampled = [list(chains) for chains in zip(*sampled)]
         if args.vote and sampled:
             sampled = [[evaluate.elect(found, args.vote)] for found in sampled]
         if not args.html and sampled:
-            shows = [Show(name, "", sampled, time.perf_counter() - began)]
-        pool = solve([tokens.prompt(p.question) for p in sets.test_set(folder, 500)]) if any(e.words for e in args.edit) else []
+            shows = [Show(name, model.c, "", sampled, time.perf_counter() - began)]
+        pool = solve(sets.prompts(donors(folder), tokens, model, args.max_new)) if any(e.words for e in args.edit) else []
         for e in args.edit:
             began = time.perf_counter()
             given, applies = edit.given(e, model, mean, mean + pool, args.seed)
             chains = [[c] if a else [] for c, a in zip(solve(given=given), applies)]
-            shows.append(Show(name, e.text, chains, time.perf_counter() - began))
+            shows.append(Show(name, model.c, e.text, chains, time.perf_counter() - began))
         if args.html:
             plane = page.Plane.fit(mean, model.c)
             for show in shows:
@@ -144,12 +145,23 @@ def think(args, folder, name, asked, device):
     return shows
 
 
+def donors(folder):
+    """Problems whose thoughts "replace 1 WORDS" may take, beside those that are shown: of the run's test set, where it brings one."""
+    try:
+        return sets.test_set(folder, 500)
+    except config.UserError:
+        return []
+
+
 def questions(args):
     """The problems to show; a bare question has an empty answer. Raises UserError."""
     if args.question and args.file:
         raise config.UserError("command line: give a question or --file, not both")
     if args.question == "-":
-        return bare(sys.stdin.read().splitlines(), "stdin")[: args.problems or None]
+        try:
+            return bare(sys.stdin.read().splitlines(), "stdin")[: args.problems or None]
+        except UnicodeDecodeError as e:
+            raise config.UserError(f"stdin:0: is not UTF-8 text ({e.reason})")
     if args.question is not None:
         return bare([args.question], "command line")
     if not args.file:
@@ -188,28 +200,25 @@ class Paint:
         return lambda text: f"\x1b[{code}m{text}\x1b[0m" if self.on else text
 
 
-def draw(p, chain, paint):
-    """Lines that show one chain."""
-    coherent = reward.coherent(chain.steps, chain.answer)
-    steps = chain.steps if chain.steps else [""] * len(chain.sigma)
-    width = max([len(s) for s in steps] + [12])
-    lines = []
-    for i, step in enumerate(steps):
-        is_thought = i < len(chain.thoughts) or not chain.thoughts and chain.sigma
-        facts = [paint.green("used  ") if coherent[i] else paint.yellow("unused")] if step else []
-        if is_thought and i < len(chain.stop_prob):
-            facts.append(f"stop {chain.stop_prob[i]:.3f}")
-        if is_thought and i < len(chain.sigma):
-            facts.append(f"σ {chain.sigma[i]:.3f}")
-        lines.append(f"  {'◆' if is_thought else '·'} {paint.cyan(step.ljust(width))}  " + "  ".join(facts))
-    if not steps and chain.n_latent:
-        lines.append(paint.dim(f"  ◆ {chain.n_latent} latents, which nothing reads (no decoder LM)"))
-    if len(chain.stop_prob) > len(chain.thoughts):
-        lines.append("  ■ " + "stop".ljust(width) + f"  {'':6}  stop {chain.stop_prob[-1]:.3f}")
+def draw(p, chain, c, paint):
+    """Lines that show one chain, whose thoughts are of c latents."""
+    rows, counted = page.rows_of(chain, c)
+    used = dict(zip(counted, reward.coherent(chain.steps, chain.answer)))
+    width = max([len(row["text"]) for row in rows] + [12])
+    thoughts, written = [], []
+    for i, row in enumerate(rows):
+        facts = [paint.green("used  ") if used[i] else paint.yellow("unused")] if i in used else []
+        facts += [f"{sign} {row[name]:.3f}" for sign, name in (("stop", "stop"), ("σ", "sigma")) if name in row]
+        is_thought = "thought" in row
+        (thoughts if is_thought else written).append(f"  {'◆' if is_thought else '·'} {paint.cyan(row['text'].ljust(width))}  {'  '.join(facts)}")
+    if chain.n_latent and not chain.thoughts:
+        thoughts.append(paint.dim(f"  {chain.n_latent} latents, which nothing reads (no decoder LM)"))
+    if len(chain.stop_prob) > chain.n_latent // c:
+        thoughts.append("  ■ " + "stop".ljust(width) + f"  {'':6}  stop {chain.stop_prob[-1]:.3f}")
     answer = chain.answer if chain.answer is not None else chain.text
     verdict = "" if not p.answer else paint.green("  ✓") if reward.accuracy(chain.text, p.answer) else paint.red(f"  ✗ it is {p.answer}")
     ended = "" if chain.ended else paint.dim("  (cut off)")
-    return [*lines, f"  → {paint.bold(answer)}{verdict}{ended}"]
+    return [*thoughts, *written, f"  → {paint.bold(answer)}{verdict}{ended}"]
 
 
 def closing(show, shows, asked):

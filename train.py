@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from kernels import ops
-from minatp import checkpoint, config, data, distributed, evaluate, problems, reward, run, sets
+from minatp import checkpoint, config, data, distributed, evaluate, muon, problems, reward, run, sets
 from minatp.loss import advantages, sft_loss, surrogate
 from minatp.rollout import Noise, Rollout, rollout, score, supervise
 
@@ -40,7 +40,7 @@ def sft(cfg, splits, device):
     found = checkpoint.newest_checkpoint(cfg.out) if cfg.resume else None
     model, tokens = checkpoint.load(found) if found else run.build(cfg, splits.train)
     run.place(model, device).set_recompute(cfg.recompute)
-    optimizer = run.adamw(cfg, model)
+    optimizer = muon.build(cfg, model)
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}
     log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
     rows, answers = sets.encoded(cfg, splits.train, tokens, model), sets.encoded(cfg, splits.answers, tokens, model, free=True)
@@ -85,7 +85,7 @@ def sft(cfg, splits, device):
             if (step + 1) % cfg.save_every == 0 or i == n_steps - 1 or stopping:
                 steps.check()
                 state = {"step": step + 1, "seconds": log.seconds(), "meter": meter.state()}
-                checkpoint.save_checkpoint(cfg.out, state, model, tokens, optimizer, found or cfg.init)
+                checkpoint.save_checkpoint(cfg.out, state, model, tokens, optimizer)
                 run.stop.check(cfg, stopping)
         first += n_steps
         if first >= state["step"] and first > log.validated:  # a run can have been stopped between saving and this
@@ -95,7 +95,7 @@ def sft(cfg, splits, device):
             run.say(f"stage {stage}  validation: {evaluate.tell(m)}")
 
     seconds = log.seconds()
-    checkpoint.save_final(cfg.out, model, tokens, found or cfg.init)
+    checkpoint.save_final(cfg.out, model, tokens)
     tests = test(cfg, model, tokens, splits, run.max_answer(cfg, rows, model))
     log.summary(cfg, tests, seconds, device, training_problems=len(rows))
 
@@ -139,7 +139,7 @@ def rl(cfg, splits, device):
     run.place(model, device).set_recompute(cfg.recompute)
     start.to(device)
     model.decoder.requires_grad_(False)
-    optimizer = run.adamw(cfg, model)
+    optimizer = muon.build(cfg, model)
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0, "start": run.fingerprint(start)}
     run.need_start(start, state, cfg)
     log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
@@ -191,12 +191,12 @@ def rl(cfg, splits, device):
         if any((step + 1) % n == 0 for n in (cfg.save_every, cfg.val_every)) or step == cfg.updates - 1 or stopping:
             steps.check()
             state |= {"step": step + 1, "seconds": log.seconds(), "meter": meter.state(), "silent": silent}
-            checkpoint.save_checkpoint(cfg.out, state, model, tokens, optimizer, found or cfg.init)
+            checkpoint.save_checkpoint(cfg.out, state, model, tokens, optimizer)
             run.stop.check(cfg, stopping)
         validate(step + 1)
 
     seconds = log.seconds()
-    checkpoint.save_final(cfg.out, model, tokens, found or cfg.init)
+    checkpoint.save_final(cfg.out, model, tokens)
     tests = test(cfg, model, tokens, splits, max_new, start)
     log.summary(cfg, tests, seconds, device, training_problems=len(pool))
 
@@ -300,7 +300,7 @@ def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n, n_i
 
 
 def kl_to(s, ref):
-    """KL(π ‖ π_start), summed over the chains: exact for the thoughts, by samples (k3) for stops and words."""
+    """KL(π ‖ π_start), summed over the chains: of the heads' Gaussians for the thoughts, by samples (k3) for stops and words."""
     gauss = 0.5 * (ref.logvar - s.logvar + ((s.logvar.exp() + (s.mu - ref.mu).pow(2)) * torch.exp(-ref.logvar)) - 1).sum(-1)
     k3 = lambda new, old: ((old - new).clamp(-10, 10).exp() - 1 - (old - new)).sum()
     return gauss[s.candidate].sum() + k3(s.logp_stop, ref.logp_stop) + k3(s.logp_token, ref.logp_token)
@@ -312,7 +312,7 @@ def diagnose(cfg, model, tokens, val, val_rows, taught, max_new, device):
     some = val[:24]
     with run.autocast(device):
         share, total = evaluate.reward_variance(model, tokens, [tokens.prompt(p.question) for p in some], [p.answer for p in some],
-                                                lambda chain, gold: reward_of(cfg, chain, gold)[0], max_new, cfg.seed, spread=cfg.spread)
+                                                lambda chain, gold: reward_of(cfg, chain, gold)[0], max_new, cfg.seed, spread=cfg.spread, greedy=cfg.greedy)
     reading = read_back(model, tokens, val_rows, device)
     return {"thought_share": share, "reward_variance": total, **({"reading": reading, "drift": reading - taught} if val_rows else {})}
 

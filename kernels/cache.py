@@ -207,10 +207,9 @@ class StepCache:
             self.own[i] = Columns(*(k.new_zeros(shape) for _ in range(2)))
         return self.own[i]
 
-    def keep(self, rows):
-        """Go on with `rows` (a LongTensor, repeats allowed) alone. The prefix stays where it is, whoever goes on from it."""
-        if len(rows) > len(self.owner):
-            self.group = int(self.owner[rows].bincount().max())
+    def keep(self, rows, group=None):
+        """Go on with `rows` (a LongTensor) alone, `group` of each where they are repeated. The prefix stays where it is."""
+        self.group = group or self.group
         self.owner, self.n_own, self.replayed = self.owner[rows], self.n_own[rows], graph.Replayed()
         self.regroup()
         for i, old in enumerate(self.own):

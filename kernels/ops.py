@@ -57,7 +57,7 @@ def prepared(eps, D):
 def reparameterise(mu, logvar, eps=None, z=None):
     """z = μ + σε (..., D), its rows' KL(N(μ, σ²) ‖ N(0, I)), mean over the dimensions, and log N(z; μ, σ²), their sum (...). ε given or drawn
     (kernels/vae.py). z given: that one; neither given: z = μ."""
-    return (vae.apply if serves(mu, logvar, *[z] * (z is not None)) else vae.reparameterise)(mu, logvar, eps, z)
+    return (vae.apply if serves(mu, logvar, *(() if z is None else (z,))) else vae.reparameterise)(mu, logvar, eps, z)
 
 
 # ---- a layer ------------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def swiglu(gate, up):
 
 
 def cache(reference, cfg, B, T, weight):
-    """An empty cache for B rows and at most T columns, where `weight` lies: `reference`, a class of the interface of StepCache, or that."""
+    """An empty cache for B rows and at most T columns, where `weight` lies: a StepCache where the kernels serve, else `reference(…)`."""
     return (StepCache if serves(weight) else reference)(cfg, B, T, weight.device)
 
 

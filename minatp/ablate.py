@@ -12,7 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import config
+from . import checkpoint, config
 from .run import say
 
 METHODS = {  # name -> options of train.py --stage sft
@@ -20,7 +20,7 @@ METHODS = {  # name -> options of train.py --stage sft
     "ATP": ["--method", "atp"], "ATP, no VAE": ["--no-vae"], "ATP, no stop head": ["--no-stop"], "ATP, no decoder": ["--no-decoder"],
     "ATP, β × 10": ["--beta", "1e-2"],
 }
-MORE = ("--stage", "sft", "--lr", "1e-3", "--epochs", "0,0,0,0,0,{seconds}")  # the last stage again; of 5e-4, 1e-3 and 2e-3 no lr was better
+MORE = ("--stage", "sft", "--lr", "1e-3", "--epochs", "0,0,0,0,0,{seconds}")  # the last stage again
 AFTER = {  # name -> options of the run that goes on from ATP; {seconds}, {steps}: the epochs that take as many of them as "RL"
     "RL": ["--stage", "rl"],
     "RL, placebo (permuted rewards)": ["--stage", "rl", "--placebo"],
@@ -64,12 +64,12 @@ def main(argv=None):
     study = Study(Path(args.out).absolute(), args.options.split())
     with ThreadPoolExecutor(args.jobs) as pool:  # a seed's later arms wait for its earlier ones; seeds and methods run side by side
         late = [a for a in (*AFTER, *THEN) if a in arms]
-        first = [a for a in METHODS if a in arms or late and a == "ATP"]
+        bases = {THEN[a][0] for a in late if a in THEN}
+        first = [a for a in METHODS if a in arms or a in bases or late and a == "ATP"]
         list(pool.map(lambda job: study.method(*job), [(a, s) for a in sorted(first, key=lambda a: a != "ATP") for s in seeds]))
         if late:
-            list(pool.map(lambda s: study.after("RL", s), seeds))
-            list(pool.map(lambda job: study.after(*job), [(a, s) for a in late if a in AFTER for s in seeds]))
-            list(pool.map(lambda job: study.after(*job), [(a, s) for a in late if a in THEN for s in seeds]))
+            for arms in (["RL"], [a for a in AFTER if a in late or a in bases], [a for a in THEN if a in late]):
+                list(pool.map(lambda job: study.after(*job), [(a, s) for a in arms for s in seeds]))
     say("\n\n".join(table(study, some, seeds) for some in (first, late) if some))
 
 
@@ -87,7 +87,7 @@ class Study:
         if not (out / "summary.json").exists():
             out.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "train.py", *options, "--seed", str(seed), "--out", str(out), *self.options]
-            if (out / "config.json").exists():
+            if checkpoint.checkpoints(out):
                 command = [sys.executable, "train.py", "--resume", "--out", str(out)]
             say(f"{arm}, seed {seed}: {' '.join(command[1:])}")
             with (out / "log.txt").open("a") as log:

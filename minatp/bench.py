@@ -23,7 +23,7 @@ import torch
 
 from kernels.bench import ceilings
 
-from . import config, count, data, problems, run
+from . import config, count, data, muon, problems, run
 from .explain import read_thoughts
 from .latent import ATP
 from .loss import sft_loss, surrogate
@@ -71,7 +71,7 @@ class Case:
     """A model, its problems, and a batch of each kind, of one preset on one device."""
     def __init__(self, preset, device):
         self.size, self.device = SIZES[preset], device
-        self.cfg = config.Config(**{**config.PRESETS[preset], "epochs": "1"})
+        self.cfg = config.Config(**{**config.PRESETS[preset], "epochs": "1", "optimizer": "adamw"})  # as the others' code has it
         torch.manual_seed(0)
         if preset == "tiny":
             given = problems.generate("labelled", 400, 0)
@@ -123,7 +123,7 @@ def paper_row(vocab_size, n_prompt=90, n_step=10, per_step=9, n_answer=6):
 def works(case):
     """{name: (work(side), tokens)}: what is timed, forwards, backwards and update, and how many tokens each takes in or writes."""
     model, size, device = case.model, case.size, case.device
-    steps = run.Steps(run.adamw(case.cfg, model), model, 1.0)
+    steps = run.Steps(muon.build(case.cfg, model), model, 1.0)
     K, G = model.K, size["G"]
     found = {}
     case.ragged(False)

@@ -30,13 +30,16 @@ def walk(model, h, cache, n_latent, L, n_candidate, eps=None, free=None, spread=
     if not n_candidate:
         return None, n_latent
     if cache.replays and torch.is_grad_enabled():
-        found = ByHand.apply(model, cache, L, n_candidate, free, spread, h, n_latent, eps, *cache.thread, *weights(model))
-        cache.thread = list(found[6:])
-        return Thought(*found[:5]), found[5]
+        found = ByHand.apply((model, cache, L, n_candidate, free, spread), h, n_latent, eps, *cache.thread, *weights(model))
+        cache.thread = list(found[PARTS + 1:])
+        return Thought(*found[:PARTS]), found[PARTS]
     step = lambda z, real: model.policy.step(z, real, cache)
     with deferred(model):  # the gradient of each weight is one product for the whole chain, not one a latent
         _, thought, n_latent = loop(model, h, L, n_candidate, n_latent, eps, free, spread, step)
     return thought, n_latent
+
+
+PARTS = len(Thought._fields)
 
 
 def parts(model):
@@ -81,7 +84,8 @@ class ByHand(torch.autograd.Function):
     """`loop` with a StepCache, as one node of autograd. The cache's threads pass through it, so that it runs in order with the nodes of other
     columns (kernels/cache.py)."""
     @staticmethod
-    def forward(ctx, model, cache, L, n_candidate, free, spread, h, n_latent, eps, *threads_and_weights):
+    def forward(ctx, settings, h, n_latent, eps, *threads_and_weights):
+        model, cache, L, n_candidate, free, spread = settings
         n_own = cache.n_own.clone()
         read = lambda z, real: model.policy.step(z, real, cache)
         step = lambda z, real: cache.step(read, z, real).clone()
@@ -99,8 +103,8 @@ class ByHand(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *upstream):
         (hidden, n_latent, n_own, eps), model, cache = ctx.saved_tensors, ctx.model, ctx.cache
-        thought, threads = upstream[:5], upstream[6:]
-        used = [i for i, x in enumerate(thought) if x is not None]  # z and kl in SFT, z alone in RL
+        thought, threads = upstream[:PARTS], upstream[PARTS + 1:]
+        used = [i for i, x in enumerate(thought) if x is not None]  # what a loss read: z, and in SFT the KL
         given = [x.transpose(0, 1).contiguous() for x in (*thought, eps) if x is not None]
         stacks = Stacks(parts(model), len(hidden), hidden.device)
         added = {p: torch.zeros_like(p) for p in weights(model) if p.requires_grad and p not in stacks.parameters}
@@ -109,6 +113,8 @@ class ByHand(torch.autograd.Function):
             """The gradient of h_t, from those of what was used of its Thought (`given`, then ε_t) and, where z_t was fed, dh of h_{t+1}. The
             weights' gradients are left in `stacks` and `added`."""
             d, noise = list(given[:len(used)]), given[len(used):]
+            # cache.n_own goes back to where it stood before column t, whose keys and values are computed and written once more. Later columns
+            # have had their backward pass by now, and a step reads none but earlier ones.
             # fresh leaves: a parameter's own node in autograd runs on the forward pass's stream, and leaving ours would break the recording
             h, fresh = h.detach().requires_grad_(), {p: p.detach().requires_grad_() for p in added}
             with torch.enable_grad(), stacks.calls(), instead(parts(model), fresh):
@@ -130,7 +136,10 @@ class ByHand(torch.autograd.Function):
             for t in reversed(range(len(hidden))):
                 stacks.at.fill_(t)
                 inputs = hidden[t], dh, t < n_latent, n_own + n_latent.clamp(max=t), *(x[t] for x in given)
-                dh = replayed(back, *inputs) if t < ctx.L else back(*inputs, fed=False)  # t ≥ L: proposed, but fed by no row
+                if t < ctx.L:
+                    dh = replayed(back, *inputs)
+                elif used:  # proposed, but fed by no row
+                    dh = back(*inputs, fed=False)
         cache.thread = [None] * len(threads)  # which hold the last pass, and so all that `stacks` has
         found = added | stacks.gradients()
-        return *[None] * 6, dh, None, None, *threads, *(found.get(p) for p in weights(model))
+        return None, dh, None, None, *threads, *(found.get(p) for p in weights(model))

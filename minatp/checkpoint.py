@@ -25,7 +25,7 @@ from .data import Tokens
 from .latent import ATP, START
 from .llama import LlamaConfig
 
-KEPT = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")  # copied from where a model came
+KEPT = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")  # come with a tokenizer and go where it goes
 
 
 def read_json(path):
@@ -176,7 +176,7 @@ def read_tokens(directory, cfg):
     for token in (cfg.bos, *cfg.eos):
         if tokenizer.id_to_token(token) is None:
             raise UserError(f"{path}:1: has no token {token}, which config.json calls bos or eos")
-    return Tokens(tokenizer, cfg.bos, cfg.eos)
+    return Tokens(tokenizer, cfg.bos, cfg.eos, {n: (path.parent / n).read_bytes() for n in KEPT if (path.parent / n).is_file()})
 
 
 # ---- models -------------------------------------------------------------------------------------------------------------
@@ -252,23 +252,22 @@ def knows_tokens(directory):
     return START in (directory / "tokenizer.json").read_text(encoding="utf-8")
 
 
-def save(directory, model, tokens, source=None):
-    """Write the directory described above. source: where the model came from, for the files to keep."""
+def save(directory, model, tokens):
+    """Write the directory described above."""
     directory, ours = Path(directory), Path(directory) / "minatp"
     ours.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(hf_config(model.policy.cfg), indent=2) + "\n")
     cpu = lambda m, prefix="": {prefix + k: p.detach().cpu().contiguous() for k, p in m.named_parameters()}
     save_file(cpu(model.policy), directory / "model.safetensors", metadata={"format": "pt"})
     tokens.tokenizer.save(str(directory / "tokenizer.json"))
-    kept = {name: Path(source) / name for name in KEPT if source and (Path(source) / name).exists()}
-    for name, path in kept.items():
-        shutil.copyfile(path, directory / name)
+    for name, content in tokens.files.items():
+        (directory / name).write_bytes(content)
     eos = list(tokens.eos) if len(tokens.eos) > 1 else tokens.eos[0]
     for name, text in (("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                                                   "bos_token": tokens.tokenizer.id_to_token(tokens.bos),
                                                   "eos_token": tokens.tokenizer.id_to_token(tokens.eos[0])}),
                        ("generation_config.json", {"bos_token_id": tokens.bos, "eos_token_id": eos})):
-        if name not in kept:
+        if name not in tokens.files:
             (directory / name).write_text(json.dumps(text, indent=2) + "\n")
     ours_config = {"c": model.c, "K": model.K, "vae": model.vae, "stop": model.stop, "decode": model.decode,
                    "stage": model.stage}
@@ -286,7 +285,7 @@ def save(directory, model, tokens, source=None):
 # ---- checkpoints of a run -----------------------------------------------------------------------------------------------
 
 def n_bytes(model, optimizer=None):
-    """Bytes on disk of a model's parameters and of AdamW's moments, with a MiB for the tokenizer, JSON and half-filled blocks."""
+    """Bytes on disk of a model's parameters and of the optimizer's moments, with a MiB for the tokenizer, JSON and half-filled blocks."""
     moments = (v for state in optimizer.state.values() for v in state.values()) if optimizer else ()
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *moments)) + 2**20
 
@@ -343,15 +342,15 @@ def fault(folder):
     return f"{changed[0]} is not what was written" if changed else None
 
 
-def save_final(out, model, tokens, source=None):
+def save_final(out, model, tokens):
     """out/final: the directory that `save` writes, by rank 0 alone. Raises NotWritten."""
     if distributed.rank():
         return
-    write_folder(Path(out) / "final", lambda tmp: save(tmp, model, tokens, source), n_bytes(model))
+    write_folder(Path(out) / "final", lambda tmp: save(tmp, model, tokens), n_bytes(model))
 
 
-def save_checkpoint(out, state, model, tokens, optimizer, source=None, keep=2):
-    """out/checkpoints/{step}: the directory that `save` writes, AdamW's moments and `state` (JSON: step, seconds …).
+def save_checkpoint(out, state, model, tokens, optimizer, keep=2):
+    """out/checkpoints/{step}: the directory that `save` writes, the optimizer's moments and `state` (JSON: step, seconds …).
 
     The last `keep` are kept; older ones are removed, and newer ones, which a resume has found broken; what has another name, say a
     copy that a user made, stays. A checkpoint serves --init and sample.py as well as --resume. Rank 0 alone writes. Raises NotWritten.
@@ -360,7 +359,7 @@ def save_checkpoint(out, state, model, tokens, optimizer, source=None, keep=2):
         return
 
     def write(tmp):
-        save(tmp, model, tokens, source)
+        save(tmp, model, tokens)
         save_file({f"{n}/{k}": v.cpu().contiguous() for n, p in model.named_parameters()
                    for k, v in optimizer.state.get(p, {}).items()}, tmp / "optimizer.safetensors")
         (tmp / "state.json").write_text(json.dumps(state) + "\n")
@@ -392,10 +391,10 @@ def newest_checkpoint(out):
 
 
 def restore(folder, model, optimizer):
-    """Put the AdamW moments of a checkpoint's folder into optimizer; returns the checkpoint's state. Raises UserError."""
+    """Put the moments of a checkpoint's folder into optimizer; returns the checkpoint's state. Raises UserError."""
     moments, file = read_tensors(folder, "optimizer")
     for n, p in model.named_parameters():
-        mine = {k: moments.pop(f"{n}/{k}") for k in ("step", "exp_avg", "exp_avg_sq") if f"{n}/{k}" in moments}
+        mine = {k: moments.pop(f"{n}/{k}") for k in ("step", "exp_avg", "exp_avg_sq", "momentum") if f"{n}/{k}" in moments}
         if mine:
             optimizer.state[p] = {k: v.to(p.device) for k, v in mine.items()}  # the step as well: fused AdamW counts on the device
     if moments:

@@ -105,7 +105,7 @@ class Data:
     data: str = opt("", "training problems: JSON, JSONL or iCoT text [the built-in task]")
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
     test: str = opt("", "test problems, several files separated by commas [as many again]")
-    labelled: int = opt(8000, "built-in task: labelled training problems; the default --epochs keep the number of steps")
+    labelled: int = opt(5000, "built-in task: labelled training problems; the default --epochs keep the number of steps")
     val_size: int = opt(500, "validation problems, built-in or held out of --data")
     test_size: int = opt(3000, "built-in task: test problems")
 
@@ -142,9 +142,10 @@ class Optim:
     epochs: str = opt("", "epochs of each curriculum stage 0 … K+1, separated by commas; one number: of every stage [the preset's]")
     batch_size: int = opt(32, "problems per step")
     micro_batch: int = opt(0, "problems per forward pass, gradients accumulated; 0: all of the batch at once")
+    optimizer: str = opt("muon", "muon: for the matrices inside the model, AdamW for the rest; adamw: for all")
     lr: float = opt(2e-3, "peak learning rate; a cosine in each stage")
     warmup: int = opt(50, "steps of linear warm-up in each stage, at most a tenth of it")
-    weight_decay: float = opt(0.01, "of AdamW, on matrices")
+    weight_decay: float = opt(0.01, "of matrices")
     clip: float = opt(1.0, "largest gradient norm")
     answers_share: float = opt(0.0, "of each batch of the last stage from problems that have an answer and no steps")
     recompute: bool = opt(False, "compute MLP activations again in the backward pass: less memory, a fifth more work")
@@ -245,6 +246,7 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
         need(not (self.no_vae and self.no_stop and self.no_decoder), "--no-vae --no-stop --no-decoder is --method coconut; say so")
         need(self.stage != "rl" or self.method == "atp" and not (self.no_vae or self.no_stop or self.no_decoder),
              "--stage rl takes the model of --init as it is; leave --method and its ablations away")
+        need(self.optimizer in ("muon", "adamw"), f"--optimizer must be muon or adamw, not {self.optimizer!r}")
         need(self.baseline in ("mean", "rloo"), f"--baseline must be mean or rloo, not {self.baseline!r}")
         need(self.estimator in ("score", "path"), f"--estimator must be score or path, not {self.estimator!r}")
         need(self.coherence in ("paper", "strict"), f"--coherence must be paper or strict, not {self.coherence!r}")
@@ -257,12 +259,12 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
 PRESETS = {
     "tiny": {"c": 1},
     "llama-1b": {"n_layer": 16, "n_head": 32, "n_kv_head": 8, "n_embd": 2048, "n_inner": 8192, "block_size": 131072, "rope_theta": 500000.0,
-                 "vocab_size": 128256, "decoder_layers": 0, "K": 10, "lr": 1e-4, "log_every": 10},
+                 "vocab_size": 128256, "decoder_layers": 0, "K": 10, "optimizer": "adamw", "lr": 1e-4, "log_every": 10},
 }
 
 def tiny_epochs(cfg):
     """The tiny preset's --epochs: of the built-in task as many steps, whatever --labelled is."""
-    epochs = (4, *[0.4] * (cfg.K - 1), 0.6, 16) if cfg.latent else ({"cot": 12, "no-cot": 72}[cfg.method],)
+    epochs = (6, *[0.6] * (cfg.K - 1), 1, 16) if cfg.latent else ({"cot": 20, "no-cot": 72}[cfg.method],)
     scale = 1 if cfg.data else Config.labelled / max(1, cfg.labelled)
     return ",".join(f"{scale * e:g}" for e in epochs)
 

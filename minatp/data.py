@@ -132,9 +132,9 @@ def _icot_line(where, line, answers):
 
 class Tokens:
     """A tokenizer with the ids that the method needs. Text of a user never becomes a control token."""
-    def __init__(self, tokenizer, bos, eos):
-        """tokenizer: a `tokenizers.Tokenizer`; bos: id; eos: ids, the first of which is written."""
-        self.tokenizer, self.bos, self.eos = tokenizer, bos, tuple(eos)
+    def __init__(self, tokenizer, bos, eos, files=()):
+        """tokenizer: a `tokenizers.Tokenizer`; bos: id; eos: ids, the first of which is written; files: {name: bytes} that came beside it."""
+        self.tokenizer, self.bos, self.eos, self.files = tokenizer, bos, tuple(eos), dict(files)
         tokenizer.encode_special_tokens = True  # in text, a special token's name is split like any other word
         tokenizer.add_special_tokens([START, LATENT, END, *map(tokenizer.id_to_token, (bos, *eos))])
         self.start, self.latent, self.end = (tokenizer.token_to_id(t) for t in (START, LATENT, END))

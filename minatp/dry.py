@@ -8,7 +8,7 @@ import torch
 from . import count, data, run, sets
 from .config import UserError
 from .latent import ATP
-from .reward import same, result
+from .reward import number, result
 from .rollout import supervise
 
 
@@ -73,6 +73,7 @@ def on_meta(cfg, train):
     tokens = data.train_tokenizer(train, cfg.vocab_size)
     with torch.device("meta"):
         model = ATP(run.shape(cfg, cfg.vocab_size), **cfg.switches)
+    model.end = tokens.end
     return model, tokens
 
 
@@ -85,7 +86,7 @@ def data_report(splits, rows, tokens):
             f"{spread([sum(map(len, r.lines)) for r in rows])} tokens as text")
     run.say(f"answer      {spread([len(r.answer) for r in rows])} tokens")
     last = [p for p in splits.train if p.steps]
-    wrong = sum(not same(str(float(v)) if (v := result(p.steps[-1])) is not None else None, p.answer) for p in last)
+    wrong = sum((r := result(p.steps[-1])) is None or r != number(p.answer) for p in last)
     if wrong:
         run.say(f"note        {wrong:,} of {len(last):,} problems do not end on a step whose result is the answer")
 

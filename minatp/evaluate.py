@@ -176,6 +176,7 @@ def reward_variance(model, tokens, prompts, golds, judge, max_new, seed, n_thoug
     noise.eps, noise.stop = noise.eps[cell], noise.stop[cell]
     prompt, valid = left_pad(prompts, tokens.end, device)
     r = rollout(model, prompt, valid, max_new, noise.at(slice(None), device), n_thought * n_word)
+    graph.release()
     R = torch.tensor([judge(c, golds[i // (n_thought * n_word)]) for i, c in enumerate(as_text(model, tokens, r))])
     R = R.view(B, n_thought, n_word)
     within = R.var(2).mean()

@@ -16,7 +16,7 @@ START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
 
 class Thought(NamedTuple):
-    """A candidate, or many of them (...), and the Gaussian that it was drawn from. Without the VAE z = μ alone; the rest is None."""
+    """A candidate, or many of them (...), and the Gaussian that it was drawn from. Without the VAE z = μ = h, and the rest is None."""
     z: torch.Tensor       # (..., D)
     mu: torch.Tensor      # (..., D)
     logvar: torch.Tensor  # (..., D)

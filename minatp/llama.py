@@ -106,8 +106,8 @@ class KVCache:
         """work(*inputs), which reads one column, and is the same every time."""
         return work(*inputs)
 
-    def keep(self, rows):
-        """Drop every row but `rows` (a LongTensor, repeats allowed): what is finished costs nothing more."""
+    def keep(self, rows, group=None):
+        """Drop every row but `rows` (a LongTensor, repeats allowed): what is finished costs nothing more. group: how often each comes."""
         self.valid, self.count = self.valid[rows], self.count[rows]
         self.shape = (len(rows), *self.shape[1:])
         self.kv = [tuple(buffer[rows] for buffer in kv) for kv in self.kv]

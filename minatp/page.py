@@ -124,8 +124,7 @@ def kind(step):
     """("+", 19.0) of "<<12+7=19>>": its operation and its result, "" and None where there are none."""
     left = step.split("\n")[0].rpartition("=")[0]
     signs = Counter(SAME.get(s, s) for s in OPERATION.findall(left))
-    r = reward.result(step)
-    return signs.most_common(1)[0][0] if signs else "", float(r) if r is not None else None
+    return signs.most_common(1)[0][0] if signs else "", reward.size(step)
 
 
 def chain_record(view, i, problem):
@@ -145,7 +144,7 @@ def chain_record(view, i, problem):
     return out
 
 
-def rows_of(chain, c, readings):
+def rows_of(chain, c, readings=()):
     """(rows, the row of each of chain.steps). Only the first line of a thought has its numbers."""
     rows, counted = [], []
     for t in range(chain.n_latent // c):

@@ -58,11 +58,11 @@ def reading(chains, problems, c, seed):
     sources = {"as written": [p.steps for p in problems], "as φ reads it": [chain.thoughts for chain in chains]}
     out = []
     for name, texts in sources.items():
-        results = [reward.result(texts[i][t]) if t < len(texts[i]) else None for i, t in owner]
+        results = [reward.size(texts[i][t]) if t < len(texts[i]) else None for i, t in owner]
         known = torch.tensor([r is not None for r in results])
-        if known.sum() >= 20:
-            y = torch.tensor([float(r) for r in results if r is not None], dtype=torch.float64)
-            group = torch.tensor([i for i, _ in owner])[known]
+        group = torch.tensor([i for i, _ in owner])[known]
+        if known.sum() >= 20 and len(group.unique()) >= 6:
+            y = torch.tensor([r for r in results if r is not None], dtype=torch.float64)
             out.append({"result": name, **probe(x[known].double(), y, group, seed)})
     return out
 

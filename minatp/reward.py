@@ -45,6 +45,12 @@ def result(step):
     return number(found[0]) if found else None
 
 
+def size(step):
+    """`result` as a float; None where there is none or it is beyond what a float holds."""
+    r = result(step)
+    return float(r) if r is not None and abs(r) < 10**300 else None
+
+
 def operands(step):
     """The numbers left of a step's last "="."""
     left, equals, _ = step.rpartition("=")
@@ -88,8 +94,8 @@ def value(node, text):
         return operation[type(node.op)](value(node.left, text), value(node.right, text))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -value(node.operand, text)
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return Fraction(ast.get_source_segment(text, node))
+    if isinstance(node, ast.Constant) and (found := number(ast.get_source_segment(text, node))) is not None:
+        return found
     raise ValueError
 
 

@@ -108,7 +108,7 @@ class Rollout:
     stop_prob: torch.Tensor  # (B, K) probability of stopping at each question asked, NaN where none was
     token: torch.Tensor      # (B, max_new) what was written, eos included
     n_token: torch.Tensor    # (B,)
-    logp_z: torch.Tensor     # (B, cK) log-densities of the candidates
+    logp_z: torch.Tensor     # (B, cK) log-densities of the candidates, as proposed
     logp_stop: torch.Tensor  # (B, K) log-probabilities of the decisions taken
     logp_token: torch.Tensor  # (B, max_new)
     spread: float = 1.0       # as in the Noise that made it
@@ -137,13 +137,14 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
     policy, c, device = model.policy, model.c, prompt.device
     K, D = min(model.stage, model.K), policy.cfg.n_embd
     zeros = lambda *s: torch.zeros(B, *s, device=device)
-    out = Rollout(zeros(c * model.K, D), zeros(c * model.K, D) if model.vae else None, zeros().long(), zeros().bool(),
-                  zeros(model.K) + torch.nan, zeros(max_new).long() - 1, zeros().long(), zeros(c * model.K), zeros(model.K),
-                  zeros(max_new), *((noise.spread, noise.temperature) if noise else ()))
+    out = Rollout(z=zeros(c * model.K, D), logvar=zeros(c * model.K, D) if model.vae else None, n_latent=zeros().long(),
+                  stopped=zeros().bool(), stop_prob=zeros(model.K) + torch.nan, token=zeros(max_new).long() - 1, n_token=zeros().long(),
+                  logp_z=zeros(c * model.K), logp_stop=zeros(model.K), logp_token=zeros(max_new),
+                  spread=noise.spread if noise else 1.0, temperature=noise.temperature if noise else 1.0)
     cache = policy.cache(len(prompt), Tq + c * K + 1 + max_new)
     h = policy(policy.embed(prompt), valid, cache, 1)[:, 0]
     if group > 1:
-        cache.keep(torch.arange(B, device=device) // group)
+        cache.keep(torch.arange(B, device=device) // group, group)
         h = h.repeat_interleave(group, 0)
     most = torch.full((B,), c * K, device=device) if given is None else torch.where(given.ends, given.n, c * K).clamp(max=c * K)
     eps = noise and ops.prepared(noise.eps, D)
@@ -168,9 +169,7 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
         if len(b := some(thinks, cache.replays)):
             r, real, at = rows[b], thinks[b], t.clamp(max=c * K - 1).expand(len(b))
             thought = model.propose(h[b], noise and eps[r, at], spread=out.spread)
-            if given is not None:
-                thought = model.propose(h[b], z=torch.where((t < given.n[r])[:, None], given.z[r, at], thought.z), spread=out.spread)
-            z = thought.z
+            z = thought.z if given is None else torch.where((t < given.n[r])[:, None], given.z[r, at], thought.z)
             put(out.z, (r, at), z, real)
             if model.vae:
                 put(out.logvar, (r, at), thought.logvar, real)
@@ -242,7 +241,7 @@ def score(model, prompt, valid, r, group=1, eps=None):
     candidate = used | ((column[:L] == r.n_latent[:, None]) & r.stopped[:, None])
     cache = policy.cache(len(prompt), prompt.shape[1] + L + Tt)
     h_prompt = policy(policy.embed(prompt), valid, cache, 1).repeat_interleave(group, 0)
-    cache.keep(torch.arange(B, device=prompt.device) // group)
+    cache.keep(torch.arange(B, device=prompt.device) // group, group)
     tail = policy.embed(torch.cat((torch.full((B, 1), model.end, device=prompt.device), r.token[:, :-1].clamp(min=0)), 1))
     logp_z, logp_stop = r.logp_z.new_zeros(B, L), r.logp_stop.new_zeros(B, model.K)
     if eps is None:

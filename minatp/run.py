@@ -131,14 +131,6 @@ def autocast(device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def adamw(cfg, model):
-    """AdamW with weight decay on matrices alone."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}],
-                             lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-
-
 def lr_at(cfg, step, n_steps):
     """Learning rate of a stage's step: linear warm-up, of a tenth of the stage at most, then a cosine to a tenth of the peak."""
     warmup = min(cfg.warmup, n_steps // 10)
@@ -158,9 +150,9 @@ def max_answer(cfg, rows, model):
 # ---- what can go wrong --------------------------------------------------------------------------------------------------
 
 class Steps:
-    """AdamW steps of which none is taken on a loss or gradient that is not finite.
+    """Steps of an optimizer (muon.py), of which none is taken on a loss or gradient that is not finite.
 
-    To look at the gradient's norm would make the host wait for the device at every step. So the device decides: fused AdamW leaves
+    To look at the gradient's norm would make the host wait for the device at every step. So the device decides: the optimizer leaves
     parameters and moments as they are where `found_inf` is 1 (torch.amp's way), and from the first bad step on it stays 1. `check`,
     before every line and checkpoint, where the host waits anyway, ends the run.
     """

@@ -63,10 +63,11 @@ def load(cfg):
 
 
 def test_set(folder, n=0, seed=0):
-    """The first n problems (0: all) of a run's test set, by the config.json in its folder; for a folder that is no run's, of the
-    built-in task's, and of that for another seed others. Raises UserError where the run brings none."""
-    folder = Path(folder)
-    trained = of_run(folder / "config.json") if (folder / "metrics.jsonl").exists() else Config()
+    """The first n problems (0: all) of a run's test set, by the config.json in its folder, of which `folder` may be the final/ or a
+    checkpoint; for a folder that is no run's, of the built-in task's, and of that for another seed others. Raises UserError where the
+    run brings none."""
+    home = next((d for d in [Path(folder).absolute(), *Path(folder).absolute().parents][:3] if (d / "metrics.jsonl").exists()), None)
+    trained = of_run(home / "config.json") if home else Config()
     if not trained.data:
         return problems.generate("test", n or trained.test_size, seed)
     if not trained.test:

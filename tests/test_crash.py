@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from minatp import checkpoint, config, data, evaluate, run, sets
+from minatp import checkpoint, config, data, evaluate, muon, run, sets
 from runs import TAUGHT, TINY, TINY_RL, facts, go, process, processes, training, writing
 
 LONG = os.environ.get("MINATP_LONG") == "1"
@@ -35,14 +35,14 @@ def options(tmp_path_factory):
 
 def test_all_of_the_optimizer_is_restored_to_the_parameters_device(tmp_path):
     model, tokens = run.build(config.parse(TINY, ""), sets.load(config.parse(TINY, "")).train)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = muon.build(config.parse(TINY, ""), model)
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
     checkpoint.save_checkpoint(tmp_path, {"step": 1}, model, tokens, optimizer)
     model.to("meta")  # a device that every machine has
-    checkpoint.restore(checkpoint.newest_checkpoint(tmp_path), model, again := torch.optim.AdamW(model.parameters()))
+    checkpoint.restore(checkpoint.newest_checkpoint(tmp_path), model, again := muon.build(config.parse(TINY, ""), model))
     assert {(k, v.device.type) for state in again.state.values() for k, v in state.items()} == {
-        (k, "meta") for k in ("step", "exp_avg", "exp_avg_sq")}
+        (k, "meta") for k in ("step", "exp_avg", "exp_avg_sq", "momentum")}
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +360,7 @@ def test_a_full_disk_under_the_other_files(tmp_path):
 def test_steps_that_are_not_finite_are_not_taken(whole):
     """Nor any after them, until `check` tells; parameters and moments keep their bits."""
     model, _ = checkpoint.load(whole["sft"][0])
-    optimizer = run.adamw(config.parse([*TINY, "--out", "o"], ""), model)
+    optimizer = muon.build(config.parse([*TINY, "--out", "o"], ""), model)
     problem = lambda at: [data.Problem("q", [], "1", at)]
 
     def take(steps, step, loss, gradient):

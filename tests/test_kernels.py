@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.usefixtures("poison"),
 import train
 from floats import DEVICE, FP16, FP32, close, normal
 from kernels import attention, bench, cache, cross_entropy, ops, rows, vae
-from minatp import config, data, run, sets
+from minatp import config, data, muon, run, sets
 from minatp.data import Problem
 from minatp.explain import read_thoughts
 from minatp.latent import ATP
@@ -343,7 +343,7 @@ def losses(steps=30):
               for a in range(5) for b in (2, 3)]
     model, tokens = run.build(cfg, chosen)
     model.stage = cfg.K + 1
-    encoded, optimizer, told = sets.encoded(cfg, chosen, tokens, model), run.adamw(cfg, model.to(DEVICE)), []
+    encoded, optimizer, told = sets.encoded(cfg, chosen, tokens, model), muon.build(cfg, model.to(DEVICE)), []
     take = run.Steps(optimizer, model, cfg.clip).take
     for step in range(steps):
         pair = [encoded[step % 10], encoded[(step + 3) % 10]]

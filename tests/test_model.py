@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minatp import checkpoint
+from minatp import checkpoint, config, muon
 from minatp.latent import ATP
 from minatp.llama import Llama, LlamaConfig, rope_frequencies
 
@@ -47,7 +47,7 @@ def test_transformers_agrees_before_and_after_a_round_trip(name, tmp_path):
     torch.testing.assert_close(read(llama, ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
     model, tokens = checkpoint.load(FIXTURE / name, c=2, K=3)
-    checkpoint.save(tmp_path, model, tokens, source=FIXTURE / name)
+    checkpoint.save(tmp_path, model, tokens)
     again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     torch.testing.assert_close(again(ids).logits, read(model.policy, ids), rtol=1e-5, atol=1e-5)
@@ -99,7 +99,9 @@ def test_files_of_others_are_kept(tmp_path):
     for name in checkpoint.KEPT:
         (tmp_path / "hf" / name).write_text('{"kept": 1}')
     model, tokens = checkpoint.load(tmp_path / "hf", c=2, K=3)
-    checkpoint.save(tmp_path / "out", model, tokens, source=tmp_path / "hf")
+    checkpoint.save_checkpoint(tmp_path / "run", {"step": 1}, model, tokens, muon.build(config.parse([], ""), model))
+    shutil.rmtree(tmp_path / "hf")
+    checkpoint.save(tmp_path / "out", *checkpoint.load(tmp_path / "run"))
     assert all((tmp_path / "out" / name).read_text() == '{"kept": 1}' for name in checkpoint.KEPT)
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as f:
         assert model.policy.cfg.tied and set(f.keys()) == {n for n, _ in model.policy.named_parameters()}

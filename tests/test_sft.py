@@ -14,7 +14,7 @@ from minatp.rollout import Given, Noise, rollout, score, supervise
 from runs import go
 
 SMALL = ("--n-layer 2 --n-embd 32 --n-inner 48 --labelled 160 --answers 40 --val-size 8 --test-size 24 --batch-size 8 --epochs .2 --K 2 --c 2 "
-         "--decoder-layers 1 --log-every 2 --save-every 3 --device cpu").split()
+         "--decoder-layers 1 --optimizer adamw --log-every 2 --save-every 3 --device cpu").split()
 
 
 @pytest.fixture(scope="module")
