@@ -132,10 +132,10 @@ def sft_gradients(cfg, model, tokens, rows, stage, step, device, weight=1.0):
 def rl(cfg, splits, device):
     """REINFORCE with a group baseline: G sampled chains of each question, rewarded for the answer and for coherence."""
     found = checkpoint.newest_checkpoint(cfg.out) if cfg.resume else None
+    run.need_thoughts(cfg)
     model, tokens = checkpoint.load(found or cfg.init)
     start, _ = checkpoint.load(cfg.init)
     run.need_size(model, cfg)
-    run.need_thoughts(model, cfg)
     run.place(model, device).set_recompute(cfg.recompute)
     start.to(device)
     model.decoder.requires_grad_(False)

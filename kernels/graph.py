@@ -9,6 +9,9 @@ The first call runs as it is: it compiles kernels, makes the cache's buffers and
 replayed, the others are replays. A graph serves the steps of one batch, so nothing in it can be out of date; recording costs about as much
 as a step without it.
 
+All graphs are recorded on one stream and share one pool of memory: the next one writes where the last one did. So a graph must have had its
+last replay, and what it left must have been read or copied, before the next is recorded. Every loop here ends before another begins.
+
     MINATP_GRAPHS=0        no graphs, and the chain of latents is autograd's: to find a fault
 """
 import os

@@ -212,11 +212,10 @@ def load(directory, **switches):
     switches (ATP's keyword arguments) win over what was saved with the heads. What a switch asks for and the directory lacks
     starts fresh: heads at their initial values, φ from π's weights. Raises UserError naming the file that is wrong.
     """
-    directory = locate(directory)
+    directory, saved = locate(directory), switches_of(directory)
     cfg = read_config(directory / "config.json")
     tokens = read_tokens(directory, cfg)
     ours = directory / "minatp"
-    saved = read_switches(ours / "config.json") if ours.is_dir() else {}
     model = ATP(cfg, **{k: v for k, v in {**saved, **switches}.items() if k != "stage"})
     model.stage = saved.get("stage", model.stage)
     model.end = tokens.end
@@ -237,8 +236,11 @@ def load(directory, **switches):
     return model, tokens
 
 
-def read_switches(path):
-    """minatp/config.json: ATP's keyword arguments and the stage, as `save` wrote them. Raises UserError."""
+def switches_of(directory):
+    """ATP's keyword arguments and the stage, as `save` wrote them into minatp/config.json; {} of a model that is not ours. Raises UserError."""
+    path = locate(directory) / "minatp" / "config.json"
+    if not path.parent.is_dir():
+        return {}
     kinds = {"c": int, "K": int, "vae": bool, "stop": bool, "decode": bool, "stage": int, "decoder_layers": int}
     found = read_json(path)
     for name in kinds.keys() - {"decoder_layers"} | found.keys():

@@ -26,6 +26,7 @@ def build(cfg, train):
     """(model, tokens): from cfg.init, or untrained with a tokenizer learned from `train`. Weights follow the global seed."""
     if cfg.init:
         switches = {k: v for k, v in cfg.switches.items() if k != "decoder_layers" and cfg.stage != "rl"}
+        (need_thoughts if cfg.stage == "rl" else need_latents)(cfg)
         model, tokens = checkpoint.load(cfg.init, **switches)
         need_size(model, cfg)
         return model, tokens
@@ -47,15 +48,30 @@ def need_size(model, cfg):
             raise UserError(f"command line: {flag(name)} {asked} contradicts --init {cfg.init}, which has {has}; leave one away")
 
 
-def need_thoughts(model, cfg):
+def need_thoughts(cfg):
     """RL explores in sampled latents and judges what φ reads in them; how many they are, SFT has settled. Raises UserError for a model
     without them, or where an option asks for others."""
-    if not (model.vae and model.decode and model.stage):
+    saved = checkpoint.switches_of(cfg.init)
+    if not (saved.get("vae") and saved.get("decode") and saved.get("stage")):
         raise UserError(f"{cfg.init}:0: has no sampled latents or no decoder LM; start --stage rl from an SFT run of --method atp")
     preset = Config(**PRESETS[cfg.preset])
     for name in ("c", "K"):
-        if (asked := getattr(cfg, name)) not in (has := getattr(model, name), getattr(preset, name)):
+        if (asked := getattr(cfg, name)) not in (has := saved[name], getattr(preset, name)):
             raise UserError(f"command line: {flag(name)} {asked} contradicts --init {cfg.init}, which has {has}; leave it away")
+
+
+def need_latents(cfg):
+    """SFT from a run that thinks already: as many latents a step and no fewer steps, or it would have to learn them anew; what else is added
+    or left away is told. Raises UserError."""
+    saved, asked = checkpoint.switches_of(cfg.init), cfg.switches
+    if not saved.get("stage") or not cfg.latent:
+        return
+    for name, fits in (("c", asked["c"] == saved["c"]), ("K", asked["K"] >= saved["K"])):
+        if not fits:
+            raise UserError(f"command line: --init {cfg.init} thinks with {flag(name)} {saved[name]}, not {asked[name]}; give {flag(name)} {saved[name]}")
+    for name, what in (("vae", "VAE"), ("stop", "stop head"), ("decode", "decoder LM")):
+        if asked[name] != saved[name]:
+            say(f"note: --init {cfg.init} has {'a' if saved[name] else 'no'} {what}: it {'is left away' if saved[name] else 'starts untaught'}")
 
 
 def fingerprint(model):

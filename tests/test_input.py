@@ -3,6 +3,7 @@ import json
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
-from minatp import ablate, checkpoint, config, evaluate, probe
+from minatp import ablate, checkpoint, config, evaluate, probe, sets
 from runs import TINY, TINY_RL, go
 
 MODEL = Path(__file__).parent / "fixtures" / "conformance" / "policy"
@@ -279,7 +280,8 @@ def test_folders_that_cannot_be_used(finished, refused, tmp_path):
     refused(sample.main, ["--run", "x" * 300, "Q"], "x" * 300, "cannot be used (File name too long)")
     refused(train.main, [*TINY, "--out", "file/below"], "file/below:0: ", "cannot be written (Not a directory)")
     go(*TINY, "--method", "cot", "--out", tmp_path / "cot")
-    refused(train.main, [*TINY_RL, "--init", "cot", "--out", "rl"], "cot:0: ", "start --stage rl from an SFT run of --method atp")
+    for init in ("cot", MODEL):
+        refused(train.main, [*TINY_RL, "--init", init, "--out", "rl"], f"{init}:0: ", "start --stage rl from an SFT run of --method atp")
 
 
 # ---- command lines ------------------------------------------------------------------------------------------------------
@@ -309,7 +311,7 @@ def test_folders_that_cannot_be_used(finished, refused, tmp_path):
     ("--preset llama-1b", "--preset llama-1b needs --init"), ("--stage rl --G 1", "--G must be at least 2"),
     ("--answers-share 2", "--answers-share must be between 0 and 1"), ("--baseline best", "--baseline must be mean or rloo"),
     ("--stage rl --method cot", "takes the model of --init as it is"), ("--stage rl --no-stop", "takes the model of --init as it is"),
-    ("--estimator guess", "--estimator must be"), ("--coherence loose", "--coherence must be"),
+    ("--optimizer sgd", "--optimizer must be muon or adamw"), ("--estimator guess", "--estimator must be"), ("--coherence loose", "--coherence must be"),
 ])
 def test_command_lines(argv, reason, refused, tmp_path):
     for name in ("a", "x/a", "y/a"):
@@ -337,6 +339,21 @@ def test_a_size_that_the_model_has_not(options, finished, refused):
 
 def test_rl_takes_the_latents_that_sft_has_settled(finished, refused):
     refused(train.main, [*TINY_RL, "--c", 3, "--init", finished, "--out", "o"], "command line: ", f"--c 3 contradicts --init {finished}, which has")
+
+
+@pytest.mark.parametrize("option, has", [(("--c", 3), "--c 1"), (("--K", 1, "--epochs", 1), "--K 2")])
+def test_sft_goes_on_with_the_latents_that_were_taught(option, has, finished, refused):
+    refused(train.main, [*TINY, *option, "--init", finished, "--out", "o"], "command line: ", f"thinks with {has}, not {option[1]}; give {has}")
+
+
+def test_what_init_lacks_is_told(finished, tmp_path, capsys):
+    go(*TINY, "--method", "sim-cot", "--init", finished, "--out", tmp_path / "o", "--dry-run")
+    assert f"note: --init {finished} has a stop head: it is left away" in capsys.readouterr().out
+
+
+def test_the_test_set_of_a_run_is_that_of_its_saved_models(finished):
+    wanted = sets.test_set(finished)
+    assert wanted and sets.test_set(finished / "final") == sets.test_set(checkpoint.checkpoints(finished)[0]) == wanted != sets.test_set(MODEL)
 
 
 def test_a_run_that_has_saved_nothing(tmp_path, refused):
@@ -389,6 +406,28 @@ def test_sample_command_lines(argv, start, reason, finished, refused, tmp_path):
 ])
 def test_ablate_command_lines(argv, reason, refused):
     refused(ablate.main, argv, "command line: ", reason)
+
+
+def test_ablate_trains_every_run_once_and_those_first_that_others_need(tmp_path, monkeypatch):
+    """A run that was killed before it had saved anything begins anew."""
+    (tmp_path / "ATP.0").mkdir()
+    (tmp_path / "ATP.0" / "config.json").write_text("{}")
+    asked = []
+
+    def trained(command, **how):
+        out = Path(command[command.index("--out") + 1])
+        started = command[command.index("--init") + 1] if "--init" in command else None
+        assert "--resume" not in command and (started is None or (Path(started) / "summary.json").exists())
+        asked.append(out.name)
+        (out / "config.json").write_text('{"batch_size": 2, "updates": 3}')
+        (out / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "stage": 5, "seconds": i}) + "\n" for i in (1, 2)))
+        (out / "summary.json").write_text(json.dumps({"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "coherence": None, "latents": 1, "answer_tokens": 1,
+                                                      "seconds": 1, "training_problems": 4}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(ablate.subprocess, "run", trained)
+    ablate.main(["--out", str(tmp_path), "--jobs", "2", "--arms", "SFT on answers alone, then RL; SFT on answers alone, twice; ATP, β × 10, then RL"])
+    assert len(asked) == len(set(asked)) == 7 and set(asked[:2]) == {"ATP.0", "ATP--β---10.0"} and asked[2:4] == ["RL.0", "SFT-on-answers-alone.0"]
 
 
 def test_no_folder_given_to_sample(refused):

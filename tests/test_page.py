@@ -103,6 +103,27 @@ def test_mistakes_get_one_line(argv, message, folder, capsys):
     assert err.count("\n") == 1 and message in err
 
 
+def test_words_for_an_edit_can_come_from_the_problems_shown(folder, tmp_path, capsys, monkeypatch):
+    """Of a run on data of one's own, which brings no test set."""
+    def none(*a):
+        raise config.UserError("none")
+
+    monkeypatch.setattr(sample.sets, "test_set", none)
+    (tmp_path / "f").write_text("".join(p.question + "\n" for p in problems.generate("test", 8, 0)))
+    ok(sample.main, "--run", folder, "--file", tmp_path / "f", "--problems", 8, "--max-new", 4, "--json")
+    words = next(t for line in capsys.readouterr().out.splitlines() for t in json.loads(line)["thoughts"] if t.strip() and "\n" not in t)
+    ok(sample.main, "--run", folder, "--file", tmp_path / "f", "--problems", 8, "--max-new", 4, "--edit", f"replace 1 {words}")
+
+
+def test_every_thought_keeps_its_own_numbers():
+    """Empty ones, and those of several lines, too; the stop stands between thoughts and words."""
+    chain = evaluate.Chain(["", "<<1+1=2>>\nmore"], "<<2+1=3>>\n### 3", True, 4, 9, [0.1, 0.2, 0.9], [0.01, 0.02])
+    empty, second, rest, stop, written, answer = sample.draw(data.Problem("q", [], "3"), chain, 2, sample.Paint(False))
+    assert "stop 0.100  σ 0.010" in empty and "<<1+1=2>>" in second and "used    stop 0.200  σ 0.020" in second
+    assert "more" in rest and "stop" not in rest and stop.startswith("  ■") and "0.900" in stop
+    assert written.startswith("  · <<2+1=3>>") and "used" in written and answer == "  → 3  ✓"
+
+
 def test_edits_in_the_terminal(folder, capsys):
     ok(sample.main, "--run", folder, "--problems", 8, "--max-new", 4, "--edit", "drop 1", "--edit", "swap 1 2", "--json")
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -35,6 +35,8 @@ def test_coherence(steps, final, want):
 
 
 def test_numbers_are_exact():
+    assert reward.true("<<0.1+0.2=0.3>>") and not any(map(reward.true, ("<<1e9999999=1>>", "<<1_0=10>>", "<<0x10=16>>")))
+    assert reward.size("<<1+1=2>>") == 2.0 and reward.size("<<1=" + "9" * 400 + ">>") is None
     assert reward.number("1,234.50") == Fraction(2469, 2) and reward.number("1e5") is None and reward.number("٣") in (None, 3)
 
 

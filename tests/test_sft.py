@@ -7,7 +7,7 @@ import torch
 
 import sample
 import train
-from minatp import checkpoint, config, count, data, evaluate, problems, sets
+from minatp import checkpoint, config, count, data, dry, evaluate, problems, sets
 from minatp.explain import read_thoughts
 from minatp.llama import KVCache
 from minatp.rollout import Given, Noise, rollout, score, supervise
@@ -172,7 +172,7 @@ def test_external_data_and_init(atp, tmp_path, capsys):
     ps = problems.generate("labelled", 60, 9)
     (tmp_path / "p.txt").write_text("".join(f"{p.question}||{' '.join(p.steps)} #### {p.answer}\n" for p in ps + ps[:5]))
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(vars(p)) + "\n" for p in ps[:7]))
-    common = ["--data", tmp_path / "p.txt", "--test", tmp_path / "t.jsonl", "--val-size", 6, "--K", 2, "--batch-size", 8, "--epochs", 0.2]
+    common = ["--data", tmp_path / "p.txt", "--test", tmp_path / "t.jsonl", "--val-size", 6, "--K", 2, "--c", 2, "--batch-size", 8, "--epochs", 0.2]
     go(*common, "--init", atp, "--out", tmp_path / "o")
     summary = json.loads((tmp_path / "o" / "summary.json").read_text())
     assert list(summary["tests"]) == ["t.jsonl"] and summary["n_problems"] == 7 and summary["training_problems"] <= 60 - 7
@@ -181,6 +181,14 @@ def test_external_data_and_init(atp, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert all(part in shown for part in ("tokens      ", "question    ", "parameters  ", "memory      ", "forward pass of 8 longest", "stage 0 ("))
     assert "one step    stage 3" in shown and "stage 1" in shown and not (tmp_path / "never").exists()
+
+
+def test_a_model_too_large_to_build_is_counted(tmp_path, capsys, monkeypatch):
+    (tmp_path / "p.json").write_text(json.dumps([{"question": f"q{i}", "steps": ["<<1=" + "9" * 400 + ">>"], "answer": str(i)} for i in range(9)]))
+    monkeypatch.setattr(dry, "memory", lambda device: 2**30)
+    go("--preset", "llama-1b", "--data", tmp_path / "p.json", "--val-size", 2, "--dry-run", "--out", tmp_path / "never")
+    shown = capsys.readouterr().out
+    assert "policy 1,235,814,400" in shown and "one step    not run: it does not fit here" in shown and "do not end on a step" in shown
 
 
 # ---- sample.py ----------------------------------------------------------------------------------------------------------
