@@ -105,7 +105,7 @@ class Data:
     data: str = opt("", "training problems: JSON, JSONL or iCoT text [the built-in task]")
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
     test: str = opt("", "test problems, several files separated by commas [as many again]")
-    labelled: int = opt(4000, "built-in task: labelled training problems; the default --epochs keep the number of steps")
+    labelled: int = opt(4500, "built-in task: labelled training problems; the default --epochs keep the number of steps")
     val_size: int = opt(500, "validation problems, built-in or held out of --data")
     test_size: int = opt(3000, "built-in task: test problems")
 
@@ -264,7 +264,7 @@ PRESETS = {
 
 def tiny_epochs(cfg):
     """The tiny preset's --epochs: of the built-in task as many steps, whatever --labelled is."""
-    epochs = (7.5, *[0.75] * (cfg.K - 1), 1.25, 20) if cfg.latent else ({"cot": 24, "no-cot": 90}[cfg.method],)
+    epochs = (6.7, *[0.67] * (cfg.K - 1), 1.1, 18) if cfg.latent else ({"cot": 21, "no-cot": 80}[cfg.method],)
     scale = 1 if cfg.data else Config.labelled / max(1, cfg.labelled)
     return ",".join(f"{scale * e:g}" for e in epochs)
 
