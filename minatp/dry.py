@@ -19,7 +19,7 @@ def dry_run(cfg, splits, device, step):
     step(model, tokens, rows, stage): adds one batch's gradients; train.py's own.
     """
     there = memory(device)
-    fits = lambda model: 16 * n_parameters(model) < 0.9 * there  # float32 weights, gradients and AdamW's two moments
+    fits = lambda model: 16 * n_parameters(model) < 0.9 * there  # float32 weights, gradients and two moments
     model, tokens = (None, None) if cfg.init else on_meta(cfg, splits.train)
     if not model or fits(model):  # otherwise it is too large to build only to be counted
         model, tokens = run.build(cfg, splits.train)
@@ -33,7 +33,7 @@ def dry_run(cfg, splits, device, step):
     if fits(model):
         model.to(device).set_recompute(cfg.recompute)
     kept = activations(cfg, model, tokens, longest[0], device)
-    run.say(f"memory      {amount(16 * n)} for weights, gradients and AdamW, and about {amount(kept)} that a forward pass of "
+    run.say(f"memory      {amount(16 * n)} for weights, gradients and the optimizer, and about {amount(kept)} that a forward pass of "
             f"{min(cfg.micro_batch or cfg.batch_size, len(rows))} longest problems keeps; {device} has {amount(there)}")
     if 16 * n + kept > 0.9 * there or not fits(model):
         run.say("one step    not run: it does not fit here")

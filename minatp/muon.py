@@ -7,8 +7,8 @@ U·Vᵀ of what its SVD would be, U·S·Vᵀ.
 
 No SVD is made: X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ, five times from X = G/‖G‖, brings every singular value to about 1 (0.7 to 1.2).
 An element then moves by about 0.2·lr, as under AdamW, so that one learning rate serves both. Sources: Jordan et al. 2024,
-kellerjordan.github.io/posts/muon (a, b, c); Liu et al. 2025, arXiv 2502.16982 (the 0.2). torch.optim.Muon multiplies in bfloat16, which most
-CPUs do slowly, and cannot leave a step out.
+kellerjordan.github.io/posts/muon (a, b, c); Liu et al. 2025, arXiv 2502.16982 (the 0.2). torch.optim.Muon multiplies in bfloat16 everywhere,
+which many CPUs do slowly, and cannot leave a step out.
 """
 import torch
 
@@ -27,11 +27,11 @@ def build(cfg, model):
 def orthogonal(G):
     """About U·Vᵀ of G = U·S·Vᵀ, (rows, columns)."""
     X = G if G.shape[0] <= G.shape[1] else G.t()  # A is the smaller of the two products
-    X = X / (X.norm() + 1e-7)
+    X = (X / (X.norm() + 1e-7)).to(torch.bfloat16 if G.is_cuda else G.dtype)
     for _ in range(5):
         A = X @ X.t()
         X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
-    return X if G.shape[0] <= G.shape[1] else X.t()
+    return (X if G.shape[0] <= G.shape[1] else X.t()).to(G.dtype)
 
 
 class Muon(torch.optim.AdamW):
