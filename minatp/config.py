@@ -105,7 +105,7 @@ class Data:
     data: str = opt("", "training problems: JSON, JSONL or iCoT text [the built-in task]")
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
     test: str = opt("", "test problems, several files separated by commas [as many again]")
-    labelled: int = opt(4500, "built-in task: labelled training problems; the default --epochs keep the number of steps")
+    labelled: int = opt(6000, "built-in task: labelled training problems; the default --epochs keep the number of steps")
     val_size: int = opt(500, "validation problems, built-in or held out of --data")
     test_size: int = opt(3000, "built-in task: test problems")
 
@@ -143,7 +143,7 @@ class Optim:
     batch_size: int = opt(32, "problems per step")
     micro_batch: int = opt(0, "problems per forward pass, gradients accumulated; 0: all of the batch at once")
     optimizer: str = opt("muon", "muon: for the matrices inside the model, AdamW for the rest; adamw: for all")
-    lr: float = opt(3e-3, "peak learning rate; a cosine in each stage")
+    lr: float = opt(2e-3, "peak learning rate; a cosine in each stage")
     warmup: int = opt(50, "steps of linear warm-up in each stage, at most a tenth of it")
     weight_decay: float = opt(0.01, "of matrices")
     clip: float = opt(1.0, "largest gradient norm")
@@ -264,7 +264,7 @@ PRESETS = {
 
 def tiny_epochs(cfg):
     """The tiny preset's --epochs: of the built-in task as many steps, whatever --labelled is."""
-    epochs = (6.7, *[0.67] * (cfg.K - 1), 1.1, 18) if cfg.latent else ({"cot": 21, "no-cot": 80}[cfg.method],)
+    epochs = (5, *[0.5] * (cfg.K - 1), 0.8, 11) if cfg.latent else ({"cot": 16, "no-cot": 52}[cfg.method],)
     scale = 1 if cfg.data else Config.labelled / max(1, cfg.labelled)
     return ",".join(f"{scale * e:g}" for e in epochs)
 
