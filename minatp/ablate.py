@@ -35,6 +35,8 @@ AFTER = {  # name -> options of the run that goes on from ATP; {seconds}, {steps
     "RL, KL 0.01": ["--stage", "rl", "--kl", "0.01"],
     "RL, 4 updates a batch (GRPO)": ["--stage", "rl", "--updates-per-batch", "4"],
     "control: more SFT": [*MORE],
+    "control: more SFT, lr as at first": [*MORE[:2], *MORE[4:]],
+    "RL, lr 1e-3": ["--stage", "rl", "--lr", "1e-3"],
     "SFT on answers alone": [*MORE, "--answers-share", "0.75"],
 }
 THEN = {"SFT on answers alone, then RL": ("SFT on answers alone", ["--stage", "rl"]),
