@@ -57,7 +57,7 @@ def sides(model, device):
     from . import peer
     reference, tuned = peer.Reference(model), peer.Tuned(model, static=device.type == "cuda")
     of = lambda p, **switches: Side(p.losses, p.thoughts, p.rollout, p.score, p.read_thoughts, **switches)
-    found = {"minatp": Side(partial(supervise, model), lambda batch, eps: think(model, batch, eps)[0], partial(rollout, model),
+    found = {"minatp": Side(partial(supervise, model), lambda batch, eps: think(model, batch, eps)[0].z, partial(rollout, model),
                             partial(score, model), partial(read_thoughts, model.decoder), True),
              "tuned": of(tuned, at_once=True), "reference": of(reference, at_once=False)}
     if device.type == "cuda":
