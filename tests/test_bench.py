@@ -24,6 +24,12 @@ def every(case):
     return bench.sides(case.model, case.device)
 
 
+def test_all_that_is_timed_runs(case, every):
+    for work, tokens in bench.works(case).values():
+        work(every["minatp"])
+        assert tokens > 0
+
+
 def test_the_peers_compute_the_same_losses_gradients_chains_and_log_probabilities(case, every, capsys):
     bench.compare(case, every)
     assert capsys.readouterr().out.count("same losses") == 3
