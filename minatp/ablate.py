@@ -20,7 +20,7 @@ METHODS = {  # name -> options of train.py --stage sft
     "ATP": ["--method", "atp"], "ATP, no VAE": ["--no-vae"], "ATP, no stop head": ["--no-stop"], "ATP, no decoder": ["--no-decoder"],
     "ATP, β × 10": ["--beta", "1e-2"],
 }
-MORE = ("--stage", "sft", "--lr", "1e-3", "--epochs", "0,0,0,0,0,{seconds}")  # the last stage again
+MORE = ("--stage", "sft", "--epochs", "0,0,0,0,0,{seconds}")  # the last stage again
 AFTER = {  # name -> options of the run that goes on from ATP; {seconds}, {steps}: the epochs that take as many of them as "RL"
     "RL": ["--stage", "rl"],
     "RL, placebo (permuted rewards)": ["--stage", "rl", "--placebo"],
@@ -34,10 +34,10 @@ AFTER = {  # name -> options of the run that goes on from ATP; {seconds}, {steps
     "RL, leave one out": ["--stage", "rl", "--baseline", "rloo"],
     "RL, KL 0.01": ["--stage", "rl", "--kl", "0.01"],
     "RL, 4 updates a batch (GRPO)": ["--stage", "rl", "--updates-per-batch", "4"],
-    "control: more SFT": [*MORE],
-    "control: more SFT, lr as at first": [*MORE[:2], *MORE[4:]],
+    "control: more SFT": [*MORE, "--lr", "1e-3"],
+    "control: more SFT, lr as at first": [*MORE],
     "RL, lr 1e-3": ["--stage", "rl", "--lr", "1e-3"],
-    "SFT on answers alone": [*MORE, "--answers-share", "0.75"],
+    "SFT on answers alone": [*MORE, "--lr", "1e-3", "--answers-share", "0.75"],
 }
 THEN = {"SFT on answers alone, then RL": ("SFT on answers alone", ["--stage", "rl"]),
         "SFT on answers alone, twice": ("SFT on answers alone", AFTER["SFT on answers alone"]),
