@@ -20,24 +20,24 @@ METHODS = {  # name -> options of train.py --stage sft
     "ATP": ["--method", "atp"], "ATP, no VAE": ["--no-vae"], "ATP, no stop head": ["--no-stop"], "ATP, no decoder": ["--no-decoder"],
     "ATP, β × 10": ["--beta", "1e-2"],
 }
-MORE = ("--stage", "sft", "--epochs", "0,0,0,0,0,{seconds}")  # the last stage again
+MORE = ["--stage", "sft", "--epochs", "0,0,0,0,0,{seconds}"]  # the last stage again
 AFTER = {  # name -> options of the run that goes on from ATP; {seconds}, {steps}: the epochs that take as many of them as "RL"
     "RL": ["--stage", "rl"],
     "RL, placebo (permuted rewards)": ["--stage", "rl", "--placebo"],
-    "the anchor alone": ["--stage", "sft", "--lr", str(config.RL["tiny"]["lr"]), "--epochs", "0,0,0,0,0,{steps}"],
+    "the anchor alone": ["--stage", "sft", "--epochs", "0,0,0,0,0,{steps}"],
     "RL, no coherence": ["--stage", "rl", "--w-coh", "0"],
     "RL, coherence only (sees no answer)": ["--stage", "rl", "--no-answers", "--w-coh", "1"],
-    "RL, σ × 4": ["--stage", "rl", "--spread", "4"],
+    "RL, σ × 1": ["--stage", "rl", "--spread", "1"],
+    "RL, σ × 8": ["--stage", "rl", "--spread", "8"],
     "RL, thoughts scored": ["--stage", "rl", "--estimator", "score"],
-    "RL, thoughts scored, σ × 4, greedy words": ["--stage", "rl", "--estimator", "score", "--spread", "4", "--greedy"],
+    "RL, thoughts scored, greedy words": ["--stage", "rl", "--estimator", "score", "--greedy"],
     "RL, normalised": ["--stage", "rl", "--normalise"],
     "RL, leave one out": ["--stage", "rl", "--baseline", "rloo"],
     "RL, KL 0.01": ["--stage", "rl", "--kl", "0.01"],
     "RL, 4 updates a batch (GRPO)": ["--stage", "rl", "--updates-per-batch", "4"],
-    "control: more SFT": [*MORE, "--lr", "1e-3"],
-    "control: more SFT, lr as at first": [*MORE],
-    "RL, lr 1e-3": ["--stage", "rl", "--lr", "1e-3"],
-    "SFT on answers alone": [*MORE, "--lr", "1e-3", "--answers-share", "0.75"],
+    "RL, lr 3e-4": ["--stage", "rl", "--lr", "3e-4"],
+    "control: more SFT": MORE,
+    "SFT on answers alone": [*MORE, "--answers-share", "0.75"],
 }
 THEN = {"SFT on answers alone, then RL": ("SFT on answers alone", ["--stage", "rl"]),
         "SFT on answers alone, twice": ("SFT on answers alone", AFTER["SFT on answers alone"]),

@@ -270,11 +270,12 @@ def tiny_epochs(cfg):
 
 
 EPOCHS = {"tiny": tiny_epochs, "llama-1b": lambda cfg: "2"}  # preset -> the default of --epochs
-RL = {"tiny": {"lr": 3e-4, "init": "out/sft", "estimator": "path", "anchor": 1.0, "updates": 600}, "llama-1b": {"lr": 1e-6, "batch_size": 16, "init": "out/sft"}}
+RL = {"tiny": {"init": "out/sft", "updates": 1600, "G": 4, "spread": 4.0, "estimator": "path", "anchor": 1.0},
+      "llama-1b": {"init": "out/sft", "lr": 1e-6, "batch_size": 16}}
 
 
 def default_of(f):
-    """What an option is where it is not given, and what another preset or stage makes of it: " [0.002; llama-1b 0.0001; rl 0.0003]"."""
+    """What an option is where it is not given, and what another preset or stage makes of it: " [500; rl 1600; llama-1b rl 500]"."""
     value = lambda preset, rl: {**PRESETS[preset], **(RL[preset] if rl else {})}.get(f.name, f.default)
     base, large, rl, both = value("tiny", False), value("llama-1b", False), value("tiny", True), value("llama-1b", True)
     told = [] if base == "" or base is False or f.metadata["help"].endswith("]") else [str(base)]
