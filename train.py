@@ -27,7 +27,7 @@ def main(argv=None):
     run.say(splits.tell())
     if cfg.dry_run:
         from minatp.dry import dry_run
-        return dry_run(cfg, splits, device, lambda *a: sft_gradients(cfg, *a, 0, device))
+        return dry_run(cfg, splits, device, lambda *a: sft_gradients(cfg, *a, 0, device), lambda *a: rl_gradients(cfg, *a, device))
     with run.stop, run.memory(f"--stage {cfg.stage}", cfg.batch_size, cfg.block_size, "--batch-size or the size of the model"):
         {"sft": sft, "rl": rl}[cfg.stage](cfg, splits, device)
     distributed.stop()
@@ -261,6 +261,16 @@ def policy_gradients(cfg, model, start, x, old, what):
                                                  x.noise.eps[chain], old, x.advantage.numel(), int(x.informative.sum()) * cfg.G)
             loss.backward()
     return distributed.total({"loss": loss.detach()}, device)["loss"], old, distributed.mean(metrics, len(chain), device)
+
+
+def rl_gradients(cfg, model, tokens, asked, max_new, device):
+    """Explore the problems asked and add their policy gradients, as if every group had a signal: the most that an update can cost, for
+    --dry-run. Returns Explored."""
+    start, _ = checkpoint.load(cfg.init)
+    x = explore(cfg, model, tokens, asked, [tokens.prompt(p.question) for p in asked], 0, max_new, device)
+    every = x._replace(informative=torch.ones_like(x.informative))
+    policy_gradients(cfg, model, start.to(device), every, None, "rl, dry run")
+    return x
 
 
 def reward_of(cfg, chain, gold):

@@ -12,14 +12,14 @@ from .reward import number, result
 from .rollout import supervise
 
 
-def dry_run(cfg, splits, device, step):
-    """Print counts, lengths, one problem at each stage, parameters and memory, then make the SFT gradients of one batch at the first and at
-    the last stage; no weight changes. For --stage rl too, whose anchor they are; rollouts are not tried.
+def dry_run(cfg, splits, device, sft, rl):
+    """Print counts, lengths, one problem at each stage, parameters and memory, then make the gradients of one batch: of SFT at the first and
+    at the last stage, or of RL; no weight changes.
 
-    step(model, tokens, rows, stage): adds one batch's gradients; train.py's own.
+    sft(model, tokens, rows, stage), rl(model, tokens, problems, max_new): add one batch's gradients; train.py's own.
     """
     there = memory(device)
-    fits = lambda model: 16 * n_parameters(model) < 0.9 * there  # float32 weights, gradients and two moments
+    fits = lambda model: held(cfg, model) < 0.9 * there
     model, tokens = (None, None) if cfg.init else on_meta(cfg, splits.train)
     if not model or fits(model):  # otherwise it is too large to build only to be counted
         model, tokens = run.build(cfg, splits.train)
@@ -29,24 +29,38 @@ def dry_run(cfg, splits, device, step):
     curriculum_report(cfg, splits, rows, tokens, model)
     n = n_parameters(model)
     run.say(f"\nparameters  {n:,}  ({', '.join(f'{name} {n_parameters(part):,}' for name, part in model.named_children())})")
-    longest = sorted(rows, key=lambda r: -r.length)[:cfg.batch_size]
+    longest = sorted(range(len(rows)), key=lambda i: -rows[i].length)[:cfg.batch_size]
     if fits(model):
         model.to(device).set_recompute(cfg.recompute)
-    kept = activations(cfg, model, tokens, longest[0], device)
-    run.say(f"memory      {amount(16 * n)} for weights, gradients and the optimizer, and about {amount(kept)} that a forward pass of "
-            f"{min(cfg.micro_batch or cfg.batch_size, len(rows))} longest problems keeps; {device} has {amount(there)}")
-    if 16 * n + kept > 0.9 * there or not fits(model):
+    if cfg.stage == "rl":
+        model.decoder.requires_grad_(False)
+    taught = sorted({cfg.schedule()[0][0], cfg.schedule()[-1][0]}) if cfg.stage == "sft" else [model.stage] * bool(cfg.anchor)
+    kept = activations(cfg, model, tokens, rows[longest[0]], device, taught)
+    run.say(f"memory      {amount(held(cfg, model))} for weights{', those of the start' * (cfg.stage == 'rl')}, gradients and the optimizer"
+            + f", and about {amount(kept)} that a forward pass of {min(cfg.micro_batch or cfg.batch_size, len(rows))} longest problems keeps" * bool(kept)
+            + f"; {device} has {amount(there)}")
+    if held(cfg, model) + kept > 0.9 * there or not fits(model):
         run.say("one step    not run: it does not fit here")
         return
-    one_step(cfg, model, tokens, longest, device, step)
+    for stage in taught:
+        one_step(f"stage {stage}, {len(longest)} longest problems", device, lambda: losses(sft(model, tokens, [rows[i] for i in longest], stage)))
+    if cfg.stage == "rl":
+        asked, max_new = [splits.train[i] for i in longest], run.max_answer(cfg, rows, model)
+        one_step(f"{len(asked)} longest questions × {cfg.G} rollouts", device, lambda: rl(model, tokens, asked, max_new).metrics)
 
 
 def n_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def activations(cfg, model, tokens, row, device):
-    """Bytes that a micro-batch of problems as long as `row` keeps for its backward pass, at the last stage or the first."""
+def held(cfg, model):
+    """Bytes of float32 weights, gradients and two moments; in RL φ has weights alone, and the start is kept for comparison."""
+    n = n_parameters(model)
+    return 16 * n if cfg.stage == "sft" else 20 * n - 12 * n_parameters(model.decoder)
+
+
+def activations(cfg, model, tokens, row, device, stages):
+    """Bytes that a micro-batch of problems as long as `row` keeps for SFT's backward pass, at that of the stages which keeps most."""
     size = cfg.micro_batch or cfg.batch_size
     if next(model.parameters()).is_meta:
         llama = model.policy.cfg
@@ -60,13 +74,8 @@ def activations(cfg, model, tokens, row, device):
             return supervise(model, batch, eps)
 
     # the difference of two rows and one: what does not grow with the batch is counted elsewhere
-    one, two = ([count.kept(model, lambda: forward(n, stage)) for stage in ends(cfg)] for n in (1, 2))
-    return size * max(b - a for a, b in zip(one, two))
-
-
-def ends(cfg):
-    """The first and the last curriculum stage."""
-    return sorted({cfg.schedule()[0][0], cfg.schedule()[-1][0]})
+    one, two = ([count.kept(model, lambda: forward(n, stage)) for stage in stages] for n in (1, 2))
+    return size * max((b - a for a, b in zip(one, two)), default=0)
 
 
 def on_meta(cfg, train):
@@ -103,19 +112,22 @@ def curriculum_report(cfg, splits, rows, tokens, model):
         run.say(f"  stage {stage} ({epochs:g} epochs)  {chain}{' stop' if bool(b.asks[0]) else ''}  {text}")
 
 
-def one_step(cfg, model, tokens, longest, device, step):
-    """One batch of the longest problems, at the last stage and at the first: time and peak memory."""
-    for stage in ends(cfg):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        began = time.perf_counter()
-        sums, counts = step(model, tokens, longest, stage)
-        loss = {k: float(v) / max(1, counts[k]) for k, v in sums.items()}
-        peak = f", peak {amount(torch.cuda.max_memory_allocated(device))}" if device.type == "cuda" else ""
-        run.say(f"one step    stage {stage}, {len(longest)} longest problems: {time.perf_counter() - began:.2f} s{peak}; "
-                + "  ".join(f"{k} {v:.3f}" for k, v in loss.items()))
-        if not all(map(torch.isfinite, sums.values())):
-            raise UserError("dry run: the loss is not finite; look at the weights of --init")
+def losses(found):
+    """Mean losses of (sums, counts). Raises UserError where one is not finite."""
+    sums, counts = found
+    if not all(map(torch.isfinite, sums.values())):
+        raise UserError("dry run: the loss is not finite; look at the weights of --init")
+    return {k: v / max(1, counts[k]) for k, v in sums.items()}
+
+
+def one_step(what, device, work):
+    """work() -> {name: number}: told with its time and peak memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.perf_counter()
+    found = {k: float(v) for k, v in work().items()}
+    peak = f", peak {amount(torch.cuda.max_memory_allocated(device))}" if device.type == "cuda" else ""
+    run.say(f"one step    {what}: {time.perf_counter() - began:.2f} s{peak}; " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()))
 
 
 def memory(device):

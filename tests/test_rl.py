@@ -216,6 +216,18 @@ def test_data_without_labels(lacks, options, runs, tmp_path, capsys):
         assert "--anchor 0" in capsys.readouterr().err
 
 
+def test_a_dry_run_explores(runs, tmp_path, capsys, monkeypatch):
+    """One batch of rollouts and its gradients, as if all groups had a signal, beside one of the anchor; nothing is written."""
+    seen, loss = [], train.policy_loss
+    monkeypatch.setattr(train, "policy_loss", lambda *a: seen.append(len(a[5].z)) or loss(*a))
+    monkeypatch.setattr(train, "judge", lambda cfg, chains, golds: (torch.ones(len(golds), cfg.G), {"acc": torch.tensor(1.0)}))
+    go(*RL, "--anchor", 1, "--init", runs[0], "--out", tmp_path / "never", "--dry-run")
+    shown = capsys.readouterr().out
+    assert seen == [16] and "those of the start" in shown and shown.count("one step") == 2 and "4 longest questions × 4 rollouts" in shown
+    go(*RL, "--anchor", 0, "--init", runs[0], "--out", tmp_path / "never", "--dry-run")
+    assert capsys.readouterr().out.count("one step") == 1 and not (tmp_path / "never").exists()
+
+
 def test_the_anchor_is_of_the_stage_that_was_taught(tmp_path, monkeypatch):
     go(*SMALL, "--out", tmp_path / "sft", "--epochs", ".1,.1,0,0")
     seen, gradients = [], train.sft_gradients
