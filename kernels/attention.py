@@ -291,52 +291,52 @@ def prefix_backward(q, cos, sin, K, V, gK, gV, start, members, first, do, o, lse
 def own_backward(q, k, v, cos, sin, K, V, gK, gV, n_own, slot, do, o, lse, part_dq, dq, dk, dv, s_qb, s_qh, s_qt, s_kb, s_kh, s_kt,
                  s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, scale, B, h, C, splits, T: tl.constexpr, REP: tl.constexpr, H: tl.constexpr,
                  BH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr):
-    """Program (row, key head): add dk and dv of the own columns, take what was added to the new ones, and finish dq, dk, dv."""
+    """Program (row, key head): add dk and dv of the own columns, take what was added to the new ones, and finish dq, dk, dv. BM queries at a
+    time: all of several positions at once would not fit into the registers."""
     b, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
     D: tl.constexpr = 2 * H
-    m = tl.arange(0, BM)
-    t, head, real = m // REP, j * REP + m % REP, m < T * REP
-    place = (b * h + head) * T + t
-    q1, q2 = load_rotated(q, b * s_qb + head * s_qh + t * s_qt, cos, sin, b * T + t, real, H, BH)
-    q1, q2 = q1.to(K.dtype.element_ty), q2.to(K.dtype.element_ty)
-    b_do = load_whole(do, b * s_ob + head * s_oh + t * s_ot, real, D, BD)
-    delta = tl.sum(b_do.to(tl.float32) * load_whole(o, place * D, real, D, BD).to(tl.float32), 1)
-    b_do, b_lse = b_do.to(V.dtype.element_ty), tl.load(lse + place, real, 0.0)
     base, have = (b * tl.num_programs(1) + j) * C * D, tl.load(n_own + b)
     K, V, gK, gV = K + base, V + base, gK + base, gV + base
-    dq1, dq2 = tl.zeros([BM, BH], tl.float32), tl.zeros([BM, BH], tl.float32)
-    for split in range(splits):
-        e1, e2 = load_halves(part_dq, (place + tl.full([], split, tl.int64) * B * h * T) * D, real, H, BH)
-        dq1, dq2 = dq1 + e1, dq2 + e2
-    for c in range(0, have, BN):
-        col = c + tl.arange(0, BN)
-        k1, k2 = load_halves(K, col * D, col < have, H, BH)
-        s = similarity(q1, q2, k1, k2, scale, (col < have)[None, :] & real[:, None])
-        e1, e2, f1, f2, g = flow_back(s, b_lse, delta, q1, q2, b_do, k1, k2, load_whole(V, col * D, col < have, D, BD), scale)
-        dq1, dq2 = dq1 + e1, dq2 + e2
-        add_halves(gK, col * D, f1, f2, col < have, H, BH)
-        add_whole(gV, col * D, g, col < have, D, BD)
-
-    new = tl.arange(0, BT)
+    i, ii, new = tl.arange(0, BH), tl.arange(0, BD), tl.arange(0, BT)
     fresh = new < T
     n1, n2 = load_rotated(k, b * s_kb + j * s_kh + new * s_kt, cos, sin, b * T + new, fresh, H, BH)
     n1, n2 = n1.to(K.dtype.element_ty), n2.to(K.dtype.element_ty)
     v_new = load_whole(v, b * s_vb + j * s_vh + new * s_vt, fresh, D, BD).to(V.dtype.element_ty)
     at = tl.load(slot + b * T + new, fresh, -1)
-    see = (((new[None, :] < t[:, None]) & (at >= 0)[None, :]) | (new[None, :] == t[:, None])) & fresh[None, :] & real[:, None]
-    e1, e2, f1, f2, g = flow_back(similarity(q1, q2, n1, n2, scale, see), b_lse, delta, q1, q2, b_do, n1, n2, v_new, scale)
-    later1, later2 = load_halves(gK, at * D, at >= 0, H, BH)
-    later = load_whole(gV, at * D, at >= 0, D, BD)
-    tl.debug_barrier()  # all is read before it is cleared
-    i, ii = tl.arange(0, BH), tl.arange(0, BD)
+    dk1, dk2 = load_halves(gK, at * D, at >= 0, H, BH)  # what later steps added
+    dv_new = load_whole(gV, at * D, at >= 0, D, BD)
+    for first in range(0, T * REP, BM):
+        m = first + tl.arange(0, BM)
+        t, head, real = m // REP, j * REP + m % REP, m < T * REP
+        place = (b * h + head) * T + t
+        q1, q2 = load_rotated(q, b * s_qb + head * s_qh + t * s_qt, cos, sin, b * T + t, real, H, BH)
+        q1, q2 = q1.to(K.dtype.element_ty), q2.to(K.dtype.element_ty)
+        b_do = load_whole(do, b * s_ob + head * s_oh + t * s_ot, real, D, BD)
+        delta = tl.sum(b_do.to(tl.float32) * load_whole(o, place * D, real, D, BD).to(tl.float32), 1)
+        b_do, b_lse = b_do.to(V.dtype.element_ty), tl.load(lse + place, real, 0.0)
+        see = (((new[None, :] < t[:, None]) & (at >= 0)[None, :]) | (new[None, :] == t[:, None])) & fresh[None, :] & real[:, None]
+        dq1, dq2, f1, f2, g = flow_back(similarity(q1, q2, n1, n2, scale, see), b_lse, delta, q1, q2, b_do, n1, n2, v_new, scale)
+        dk1, dk2, dv_new = dk1 + f1, dk2 + f2, dv_new + g
+        for split in range(splits):
+            e1, e2 = load_halves(part_dq, (place + tl.full([], split, tl.int64) * B * h * T) * D, real, H, BH)
+            dq1, dq2 = dq1 + e1, dq2 + e2
+        for c in range(0, have, BN):
+            col = c + tl.arange(0, BN)
+            k1, k2 = load_halves(K, col * D, col < have, H, BH)
+            s = similarity(q1, q2, k1, k2, scale, (col < have)[None, :] & real[:, None])
+            e1, e2, f1, f2, g = flow_back(s, b_lse, delta, q1, q2, b_do, k1, k2, load_whole(V, col * D, col < have, D, BD), scale)
+            dq1, dq2 = dq1 + e1, dq2 + e2
+            add_halves(gK, col * D, f1, f2, col < have, H, BH)
+            add_whole(gV, col * D, g, col < have, D, BD)
+        store_unrotated(dq, place * D, dq1, dq2, cos, sin, b * T + t, real, H, BH)
+        tl.debug_barrier()  # the next queries add to the same columns; and all is read before it is cleared
     where = at[:, None] * D
     tl.store(gK + where + i[None, :], tl.zeros([BT, BH], tl.float32), (at >= 0)[:, None] & (i < H)[None, :])
     tl.store(gK + where + H + i[None, :], tl.zeros([BT, BH], tl.float32), (at >= 0)[:, None] & (i < H)[None, :])
     tl.store(gV + where + ii[None, :], tl.zeros([BT, BD], tl.float32), (at >= 0)[:, None] & (ii < D)[None, :])
     new_place = (b * tl.num_programs(1) + j) * T + new
-    store_unrotated(dk, new_place * D, f1 + later1, f2 + later2, cos, sin, b * T + new, fresh, H, BH)
-    tl.store(dv + new_place[:, None] * D + ii[None, :], g + later, fresh[:, None] & (ii < D)[None, :])
-    store_unrotated(dq, place * D, dq1 + e1, dq2 + e2, cos, sin, b * T + t, real, H, BH)
+    store_unrotated(dk, new_place * D, dk1, dk2, cos, sin, b * T + new, fresh, H, BH)
+    tl.store(dv + new_place[:, None] * D + ii[None, :], dv_new, fresh[:, None] & (ii < D)[None, :])
 
 
 # ---- launches -----------------------------------------------------------------------------------------------------------
@@ -382,5 +382,5 @@ def run_backward(do, o, lse, q, k, v, cos, sin, prefix, own, g_prefix, g_own, w)
     prefix_backward[(N, h_kv, splits)](q, cos, sin, *prefix, *g_prefix, w.start, w.members, w.first, do, o, lse, part_dq, *strides[:3],
                                        *strides[9:], scale, B, h, P, width, **blocks(h, h_kv, d, T, w.group, 16))
     own_backward[(B, h_kv)](q, k, v, cos, sin, *own, *g_own, w.n_own, w.slot, do, o, lse, part_dq, dq, dk, dv, *strides, scale, B, h,
-                            own[0].shape[2], splits, BT=power_of_2(T, 16), **blocks(h, h_kv, d, T, 1, 16))
+                            own[0].shape[2], splits, BT=power_of_2(T, 16), **blocks(h, h_kv, d, T, 1, 16) | {"BM": 16})
     return dq, dk, dv

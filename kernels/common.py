@@ -13,6 +13,12 @@ except ImportError:  # macOS and Windows have no wheel: the references beside th
 HAS_TRITON = hasattr(triton, "__version__")
 
 
+def is_out_of_memory(error):
+    """Whether an exception is a failed allocation: of Python, of PyTorch, or of CUDA, cuBLAS, Triton or the CPU, which only say so."""
+    said = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and any(s in str(error) for s in said)
+
+
 def wide(x):
     """x in float32; float64 stays, so that a test can ask for it."""
     return x if x.dtype == torch.float64 else x.float()

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from triton.errors import TritonError
 
 from . import attention, cross_entropy, rows, vae
+from .cache import FEW
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 H, H_KV, HD, D, INNER, V = 32, 8, 64, 2048, 8192, 128259  # llama-1b and the three added tokens
@@ -35,7 +36,7 @@ def cases():
                  **{f"s_{x}{axis}": n for x, n in (("q", H), ("k", H_KV), ("v", H_KV), ("o", H))
                     for axis, n in (("b", n * HD), ("h", HD), ("t", n * HD))},
                  **dict.fromkeys(("q", "k", "v", "K", "V", "o", "do", "dq", "dk", "dv"), "bf16"))
-    shared, alone = ({n: {**attention.blocks(H, H_KV, HD, 1, rows, n), "BT": 16} for n in (32, 16)} for rows in (G, 1))
+    step = lambda T, rows, columns, **more: {**heads, **attention.blocks(H, H_KV, HD, T, rows, columns), "BT": 16, **more}
     row = dict(mu="bf16", logvar="bf16", dz="fp32", z="fp32", kl="fp32", logp="fp32", dkl="fp32", dlogp="fp32", dmu="bf16", dlogvar="bf16",
                s_mu=2 * D, s_logvar=2 * D, s_given=D, s_dz=D, D=D, BLOCK=vae.BLOCK, HAS_DZ=True)
     modes = {"draw": dict(given="i64", s_given=2, dgiven=None, MODE=vae.DRAW),
@@ -52,10 +53,11 @@ def cases():
                 V=V, D=D, s_h=D, s_W=D, s_dl=-(-V // 16) * 16, inverse=1.0, width=8064, **cross_entropy.HALF)
     return [*((f"vae forward, {m}", vae.forward_kernel, {**row, **a}) for m, a in modes.items()),
             *((f"vae backward, {m}", vae.backward_kernel, {**row, **a}) for m, a in modes.items()),
-            ("attention forward, prefix", attention.prefix_forward, {**heads, **shared[32]}),
-            ("attention forward, own", attention.own_forward, {**heads, **alone[32]}),
-            ("attention backward, prefix", attention.prefix_backward, {**heads, **shared[16]}),
-            ("attention backward, own", attention.own_backward, {**heads, **alone[16]}),
+            *((f"attention {way}, {T} new", kernel, step(T, *tile, **more))
+              for T, group in ((1, G), (FEW, 1))  # a tick of the rollouts; the answers of SFT
+              for way, kernel, tile, more in (
+                  ("forward, prefix", attention.prefix_forward, (group, 32), {}), ("forward, own", attention.own_forward, (1, 32), {}),
+                  ("backward, prefix", attention.prefix_backward, (group, 16), {}), ("backward, own", attention.own_backward, (1, 16), {"BM": 16}))),
             ("add + RMSNorm forward", rows.norm_forward, norm), ("add + RMSNorm backward", rows.norm_backward, norm),
             ("RoPE", rows.rotate_kernel, rope),
             ("SwiGLU forward", rows.swiglu_forward_kernel, glu), ("SwiGLU backward", rows.swiglu_backward_kernel, glu),

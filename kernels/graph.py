@@ -9,8 +9,9 @@ The first call runs as it is: it compiles kernels, makes the cache's buffers and
 replayed, the others are replays. A graph serves the steps of one batch, so nothing in it can be out of date; recording costs about as much
 as a step without it.
 
-All graphs are recorded on one stream and share one pool of memory: the next one writes where the last one did. So a graph must have had its
-last replay, and what it left must have been read or copied, before the next is recorded. Every loop here ends before another begins.
+All graphs are recorded on one stream and share one pool of memory: the next one writes where the last one did, and with the last one goes
+cuBLAS's workspace of that stream. So a graph must have had its last replay, and what it left must have been read or copied, before the next
+is recorded. Every loop here ends before another begins.
 
     MINATP_GRAPHS=0        no graphs, and the chain of latents is autograd's: to find a fault
 """
@@ -19,7 +20,9 @@ from contextlib import suppress
 
 import torch
 
-held = {}  # device -> (stream for recording, last graph). The next graph reuses the last one's memory: an older one is never replayed again
+from .common import is_out_of_memory
+
+held = {}  # device -> (stream for recording, last graph or None). The next graph reuses the last one's memory
 
 
 def serves(device):
@@ -29,16 +32,19 @@ def serves(device):
 
 def record(work, device):
     """(graph, result) of work(), which is recorded and not run: `result` holds nothing before the first replay(). Tried once more where
-    memory is lacking. Raises torch.OutOfMemoryError."""
-    with suppress(torch.OutOfMemoryError):
+    memory is lacking, PyTorch's or the driver's. Raises what says so (common.is_out_of_memory)."""
+    try:
         return capture(work, device)
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
     torch.cuda.empty_cache()  # a recording cannot use the blocks that PyTorch's allocator holds in reserve
     return capture(work, device)
 
 
 def capture(work, device):
     """`record`, tried once."""
-    stream, last = held.get(device) or (torch.cuda.Stream(device), None)
+    stream, last = held.pop(device, None) or (torch.cuda.Stream(device), None)
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -46,7 +52,6 @@ def capture(work, device):
         try:
             result = work()
         except BaseException:
-            held.pop(device, None)
             with suppress(RuntimeError):  # ending a failed recording raises again
                 graph.capture_end()
             raise
@@ -58,7 +63,7 @@ def capture(work, device):
 
 def release():
     """Let go of what is held for the next graph: after an evaluation, whose batches are larger than training's."""
-    held.clear()
+    held.update({device: (stream, None) for device, (stream, _) in held.items()})  # another stream would have another workspace
 
 
 # ---- what a loop needs whose steps are graphs: nothing in it may ask the device for a number --------------------------------

@@ -22,6 +22,7 @@ from unittest.mock import patch
 import torch
 
 from kernels.bench import ceilings
+from kernels.common import is_out_of_memory
 
 from . import config, count, data, muon, problems, run
 from .explain import read_thoughts
@@ -249,8 +250,9 @@ def attempt(did, model):
     """did(), or None where the GPU runs out of memory, which is then made free again."""
     try:
         return did()
-    except torch.OutOfMemoryError:
-        pass
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
     model.zero_grad(set_to_none=True)  # outside the except, which holds on to what was computed
     torch.cuda.empty_cache()
 
@@ -266,24 +268,34 @@ def warm_up(work, every, case):
         if attempt(lambda: seconds_of(*once), case.model):
             counts[s] = asdict(attempt(lambda: counted(*once), case.model) or UNCOUNTED)
     if "minatp" not in counts:
-        raise config.OutOfMemory(f"minatp/bench.py:0: minatp itself runs out of memory on {case.device}; take a larger GPU")
+        raise too_small(case)
     return counts
 
 
-def measure(case, every, rounds):
-    """[{"work", "tokens", "sides": {name: {"seconds": [of each round], "peak", counts}}}]"""
+def too_small(case):
+    return config.OutOfMemory(f"minatp/bench.py:0: minatp itself runs out of memory on {case.device}; take a larger GPU")
+
+
+def measure(case, every, rounds, save=lambda found: None):
+    """[{"work", "tokens", "sides": {name: {"seconds": [of each round], "peak", counts}}}]; save: is given it after each work."""
     found = []
     for name, (work, n_token) in works(case).items():
         counts = warm_up(work, every, case)
         fits, times, peak = list(counts), {s: [] for s in counts}, dict.fromkeys(counts, 0)
         for i in range(rounds):
             for s in fits[i % len(fits):] + fits[:i % len(fits)]:
-                took, most = seconds_of(partial(work, every[s]), case.device, every[s].bf16)
-                times[s].append(took)
-                peak[s] = max(peak[s], most)
+                timed = attempt(lambda: seconds_of(partial(work, every[s]), case.device, every[s].bf16), case.model)
+                if timed is None:
+                    fits.remove(s)
+                    continue
+                times[s].append(timed[0])
+                peak[s] = max(peak[s], timed[1])
+            if "minatp" not in fits:
+                raise too_small(case)
         found.append({"work": name, "tokens": n_token, "sides": {s: {"seconds": times[s], "peak": peak[s], **counts[s]} for s in fits}})
         tell(found[-1], case)
-        for s in every.keys() - counts.keys():
+        save(found)
+        for s in every.keys() - fits:
             run.say(f"    {s:18} ran out of memory: no time, and no win")
     return found
 
@@ -382,11 +394,11 @@ def growth(case, per_op, per_flop, rounds):
             sft_loss(supervise(model, batch, eps), batch.counts, BETA).backward()
             model.zero_grad(set_to_none=True)
 
-        if not attempt(lambda: seconds_of(step, case.device), model):  # kernels are compiled anew for some sizes
+        timed = [attempt(lambda: seconds_of(step, case.device), model) for _ in range(rounds + 1)][1:]  # kernels are compiled in the first
+        if None in timed:
             run.say(f"{key:>9}{value:5}   out of memory")
             continue
-        c = attempt(lambda: counted(step, case.device), model) or UNCOUNTED
-        seconds = statistics.median(seconds_of(step, case.device)[0] for _ in range(rounds))
+        c, seconds = attempt(lambda: counted(step, case.device), model) or UNCOUNTED, statistics.median(s for s, _ in timed)
         predicted = per_op * c.ops + per_flop * c.flops
         rows.append({"varied": key, "value": value, **asdict(c), "predicted": predicted, "seconds": seconds})
         run.say(f"{key:>9}{value:5}{c.ops:14,}{c.flops / 1e9:10.2f}{1e3 * predicted:15.1f}{1e3 * seconds:14.1f}")
@@ -425,8 +437,7 @@ def main(argv=None):
     compare(case, every)
     record = {"preset": args.preset, "device": str(device), "torch": torch.__version__}
     save = lambda **more: args.out and Path(args.out).write_text(json.dumps(record | more, indent=2) + "\n")
-    found = measure(case, every, args.rounds)
-    save(work=found)
+    found = measure(case, every, args.rounds, lambda found: save(work=found))
     rows = growth(case, *fit(found), args.rounds)
     memory = tell_memory()
     misses = missed(found) if args.preset == "tiny" else []

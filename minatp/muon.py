@@ -48,7 +48,9 @@ class Muon(torch.optim.AdamW):
         for p in self.hidden:
             if p.grad is None:
                 continue
-            m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            m = self.state[p]["momentum"]
             new = m.lerp(p.grad, 1 - MOMENTUM)
             moved = p - lr * (decay * p + 0.2 * max(p.shape)**0.5 * orthogonal(p.grad.lerp(new, MOMENTUM)))
             for x, y in ((m, new), (p, moved)):

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from kernels import ops
+from kernels.common import is_out_of_memory
 
 from . import checkpoint, data, distributed
 from .config import PRESETS, Config, NotFinite, NotWritten, OutOfMemory, Size, Stopped, UserError, flag, replace_file, write_config
@@ -137,7 +138,7 @@ def pick_device(name):
         raise UserError(f"command line: --device {name}: this machine shows torch {torch.cuda.device_count()} CUDA devices")
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every shape, and shapes change here with every batch
-    if device.type == "cuda" and device.index is not None:
+    if device.type == "cuda" and device.index is not None and "LOCAL_RANK" not in os.environ:  # under torchrun each process has another
         torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors lie
     return device
 
@@ -222,9 +223,8 @@ def memory(what, batch, length, option):
     """Turn a failed allocation inside, of a GPU or of the CPU, into OutOfMemory: what ran, on how much, and the option to lower."""
     try:
         yield
-    except (RuntimeError, MemoryError) as e:  # the CPU's allocator has no exception of its own
-        said = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")  # of the CPU, of Triton, of cuBLAS
-        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and not any(words in str(e) for words in said):
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
             raise
         raise OutOfMemory(f"{what}: out of memory with a batch of {batch} × {length} tokens: lower {option}") from e
 

@@ -62,16 +62,24 @@ def test_the_counts_meet_the_gates(case, every):
 
 
 def test_a_side_that_runs_out_of_memory_is_told_and_is_no_win(monkeypatch, capsys):
+    """At once, or in a later round with what the driver says; what was found before is saved."""
     def full():
         raise torch.OutOfMemoryError
 
+    def later():
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("CUDA error: out of memory")
+
     small = lambda: torch.ones(9, 9) @ torch.ones(9, 9)
-    every = {name: SimpleNamespace(bf16=True, run=work) for name, work in (("minatp", small), ("tuned", full), ("reference", small))}
+    calls, saved = [], []
+    every = {name: SimpleNamespace(bf16=True, run=work) for name, work in (("minatp", small), ("tuned", full), ("reference", small), ("late", later))}
     case = SimpleNamespace(device=torch.device("cpu"), model=torch.nn.Linear(1, 1), machine=None)
     monkeypatch.setattr(bench, "works", lambda case: {"rollouts": (lambda side: side.run(), 10)})
-    found, = bench.measure(case, every, 3)
-    assert list(found["sides"]) == ["minatp", "reference"] and len(found["sides"]["reference"]["seconds"]) == 3
-    assert "tuned              ran out of memory" in capsys.readouterr().out
+    found, = bench.measure(case, every, 3, saved.extend)
+    assert list(found["sides"]) == ["minatp", "reference"] and len(found["sides"]["reference"]["seconds"]) == 3 and saved == [found]
+    shown = capsys.readouterr().out
+    assert "tuned              ran out of memory" in shown and "late               ran out of memory" in shown
     every["minatp"].run = full
     with pytest.raises(config.OutOfMemory, match="minatp itself"):
         bench.measure(case, every, 1)

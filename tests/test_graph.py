@@ -94,14 +94,15 @@ def test_graphs_can_be_switched_off(monkeypatch):
     assert not graph.serves(torch.device("cuda"))
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory")])  # PyTorch's and the driver's
 @pytest.mark.parametrize("fails", [1, 2])
-def test_a_recording_that_lacks_memory_is_tried_once_more(monkeypatch, fails):
+def test_a_recording_that_lacks_memory_is_tried_once_more(monkeypatch, fails, error):
     done = []
 
     def capture(work, device):
         done.append(work)
         if done.count(work) <= fails:
-            raise torch.OutOfMemoryError
+            raise error
         return "graph", "result"
 
     monkeypatch.setattr(graph, "capture", capture)
@@ -109,9 +110,20 @@ def test_a_recording_that_lacks_memory_is_tried_once_more(monkeypatch, fails):
     if fails == 1:
         assert graph.record("work", None) == ("graph", "result")
     else:
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(type(error)):
             graph.record("work", None)
     assert done == ["work", "emptied", "work"]
+
+
+def test_another_failure_of_a_recording_is_not_tried_again(monkeypatch):
+    done = []
+    monkeypatch.setattr(graph, "capture", lambda work, device: done.append(work) or int("no"))
+    with pytest.raises(ValueError):
+        graph.record("work", None)
+    monkeypatch.setattr(graph, "capture", lambda work, device: done.append(work) or torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        graph.record("work", None)
+    assert done == ["work", "work"]
 
 
 def test_a_tape_replays_on_the_same_memory(tapes):
