@@ -133,7 +133,8 @@ def training_memory(cfg, K, c, batch_size, row, recompute=False, scale=8):
 def narrow(row):
     """A problem of the same lengths, for a vocabulary of few ids."""
     like = lambda ids: [4] * len(ids)
-    return replace(row, prompt=like(row.prompt), lines=list(map(like, row.lines)), texts=list(map(like, row.texts)), answer=like(row.answer))
+    return replace(row, prompt=like(row.prompt), lines=list(map(like, row.lines)), texts=list(map(like, row.texts)), rest=like(row.rest),
+                   answer=like(row.answer))
 
 
 def last_stage_loss(model, rows):

@@ -62,7 +62,7 @@ def held(cfg, model):
 def activations(cfg, model, tokens, row, device, stages):
     """Bytes that a micro-batch of problems as long as `row` keeps for SFT's backward pass, at that of the stages which keeps most."""
     size = cfg.micro_batch or cfg.batch_size
-    if next(model.parameters()).is_meta:
+    if stages and next(model.parameters()).device.type != device.type:  # too large for the device, or to be built
         llama = model.policy.cfg
         parts = count.training_memory(llama, model.K, model.c, size, row, cfg.recompute, scale=llama.n_kv_head)
         return parts["activations"] + parts["logits"]

@@ -191,6 +191,13 @@ def test_a_model_too_large_to_build_is_counted(tmp_path, capsys, monkeypatch):
     assert "policy 1,235,814,400" in shown and "one step    not run: it does not fit here" in shown and "do not end on a step" in shown
 
 
+def test_a_saved_model_too_large_for_the_device_is_counted(atp):
+    model, tokens = checkpoint.load(atp)
+    row, = data.encode(problems.generate("labelled", 1, 0), tokens, model.K, 512)
+    cfg = config.parse(["--init", str(atp)], "")
+    assert dry.activations(cfg, model, tokens, row, torch.device("cuda"), [model.K + 1]) > 0  # it was left on the CPU
+
+
 # ---- sample.py ----------------------------------------------------------------------------------------------------------
 
 def test_sample_shows_thoughts(atp, capsys, monkeypatch):
