@@ -34,7 +34,7 @@ AFTER = {  # name -> options of the run that goes on from ATP; {seconds}, {steps
     "RL, normalised": ["--stage", "rl", "--normalise"],
     "RL, leave one out": ["--stage", "rl", "--baseline", "rloo"],
     "RL, KL 0.01": ["--stage", "rl", "--kl", "0.01"],
-    "RL, 4 updates a batch (GRPO)": ["--stage", "rl", "--updates-per-batch", "4"],
+    "RL, 4 updates a batch (GRPO)": ["--stage", "rl", "--updates-per-batch", "4", "--updates", "400"],
     "RL, lr 3e-4": ["--stage", "rl", "--lr", "3e-4"],
     "control: more SFT": MORE,
     "SFT on answers alone": [*MORE, "--answers-share", "0.75"],
