@@ -266,10 +266,10 @@ def policy_gradients(cfg, model, start, x, old, what):
 def rl_gradients(cfg, model, tokens, asked, max_new, device):
     """Explore the problems asked and add their policy gradients, as if every group had a signal: the most that an update can cost, for
     --dry-run. Returns Explored."""
-    start, _ = checkpoint.load(cfg.init)
+    start = checkpoint.load(cfg.init)[0].to(device)
     x = explore(cfg, model, tokens, asked, [tokens.prompt(p.question) for p in asked], 0, max_new, device)
     every = x._replace(informative=torch.ones_like(x.informative))
-    policy_gradients(cfg, model, start.to(device), every, None, "rl, dry run")
+    policy_gradients(cfg, model, start, every, None, "rl, dry run")
     return x
 
 

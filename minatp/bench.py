@@ -267,13 +267,13 @@ def warm_up(work, every, case):
         once = (partial(work, side), case.device, side.bf16)
         if attempt(lambda: seconds_of(*once), case.model):
             counts[s] = asdict(attempt(lambda: counted(*once), case.model) or UNCOUNTED)
-    if "minatp" not in counts:
-        raise too_small(case)
+    need_minatp(counts, case)
     return counts
 
 
-def too_small(case):
-    return config.OutOfMemory(f"minatp/bench.py:0: minatp itself runs out of memory on {case.device}; take a larger GPU")
+def need_minatp(fits, case):
+    if "minatp" not in fits:
+        raise config.OutOfMemory(f"minatp/bench.py:0: minatp itself runs out of memory on {case.device}; take a larger GPU")
 
 
 def measure(case, every, rounds, save=lambda found: None):
@@ -284,14 +284,12 @@ def measure(case, every, rounds, save=lambda found: None):
         fits, times, peak = list(counts), {s: [] for s in counts}, dict.fromkeys(counts, 0)
         for i in range(rounds):
             for s in fits[i % len(fits):] + fits[:i % len(fits)]:
-                timed = attempt(lambda: seconds_of(partial(work, every[s]), case.device, every[s].bf16), case.model)
-                if timed is None:
+                if timed := attempt(lambda: seconds_of(partial(work, every[s]), case.device, every[s].bf16), case.model):
+                    times[s].append(timed[0])
+                    peak[s] = max(peak[s], timed[1])
+                else:
                     fits.remove(s)
-                    continue
-                times[s].append(timed[0])
-                peak[s] = max(peak[s], timed[1])
-            if "minatp" not in fits:
-                raise too_small(case)
+            need_minatp(fits, case)
         found.append({"work": name, "tokens": n_token, "sides": {s: {"seconds": times[s], "peak": peak[s], **counts[s]} for s in fits}})
         tell(found[-1], case)
         save(found)
