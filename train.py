@@ -45,10 +45,11 @@ def sft(cfg, splits, device):
     log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
     rows, answers = sets.encoded(cfg, splits.train, tokens, model), sets.encoded(cfg, splits.answers, tokens, model, free=True)
     sets.encoded(cfg, splits.held_out, tokens, model)  # none is too long
+    model.longest = max([model.longest, *(len(text) for r in rows for text in (*r.texts, r.rest))])
     plan = [(stage, max(1, round(epochs * len(rows) / cfg.batch_size))) for stage, epochs in cfg.schedule()]
     n_total, first = sum(n for _, n in plan), 0
     # from scratch, φ starts as what π has become when thoughts begin
-    decoder_start = plan[0][1] if plan[0][0] == 0 and model.decode and not cfg.init else -1
+    decoder_start = plan[0][1] - 1 if plan[0][0] == 0 and model.decode and not cfg.init else -1
     run.say(f"{cfg.method}: {run.size(model)}, {len(tokens):,} tokens, {n_total:,} steps of {cfg.batch_size} problems on {device}; "
             f"files in {cfg.out}")
 
@@ -64,12 +65,11 @@ def sft(cfg, splits, device):
             if step < state["step"]:
                 continue  # done before the resume; the order had to be drawn
 
-            if step == decoder_start:
-                model.decoder.start_from(model.policy)
-
             lr = run.lr_at(cfg, i, n_steps)
             sums, counts = sft_gradients(cfg, model, tokens, chosen, stage, step, device)
             norm = steps.take(lr, sum(sums.values()), step, chosen)
+            if step == decoder_start:
+                model.decoder.start_from(model.policy)
 
             meter.add({**sums, "grad_norm": norm}, counts, counts["read"])
             if (step + 1) % cfg.log_every == 0 or i == n_steps - 1:
@@ -290,12 +290,12 @@ def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n, n_i
     """−Σ advantage·log-probability over the chains r of the informative groups, over all n chains of the batch, of which n_informative are
     in such groups; both counted over all processes.
 
-    start: the SFT policy where the KL to it is asked for, which is a pass more. Returns (loss, the log-probabilities that later
-    updates on this batch are compared with, metrics).
+    start: the SFT policy where the KL to it is asked for, which is a pass more. Returns (loss, what later updates on this batch are
+    compared with: the log-probabilities, and start's Score or None; metrics).
     """
     s = score(model, prompt, valid, r, cfg.G, eps if cfg.estimator == "path" else None)
     new = torch.cat((s.logp_z, s.logp_stop, s.logp_token if not cfg.greedy else 0 * s.logp_token), 1)
-    old = new.detach() if old is None else old
+    old, ref = (new.detach(), None) if old is None else old
     each, clamped = surrogate(new, old, advantage)
     loss = each.sum() / n
     decided = torch.cat((s.candidate & (cfg.estimator == "score"), s.candidate[:, ::model.c] & model.stop,
@@ -303,10 +303,10 @@ def policy_loss(cfg, model, start, prompt, valid, r, advantage, eps, old, n, n_i
     metrics = {"clamped": clamped.sum() / decided.sum().clamp(min=1)}
     if start is not None:
         with torch.no_grad():
-            ref = score(start, prompt, valid, r, cfg.G)
+            ref = ref or score(start, prompt, valid, r, cfg.G)
         kl = kl_to(s, ref)
         metrics["kl"] = kl / len(advantage)
-    return loss + cfg.kl * kl / n_informative if cfg.kl else loss, old, metrics
+    return loss + cfg.kl * kl / n_informative if cfg.kl else loss, (old, ref), metrics
 
 
 def kl_to(s, ref):

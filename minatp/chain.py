@@ -44,7 +44,8 @@ PARTS = len(Thought._fields)
 
 def parts(model):
     """The modules that a latent passes through."""
-    return [*model.policy.model["layers"], model.policy.model["norm"], *([model.latent_head] if model.vae else [])]
+    heads = [m for name, m in model.named_children() if name not in ("policy", "decoder", "stop_head")]
+    return [*model.policy.model["layers"], model.policy.model["norm"], *heads]
 
 
 def weights(model):

@@ -216,8 +216,10 @@ def load(directory, **switches):
     cfg = read_config(directory / "config.json")
     tokens = read_tokens(directory, cfg)
     ours = directory / "minatp"
-    model = ATP(cfg, **{k: v for k, v in {**saved, **switches}.items() if k != "stage"})
-    model.stage = saved.get("stage", model.stage)
+    later = {k: saved.pop(k) for k in ("stage", "longest") if k in saved}
+    model = ATP(cfg, **saved | switches)
+    for name, value in later.items():
+        setattr(model, name, value)
     model.end = tokens.end
     fill_llama(model.policy, directory)
     if model.decode:
@@ -237,14 +239,14 @@ def load(directory, **switches):
 
 
 def switches_of(directory):
-    """ATP's keyword arguments and the stage, as `save` wrote them into minatp/config.json; {} of a model that is not ours. Raises UserError."""
+    """ATP's keyword arguments, the stage and the longest thought, as `save` wrote them into minatp/config.json; {} of a model that is not ours. Raises UserError."""
     path = locate(directory) / "minatp" / "config.json"
     if not path.parent.is_dir():
         return {}
-    kinds = {"c": int, "K": int, "vae": bool, "stop": bool, "decode": bool, "stage": int, "decoder_layers": int}
+    kinds = {"c": int, "K": int, "vae": bool, "stop": bool, "decode": bool, "stage": int, "longest": int, "decoder_layers": int}
     found = read_json(path)
-    for name in kinds.keys() - {"decoder_layers"} | found.keys():
-        if type(found.get(name)) is not kinds.get(name) or found[name] < (name in ("c", "K", "decoder_layers")):
+    for name in kinds.keys() - {"longest", "decoder_layers"} | found.keys():
+        if type(found.get(name)) is not kinds.get(name) or found[name] < (name in ("c", "K", "longest", "decoder_layers")):
             raise UserError(f'{path}:1: "{name}" is {found.get(name)!r}; this file is written with the model and not by hand')
     return found
 
@@ -272,16 +274,13 @@ def save(directory, model, tokens):
         if name not in tokens.files:
             (directory / name).write_text(json.dumps(text, indent=2) + "\n")
     ours_config = {"c": model.c, "K": model.K, "vae": model.vae, "stop": model.stop, "decode": model.decode,
-                   "stage": model.stage}
+                   "stage": model.stage, "longest": model.longest}
     if model.decode:
         ours_config["decoder_layers"] = model.decoder.cfg.n_layer
         save_file(cpu(model.decoder), ours / "decoder.safetensors")
     (ours / "config.json").write_text(json.dumps(ours_config, indent=2) + "\n")
-    heads = {}
-    for name in ("latent_head", "stop_head"):
-        if hasattr(model, name):
-            heads |= cpu(getattr(model, name), name + ".")
-    save_file(heads, ours / "heads.safetensors")
+    heads = [cpu(m, name + ".") for name, m in model.named_children() if name not in ("policy", "decoder")]
+    save_file({k: v for head in heads for k, v in head.items()}, ours / "heads.safetensors")
 
 
 # ---- checkpoints of a run -----------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ class Optim:
     epochs: str = opt("", "epochs of each curriculum stage 0 … K+1, separated by commas; one number: of every stage [the preset's]")
     batch_size: int = opt(32, "problems per step")
     micro_batch: int = opt(0, "problems per forward pass, gradients accumulated; 0: all of the batch at once")
-    optimizer: str = opt("muon", "muon: for the matrices inside the model, AdamW for the rest; adamw: for all")
+    optimizer: str = opt("muon", "muon: for the matrices of the layers and of the latent head, AdamW for the rest; adamw: for all")
     lr: float = opt(2e-3, "peak learning rate; a cosine in each stage")
     warmup: int = opt(50, "steps of linear warm-up in each stage, at most a tenth of it")
     weight_decay: float = opt(0.01, "of matrices")
@@ -177,7 +177,7 @@ class Explore:
 @dataclass
 class Report:
     """evaluation and files"""
-    max_new: int = opt(0, "most tokens of an answer [16 after latents; what the longest training text takes otherwise]")
+    max_new: int = opt(0, "most tokens of an answer [as many as the longest training text takes, 16 at least]")
     eval_batch: int = opt(500, "problems per batch in evaluation")
     votes: int = opt(0, "also sample this many chains per test problem: pass@k and majority vote")
     temperature: float = opt(1.0, "of those samples")
@@ -188,6 +188,8 @@ class Report:
 
 @dataclass
 class Config(Report, Explore, Optim, Latents, Size, Data, Run):
+    given = ()  # names of the options that the command line gave; not written to config.json
+
     @property
     def switches(self):
         """ATP's keyword arguments."""
@@ -251,6 +253,8 @@ class Config(Report, Explore, Optim, Latents, Size, Data, Run):
         need(self.estimator in ("score", "path"), f"--estimator must be score or path, not {self.estimator!r}")
         need(self.coherence in ("paper", "strict"), f"--coherence must be paper or strict, not {self.coherence!r}")
         need(0 <= self.answers_share <= 1, f"--answers-share must be between 0 and 1, not {self.answers_share}")
+        need(not self.answers_share or self.stage == "rl" or self.latent and self.schedule()[-1][0] > self.K,
+             "--answers-share is of the last stage of a method that thinks in latents, and there is none here")
         need(self.sink in ("", "tensorboard", "wandb"), f"--sink must be tensorboard or wandb, not {self.sink!r}")
         need(self.G > 1, "--G must be at least 2: a group is its own baseline")
         self.schedule()
@@ -324,6 +328,7 @@ def parse(argv, description):
     cfg.out = cfg.out or f"out/{cfg.stage}"
     if cfg.resume:
         return resumed(cfg, given)
+    cfg.given = tuple(given)
     cfg.check()
     return cfg
 

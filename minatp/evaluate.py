@@ -79,7 +79,7 @@ def as_text(model, tokens, r):
     row, s = step_used.nonzero(as_tuple=True)
     thoughts = [[] for _ in range(len(r.z))]
     if model.decode:
-        texts = read_thoughts(model.decoder, r.z.unflatten(1, (K, c))[row, s], tokens.eos[0])
+        texts = read_thoughts(model.decoder, r.z.unflatten(1, (K, c))[row, s], tokens.eos[0], model.longest)
         for b, ids in zip(row.tolist(), texts):
             thoughts[b].append(tokens.decode(ids))
     sigma = (0.5 * r.logvar).exp().mean(-1).unflatten(1, (K, c)).mean(-1).tolist() if model.vae else None

@@ -35,7 +35,7 @@ def cast_once(module):
 
 
 @torch.no_grad()
-def read_thoughts(decoder, z, eos, max_new=24):
+def read_thoughts(decoder, z, eos, max_new):
     """What φ writes greedily for each thought. z (N, c, D) -> N lists of ids, up to the id `eos` that φ was taught to write.
 
     Thoughts that have ended leave the batch, at once or, where ticks are CUDA graphs, when they are half of it.
@@ -69,7 +69,7 @@ def read_thoughts(decoder, z, eos, max_new=24):
 
 
 @torch.no_grad()
-def readings(decoder, z, eos, n=3, max_new=24):
+def readings(decoder, z, eos, n, max_new):
     """The n likeliest readings of each thought, by beam search. z (N, c, D) -> N lists of (ids, probability), likeliest first.
 
     Readings that do not end within max_new tokens are left out.

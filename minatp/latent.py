@@ -56,6 +56,7 @@ class ATP(nn.Module):
         super().__init__()
         self.c, self.K, self.vae, self.stop, self.decode = c, K, vae, stop, decode
         self.stage = K + 1
+        self.longest = 24  # tokens that φ may write for a thought; SFT raises it where a text is longer
         self.end = None  # id of <|end-latent|>
         self.policy = Llama(cfg)
         if decode:

@@ -67,7 +67,7 @@ def read(model, tokens, chains, n=3):
     z = torch.cat([chain.z for chain in chains]).to(model.policy.freq.device)
     z = z.reshape(len(z) // model.c, model.c, z.shape[-1])  # (thoughts, c, D)
     if model.decode:
-        found = iter([(tokens.decode(ids), p) for ids, p in thought] for thought in explain.readings(model.decoder, z, tokens.eos[0], n))
+        found = iter([(tokens.decode(ids), p) for ids, p in thought] for thought in explain.readings(model.decoder, z, tokens.eos[0], n, model.longest))
     elif not model.vae:
         p, ids = model.policy.logits(z[:, 0]).softmax(-1).topk(n)
         found = iter([(tokens.decode([i]).strip(), q) for i, q in zip(*row)] for row in zip(ids.tolist(), p.tolist()))

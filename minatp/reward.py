@@ -5,7 +5,7 @@ from fractions import Fraction
 
 LONGEST = 1000  # digits of a number; Python converts no more than 4,300 at once
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
-SIGNED = re.compile(rf"(?<![\d.)])-?(?:{NUMBER.pattern})")  # a minus after a number or a bracket is an operator
+SIGNED = re.compile(rf"(?<![\d.)])(?:(?<![\d.)] )-)?(?:{NUMBER.pattern})")  # a minus after a number or a bracket is an operator
 
 
 def number(text):

@@ -16,7 +16,7 @@ from kernels import ops
 from kernels.common import is_out_of_memory
 
 from . import checkpoint, data, distributed
-from .config import PRESETS, Config, NotFinite, NotWritten, OutOfMemory, Size, Stopped, UserError, flag, replace_file, write_config
+from .config import NotFinite, NotWritten, OutOfMemory, Size, Stopped, UserError, flag, replace_file, write_config
 from .latent import ATP
 from .llama import LLAMA3_ROPE, LlamaConfig
 
@@ -35,17 +35,16 @@ def build(cfg, train):
     model = ATP(shape(cfg, len(tokens)), **cfg.switches)
     model.policy.init_weights()
     if model.decode:
-        model.decoder.init_weights()
+        model.decoder.start_from(model.policy)
     model.end = tokens.end
     return model, tokens
 
 
 def need_size(model, cfg):
     """Raises UserError where an option asks for another size than cfg.init has."""
-    preset = Config(**PRESETS[cfg.preset])
-    for name in (f.name for f in fields(Size)):
+    for name in (f.name for f in fields(Size) if f.name in cfg.given and f.name != "vocab_size"):
         has, asked = getattr(model.policy.cfg, name, None), getattr(cfg, name)
-        if name != "vocab_size" and has is not None and asked not in (has, getattr(preset, name)):
+        if has not in (None, asked):
             raise UserError(f"command line: {flag(name)} {asked} contradicts --init {cfg.init}, which has {has}; leave one away")
 
 
@@ -55,9 +54,8 @@ def need_thoughts(cfg):
     saved = checkpoint.switches_of(cfg.init)
     if not (saved.get("vae") and saved.get("decode") and saved.get("stage")):
         raise UserError(f"{cfg.init}:0: has no sampled latents or no decoder LM; start --stage rl from an SFT run of --method atp")
-    preset = Config(**PRESETS[cfg.preset])
     for name in ("c", "K"):
-        if (asked := getattr(cfg, name)) not in (has := saved[name], getattr(preset, name)):
+        if name in cfg.given and (asked := getattr(cfg, name)) != (has := saved[name]):
             raise UserError(f"command line: {flag(name)} {asked} contradicts --init {cfg.init}, which has {has}; leave it away")
 
 

@@ -56,6 +56,8 @@ def load(cfg):
     taught = kept if cfg.method == "no-cot" else [p for p in kept if p.steps and p.answer]
     if not taught and not (rl and kept and not cfg.anchor):
         raise UserError(f"{cfg.data}:1: no problem with steps is left to learn from" + "; RL can do without by --anchor 0" * rl)
+    if cfg.answers_share and not rl and all(p.steps for p in kept):
+        raise UserError(f"{cfg.data}:1: has no problem without steps for --answers-share {cfg.answers_share}; leave it away")
     left_out = [f"{len(train) - len(kept)} in the validation or test set"] * (len(kept) < len(train)) + \
                [f"{len(kept) - len(taught)} without steps (see --answers-share)"] * (len(taught) < len(kept) and not cfg.answers_share and not rl)
     note = "left out of training: " + ", ".join(left_out) if left_out else ""

@@ -311,6 +311,7 @@ def test_folders_that_cannot_be_used(finished, refused, tmp_path):
     ("--preset llama-1b", "--preset llama-1b needs --init"), ("--stage rl --G 1", "--G must be at least 2"),
     ("--answers-share 2", "--answers-share must be between 0 and 1"), ("--baseline best", "--baseline must be mean or rloo"),
     ("--stage rl --method cot", "takes the model of --init as it is"), ("--stage rl --no-stop", "takes the model of --init as it is"),
+    ("--answers-share .5 --epochs 1,0,0,0,0,0", "none here"), ("--answers-share .5 --method cot", "none here"),
     ("--optimizer sgd", "--optimizer must be muon or adamw"), ("--estimator guess", "--estimator must be"), ("--coherence loose", "--coherence must be"),
 ])
 def test_command_lines(argv, reason, refused, tmp_path):
@@ -331,14 +332,22 @@ def test_command_lines_with_a_wrong_path(argv, start, reason, refused):
     refused(train.main, ["--labelled", 40, "--answers", 5, "--test-size", 5, "--val-size", 5, *argv], start, reason)
 
 
+@pytest.mark.parametrize("n_inner", [40, 352])  # the latter is the preset's, which counts once it is given
 @pytest.mark.parametrize("options", [TINY, TINY_RL])
-def test_a_size_that_the_model_has_not(options, finished, refused):
-    refused(train.main, [*options, "--n-inner", 40, "--init", finished, "--out", "o"], "command line: ",
-            f"--n-inner 40 contradicts --init {finished}, which has 24")
+def test_a_size_that_the_model_has_not(options, n_inner, finished, refused):
+    refused(train.main, [*options, "--n-inner", n_inner, "--init", finished, "--out", "o"], "command line: ",
+            f"--n-inner {n_inner} contradicts --init {finished}, which has 24")
 
 
-def test_rl_takes_the_latents_that_sft_has_settled(finished, refused):
-    refused(train.main, [*TINY_RL, "--c", 3, "--init", finished, "--out", "o"], "command line: ", f"--c 3 contradicts --init {finished}, which has")
+@pytest.mark.parametrize("option", [("--c", 3), ("--K", 4)])
+def test_rl_takes_the_latents_that_sft_has_settled(option, finished, refused):
+    refused(train.main, [*TINY_RL, *option, "--init", finished, "--out", "o"], "command line: ",
+            f"{option[0]} {option[1]} contradicts --init {finished}, which has")
+
+
+def test_answers_alone_that_the_data_lacks(tmp_path, refused):
+    (tmp_path / "a").write_text("".join(f"q{i}||<<1+1=2>> #### 2\n" for i in range(9)))
+    refused(train.main, ["--data", tmp_path / "a", "--val-size", 2, "--answers-share", .5, "--out", "o"], f"{tmp_path / 'a'}:1: ", "without steps")
 
 
 @pytest.mark.parametrize("option, has", [(("--c", 3), "--c 1"), (("--K", 1, "--epochs", 1), "--K 2")])

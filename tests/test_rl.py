@@ -170,9 +170,9 @@ def test_clamped_is_a_share_of_decisions_and_kl_to_oneself_is_none(tiny):
     cfg = config.parse(["--stage", "rl", "--estimator", "score", "--G", "2"], "")
     r = as_rollout(torch.randn(1, C * K, 8).double(), [(0, True, (0, 1)), (0, True, (2, 1))])
     chains = (prompt, valid, r, torch.tensor([[0.5], [-0.5]]).double(), None)
-    _, old, told = train.policy_loss(cfg, model, model, *chains, None, 2, 2)
+    _, (old, _), told = train.policy_loss(cfg, model, model, *chains, None, 2, 2)
     assert told["clamped"] == 0 and told["kl"].item() == pytest.approx(0, abs=1e-9)
-    assert train.policy_loss(cfg, model, None, *chains, old - 1.0 * (old != 0), 2, 2)[2]["clamped"] == 1
+    assert train.policy_loss(cfg, model, None, *chains, (old - 1.0 * (old != 0), None), 2, 2)[2]["clamped"] == 1
 
 
 def test_coherence_only_looks_at_no_answer_anywhere():

@@ -167,6 +167,25 @@ def test_curriculum_order_and_steps(atp):
     assert stages == sorted(stages) and max(r["step"] for r in records) == 16
 
 
+def test_a_decoder_starts_as_the_policy_that_thinks_first(tmp_path):
+    go(*SMALL, "--epochs", "1,0,0,0", "--out", tmp_path)
+    model, _ = checkpoint.load(tmp_path)
+    policy = model.policy.state_dict()
+    assert all(torch.equal(p, policy[name]) for name, p in model.decoder.state_dict().items())
+
+
+def test_a_thought_is_read_to_the_end_of_the_longest_that_was_taught(tmp_path, monkeypatch):
+    """The K-th thought stands for all steps that are left."""
+    go(*SMALL, "--K", 1, "--epochs", "0,0,1", "--out", tmp_path)
+    model, tokens = checkpoint.load(tmp_path)
+    texts = [r.rest for r in sets.encoded(config.of_run(tmp_path / "config.json"), problems.generate("labelled", 60, 0), tokens, model)]
+    assert model.longest == max(map(len, texts)) > 24
+    asked = []
+    monkeypatch.setattr(evaluate, "read_thoughts", lambda decoder, z, eos, max_new: asked.append(max_new) or [[eos]] * len(z))
+    evaluate.solve(model, tokens, [tokens.prompt("Ann has 5 pens.")], 4)
+    assert asked == [model.longest]
+
+
 def test_external_data_and_init(atp, tmp_path, capsys):
     """Fine-tune an earlier run on a file of one's own; held-out questions are not trained on."""
     ps = problems.generate("labelled", 60, 9)
