@@ -49,7 +49,7 @@ class Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx, columns, k, v):
         ctx.columns = columns
-        return k.new_zeros(())
+        return k.new_empty(())
 
     @staticmethod
     @once_differentiable
@@ -65,7 +65,7 @@ class Step(torch.autograd.Function):
         o, lse = attention.run_forward(q, k, v, cos, sin, prefix.kv, own.kv, where)
         ctx.save_for_backward(q, k, v, cos, sin, o, lse)
         ctx.columns = prefix, own, where
-        return o, q.new_zeros(())
+        return o, q.new_empty(())
 
     @staticmethod
     @once_differentiable
@@ -81,7 +81,7 @@ class Read(torch.autograd.Function):
     def forward(ctx, prefix, own, thread, owner, n):
         ctx.columns, ctx.owner, ctx.n = (prefix, own), owner, n
         k, v = (torch.cat((p[owner], x[:, :, :n]), 2) for p, x in zip(prefix.kv, own.kv))
-        return k, v, k.new_zeros(())
+        return k, v, k.new_empty(())
 
     @staticmethod
     @once_differentiable
@@ -101,7 +101,7 @@ class Append(torch.autograd.Function):
         b, t = real
         for buffer, new in zip(own.kv, (k, v)):
             buffer[b, :, slot[b, t]] = new[b, :, t].to(buffer.dtype)
-        return k.new_zeros(())
+        return k.new_empty(())
 
     @staticmethod
     @once_differentiable
@@ -114,7 +114,7 @@ class Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, old, new, thread, rows):
         ctx.columns, ctx.rows = (old, new), rows
-        return thread.new_zeros(())
+        return thread.new_empty(())
 
     @staticmethod
     @once_differentiable

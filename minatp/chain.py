@@ -98,7 +98,7 @@ class ByHand(torch.autograd.Function):
         ctx.model, ctx.L, ctx.spread, ctx.cache = model, L, spread, cache.fork()
         kind = h.device.type
         ctx.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
-        return *thought, n_latent, *(h.new_zeros(()) for _ in cache.thread)
+        return *thought, n_latent, *(h.new_empty(()) for _ in cache.thread)
 
     @staticmethod
     @once_differentiable
@@ -123,9 +123,9 @@ class ByHand(torch.autograd.Function):
                 found = [thought[i] for i in used]
                 if fed:
                     cache.n_own.copy_(before)
-                    cache.thread = [h.new_zeros((), requires_grad=True) for _ in threads]
+                    cache.thread = [h.new_empty((), requires_grad=True) for _ in threads]
                     found += [model.policy.step(thought.z, real, cache), *cache.thread]
-                    d += [dh, *map(torch.zeros_like, cache.thread)]
+                    d += [dh, *map(torch.empty_like, cache.thread)]
                 sent, *more = torch.autograd.grad(found, [h, *fresh.values()], d, allow_unused=True)
             for total, x in zip(added.values(), more):
                 if x is not None:

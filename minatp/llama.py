@@ -113,6 +113,11 @@ class KVCache:
         self.kv = [tuple(buffer[rows] for buffer in kv) for kv in self.kv]
 
 
+def last(x, n):
+    """The last n columns of x (B, T, D); all of them are x itself, which costs the backward pass nothing."""
+    return x if n == x.shape[1] else x[:, -n:]
+
+
 class RMSNorm(nn.Module):
     def __init__(self, D, eps):
         super().__init__()
@@ -135,7 +140,7 @@ class Attention(nn.Module):
     def forward(self, x, n, rope, cache, i, mask):
         """Keys and values of all T columns of x (B, T, D), queries of the last n -> (B, n, D)."""
         B, T, _ = x.shape
-        q = self.q_proj(x[:, -n:]).view(B, n, self.h, self.hd).transpose(1, 2)  # (B, h, n, hd)
+        q = self.q_proj(last(x, n)).view(B, n, self.h, self.hd).transpose(1, 2)  # (B, h, n, hd)
         k = self.k_proj(x).view(B, T, self.h_kv, self.hd).transpose(1, 2)       # (B, h_kv, T, hd)
         v = self.v_proj(x).view(B, T, self.h_kv, self.hd).transpose(1, 2)
         return self.o_proj(cache.attend(i, q, k, v, rope, mask).transpose(1, 2).reshape(B, n, -1))
@@ -176,7 +181,7 @@ class Block(nn.Module):
         """The residual stream x and what the last branch adds to it, likewise after this block, of the last n columns: each norm does
         the addition before it."""
         x, y = self.input_layernorm(x, a)
-        x, y = self.post_attention_layernorm(x[:, -n:], self.self_attn(y, n, rope, cache, i, mask))
+        x, y = self.post_attention_layernorm(last(x, n), self.self_attn(y, n, rope, cache, i, mask))
         if self.recompute and torch.is_grad_enabled() and y.shape[1] > 1:  # a step of the chain keeps its inputs for dW
             return x, checkpoint(self.mlp, y, use_reentrant=False)
         return x, self.mlp(y)

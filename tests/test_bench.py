@@ -46,11 +46,11 @@ def test_a_static_cache_gives_the_same_chains(case):
     assert torch.equal(chains[0].token, chains[1].token) and torch.equal(chains[0].n_latent, chains[1].n_latent)
 
 
-def test_a_peer_that_computes_something_else_is_not_timed(case, every):
+def test_a_peer_that_computes_something_else_is_not_timed(case, every, capsys):
     broken = {**every, "tuned": bench.Side(**{**vars(every["tuned"]), "losses": lambda batch, eps: {
         k: 1.01 * v for k, v in every["tuned"].losses(batch, eps).items()}})}
-    with pytest.raises(config.UserError, match="tuned and minatp differ"):
-        bench.compare(case, {k: broken[k] for k in ("minatp", "tuned")})
+    assert list(bench.compare(case, {k: broken[k] for k in ("minatp", "tuned")})) == ["minatp"]
+    assert "tuned              DIFFERS from minatp" in capsys.readouterr().out
 
 
 def test_the_counts_meet_the_gates(case, every):
@@ -77,6 +77,7 @@ def test_a_side_that_runs_out_of_memory_is_told_and_is_no_win(monkeypatch, capsy
     case = SimpleNamespace(device=torch.device("cpu"), model=torch.nn.Linear(1, 1), machine=None)
     monkeypatch.setattr(bench, "works", lambda case: {"rollouts": (lambda side: side.run(), 10)})
     found, = bench.measure(case, every, 3, saved.extend)
+    assert not bench.measure(case, every, 3, only=["reading"])
     assert list(found["sides"]) == ["minatp", "reference"] and len(found["sides"]["reference"]["seconds"]) == 3 and saved == [found]
     shown = capsys.readouterr().out
     assert "tuned              ran out of memory" in shown and "late               ran out of memory" in shown
@@ -115,7 +116,8 @@ def test_prices_are_found_from_times():
 
 @pytest.mark.parametrize("argv, message", [
     (["--preset", "huge"], "--preset must be one of tiny, llama-1b"), (["--rounds", "0"], "--rounds must be positive"),
-    (["--round", "2"], "did you mean --rounds?"), (["--device", "cuda:99"], "--device cuda:99")])
+    (["--round", "2"], "did you mean --rounds?"), (["--sides", "tuned;best"], "--sides: there is no 'best'; there are minatp; tuned; reference"),
+    (["--works", "all"], "--works: there is no 'all'"), (["--device", "cuda:99"], "--device cuda:99")])
 def test_mistakes_get_one_line(argv, message, capsys):
     assert config.guarded(bench.main, argv) == 2
     err = capsys.readouterr().err
