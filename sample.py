@@ -238,7 +238,4 @@ def closing(show, shows, asked):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(config.guarded(main))
-    except BrokenPipeError:  # sample.py | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(config.guarded(main))

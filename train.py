@@ -20,6 +20,7 @@ def main(argv=None):
     cfg = config.parse(argv, __doc__)
     device = distributed.start(run.pick_device(cfg.device))
     distributed.check(cfg.batch_size)
+    run.need_free(cfg)
     torch.manual_seed(cfg.seed)
     if cfg.init:
         checkpoint.locate(cfg.init)  # before the data is read
@@ -27,7 +28,8 @@ def main(argv=None):
     run.say(splits.tell())
     if cfg.dry_run:
         from minatp.dry import dry_run
-        return dry_run(cfg, splits, device, lambda *a: sft_gradients(cfg, *a, 0, device), lambda *a: rl_gradients(cfg, *a, device))
+        dry_run(cfg, splits, device, lambda *a: sft_gradients(cfg, *a, 0, device), lambda *a: rl_gradients(cfg, *a, device))
+        return distributed.stop()
     with run.stop, run.memory(f"--stage {cfg.stage}", cfg.batch_size, cfg.block_size, "--batch-size or the size of the model"):
         {"sft": sft, "rl": rl}[cfg.stage](cfg, splits, device)
     distributed.stop()
@@ -42,9 +44,11 @@ def sft(cfg, splits, device):
     run.place(model, device).set_recompute(cfg.recompute)
     optimizer = muon.build(cfg, model)
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}
+    run.need_data(splits, state, cfg)
     log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
     rows, answers = sets.encoded(cfg, splits.train, tokens, model), sets.encoded(cfg, splits.answers, tokens, model, free=True)
     sets.encoded(cfg, splits.held_out, tokens, model)  # none is too long
+    sets.prompts(splits.held_out, tokens, model, run.max_answer(cfg, rows, model))
     model.longest = max([model.longest, *(len(text) for r in rows for text in (*r.texts, r.rest))])
     plan = [(stage, max(1, round(epochs * len(rows) / cfg.batch_size))) for stage, epochs in cfg.schedule()]
     n_total, first = sum(n for _, n in plan), 0
@@ -84,7 +88,7 @@ def sft(cfg, splits, device):
             stopping = distributed.anyone(run.stop.asked, device)
             if (step + 1) % cfg.save_every == 0 or i == n_steps - 1 or stopping:
                 steps.check()
-                state = {"step": step + 1, "seconds": log.seconds(), "meter": meter.state()}
+                state |= {"step": step + 1, "seconds": log.seconds(), "meter": meter.state()}
                 checkpoint.save_checkpoint(cfg.out, state, model, tokens, optimizer)
                 run.stop.check(cfg, stopping)
         first += n_steps
@@ -142,12 +146,15 @@ def rl(cfg, splits, device):
     optimizer = muon.build(cfg, model)
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0, "start": run.fingerprint(start)}
     run.need_start(start, state, cfg)
+    run.need_data(splits, state, cfg)
     log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
     pool = [*splits.train, *splits.answers] if cfg.data else splits.answers  # the built-in task keeps a set for RL
-    prompts, rows = [tokens.prompt(p.question) for p in pool], sets.encoded(cfg, splits.train, tokens, model)
+    rows = sets.encoded(cfg, splits.train, tokens, model)
     val_rows = sets.encoded(cfg, [p for p in splits.val if p.steps][:200], tokens, model)
-    sets.encoded(cfg, splits.answers + splits.held_out, tokens, model)  # none is too long
     max_new = run.max_answer(cfg, rows, model)
+    prompts = sets.prompts(pool, tokens, model, max_new)
+    sets.encoded(cfg, splits.answers + splits.held_out, tokens, model)  # none is too long
+    sets.prompts(splits.held_out, tokens, model, max_new)
     run.say(f"rl from {cfg.init}: {run.size(model)}, {cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts on {device}; "
             f"files in {cfg.out}")
 

@@ -10,21 +10,24 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from . import checkpoint, config
 from .run import say
+
+TRAIN = str(Path(__file__).parents[1] / "train.py")
 
 METHODS = {  # name -> options of train.py --stage sft
     "no-CoT": ["--method", "no-cot"], "CoT": ["--method", "cot"], "Coconut": ["--method", "coconut"], "SIM-CoT": ["--method", "sim-cot"],
     "ATP": ["--method", "atp"], "ATP, no VAE": ["--no-vae"], "ATP, no stop head": ["--no-stop"], "ATP, no decoder": ["--no-decoder"],
     "ATP, β × 10": ["--beta", "1e-2"],
 }
-MORE = ["--stage", "sft", "--epochs", "0,0,0,0,0,{seconds}"]  # the last stage again
-AFTER = {  # name -> options of the run that goes on from ATP; {seconds}, {steps}: the epochs that take as many of them as "RL"
+MORE = ["--stage", "sft", "--epochs", "{seconds}"]  # of the last stage
+AFTER = {  # name -> options of the run that goes on from ATP; {seconds}, {steps}: epochs of the last stage that take as many as "RL"
     "RL": ["--stage", "rl"],
     "RL, placebo (permuted rewards)": ["--stage", "rl", "--placebo"],
-    "the anchor alone": ["--stage", "sft", "--epochs", "0,0,0,0,0,{steps}"],
+    "the anchor alone": ["--stage", "sft", "--epochs", "{steps}"],
     "RL, no coherence": ["--stage", "rl", "--w-coh", "0"],
     "RL, coherence only (sees no answer)": ["--stage", "rl", "--no-answers", "--w-coh", "1"],
     "RL, σ × 1": ["--stage", "rl", "--spread", "1"],
@@ -53,7 +56,7 @@ def main(argv=None):
     parser.add_argument("--options", default="", help="given to every run of train.py, in one string")
     args = parser.parse_args(argv)
     known = [*METHODS, *AFTER, *THEN]
-    arms = [a.strip() for a in args.arms.split(";")] if args.arms else known
+    arms = [a.strip() for a in args.arms.split(";") if a.strip()] or known
     for a in arms:
         if a not in known:
             raise config.UserError(f"command line: --arms: there is no {a!r}; the arms are {'; '.join(known)}")
@@ -84,16 +87,20 @@ class Study:
         return self.out / f"{''.join(c if c.isalnum() else '-' for c in arm).strip('-')}.{seed}"
 
     def train(self, arm, seed, options):
-        """Run train.py unless it has run; returns its folder. Raises UserError where it fails."""
+        """Run train.py unless it has run; returns its folder. Raises UserError where it fails, or has run with other options."""
         out = self.folder(arm, seed)
+        options = [*self.options, *options, "--seed", str(seed), "--out", str(out)]
+        begun = checkpoint.checkpoints(out)
+        if begun or (out / "summary.json").exists():
+            asked, had = (asdict(c) for c in (config.parse(options, ""), config.of_run(out / "config.json")))
+            if other := [config.flag(name) for name in asked if asked[name] != had[name] and name not in ("device", "resume", "out")]:
+                raise config.UserError(f"{out}/config.json:1: ran with another {', '.join(other)} than is asked for now; give another --out")
         if not (out / "summary.json").exists():
             out.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "train.py", *options, "--seed", str(seed), "--out", str(out), *self.options]
-            if checkpoint.checkpoints(out):
-                command = [sys.executable, "train.py", "--resume", "--out", str(out)]
-            say(f"{arm}, seed {seed}: {' '.join(command[1:])}")
+            command = [TRAIN, *(["--resume", "--out", str(out)] if begun else options)]
+            say(f"{arm}, seed {seed}: {' '.join(command)}")
             with (out / "log.txt").open("a") as log:
-                code = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=log, stderr=log).returncode
+                code = subprocess.run([sys.executable, *command], stdout=log, stderr=log).returncode
             if code:
                 raise config.UserError(f"{out}/log.txt:0: {arm}, seed {seed}, ended with code {code}; its last lines say why")
         return out
@@ -108,14 +115,16 @@ class Study:
         return self.train(arm, seed, [o.format(**epochs) for o in options] + ["--init", str(start.resolve())])
 
     def epochs(self, seed):
-        """Of the last SFT stage, as many as take RL's "steps", and as take its "seconds" by the speeds of the two runs."""
+        """--epochs with the last SFT stage alone: as many as take RL's "steps", and as take its "seconds" by the speeds of the two runs."""
         sft = [json.loads(line) for line in (self.folder("ATP", seed) / "metrics.jsonl").read_text().splitlines()]
         last = [r for r in sft if r["stage"] == sft[-1]["stage"] and "seconds" in r]
+        last = last if len(last) > 1 else [{"step": 0, "seconds": 0.0}, *last]
         per_step = (last[-1]["seconds"] - last[0]["seconds"]) / (last[-1]["step"] - last[0]["step"])
         cfg = json.loads((self.folder("ATP", seed) / "config.json").read_text())
         updates = json.loads((self.folder("RL", seed) / "config.json").read_text())["updates"]
         one = self.summary("ATP", seed)["training_problems"] / cfg["batch_size"]  # steps of an epoch
-        return {"steps": round(updates / one, 3), "seconds": round(self.summary("RL", seed)["seconds"] / per_step / one, 3)}
+        found = {"steps": updates / one, "seconds": self.summary("RL", seed)["seconds"] / per_step / one}
+        return {name: "0," * (cfg["K"] + 1) + str(round(n, 3)) for name, n in found.items()}
 
     def summary(self, arm, seed):
         return json.loads((self.folder(arm, seed) / "summary.json").read_text())

@@ -170,6 +170,8 @@ def read_tokens(directory, cfg):
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers raises no narrower type
         raise UserError(f"{path}:1: is not a tokenizer ({e})")
+    tokenizer.no_padding()  # a fine-tuned model's file can hold either
+    tokenizer.no_truncation()
     last = max(tokenizer.get_vocab().values(), default=-1)
     if last >= cfg.vocab_size:
         raise UserError(f"{path}:1: has a token {last}, but the embedding has only {cfg.vocab_size} rows")

@@ -33,6 +33,9 @@ class OutOfMemory(Ended):
     code = 4
 
 
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
+
 class NotWritten(Ended):
     """A file could not be written, most often because the disk is full; what it was to replace is intact. EX_IOERR of sysexits.h."""
     code = 74
@@ -41,10 +44,10 @@ class NotWritten(Ended):
         """error: the exception; needed: bytes that were to be written."""
         there = Path(path).absolute()
         free = shutil.disk_usage(next(p for p in there.parents if p.exists())).free
-        why, code = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
-        do = "make room" if code in (None, errno.ENOSPC, errno.EDQUOT) else "mend that"  # safetensors gives no number
-        super().__init__(f"{path}:0: cannot be written ({why}): {needed:,} bytes are needed and {free:,} are free; what is already saved "
-                         f"is intact: {do}, then go on with --resume")
+        self.why, code = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
+        self.full = code in (None, *FULL)  # safetensors gives no number
+        super().__init__(f"{path}:0: cannot be written ({self.why}): {needed:,} bytes are needed and {free:,} are free; what is already saved "
+                         f"is intact: {'make room' if self.full else 'mend that'}, then go on with --resume")
 
 
 class Stopped(Ended):
@@ -52,14 +55,29 @@ class Stopped(Ended):
     code = 75
 
 
+def silence():
+    """What is told from here on goes nowhere: nobody can read it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def guarded(main, argv=None):
     """main(argv) as a process should end: its exit code, and one line on stderr for an Ended. 130 for Ctrl-C where nothing is lost."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for σ
     try:
         return main(argv) or 0
     except Ended as e:
         sys.stderr.write(" ".join(str(e).split()) + "\n")
         return e.code
+    except BrokenPipeError:  # … | head
+        silence()
+        return 128 + 13  # as if SIGPIPE had ended it
     except OSError as e:  # no permission, or a name too long, where nobody asked first
+        if e.filename is None and e.errno in FULL:
+            silence()
+            sys.stderr.write("stdout:0: cannot be written; make room where it goes, and start again\n")
+            return NotWritten.code
         if e.filename is None:
             raise
         name = " ".join(str(e.filename).split())
@@ -340,9 +358,11 @@ def resumed(cfg, given):
         raise UserError(f"{path}:0: is missing, so no run is here to go on with; start without --resume, or give another --out")
     before = of_run(path)
     for name, value in given.items():
-        if name not in ("resume", "out", "device") and getattr(before, name) != value:
+        if name in ("init", "data", "val", "test") and getattr(before, name) and value:
+            setattr(before, name, value)  # where it lies now; that it is the same is looked at when it is read
+        elif name not in ("resume", "out", "device", "dry_run") and getattr(before, name) != value:
             raise UserError(f"{path}:1: the run has {flag(name)} {getattr(before, name)}, not {value}; resume without that option")
-    before.resume, before.out, before.device = True, cfg.out, cfg.device
+    before.resume, before.out, before.device, before.dry_run = True, cfg.out, cfg.device, cfg.dry_run
     return before
 
 

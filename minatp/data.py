@@ -120,12 +120,15 @@ def need_text(where, *texts):
         raise UserError(f"{where}: {e.object[e.start]!r} is half of a surrogate pair and no text; write the whole character in UTF-8")
 
 
+ICOT_STEP = re.compile("<<.*?>>")
+
+
 def _icot_line(where, line, answers):
     question, bar, rest = line.partition("||")
     steps, hashes, answer = rest.partition("####")
-    if not bar or not hashes:
+    if not bar or not hashes or ICOT_STEP.sub("", steps).strip():
         raise UserError(f"{where}: is not `question||<<…>> <<…>> #### answer`; see README, Llama-3.2-1B and GSM8k-Aug")
-    return _record(where, {"question": question, "steps": steps.split(), "answer": answer}, answers)
+    return _record(where, {"question": question, "steps": ICOT_STEP.findall(steps), "answer": answer}, answers)
 
 
 # ---- tokens -------------------------------------------------------------------------------------------------------------
@@ -191,8 +194,9 @@ class Encoded:
         return len(self.prompt) + sum(map(len, self.lines)) + len(self.answer)
 
 
-def encode(problems, tokens, K, block_size, free=False):
-    """Problems -> list of Encoded. free: as in Encoded. Raises UserError where one is longer than the context of block_size tokens."""
+def encode(problems, tokens, K, block_size, free=False, c=1):
+    """Problems -> list of Encoded. free: as in Encoded. Raises UserError where one is longer than the context of block_size tokens at some
+    curriculum stage, when a step takes its words or c latents."""
     prompts = tokens.encode_all([p.question + "\n" for p in problems])
     answers = tokens.encode_all(["### " + p.answer for p in problems])
     steps = [s for p in problems for s in p.steps]
@@ -203,7 +207,7 @@ def encode(problems, tokens, K, block_size, free=False):
         e = Encoded([tokens.bos, *q, tokens.start], [next(lines) for _ in range(n_step)],
                     [next(texts) + [eos] for _ in range(n_step)],
                     tokens.encode("\n".join(p.steps[K - 1:])) + [eos] if n_step > K else [], a + [eos], p.at, free)
-        length = len(e.prompt) + 1 + sum(map(len, e.lines)) + len(e.answer)
+        length = len(e.prompt) + 1 + sum(max(len(line), c * (i < K)) for i, line in enumerate(e.lines)) + len(e.answer)
         if length > block_size:
             raise UserError(f"{p.at}: is {length} tokens long and the model's context is {block_size}; shorten it: {p.question[:60]!r}")
         out.append(e)

@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -19,6 +20,8 @@ from . import checkpoint, config, distributed, problems, reward, run, sets
 from .data import left_pad, read_problems
 from .explain import read_thoughts
 from .rollout import Noise, rollout
+
+BATCH = 500  # problems at once
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Chain:
 
 
 @torch.no_grad()
-def solve(model, tokens, prompts, max_new, batch_size=500, seed=None, temperature=1.0, between=None, noise=None, given=None,
+def solve(model, tokens, prompts, max_new, batch_size=BATCH, seed=None, temperature=1.0, between=None, noise=None, given=None,
           keep=False):
     """One Chain per prompt (a list of ids). The mean policy, or sampled where a seed is given.
 
@@ -156,8 +159,8 @@ def paired(after, before, problems):
 
 def tell_gain(m):
     """What `paired` found, in words."""
-    error = "" if m["gain_se"] is None else f" ± {100 * m['gain_se']:.1f}"
-    return f"gained {100 * m['gain']:+.1f}{error} points (standard error)"
+    error = "" if m["gain_se"] is None else f" ± {100 * m['gain_se']:.1f} (standard error)"
+    return f"gained {100 * m['gain']:+.1f} points{error}"
 
 
 def agree(a, b):
@@ -215,12 +218,13 @@ def main(argv=None):
         model, tokens = checkpoint.load(folder)
         run.place(model, device).eval()
         prompts = sets.prompts(asked, tokens, model, args.max_new)
+        told = run.progress(folder, -(-len(prompts) // BATCH) * (1 + args.votes))
+        solved = partial(solve, model, tokens, prompts, args.max_new, BATCH, between=told, temperature=args.temperature)
         with run.tool_memory("evaluation", prompts, model, args.max_new), run.autocast(device):
-            chains = solve(model, tokens, prompts, args.max_new)
+            chains = solved()
             m = measure(chains, asked)
             if args.votes:
-                m["sampled"] = vote([solve(model, tokens, prompts, args.max_new, seed=args.seed * 1000 + k, temperature=args.temperature)
-                                     for k in range(args.votes)], asked)
+                m["sampled"] = vote([solved(seed=args.seed * 1000 + k) for k in range(args.votes)], asked)
         if first:
             m |= paired(chains, first, asked)
         first = first or chains

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from . import edit, evaluate, explain, reward
-from .config import UserError
+from .config import NotWritten, UserError, replace_file
 
 OPERATION = re.compile(r"[+*/×÷−-]")
 SAME = {"×": "*", "÷": "/", "−": "-"}
@@ -77,11 +77,11 @@ def read(model, tokens, chains, n=3):
 
 
 def write(path, views, problems):
-    """The page, in the file `path`. Raises UserError where that cannot be written."""
+    """The page, in the file `path`. Raises UserError where that cannot be written, NotWritten where the disk is full."""
     try:
-        Path(path).write_text(render(views, problems), encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"{path}:0: cannot be written ({e.strerror}); choose another --html")
+        replace_file(path, render(views, problems))
+    except NotWritten as e:
+        raise e if e.full else UserError(f"{path}:0: cannot be written ({e.why}); choose another --html")
 
 
 def render(views, problems):

@@ -32,7 +32,10 @@ def main(argv=None):
         raise config.UserError("command line: minatp.plot needs matplotlib, which is not installed; pip install matplotlib")
     matplotlib.use("Agg")
     paths = [p / "metrics.jsonl" if (p := Path(f)).is_dir() else p for f in args.files]
-    runs = {name: curves(read(path)) for name, path in zip(names(paths), paths)}
+    runs = {name: read(path) for name, path in zip(names(paths), paths)}
+    if not any(runs.values()):
+        raise config.UserError(f"{paths[0]}:1: has no losses and no validation yet; wait for the run's first lines")
+    args.out = args.out if Path(args.out).suffix else args.out + ".png"
     try:
         figure(runs).savefig(args.out, dpi=130)
     except (OSError, ValueError) as e:  # ValueError: a format that it does not know
@@ -41,26 +44,33 @@ def main(argv=None):
 
 
 def read(path):
-    """The records of a metrics.jsonl. Raises UserError."""
+    """The curves of a metrics.jsonl. Raises UserError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise config.UserError(f"{path}:0: cannot be read ({e}); give the metrics.jsonl of a run")
     records = []
+    lines = text.splitlines()
     for i, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
         except (ValueError, RecursionError) as e:
+            if records and i == len(lines) and not text.endswith("\n"):
+                break  # a run that is writing, or was cut, can end in half a line
             raise config.UserError(f"{path}:{i}: is not valid JSON ({getattr(e, 'msg', e)}); is it the metrics.jsonl of a run?")
         if not isinstance(records[-1], dict) or "step" not in records[-1]:
             raise config.UserError(f'{path}:{i}: has no "step"; is it the metrics.jsonl of a run?')
     if not records:
         raise config.UserError(f"{path}:1: is empty; the run has written nothing yet")
-    return records
+    try:
+        return curves(records)
+    except (LookupError, TypeError, AttributeError) as e:
+        raise config.UserError(f"{path}:0: has a record that no run wrote ({type(e).__name__}: {e}); is it the metrics.jsonl of a run?")
 
 
 def names(paths):
     """The folder of each file, with its parents where two are alike."""
+    paths = [p.absolute() for p in paths]
     short = [p.parent.name for p in paths]
     return [str(p.parent) if short.count(s) > 1 else s for p, s in zip(paths, short)]
 

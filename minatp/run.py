@@ -6,9 +6,15 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+import weakref
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import torch
 
@@ -16,7 +22,7 @@ from kernels import ops
 from kernels.common import is_out_of_memory
 
 from . import checkpoint, data, distributed
-from .config import NotFinite, NotWritten, OutOfMemory, Size, Stopped, UserError, flag, replace_file, write_config
+from .config import NotFinite, NotWritten, OutOfMemory, Size, Stopped, UserError, flag, replace_file, silence, write_config
 from .latent import ATP
 from .llama import LLAMA3_ROPE, LlamaConfig
 
@@ -85,6 +91,19 @@ def need_start(start, state, cfg):
     """Raises UserError where --init no longer holds what a resumed RL run began from and is to be compared with."""
     if state["start"] != fingerprint(start):
         raise UserError(f"{cfg.init}:0: is not what this run began from (trained again since?); bring that back, or begin anew in another --out")
+
+
+def need_data(splits, state, cfg):
+    """Raises UserError where a resumed run would go on with other problems than it began with."""
+    if state.setdefault("data", splits.fingerprint) != splits.fingerprint:
+        raise UserError(f"{cfg.data or cfg.out}:0: the problems are not those that this run began with (a file was changed since?); bring them back, "
+                        "or begin anew in another --out")
+
+
+def need_free(cfg):
+    """Raises UserError where --out holds a run that is not to be gone on with."""
+    if not cfg.resume and ((Path(cfg.out) / "summary.json").exists() or checkpoint.checkpoints(cfg.out)):
+        raise UserError(f"{cfg.out}:0: holds a run already; add --resume to go on with it, or choose another --out")
 
 
 SMALL = 10**7  # parameters
@@ -236,13 +255,14 @@ def tool_memory(what, prompts, model, max_new):
 class Stop:
     """SIGTERM and Ctrl-C. The first asks the loop to end after its step. For a second one the system's own handler is back, which
     ends the process at once, even inside a kernel."""
-    asked = False
+    asked = training = False
 
     def __enter__(self):
-        self.asked, self.before = False, {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.asked, self.training, self.before = False, True, {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_):
+        self.training = False
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
@@ -250,7 +270,8 @@ class Stop:
         self.asked = True
         for s in self.before:
             signal.signal(s, signal.SIG_DFL)
-        os.write(1, b"stopping after this step; once more: at once\n")  # print is not safe here
+        with suppress(OSError):  # nobody may be reading
+            os.write(1, b"stopping after this step; once more: at once\n")  # print is not safe here
 
     def check(self, cfg, asked):
         """To be called where everything is saved; asked: whether any process was. Raises Stopped."""
@@ -269,11 +290,9 @@ class Log:
     Rank 0's alone writes. Its methods raise NotWritten where the disk is full."""
     def __init__(self, cfg, state):
         """state: the step and the seconds that a resumed run has behind it; records of later steps, lost with the crash, are
-        removed. Raises UserError where the folder holds another run, or a record that cannot be read."""
+        removed. Raises UserError where another process writes into the folder, or a record cannot be read."""
         self.out, self.before, self.began = Path(cfg.out), state["seconds"], time.perf_counter()
         self.path = self.out / "metrics.jsonl"
-        if not cfg.resume and ((self.out / "summary.json").exists() or checkpoint.checkpoints(self.out)):
-            raise UserError(f"{self.out}:0: holds a run already; add --resume to go on with it, or choose another --out")
         if distributed.rank():
             self.file, self.validated = None, distributed.of_first(None)
             return
@@ -283,6 +302,7 @@ class Log:
             self.path.open("a").close()
         except OSError as e:
             raise UserError(f"{self.out}:0: cannot be written ({e.strerror}); choose another --out")
+        own(self.out, self)
         write_config(cfg, self.out / "config.json")
         old = [(line, r) for line, r in self.records() if r["step"] <= state["step"]]
         replace_file(self.path, "".join(line for line, _ in old))
@@ -324,6 +344,20 @@ class Log:
             replace_file(self.out / "summary.json", json.dumps(record, indent=2) + "\n")
 
 
+def own(folder, owner):
+    """Keep other processes out of a run's folder as long as `owner` lives. Raises UserError where one is there."""
+    if fcntl is None:
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    weakref.finalize(owner, os.close, lock)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}:0: another process is writing into this folder; wait for it or end it, or choose another --out")
+    except OSError:  # a file system without locks
+        pass
+
+
 def sink(cfg, out, state):
     """write(scalars, step) of --sink; None where there is none. Raises UserError where its package is not installed."""
     try:
@@ -361,16 +395,34 @@ def scalars(record, prefix=""):
 
 
 def say(text):
-    """One line for the user."""
+    """One line for the user. Where nobody can read it any more, training goes on: its files hold everything."""
     if distributed.rank() == 0:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+        except OSError:
+            if not stop.training:
+                raise
+            silence()
 
 
 def clock(seconds):
     """75.2 -> "1:15"; hours where there are some."""
     m, s = divmod(round(seconds), 60)
     return f"{m // 60}:{m % 60:02}:{s:02}" if m >= 60 else f"{m}:{s:02}"
+
+
+def progress(what, n):
+    """A function to be called after each of the n parts of long work; it tells on a terminal how much is left."""
+    began, done = time.perf_counter(), iter(range(1, n + 1))
+
+    def tell():
+        k = next(done)
+        if sys.stderr.isatty():
+            left = f"{what}: {k} of {n} batches, {clock((time.perf_counter() - began) / k * (n - k))} left"
+            sys.stderr.write(f"\r\x1b[K{left if k < n else ''}")
+            sys.stderr.flush()
+    return tell
 
 
 class Meter:

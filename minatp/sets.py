@@ -1,4 +1,6 @@
 """Which problems a run learns from and is judged on: no question of the validation and test sets is in training."""
+import hashlib
+import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +18,12 @@ class Splits:
     note: str     # what was left out, or ""
 
     @property
+    def fingerprint(self):
+        """A short hash of every problem, in order."""
+        told = [[(p.question, p.steps, p.answer) for p in part] for part in (self.train, self.answers, self.held_out)]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+    @property
     def held_out(self):
         return [*self.val, *(p for problems in self.tests.values() for p in problems)]
 
@@ -28,7 +36,21 @@ class Splits:
 
 
 def load(cfg):
-    """Training, validation and test problems; no question of the last two is in the first."""
+    """Training, validation and test problems; no question of the last two is in the first, nor in what --init has learned from."""
+    splits = split(cfg)
+    if cfg.data and cfg.init:
+        taught, untold = taught_to(cfg.init)
+        held_out = {p.question for p in splits.held_out}
+        if leaked := held_out & taught:
+            raise UserError(f"{cfg.init}:0: has learned from {len(leaked)} of the {len(held_out)} questions that are held out here; give --val, "
+                            "--test and --val-size as its config.json has them, or other files")
+        if untold:
+            splits.note += "; " * bool(splits.note) + f"whether {cfg.init} has learned from questions held out here cannot be told: {untold} is gone"
+    return splits
+
+
+def split(cfg):
+    """`load`, without a look at --init."""
     if not cfg.data:
         n_answers = cfg.answers if cfg.stage == "rl" or cfg.answers_share else 0
         return Splits(problems.generate("labelled", cfg.labelled, 0), problems.generate("answers", n_answers, 0),
@@ -64,17 +86,31 @@ def load(cfg):
     return Splits(taught, [p for p in kept if not (p.steps and p.answer)], val, held[1], note)
 
 
-def test_set(folder, n=0, seed=0):
-    """The first n problems (0: all) of a run's test set, by the config.json in its folder, of which `folder` may be the final/ or a
-    checkpoint; for a folder that is no run's, of the built-in task's, and of that for another seed others. Raises UserError where the
-    run brings none."""
+def options_of(folder):
+    """The Config of the run that a folder is of, or its final/, or a checkpoint; None where it is no run's."""
     home = next((d for d in [Path(folder).absolute(), *Path(folder).absolute().parents][:3] if (d / "metrics.jsonl").exists()), None)
-    trained = of_run(home / "config.json") if home else Config()
+    return of_run(home / "config.json") if home else None
+
+
+def taught_to(folder):
+    """(the questions that a run has learned from, and the run that it began from; the path of data that is no longer there, or "")."""
+    cfg = options_of(folder)
+    if not cfg:
+        return set(), ""
+    taught, gone = taught_to(cfg.init) if cfg.init else (set(), "")
+    if missing := [f for f in (cfg.data, *cfg.val.split(","), *cfg.test.split(",")) if f and not Path(f).exists()]:
+        return taught, missing[0]
+    splits = split(cfg)
+    return taught | {p.question for p in splits.train + splits.answers * (cfg.stage == "rl" or cfg.answers_share > 0)}, gone
+
+
+def test_set(folder, n=0, seed=0):
+    """The first n problems (0: all) of a run's test sets; for a folder that is no run's, of the built-in task's, and of that for another seed
+    others."""
+    trained = options_of(folder) or Config()
     if not trained.data:
         return problems.generate("test", n or trained.test_size, seed)
-    if not trained.test:
-        raise UserError(f"{folder}:0: was not trained on the built-in task; give a question or --file")
-    return [p for f in trained.test.split(",") for p in data.read_problems(f)][: n or None]
+    return [p for found in split(trained).tests.values() for p in found][: n or None]
 
 
 def prompts(asked, tokens, model, max_new):
@@ -92,4 +128,4 @@ def encoded(cfg, chosen, tokens, model, free=False):
     """Problems as the method reads them -> list of data.Encoded. free: their steps are not known."""
     if cfg.method == "no-cot":
         chosen = [replace(p, steps=[]) for p in chosen]
-    return data.encode(chosen, tokens, model.K, model.policy.cfg.block_size, free)
+    return data.encode(chosen, tokens, model.K, model.policy.cfg.block_size, free, model.c)

@@ -1,4 +1,6 @@
 """What users get wrong: every mistake ends with exit code 2 and one line on stderr that names the file and the place, or the option."""
+import errno
+import io
 import json
 import shutil
 from dataclasses import fields
@@ -8,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import sample
 import train
-from minatp import ablate, checkpoint, config, evaluate, probe, sets
+from minatp import ablate, checkpoint, config, evaluate, page, probe, run, sets
 from runs import TINY, TINY_RL, go
 
 MODEL = Path(__file__).parent / "fixtures" / "conformance" / "policy"
@@ -75,6 +78,7 @@ GOOD = '{"question": "q", "steps": ["<<1+1=2>>"], "answer": "2"}'
     (f'{GOOD}\n{{"question": "q\\ud800", "steps": [], "answer": "1"}}', 2, "half of a surrogate pair"),
     ("q||<<1+1=2>> #### 2\nno bars #### 3", 2, "is not `question||"),
     ("q||<<1+1=2>> 2", 1, "is not `question||"),
+    ("q||Ann has <<1+1=2>>2 pens #### 2", 1, "is not `question||"),
     ("q||<<1+1=2>> #### ", 1, '"answer" is empty'),
     ("||<<1+1=2>> #### 2", 1, '"question" is empty'),
     ("q||<<1+1=2>> #### 2 #### 3", 1, 'holds "### ", which begins an answer'),
@@ -112,6 +116,49 @@ def test_a_problem_longer_than_the_context_is_named_before_the_training(option, 
     sizes = ("--vocab-size", 300, "--block-size", 200)
     refused(train.main, [*TINY, *files, *sizes, "--out", "run"], f"{tmp_path / option}:2: is ", "shorten it")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_chain_longer_than_the_context_is_named_though_its_words_are_not(refused, tmp_path):
+    (tmp_path / "d").write_text("".join(f"q{i}||<<1+1=2>> <<2+2=4>> #### 4\n" for i in range(9)))
+    refused(train.main, [*TINY, "--data", "d", "--c", 40, "--block-size", 85, "--vocab-size", 300], "d:", "the model's context is 85")
+    refused(train.main, [*TINY, "--data", "d", "--c", 40, "--block-size", 95, "--vocab-size", 300], "d:", "tokens long and there is room for")
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+    """A folder with a run, `a`, on a file of one's own, `d`, tested on others, `t`."""
+    home = tmp_path_factory.mktemp("own")
+    for name, first, n in (("d", 0, 40), ("t", 900, 3)):
+        (home / name).write_text("".join(f"q {i} and {i}||<<{i}+{i}={2 * i}>> #### {2 * i}\n" for i in range(first, first + n)))
+    go(*TINY, "--data", home / "d", "--test", home / "t", "--out", home / "a")
+    return home
+
+
+def test_what_a_run_has_learned_from_is_not_held_out_later(own_data, refused, capsys):
+    again = [*TINY_RL, "--data", own_data / "d", "--init", own_data / "a", "--out", own_data / "b", "--dry-run"]
+    refused(train.main, again, f"{own_data / 'a'}:0: ", "has learned from 4 of the 8 questions that are held out here")
+    refused(train.main, [*again, "--test", own_data / "t", "--val-size", 6], f"{own_data / 'a'}:0: ", "has learned from 2 of the 9 questions")
+    go(*again, "--test", own_data / "t")
+    assert "cannot be told" not in capsys.readouterr().out
+    shutil.copytree(own_data / "a", own_data / "moved")
+    edit("config.json", data=str(own_data / "gone"))(own_data / "moved")
+    go(*again[:-5], "--init", own_data / "moved", *again[-3:])
+    assert f"cannot be told: {own_data / 'gone'} is gone" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_its_own_problems_wherever_they_lie(own_data, refused, capsys, tmp_path):
+    shutil.copytree(own_data / "a", tmp_path / "run")
+    (tmp_path / "other").write_text((own_data / "d").read_text().replace("q 7 and", "q 7 or"))
+    refused(train.main, ["--resume", "--out", "run", "--data", "other"], "other:0: ", "the problems are not those that this run began with")
+    shutil.copy(own_data / "d", tmp_path / "moved")
+    go("--resume", "--out", tmp_path / "run", "--data", tmp_path / "moved", "--dry-run")
+    go("--resume", "--out", tmp_path / "run", "--data", tmp_path / "moved")
+
+
+def test_a_run_is_measured_on_what_it_held_out(tmp_path, capsys, own_data):
+    go(*TINY, "--data", own_data / "d", "--out", tmp_path / "run")
+    cfg = config.of_run(tmp_path / "run" / "config.json")
+    assert sets.test_set(tmp_path / "run") == sets.load(cfg).tests["held out"] != []
 
 
 # ---- models -------------------------------------------------------------------------------------------------------------
@@ -279,9 +326,57 @@ def test_folders_that_cannot_be_used(finished, refused, tmp_path):
     refused(train.main, [*TINY, "--out", "x" * 300], "x" * 300, "cannot be used (File name too long)")
     refused(sample.main, ["--run", "x" * 300, "Q"], "x" * 300, "cannot be used (File name too long)")
     refused(train.main, [*TINY, "--out", "file/below"], "file/below:0: ", "cannot be written (Not a directory)")
+    cfg = config.parse(["--out", "shared"], "")
+    first = run.Log(cfg, {"step": 0, "seconds": 0.0})
+    with pytest.raises(config.UserError, match="shared:0: another process is writing into this folder"):
+        run.Log(cfg, {"step": 0, "seconds": 0.0})
+    del first
+    run.Log(cfg, {"step": 0, "seconds": 0.0})
     go(*TINY, "--method", "cot", "--out", tmp_path / "cot")
     for init in ("cot", MODEL):
         refused(train.main, [*TINY_RL, "--init", init, "--out", "rl"], f"{init}:0: ", "start --stage rl from an SFT run of --method atp")
+
+
+def test_padding_and_truncation_that_a_tokenizer_file_asks_for_are_not_ours(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    raw = Tokenizer.from_file(str(MODEL / TOKENIZER))
+    raw.enable_padding(length=50)
+    raw.enable_truncation(3)
+    raw.save(str(tmp_path / "model" / TOKENIZER))
+    text = "Ann has 5 pens. Ann buys 7."
+    assert checkpoint.load(tmp_path / "model")[1].encode(text) == checkpoint.load(MODEL)[1].encode(text)
+
+
+# ---- where words go -----------------------------------------------------------------------------------------------------
+
+def test_a_terminal_that_cannot_show_a_sign_shows_another(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert config.guarded(lambda argv: print("σ 1")) == 0 and stdout.buffer.getvalue() == b"? 1\n"
+
+
+@pytest.mark.parametrize("error, code", [(BrokenPipeError(), 141), (OSError(errno.ENOSPC, "full"), 74)])
+def test_training_goes_on_where_nobody_reads_and_others_end(error, code, monkeypatch, capsys):
+    def write(text):
+        raise error
+
+    silent = []
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=write))
+    for module in (config, run):
+        monkeypatch.setattr(module, "silence", lambda: silent.append(1))
+    with run.stop:
+        run.say("a line")
+    assert silent == [1]
+    assert config.guarded(lambda argv: run.say("a line")) == code and len(silent) == 2
+    assert capsys.readouterr().err.count("\n") == (code == 74)
+
+
+def test_a_page_that_the_disk_has_no_room_for_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "p.html").write_text("old")
+    monkeypatch.setattr(config.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(config.NotWritten):
+        page.write(tmp_path / "p.html", [], [])
+    assert (tmp_path / "p.html").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 # ---- command lines ------------------------------------------------------------------------------------------------------
@@ -417,7 +512,7 @@ def test_ablate_command_lines(argv, reason, refused):
     refused(ablate.main, argv, "command line: ", reason)
 
 
-def test_ablate_trains_every_run_once_and_those_first_that_others_need(tmp_path, monkeypatch):
+def test_ablate_trains_every_run_once_and_those_first_that_others_need(tmp_path, monkeypatch, capsys):
     """A run that was killed before it had saved anything begins anew."""
     (tmp_path / "ATP.0").mkdir()
     (tmp_path / "ATP.0" / "config.json").write_text("{}")
@@ -428,7 +523,8 @@ def test_ablate_trains_every_run_once_and_those_first_that_others_need(tmp_path,
         started = command[command.index("--init") + 1] if "--init" in command else None
         assert "--resume" not in command and (started is None or (Path(started) / "summary.json").exists())
         asked.append(out.name)
-        (out / "config.json").write_text('{"batch_size": 2, "updates": 3}')
+        given = config.parse(command[command.index("--stage"):], "")
+        config.write_config(given, out / "config.json")
         (out / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "stage": 5, "seconds": i}) + "\n" for i in (1, 2)))
         (out / "summary.json").write_text(json.dumps({"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "coherence": None, "latents": 1, "answer_tokens": 1,
                                                       "seconds": 1, "training_problems": 4}))
@@ -437,6 +533,11 @@ def test_ablate_trains_every_run_once_and_those_first_that_others_need(tmp_path,
     monkeypatch.setattr(ablate.subprocess, "run", trained)
     ablate.main(["--out", str(tmp_path), "--jobs", "2", "--arms", "SFT on answers alone, then RL; SFT on answers alone, twice; ATP, β × 10, then RL"])
     assert len(asked) == len(set(asked)) == 7 and set(asked[:2]) == {"ATP.0", "ATP--β---10.0"} and asked[2:4] == ["RL.0", "SFT-on-answers-alone.0"]
+    again = ["--out", str(tmp_path), "--arms", "SFT on answers alone"]
+    ablate.main(again)
+    assert len(asked) == 7 and config.of_run(tmp_path / "SFT-on-answers-alone.0" / "config.json").epochs.startswith("0,0,0,0,0,")
+    assert config.guarded(ablate.main, [*again, "--options", "--lr 0.5"]) == 2
+    assert f"{tmp_path}/ATP.0/config.json:1: ran with another --lr" in capsys.readouterr().err
 
 
 def test_no_folder_given_to_sample(refused):

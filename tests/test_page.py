@@ -334,8 +334,8 @@ def test_saved_runs_are_measured_side_by_side(folder, solved, tmp_path, capsys):
 
 # ---- curves and sinks ---------------------------------------------------------------------------------------------------
 
-def test_curves_have_every_quantity(folder, tmp_path, capsys):
-    found = plot.curves(plot.read(folder / "metrics.jsonl"))
+def test_curves_have_every_quantity(folder, tmp_path, capsys, monkeypatch):
+    found = plot.read(folder / "metrics.jsonl")
     assert {"enc", "dec", "stop", "kl.sft", "accuracy.stage", "latents"} <= found.keys()
     assert [stage for stage, *_ in found["accuracy.stage"]] == [0, 1, 2, 3]
     rl = plot.curves([{"step": 5, "reward": 0.4, "acc": 0.3, "coh": 0.1, "fmt": 0.9, "kl": 0.01, "latents": 3.0}])
@@ -344,11 +344,17 @@ def test_curves_have_every_quantity(folder, tmp_path, capsys):
     ok(plot.main, folder / "metrics.jsonl", folder, "-o", tmp_path / "c.svg")
     shown = (tmp_path / "c.svg").read_text()
     assert shown.count('<g id="axes_') == 4 * -(-len(found) // 4) and 'id="legend_1"' in shown
+    with monkeypatch.context() as inside:
+        inside.chdir(folder)
+        ok(plot.main, "metrics.jsonl", "-o", tmp_path / "c")
+    assert (tmp_path / "c.png").exists() and capsys.readouterr().out.endswith("c.png\n")
     ok(plot.main, folder, "-o", tmp_path / "c.xyz", expect=2)
     assert "c.xyz:0: cannot be written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, message", [("", ":1: is empty"), ('{"step": 1}\n{"st', ":2: is not valid JSON"),
+@pytest.mark.parametrize("text, message", [("", ":1: is empty"), ('{"step": 1}\n{"st\n', ":2: is not valid JSON"),
+                                           ('{"step": 1}\n{"st', ":1: has no losses"), ('{"step": 1, "validation": {}}\n', ":0: has a record that no run"),
+                                           ('{"step": 1, "stage": 0, "validation": null}\n', ":0: has a record that no run"),
                                            ("[1]\n", ':1: has no "step"'), ("[" * 100_000, ":1: is not valid JSON"),
                                            ("7" * 5000, ":1: is not valid JSON"), (None, ":0: cannot be read")])
 def test_broken_metrics_are_named(text, message, tmp_path, capsys):
