@@ -39,6 +39,8 @@ AFTER = {  # name -> options of the run that goes on from ATP; {seconds}, {steps
     "RL, KL 0.01": ["--stage", "rl", "--kl", "0.01"],
     "RL, 4 updates a batch (GRPO)": ["--stage", "rl", "--updates-per-batch", "4", "--updates", "400"],
     "RL, lr 3e-4": ["--stage", "rl", "--lr", "3e-4"],
+    "RL, no anchor": ["--stage", "rl", "--anchor", "0"],
+    "RL, no anchor, placebo": ["--stage", "rl", "--anchor", "0", "--placebo"],
     "control: more SFT": MORE,
     "SFT on answers alone": [*MORE, "--answers-share", "0.75"],
 }
