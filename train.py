@@ -20,18 +20,18 @@ def main(argv=None):
     cfg = config.parse(argv, __doc__)
     device = distributed.start(run.pick_device(cfg.device))
     distributed.check(cfg.batch_size)
-    run.need_free(cfg)
     torch.manual_seed(cfg.seed)
-    if cfg.init:
-        checkpoint.locate(cfg.init)  # before the data is read
-    splits = sets.load(cfg)
-    run.say(splits.tell())
-    if cfg.dry_run:
-        from minatp.dry import dry_run
-        dry_run(cfg, splits, device, lambda *a: sft_gradients(cfg, *a, 0, device), lambda *a: rl_gradients(cfg, *a, device))
-        return distributed.stop()
-    with run.stop, run.memory(f"--stage {cfg.stage}", cfg.batch_size, cfg.block_size, "--batch-size or the size of the model"):
-        {"sft": sft, "rl": rl}[cfg.stage](cfg, splits, device)
+    with run.own(cfg):
+        if cfg.init:
+            checkpoint.locate(cfg.init)  # before the data is read
+        splits = sets.load(cfg)
+        run.say(splits.tell())
+        if cfg.dry_run:
+            from minatp.dry import dry_run
+            dry_run(cfg, splits, device, lambda *a: sft_gradients(cfg, *a, 0, device), lambda *a: rl_gradients(cfg, *a, device))
+        else:
+            with run.stop, run.memory(f"--stage {cfg.stage}", cfg.batch_size, cfg.block_size, "--batch-size or the size of the model"):
+                {"sft": sft, "rl": rl}[cfg.stage](cfg, splits, device)
     distributed.stop()
 
 

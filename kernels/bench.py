@@ -200,7 +200,7 @@ def race(case, rounds, backward, copy_speed, product_speed, peers="all"):
     copies = [[x.requires_grad_() for x in case.inputs()] for _ in range(count)]
     fused = torch.compile(case.reference, dynamic=False)
     contenders = {"kernel": case.kernel, "eager": case.reference, "torch.compile": fused, **(case.peers or {})}
-    contenders = {name: f for name, f in contenders.items() if peers == "all" or name in ("kernel", *peers.split(","))}
+    contenders = {name: f for name, f in contenders.items() if peers == "all" or name.split(" with ")[0] in ("kernel", *peers.split(","))}
     replays, failed = {}, []
     for name, f in contenders.items():
         try:
@@ -238,6 +238,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("there is no GPU here; python -m kernels.compile_report and the tests need none")
+    if unknown := set(args.peers.split(",")) - {"all", "eager", "torch.compile", "SDPA", "FlexAttention"}:
+        parser.error(f"--peers: there is no {', '.join(unknown)}")
     device = torch.device("cuda")
     copy_speed, product_speed = ceilings(device)
     checks, lines, wrong = [], [], []

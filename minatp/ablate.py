@@ -40,7 +40,8 @@ AFTER = {  # name -> options of the run that goes on from ATP; {seconds}, {steps
     "RL, 4 updates a batch (GRPO)": ["--stage", "rl", "--updates-per-batch", "4", "--updates", "400"],
     "RL, lr 3e-4": ["--stage", "rl", "--lr", "3e-4"],
     "RL, no anchor": ["--stage", "rl", "--anchor", "0"],
-    "RL, no anchor, placebo": ["--stage", "rl", "--anchor", "0", "--placebo"],
+    "RL, no anchor, lr 3e-4": ["--stage", "rl", "--anchor", "0", "--lr", "3e-4"],
+    "RL, no anchor, lr 3e-4, placebo": ["--stage", "rl", "--anchor", "0", "--lr", "3e-4", "--placebo"],
     "control: more SFT": MORE,
     "SFT on answers alone": [*MORE, "--answers-share", "0.75"],
 }
@@ -95,7 +96,7 @@ class Study:
         begun = checkpoint.checkpoints(out)
         if begun or (out / "summary.json").exists():
             asked, had = (asdict(c) for c in (config.parse(options, ""), config.of_run(out / "config.json")))
-            if other := [config.flag(name) for name in asked if asked[name] != had[name] and name not in ("device", "resume", "out")]:
+            if other := [config.flag(name) for name in asked if asked[name] != had[name] and name not in ("device", "resume", "out", "init")]:
                 raise config.UserError(f"{out}/config.json:1: ran with another {', '.join(other)} than is asked for now; give another --out")
         if not (out / "summary.json").exists():
             out.mkdir(parents=True, exist_ok=True)

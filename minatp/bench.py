@@ -16,7 +16,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -225,6 +224,8 @@ def compare(case, every):
         else:
             run.say(f"{name:18} DIFFERS from minatp (by {worst:.1e}, {'the same' if alike else 'other'} chains): it is not timed; report it")
             same = {k: s for k, s in same.items() if not k.startswith(name)}  # nor in float32
+    if "minatp" not in same:
+        raise config.UserError("minatp/bench.py:0: minatp does not compute the same twice, so there is nothing to time; report it")
     return same
 
 
@@ -457,7 +458,7 @@ def main(argv=None):
     run.say(f"{args.preset} on {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; {run.size(case.model)}")
     same = compare(case, every)
     record = {"preset": args.preset, "device": str(device), "torch": torch.__version__}
-    save = lambda **more: args.out and Path(args.out).write_text(json.dumps(record | more, indent=2) + "\n")
+    save = lambda **more: args.out and config.replace_file(args.out, json.dumps(record | more, indent=2) + "\n")
     found = measure(case, same, args.rounds, lambda found: save(work=found), only)
     rows = [] if args.works else growth(case, *fit(found), args.rounds)
     memory = tell_memory()

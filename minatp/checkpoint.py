@@ -231,17 +231,19 @@ def load(directory, **switches):
             model.decoder.start_from(model.policy)
     if saved:
         tensors, file = read_tensors(ours, "heads")
-        for name, switch in (("latent_head", "vae"), ("stop_head", "stop")):
+        switch = {"latent_head": "vae", "stop_head": "stop"}  # those of a reader's own have none
+        for name, head in model.named_children():
             part = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
-            if hasattr(model, name) and saved[switch]:
-                fill(getattr(model, name), part, file)
+            if name not in ("policy", "decoder") and saved.get(switch.get(name), part):
+                fill(head, part, file)
     if not knows_tokens(directory):
         add_tokens(model, tokens)
     return model, tokens
 
 
 def switches_of(directory):
-    """ATP's keyword arguments, the stage and the longest thought, as `save` wrote them into minatp/config.json; {} of a model that is not ours. Raises UserError."""
+    """ATP's keyword arguments, the stage and the longest thought, as `save` wrote them into minatp/config.json; {} of a model that is not ours.
+    Raises UserError."""
     path = locate(directory) / "minatp" / "config.json"
     if not path.parent.is_dir():
         return {}

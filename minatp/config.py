@@ -47,7 +47,7 @@ class NotWritten(Ended):
         self.why, code = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
         self.full = code in (None, *FULL)  # safetensors gives no number
         super().__init__(f"{path}:0: cannot be written ({self.why}): {needed:,} bytes are needed and {free:,} are free; what is already saved "
-                         f"is intact: {'make room' if self.full else 'mend that'}, then go on with --resume")
+                         f"is intact: {'make room' if self.full else 'mend that'}, then start again (a run: with --resume)")
 
 
 class Stopped(Ended):
@@ -62,6 +62,7 @@ def silence():
 
 def guarded(main, argv=None):
     """main(argv) as a process should end: its exit code, and one line on stderr for an Ended. 130 for Ctrl-C where nothing is lost."""
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # None: closed by >&-
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for σ
@@ -358,7 +359,7 @@ def resumed(cfg, given):
         raise UserError(f"{path}:0: is missing, so no run is here to go on with; start without --resume, or give another --out")
     before = of_run(path)
     for name, value in given.items():
-        if name in ("init", "data", "val", "test") and getattr(before, name) and value:
+        if name in ("data", "val", "test", *["init"] * (before.stage == "rl")) and getattr(before, name) and value:
             setattr(before, name, value)  # where it lies now; that it is the same is looked at when it is read
         elif name not in ("resume", "out", "device", "dry_run") and getattr(before, name) != value:
             raise UserError(f"{path}:1: the run has {flag(name)} {getattr(before, name)}, not {value}; resume without that option")

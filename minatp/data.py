@@ -157,7 +157,10 @@ class Tokens:
 
     def prompt(self, question):
         """bos question "\\n" <|start-latent|>"""
-        return [self.bos, *self.encode(question + "\n"), self.start]
+        return self.prompts([question])[0]
+
+    def prompts(self, questions):
+        return [[self.bos, *ids, self.start] for ids in self.encode_all([q + "\n" for q in questions])]
 
 
 def train_tokenizer(problems, vocab_size):
@@ -194,20 +197,21 @@ class Encoded:
         return len(self.prompt) + sum(map(len, self.lines)) + len(self.answer)
 
 
-def encode(problems, tokens, K, block_size, free=False, c=1):
+def encode(problems, tokens, K, block_size, free=False, c=1, always=False):
     """Problems -> list of Encoded. free: as in Encoded. Raises UserError where one is longer than the context of block_size tokens at some
-    curriculum stage, when a step takes its words or c latents."""
-    prompts = tokens.encode_all([p.question + "\n" for p in problems])
+    curriculum stage, when a step takes its words or c latents; always: so do those that it lacks up to K."""
+    prompts = tokens.prompts([p.question for p in problems])
     answers = tokens.encode_all(["### " + p.answer for p in problems])
     steps = [s for p in problems for s in p.steps]
     lines, texts = iter(tokens.encode_all([s + "\n" for s in steps])), iter(tokens.encode_all(steps))
     out, eos = [], tokens.eos[0]
     for p, q, a in zip(problems, prompts, answers):
         n_step = len(p.steps)
-        e = Encoded([tokens.bos, *q, tokens.start], [next(lines) for _ in range(n_step)],
+        e = Encoded(q, [next(lines) for _ in range(n_step)],
                     [next(texts) + [eos] for _ in range(n_step)],
                     tokens.encode("\n".join(p.steps[K - 1:])) + [eos] if n_step > K else [], a + [eos], p.at, free)
         length = len(e.prompt) + 1 + sum(max(len(line), c * (i < K)) for i, line in enumerate(e.lines)) + len(e.answer)
+        length += always * c * max(0, K - n_step)
         if length > block_size:
             raise UserError(f"{p.at}: is {length} tokens long and the model's context is {block_size}; shorten it: {p.question[:60]!r}")
         out.append(e)

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from . import count, data, run, sets
+from . import checkpoint, count, data, run, sets
 from .config import UserError
 from .latent import ATP
 from .reward import number, result
@@ -18,6 +18,8 @@ def dry_run(cfg, splits, device, sft, rl):
 
     sft(model, tokens, rows, stage), rl(model, tokens, problems, max_new): add one batch's gradients; train.py's own.
     """
+    for last in checkpoint.checkpoints(cfg.out)[-1:] if cfg.resume else ():
+        run.need_data(splits, checkpoint.read_json(last / "state.json"), cfg)
     there = memory(device)
     fits = lambda model: held(cfg, model) < 0.9 * there
     model, tokens = (None, None) if cfg.init else on_meta(cfg, splits.train)

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-import weakref
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -95,15 +94,10 @@ def need_start(start, state, cfg):
 
 def need_data(splits, state, cfg):
     """Raises UserError where a resumed run would go on with other problems than it began with."""
-    if state.setdefault("data", splits.fingerprint) != splits.fingerprint:
+    found = splits.fingerprint  # seconds for a large file
+    if state.setdefault("data", found) != found:
         raise UserError(f"{cfg.data or cfg.out}:0: the problems are not those that this run began with (a file was changed since?); bring them back, "
                         "or begin anew in another --out")
-
-
-def need_free(cfg):
-    """Raises UserError where --out holds a run that is not to be gone on with."""
-    if not cfg.resume and ((Path(cfg.out) / "summary.json").exists() or checkpoint.checkpoints(cfg.out)):
-        raise UserError(f"{cfg.out}:0: holds a run already; add --resume to go on with it, or choose another --out")
 
 
 SMALL = 10**7  # parameters
@@ -290,7 +284,7 @@ class Log:
     Rank 0's alone writes. Its methods raise NotWritten where the disk is full."""
     def __init__(self, cfg, state):
         """state: the step and the seconds that a resumed run has behind it; records of later steps, lost with the crash, are
-        removed. Raises UserError where another process writes into the folder, or a record cannot be read."""
+        removed. The folder is there (`own`). Raises UserError where it cannot be written, or a record cannot be read."""
         self.out, self.before, self.began = Path(cfg.out), state["seconds"], time.perf_counter()
         self.path = self.out / "metrics.jsonl"
         if distributed.rank():
@@ -298,11 +292,9 @@ class Log:
             return
         try:
             self.sink = sink(cfg, self.out, state)
-            self.out.mkdir(parents=True, exist_ok=True)
             self.path.open("a").close()
         except OSError as e:
             raise UserError(f"{self.out}:0: cannot be written ({e.strerror}); choose another --out")
-        own(self.out, self)
         write_config(cfg, self.out / "config.json")
         old = [(line, r) for line, r in self.records() if r["step"] <= state["step"]]
         replace_file(self.path, "".join(line for line, _ in old))
@@ -344,14 +336,36 @@ class Log:
             replace_file(self.out / "summary.json", json.dumps(record, indent=2) + "\n")
 
 
-def own(folder, owner):
-    """Keep other processes out of a run's folder as long as `owner` lives. Raises UserError where one is there."""
-    if fcntl is None:
+@contextmanager
+def own(cfg):
+    """Inside, the folder of a run is there and no other process writes into it; one that stays empty is removed again. A dry run needs none.
+    Raises UserError where it cannot be had, or holds a run that is not to be gone on with."""
+    folder, lock = Path(cfg.out), None
+    if cfg.dry_run or distributed.rank():
+        yield
         return
-    lock = os.open(folder, os.O_RDONLY)
-    weakref.finalize(owner, os.close, lock)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY) if fcntl else None
+    except OSError as e:
+        raise UserError(f"{folder}:0: cannot be written ({e.strerror}); choose another --out")
+    try:
+        lock_of(folder, lock)
+        if not cfg.resume and ((folder / "summary.json").exists() or checkpoint.checkpoints(folder)):
+            raise UserError(f"{folder}:0: holds a run already; add --resume to go on with it, or choose another --out")
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+        with suppress(OSError):  # it is not empty
+            folder.rmdir()
+
+
+def lock_of(folder, descriptor):
+    """Take a folder's lock, which its descriptor then holds. Raises UserError where another process has it."""
+    try:
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder}:0: another process is writing into this folder; wait for it or end it, or choose another --out")
     except OSError:  # a file system without locks
@@ -372,7 +386,6 @@ def sink(cfg, out, state):
             return write
         if cfg.sink == "wandb":
             import wandb
-            out.mkdir(parents=True, exist_ok=True)
             # a resumed run goes on under the id of its folder
             wandb.init(project="minatp", name=out.name, id=hashlib.sha1(str(out.resolve()).encode()).hexdigest()[:16], dir=out,
                        config=asdict(cfg), resume="allow")

@@ -93,14 +93,15 @@ def options_of(folder):
 
 
 def taught_to(folder):
-    """(the questions that a run has learned from, and the run that it began from; the path of data that is no longer there, or "")."""
+    """(the questions that a run has learned from, and the run that it began from; the path of data that cannot be read any more, or "")."""
     cfg = options_of(folder)
     if not cfg:
         return set(), ""
     taught, gone = taught_to(cfg.init) if cfg.init else (set(), "")
-    if missing := [f for f in (cfg.data, *cfg.val.split(","), *cfg.test.split(",")) if f and not Path(f).exists()]:
-        return taught, missing[0]
-    splits = split(cfg)
+    try:
+        splits = split(cfg)
+    except UserError:  # moved, or changed since
+        return taught, cfg.data
     return taught | {p.question for p in splits.train + splits.answers * (cfg.stage == "rl" or cfg.answers_share > 0)}, gone
 
 
@@ -110,12 +111,13 @@ def test_set(folder, n=0, seed=0):
     trained = options_of(folder) or Config()
     if not trained.data:
         return problems.generate("test", n or trained.test_size, seed)
-    return [p for found in split(trained).tests.values() for p in found][: n or None]
+    tests = [data.read_problems(f) for f in trained.test.split(",")] if trained.test else split(trained).tests.values()
+    return [p for found in tests for p in found][: n or None]
 
 
 def prompts(asked, tokens, model, max_new):
     """Prompts of problems, lists of ids. Raises UserError where one leaves no room for thoughts and an answer."""
-    found = [tokens.prompt(p.question) for p in asked]
+    found = tokens.prompts([p.question for p in asked])
     room = model.policy.cfg.block_size - model.c * model.K - max_new - 1
     for p, prompt in zip(asked, found):
         if len(prompt) > room:
@@ -128,4 +130,4 @@ def encoded(cfg, chosen, tokens, model, free=False):
     """Problems as the method reads them -> list of data.Encoded. free: their steps are not known."""
     if cfg.method == "no-cot":
         chosen = [replace(p, steps=[]) for p in chosen]
-    return data.encode(chosen, tokens, model.K, model.policy.cfg.block_size, free, model.c)
+    return data.encode(chosen, tokens, model.K, model.policy.cfg.block_size, free, model.c, free or cfg.latent and not model.stop)

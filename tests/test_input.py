@@ -121,6 +121,8 @@ def test_a_problem_longer_than_the_context_is_named_before_the_training(option, 
 def test_a_chain_longer_than_the_context_is_named_though_its_words_are_not(refused, tmp_path):
     (tmp_path / "d").write_text("".join(f"q{i}||<<1+1=2>> <<2+2=4>> #### 4\n" for i in range(9)))
     refused(train.main, [*TINY, "--data", "d", "--c", 40, "--block-size", 85, "--vocab-size", 300], "d:", "the model's context is 85")
+    (tmp_path / "s").write_text("".join(f"q{i}||<<1+1=2>> #### 2\n" for i in range(9)))
+    refused(train.main, [*TINY, "--data", "s", "--c", 40, "--block-size", 85, "--vocab-size", 300, "--no-stop"], "s:", "context is 85")
     refused(train.main, [*TINY, "--data", "d", "--c", 40, "--block-size", 95, "--vocab-size", 300], "d:", "tokens long and there is room for")
 
 
@@ -151,14 +153,19 @@ def test_a_run_goes_on_with_its_own_problems_wherever_they_lie(own_data, refused
     (tmp_path / "other").write_text((own_data / "d").read_text().replace("q 7 and", "q 7 or"))
     refused(train.main, ["--resume", "--out", "run", "--data", "other"], "other:0: ", "the problems are not those that this run began with")
     shutil.copy(own_data / "d", tmp_path / "moved")
+    refused(train.main, ["--resume", "--out", "run", "--data", "other", "--dry-run"], "other:0: ", "the problems are not those")
+    refused(train.main, ["--resume", "--out", "run", "--init", "run"], "run/config.json:1: ", "the run has --init , not run")
     go("--resume", "--out", tmp_path / "run", "--data", tmp_path / "moved", "--dry-run")
     go("--resume", "--out", tmp_path / "run", "--data", tmp_path / "moved")
 
 
-def test_a_run_is_measured_on_what_it_held_out(tmp_path, capsys, own_data):
+def test_a_run_is_measured_on_what_it_held_out(tmp_path, own_data):
     go(*TINY, "--data", own_data / "d", "--out", tmp_path / "run")
     cfg = config.of_run(tmp_path / "run" / "config.json")
     assert sets.test_set(tmp_path / "run") == sets.load(cfg).tests["held out"] != []
+    shutil.copytree(own_data / "a", tmp_path / "a")
+    edit("config.json", data="gone")(tmp_path / "a")
+    assert len(sets.test_set(tmp_path / "a")) == 3  # its test file is enough
 
 
 # ---- models -------------------------------------------------------------------------------------------------------------
@@ -323,15 +330,15 @@ def test_folders_that_cannot_be_used(finished, refused, tmp_path):
     refused(train.main, [*TINY, "--out", finished], f"{finished}:0: ", "holds a run already; add --resume")
     (tmp_path / "file").write_text("")
     refused(train.main, [*TINY, "--out", "file"], "file:0: ", "cannot be written (File exists)")
-    refused(train.main, [*TINY, "--out", "x" * 300], "x" * 300, "cannot be used (File name too long)")
+    refused(train.main, [*TINY, "--out", "x" * 300], "x" * 300, "cannot be written (File name too long)")
     refused(sample.main, ["--run", "x" * 300, "Q"], "x" * 300, "cannot be used (File name too long)")
     refused(train.main, [*TINY, "--out", "file/below"], "file/below:0: ", "cannot be written (Not a directory)")
     cfg = config.parse(["--out", "shared"], "")
-    first = run.Log(cfg, {"step": 0, "seconds": 0.0})
-    with pytest.raises(config.UserError, match="shared:0: another process is writing into this folder"):
-        run.Log(cfg, {"step": 0, "seconds": 0.0})
-    del first
-    run.Log(cfg, {"step": 0, "seconds": 0.0})
+    for _ in range(2):
+        with run.own(cfg):
+            assert Path("shared").is_dir()
+            refused(train.main, [*TINY, "--out", "shared"], "shared:0: ", "another process is writing into this folder")
+        assert not Path("shared").exists()
     go(*TINY, "--method", "cot", "--out", tmp_path / "cot")
     for init in ("cot", MODEL):
         refused(train.main, [*TINY_RL, "--init", init, "--out", "rl"], f"{init}:0: ", "start --stage rl from an SFT run of --method atp")
@@ -377,6 +384,10 @@ def test_a_page_that_the_disk_has_no_room_for_leaves_the_old_one(tmp_path, monke
     with pytest.raises(config.NotWritten):
         page.write(tmp_path / "p.html", [], [])
     assert (tmp_path / "p.html").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    (tmp_path / "link").symlink_to("p.html")
+    page.write(tmp_path / "link", [], [])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "p.html").read_text() != "old"
 
 
 # ---- command lines ------------------------------------------------------------------------------------------------------

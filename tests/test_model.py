@@ -79,10 +79,10 @@ def test_the_control_tokens_start_as_the_row_of_the_operator(spare, tmp_path):
 def test_a_saved_model_loads_as_it_was(tmp_path):
     torch.manual_seed(1)
     model, tokens = checkpoint.load(FIXTURE / "policy", c=2, K=3, decoder_layers=1)
-    model.stage = 2
+    model.stage, model.longest = 2, 31
     checkpoint.save(tmp_path, model, tokens)
     again, tokens2 = checkpoint.load(tmp_path)
-    assert (again.c, again.K, again.vae, again.stop, again.decode, again.stage) == (2, 3, True, True, True, 2)
+    assert (again.c, again.K, again.vae, again.stop, again.decode, again.stage, again.longest) == (2, 3, True, True, True, 2, 31)
     for (n, a), (m, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert n == m and torch.equal(a, b), n
     assert (tokens2.start, tokens2.end, tokens2.encode("a 12")) == (tokens.start, tokens.end, tokens.encode("a 12"))
@@ -92,6 +92,19 @@ def test_a_saved_model_loads_as_it_was(tmp_path):
     checkpoint.save(tmp_path / "coconut", coconut, tokens)
     full, _ = checkpoint.load(tmp_path / "coconut", vae=True, stop=True, decode=True)
     assert torch.equal(full.decoder.model.norm.weight, full.policy.model.norm.weight)
+
+
+def test_a_head_of_a_readers_own_is_saved_and_loaded(tmp_path, monkeypatch):
+    class Mixed(ATP):
+        def __init__(self, cfg, **switches):
+            super().__init__(cfg, **switches)
+            self.mix = torch.nn.Linear(cfg.n_embd, cfg.n_embd)
+
+    checkpoint.save(tmp_path / "without", *checkpoint.load(FIXTURE / "policy"))
+    monkeypatch.setattr(checkpoint, "ATP", Mixed)
+    model, tokens = checkpoint.load(tmp_path / "without")  # where it begins
+    checkpoint.save(tmp_path / "with", model, tokens)
+    assert torch.equal(checkpoint.load(tmp_path / "with")[0].mix.weight, model.mix.weight)
 
 
 def test_files_of_others_are_kept(tmp_path):

@@ -390,6 +390,7 @@ def test_sinks_get_the_records_of_the_file(tmp_path, monkeypatch):
     wandb.init, wandb.log = lambda **how: sent.append(how), lambda values, step: sent.append((step, values))
     monkeypatch.setitem(__import__("sys").modules, "wandb", wandb)
     cfg = config.parse(["--out", str(tmp_path / "o"), "--sink", "wandb"], "")
+    (tmp_path / "o").mkdir()
     log = run.Log(cfg, {"step": 0, "seconds": 0.0})
     log.write({"step": 3, "loss": 0.5, "validation": {"accuracy": 0.25, "accuracy_ci95": [0.1, 0.4], "coherence": None}})
     assert sent[0]["project"] == "minatp" and sent[0]["config"]["sink"] == "wandb"
