@@ -350,7 +350,7 @@ def own(cfg):
     except OSError as e:
         raise UserError(f"{folder}:0: cannot be written ({e.strerror}); choose another --out")
     try:
-        lock_of(folder, lock)
+        take_lock(folder, lock)
         if not cfg.resume and ((folder / "summary.json").exists() or checkpoint.checkpoints(folder)):
             raise UserError(f"{folder}:0: holds a run already; add --resume to go on with it, or choose another --out")
         yield
@@ -361,7 +361,7 @@ def own(cfg):
             folder.rmdir()
 
 
-def lock_of(folder, descriptor):
+def take_lock(folder, descriptor):
     """Take a folder's lock, which its descriptor then holds. Raises UserError where another process has it."""
     try:
         if fcntl:

@@ -45,7 +45,7 @@ def load(cfg):
             raise UserError(f"{cfg.init}:0: has learned from {len(leaked)} of the {len(held_out)} questions that are held out here; give --val, "
                             "--test and --val-size as its config.json has them, or other files")
         if untold:
-            splits.note += "; " * bool(splits.note) + f"whether {cfg.init} has learned from questions held out here cannot be told: {untold} is gone"
+            splits.note += "; " * bool(splits.note) + f"whether {cfg.init} has learned from questions held out here cannot be told: {untold} cannot be read"
     return splits
 
 

@@ -145,7 +145,7 @@ def test_what_a_run_has_learned_from_is_not_held_out_later(own_data, refused, ca
     shutil.copytree(own_data / "a", own_data / "moved")
     edit("config.json", data=str(own_data / "gone"))(own_data / "moved")
     go(*again[:-5], "--init", own_data / "moved", *again[-3:])
-    assert f"cannot be told: {own_data / 'gone'} is gone" in capsys.readouterr().out
+    assert f"cannot be told: {own_data / 'gone'} cannot be read" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_its_own_problems_wherever_they_lie(own_data, refused, capsys, tmp_path):
