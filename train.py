@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from kernels import ops
-from minatp import checkpoint, config, data, distributed, evaluate, muon, problems, reward, run, sets
+from minatp import checkpoint, config, data, distributed, evaluate, folder, muon, problems, reward, run, sets
 from minatp.loss import advantages, sft_loss, surrogate
 from minatp.rollout import Noise, Rollout, rollout, score, supervise
 
@@ -21,7 +21,7 @@ def main(argv=None):
     device = distributed.start(run.pick_device(cfg.device))
     distributed.check(cfg.batch_size)
     torch.manual_seed(cfg.seed)
-    with run.own(cfg):
+    with folder.own(cfg):
         if cfg.init:
             checkpoint.locate(cfg.init)  # before the data is read
         splits = sets.load(cfg)
@@ -44,11 +44,10 @@ def sft(cfg, splits, device):
     run.place(model, device).set_recompute(cfg.recompute)
     optimizer = muon.build(cfg, model)
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0}
-    run.need_data(splits, state, cfg)
-    log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
+    run.need_same(cfg, splits, state)
+    log, meter, steps = folder.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
     rows, answers = sets.encoded(cfg, splits.train, tokens, model), sets.encoded(cfg, splits.answers, tokens, model, free=True)
-    sets.encoded(cfg, splits.held_out, tokens, model)  # none is too long
-    sets.prompts(splits.held_out, tokens, model, run.max_answer(cfg, rows, model))
+    sets.need_room(cfg, splits, tokens, model, run.max_answer(cfg, rows, model))
     model.longest = max([model.longest, *(len(text) for r in rows for text in (*r.texts, r.rest))])
     plan = [(stage, max(1, round(epochs * len(rows) / cfg.batch_size))) for stage, epochs in cfg.schedule()]
     n_total, first = sum(n for _, n in plan), 0
@@ -138,23 +137,20 @@ def rl(cfg, splits, device):
     found = checkpoint.newest_checkpoint(cfg.out) if cfg.resume else None
     run.need_thoughts(cfg)
     model, tokens = checkpoint.load(found or cfg.init)
-    start, _ = checkpoint.load(cfg.init)
+    start = checkpoint.load(cfg.init)[0].to(device)
     run.need_size(model, cfg)
     run.place(model, device).set_recompute(cfg.recompute)
-    start.to(device)
     model.decoder.requires_grad_(False)
     optimizer = muon.build(cfg, model)
     state = checkpoint.restore(found, model, optimizer) if found else {"step": 0, "seconds": 0.0, "start": run.fingerprint(start)}
-    run.need_start(start, state, cfg)
-    run.need_data(splits, state, cfg)
-    log, meter, steps = run.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
+    run.need_same(cfg, splits, state, start)
+    log, meter, steps = folder.Log(cfg, state), run.Meter(state.get("meter")), run.Steps(optimizer, model, cfg.clip)
     pool = [*splits.train, *splits.answers] if cfg.data else splits.answers  # the built-in task keeps a set for RL
     rows = sets.encoded(cfg, splits.train, tokens, model)
     val_rows = sets.encoded(cfg, [p for p in splits.val if p.steps][:200], tokens, model)
     max_new = run.max_answer(cfg, rows, model)
     prompts = sets.prompts(pool, tokens, model, max_new)
-    sets.encoded(cfg, splits.answers + splits.held_out, tokens, model)  # none is too long
-    sets.prompts(splits.held_out, tokens, model, max_new)
+    sets.need_room(cfg, splits, tokens, model, max_new)
     run.say(f"rl from {cfg.init}: {run.size(model)}, {cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts on {device}; "
             f"files in {cfg.out}")
 

@@ -58,11 +58,7 @@ def main(argv=None):
     parser.add_argument("--arms", default="", help="only these, by name, separated by semicolons; ATP and RL come with what needs them [all]")
     parser.add_argument("--options", default="", help="given to every run of train.py, in one string")
     args = parser.parse_args(argv)
-    known = [*METHODS, *AFTER, *THEN]
-    arms = [a.strip() for a in args.arms.split(";") if a.strip()] or known
-    for a in arms:
-        if a not in known:
-            raise config.UserError(f"command line: --arms: there is no {a!r}; the arms are {'; '.join(known)}")
+    arms = config.among("--arms", args.arms, [*METHODS, *AFTER, *THEN])
     try:
         seeds = [int(s) for s in args.seeds.split(",")]
     except ValueError:

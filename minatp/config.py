@@ -326,6 +326,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}")
 
 
+def among(option, given, known):
+    """Names separated by semicolons; all that are known where none is given. Raises UserError for any other."""
+    names = [name.strip() for name in given.split(";") if name.strip()] or list(known)
+    for name in names:
+        if name not in known:
+            raise UserError(f"command line: {option}: there is no {name!r}; there are {'; '.join(known)}")
+    return names
+
+
 def parse(argv, description):
     """Command line -> Config. Precedence: what is given, then the preset, then the defaults; --resume takes the run's config.json."""
     parser = Parser(f"{description}\nDefaults stand in brackets: [a; llama-1b b; rl c; llama-1b rl d], where b, c and d are those of --preset "

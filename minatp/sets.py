@@ -126,6 +126,12 @@ def prompts(asked, tokens, model, max_new):
     return found
 
 
+def need_room(cfg, splits, tokens, model, max_new):
+    """Raises UserError where a held-out problem is too long to be read, or to be thought through and answered."""
+    encoded(cfg, splits.held_out, tokens, model)
+    prompts(splits.held_out, tokens, model, max_new)
+
+
 def encoded(cfg, chosen, tokens, model, free=False):
     """Problems as the method reads them -> list of data.Encoded. free: their steps are not known."""
     if cfg.method == "no-cot":

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minatp import bench, config, count
+from minatp import bench, cases, config, count
 from minatp.llama import LlamaConfig
 
 LLAMA_1B = LlamaConfig(vocab_size=128259)
@@ -14,27 +14,27 @@ LLAMA_1B = LlamaConfig(vocab_size=128259)
 @pytest.fixture(scope="module")
 def case():
     pytest.importorskip("transformers", reason="transformers, which the benchmark compares with, is missing: pip install transformers")
-    case = bench.Case("tiny", torch.device("cpu"))
+    case = cases.Case("tiny", torch.device("cpu"))
     case.size = {**case.size, "batch": 20, "questions": 4}  # the command's 32 and 16 widen the gap and take longer
     return case
 
 
 @pytest.fixture(scope="module")
 def every(case):
-    return bench.sides(case.model, case.device)
+    return cases.sides(case.model, case.device)
 
 
 def test_all_that_is_timed_runs(case, every):
-    for work, tokens in bench.works(case).values():
+    for work, tokens in cases.works(case).values():
         work(every["minatp"])
         assert tokens > 0
 
 
 def test_the_peers_compute_the_same_losses_gradients_chains_and_log_probabilities(case, every, capsys):
-    bench.compare(case, every)
+    cases.compare(case, every)
     assert capsys.readouterr().out.count("same losses") == 3
     prompt, valid = case.prompts(6)
-    r = every["minatp"].rollout(prompt, valid, bench.MAX_NEW, None, 1)
+    r = every["minatp"].rollout(prompt, valid, cases.MAX_NEW, None, 1)
     assert len(set(r.n_latent.tolist())) > 1 and len(set(r.n_token.tolist())) > 1  # ragged, or little was compared
 
 
@@ -42,20 +42,20 @@ def test_a_static_cache_gives_the_same_chains(case):
     from minatp.peer import Tuned
     case.ragged(True)
     case.model.stage = case.model.K + 1
-    chains = [Tuned(case.model, static).rollout(*case.prompts(4), bench.MAX_NEW, None, 2) for static in (False, True)]
+    chains = [Tuned(case.model, static).rollout(*case.prompts(4), cases.MAX_NEW, None, 2) for static in (False, True)]
     assert torch.equal(chains[0].token, chains[1].token) and torch.equal(chains[0].n_latent, chains[1].n_latent)
 
 
 def test_a_peer_that_computes_something_else_is_not_timed(case, every, capsys):
-    broken = {**every, "tuned": bench.Side(**{**vars(every["tuned"]), "losses": lambda batch, eps: {
+    broken = {**every, "tuned": cases.Side(**{**vars(every["tuned"]), "losses": lambda batch, eps: {
         k: 1.01 * v for k, v in every["tuned"].losses(batch, eps).items()}})}
-    assert list(bench.compare(case, {k: broken[k] for k in ("minatp", "tuned")})) == ["minatp"]
+    assert list(cases.compare(case, {k: broken[k] for k in ("minatp", "tuned")})) == ["minatp"]
     assert "tuned              DIFFERS from minatp" in capsys.readouterr().out
 
 
 def test_the_counts_meet_the_gates(case, every):
     found = [{"work": name, "sides": {s: vars(count.count(partial(work, every[s]))) for s in ("minatp", "reference")}}
-             for name, (work, _) in bench.works(case).items() if name in {work for work, _ in bench.GATES}]
+             for name, (work, _) in cases.works(case).items() if name in {work for work, _ in bench.GATES}]
     assert bench.missed(found) == []
     halved = [{**r, "sides": {**r["sides"], "reference": {k: v / 10 for k, v in r["sides"]["reference"].items()}}} for r in found]
     assert len(bench.missed(halved)) == len(bench.GATES)  # and they can be missed
@@ -99,10 +99,10 @@ def test_the_floors_and_the_memory_are_as_reckoned_by_hand():
     """Llama-3.2-1B: a latent step at B = 32 and 128, an answer token, T = 140; 54 GB and less than 80 for SFT."""
     ms = lambda rows, words: 1e3 * count.pass_bytes(LLAMA_1B, rows, 140, words) / 4.3e12
     assert [round(ms(*at), 2) for at in ((32, False), (128, False), (32, True), (128, True))] == [0.49, 0.59, 0.61, 0.71]
-    memory = count.training_memory(LLAMA_1B, 10, 2, 32, bench.paper_row(128256))
+    memory = count.training_memory(LLAMA_1B, 10, 2, 32, cases.paper_row(128256))
     assert memory["weights"] + memory["gradients"] + memory["moments"] == pytest.approx(2 * 19.8e9, rel=0.02)
     assert 54e9 < sum(memory.values()) < 80e9
-    lean = count.training_memory(LLAMA_1B, 10, 2, 32, bench.paper_row(128256), recompute=True)
+    lean = count.training_memory(LLAMA_1B, 10, 2, 32, cases.paper_row(128256), recompute=True)
     assert lean["activations"] < 0.65 * memory["activations"]
 
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 import sample
 import train
-from minatp import ablate, checkpoint, config, evaluate, page, probe, run, sets
+from minatp import ablate, checkpoint, config, evaluate, folder, page, probe, run, sets
 from runs import TINY, TINY_RL, go
 
 MODEL = Path(__file__).parent / "fixtures" / "conformance" / "policy"
@@ -335,7 +335,7 @@ def test_folders_that_cannot_be_used(finished, refused, tmp_path):
     refused(train.main, [*TINY, "--out", "file/below"], "file/below:0: ", "cannot be written (Not a directory)")
     cfg = config.parse(["--out", "shared"], "")
     for _ in range(2):
-        with run.own(cfg):
+        with folder.own(cfg):
             assert Path("shared").is_dir()
             refused(train.main, [*TINY, "--out", "shared"], "shared:0: ", "another process is writing into this folder")
         assert not Path("shared").exists()

@@ -8,8 +8,9 @@ import torch
 
 import sample
 import train
-from minatp import checkpoint, config, data, edit, evaluate, explain, page, plot, probe, problems, run
+from minatp import checkpoint, config, data, edit, evaluate, explain, page, plot, probe, problems
 from minatp.data import Problem
+from minatp.folder import Log
 from minatp.rollout import Given, rollout
 from test_sft import SMALL, ragged
 
@@ -391,7 +392,7 @@ def test_sinks_get_the_records_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", wandb)
     cfg = config.parse(["--out", str(tmp_path / "o"), "--sink", "wandb"], "")
     (tmp_path / "o").mkdir()
-    log = run.Log(cfg, {"step": 0, "seconds": 0.0})
+    log = Log(cfg, {"step": 0, "seconds": 0.0})
     log.write({"step": 3, "loss": 0.5, "validation": {"accuracy": 0.25, "accuracy_ci95": [0.1, 0.4], "coherence": None}})
     assert sent[0]["project"] == "minatp" and sent[0]["config"]["sink"] == "wandb"
     assert sent[1] == (3, {"loss": 0.5, "validation/accuracy": 0.25, "validation/accuracy_ci95/0": 0.1, "validation/accuracy_ci95/1": 0.4})
