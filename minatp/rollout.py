@@ -19,13 +19,21 @@ from .chain import walk
 from .explain import thought_nll
 
 
+def read(policy, prompt, valid, room, group=1):
+    """Read prompts (Q, Tq), real where valid, of which each is gone on with `group` times: (hidden states after them (Q·group, D), those of a
+    prompt side by side; the cache, with room for so many columns more)."""
+    cache = policy.cache(len(prompt), prompt.shape[1] + room)
+    h = policy(policy.embed(prompt), valid, cache, 1)[:, 0]
+    if group > 1:
+        cache.keep(torch.arange(len(h) * group, device=h.device) // group, group)
+        h = h.repeat_interleave(group, 0)
+    return h, cache
+
+
 def think(model, batch, eps=None):
     """Read a batch's prompts and walk its latents. Returns what `walk` does, and the cache, ready for the tail."""
-    B, Tq = batch.prompt.shape
-    policy = model.policy
-    cache = policy.cache(B, Tq + batch.L + batch.tail.shape[1])
-    h = policy(policy.embed(batch.prompt), batch.prompt_valid, cache, 1)[:, 0]
-    eps = ops.prepared(eps, policy.cfg.n_embd)
+    h, cache = read(model.policy, batch.prompt, batch.prompt_valid, batch.L + batch.tail.shape[1])
+    eps = ops.prepared(eps, h.shape[-1])
     return *walk(model, h, cache, batch.n_latent, batch.L, batch.n_candidate, eps, batch.free if batch.counts["free"] else None), cache
 
 
@@ -114,6 +122,16 @@ class Rollout:
     spread: float = 1.0       # as in the Noise that made it
     temperature: float = 1.0
 
+    @staticmethod
+    def empty(model, B, max_new, noise, device):
+        """Of B chains that have not begun."""
+        zeros = lambda *s: torch.zeros(B, *s, device=device)
+        cK, D = model.c * model.K, model.policy.cfg.n_embd
+        return Rollout(z=zeros(cK, D), logvar=zeros(cK, D) if model.vae else None, n_latent=zeros().long(), stopped=zeros().bool(),
+                       stop_prob=zeros(model.K) + torch.nan, token=zeros(max_new).long() - 1, n_token=zeros().long(), logp_z=zeros(cK),
+                       logp_stop=zeros(model.K), logp_token=zeros(max_new), spread=noise.spread if noise else 1.0,
+                       temperature=noise.temperature if noise else 1.0)
+
     def take(self, rows):
         """The chains `rows` (a LongTensor) alone."""
         return replace(self, **{f.name: v[rows] for f in fields(self) if torch.is_tensor(v := getattr(self, f.name))})
@@ -133,19 +151,10 @@ def rollout(model, prompt, valid, max_new, noise=None, group=1, given=None):
     words. Done rows leave the batch, at once or, where ticks are CUDA graphs, when they are half of it: early stops save real work.
     Returns a Rollout of B rows.
     """
-    B, Tq = prompt.shape[0] * group, prompt.shape[1]
-    policy, c, device = model.policy, model.c, prompt.device
-    K, D = min(model.stage, model.K), policy.cfg.n_embd
-    zeros = lambda *s: torch.zeros(B, *s, device=device)
-    out = Rollout(z=zeros(c * model.K, D), logvar=zeros(c * model.K, D) if model.vae else None, n_latent=zeros().long(),
-                  stopped=zeros().bool(), stop_prob=zeros(model.K) + torch.nan, token=zeros(max_new).long() - 1, n_token=zeros().long(),
-                  logp_z=zeros(c * model.K), logp_stop=zeros(model.K), logp_token=zeros(max_new),
-                  spread=noise.spread if noise else 1.0, temperature=noise.temperature if noise else 1.0)
-    cache = policy.cache(len(prompt), Tq + c * K + 1 + max_new)
-    h = policy(policy.embed(prompt), valid, cache, 1)[:, 0]
-    if group > 1:
-        cache.keep(torch.arange(B, device=device) // group, group)
-        h = h.repeat_interleave(group, 0)
+    policy, c, K, device = model.policy, model.c, min(model.stage, model.K), prompt.device
+    h, cache = read(policy, prompt, valid, c * K + 1 + max_new, group)
+    B, D = h.shape
+    out = Rollout.empty(model, B, max_new, noise, device)
     most = torch.full((B,), c * K, device=device) if given is None else torch.where(given.ends, given.n, c * K).clamp(max=c * K)
     eps = noise and ops.prepared(noise.eps, D)
     eos, end = torch.tensor(policy.cfg.eos, device=device), policy.embed(torch.tensor(model.end, device=device))
@@ -239,20 +248,18 @@ def score(model, prompt, valid, r, group=1, eps=None):
     column = torch.arange(max(L, Tt), device=prompt.device)
     used, written = column[:L] < r.n_latent[:, None], column[:Tt] < r.n_token[:, None]
     candidate = used | ((column[:L] == r.n_latent[:, None]) & r.stopped[:, None])
-    cache = policy.cache(len(prompt), prompt.shape[1] + L + Tt)
-    h_prompt = policy(policy.embed(prompt), valid, cache, 1).repeat_interleave(group, 0)
-    cache.keep(torch.arange(B, device=prompt.device) // group, group)
+    h_prompt, cache = read(policy, prompt, valid, L + Tt, group)
     tail = policy.embed(torch.cat((torch.full((B, 1), model.end, device=prompt.device), r.token[:, :-1].clamp(min=0)), 1))
     logp_z, logp_stop = r.logp_z.new_zeros(B, L), r.logp_stop.new_zeros(B, model.K)
     if eps is None:
         h = policy(torch.cat((r.z, tail), 1), torch.cat((used, written), 1), cache)
         after = h[:, L:]
         # column t's proposal comes from the column before it; unused columns in between hold nothing that is read
-        thought = model.propose(torch.cat((h_prompt, h[:, : L - 1]), 1), z=r.z, spread=r.spread)
+        thought = model.propose(torch.cat((h_prompt[:, None], h[:, : L - 1]), 1), z=r.z, spread=r.spread)
         if model.vae:
             logp_z = torch.where(candidate, thought.logp, 0.0)
     else:
-        thought, _ = walk(model, h_prompt[:, 0], cache, r.n_latent, longest, L, ops.prepared(eps, r.z.shape[-1]), spread=r.spread)
+        thought, _ = walk(model, h_prompt, cache, r.n_latent, longest, L, ops.prepared(eps, r.z.shape[-1]), spread=r.spread)
         after = policy(tail, written, cache)
     if model.stop:
         logp = wide(model.stop_head(thought.z[:, ::c])).log_softmax(-1)        # (B, K, 2)

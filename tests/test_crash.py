@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from minatp import checkpoint, config, data, evaluate, folder, muon, run, sets
+from minatp import checkpoint, config, data, evaluate, muon, run, sets
+from minatp.folder import Log
 from runs import TAUGHT, TINY, TINY_RL, facts, go, process, processes, training, writing
 
 LONG = os.environ.get("MINATP_LONG") == "1"
@@ -341,7 +342,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole, context, tmp_path):
 
 def test_a_full_disk_under_the_other_files(tmp_path):
     cfg = config.parse([*TINY, "--out", str(tmp_path)], "")
-    log = folder.Log(cfg, {"step": 0, "seconds": 0.0})
+    log = Log(cfg, {"step": 0, "seconds": 0.0})
     log.file = open("/dev/full", "w")
     with pytest.raises(config.NotWritten, match=r"metrics.jsonl:0: cannot be written \(No space left on device\): 12 bytes are needed"):
         log.write({"step": 1})
