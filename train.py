@@ -22,7 +22,7 @@ def main(argv=None):
     distributed.check(cfg.batch_size)
     torch.manual_seed(cfg.seed)
     with folder.own(cfg):
-        if cfg.init:
+        if cfg.init and not (cfg.resume and cfg.stage == "sft"):  # which has all in its checkpoint
             checkpoint.locate(cfg.init)  # before the data is read
         splits = sets.load(cfg)
         run.say(splits.tell())

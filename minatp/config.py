@@ -400,14 +400,17 @@ def write_config(cfg, path):
 
 
 def replace_file(path, text):
-    """Write a whole file or nothing: a crash leaves the old one or the new one. Raises NotWritten."""
-    tmp = Path(f"{path}.tmp")
+    """Write a whole file or nothing: a crash leaves the old one or the new one. A link stays a link. Raises NotWritten."""
+    tmp = Path(os.path.realpath(path) + ".tmp")
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe, /dev/stdout
+            Path(path).write_text(text, encoding="utf-8")
+            return
         with tmp.open("w", encoding="utf-8") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
-        tmp.replace(path)
+        tmp.replace(os.path.realpath(path))
     except OSError as e:
         tmp.unlink(missing_ok=True)
         raise NotWritten(path, e, len(text.encode()))

@@ -199,7 +199,7 @@ class Encoded:
 
 def encode(problems, tokens, K, block_size, free=False, c=1, always=False):
     """Problems -> list of Encoded. free: as in Encoded. Raises UserError where one is longer than the context of block_size tokens at some
-    curriculum stage, when a step takes its words or c latents; always: so do those that it lacks up to K."""
+    curriculum stage, when the first k steps take c latents each; always: k of them, however few there are."""
     prompts = tokens.prompts([p.question for p in problems])
     answers = tokens.encode_all(["### " + p.answer for p in problems])
     steps = [s for p in problems for s in p.steps]
@@ -210,8 +210,8 @@ def encode(problems, tokens, K, block_size, free=False, c=1, always=False):
         e = Encoded(q, [next(lines) for _ in range(n_step)],
                     [next(texts) + [eos] for _ in range(n_step)],
                     tokens.encode("\n".join(p.steps[K - 1:])) + [eos] if n_step > K else [], a + [eos], p.at, free)
-        length = len(e.prompt) + 1 + sum(max(len(line), c * (i < K)) for i, line in enumerate(e.lines)) + len(e.answer)
-        length += always * c * max(0, K - n_step)
+        thinking = max(c * (k if always else min(k, n_step)) + sum(map(len, e.lines[k:])) for k in range(K + 1))
+        length = len(e.prompt) + thinking + 1 + len(e.answer)
         if length > block_size:
             raise UserError(f"{p.at}: is {length} tokens long and the model's context is {block_size}; shorten it: {p.question[:60]!r}")
         out.append(e)

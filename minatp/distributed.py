@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 8 train.py --stage sft …
 
 Losses are divided by counts of the whole batch and every row has its own noise, so that the sum over processes is the gradient
-that one process computes. Without torchrun every function here does nothing. Rank 0 alone writes (run.Log, run.say, checkpoints).
+that one process computes. Without torchrun every function here does nothing. Rank 0 alone writes (folder.Log, run.say, checkpoints).
 """
 import os
 from datetime import timedelta

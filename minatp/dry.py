@@ -18,8 +18,10 @@ def dry_run(cfg, splits, device, sft, rl):
 
     sft(model, tokens, rows, stage), rl(model, tokens, problems, max_new): add one batch's gradients; train.py's own.
     """
-    for last in checkpoint.checkpoints(cfg.out)[-1:] if cfg.resume else ():
-        run.need_same(cfg, splits, checkpoint.read_json(last / "state.json"))
+    if cfg.resume:
+        run.need_same(cfg, splits, checkpoint.read_json(checkpoint.newest_checkpoint(cfg.out) / "state.json"))
+    elif checkpoint.checkpoints(cfg.out):
+        run.say(f"note        {cfg.out} holds a run already; the run itself will need another --out")
     there = memory(device)
     fits = lambda model: held(cfg, model) < 0.9 * there
     model, tokens = (None, None) if cfg.init else on_meta(cfg, splits.train)

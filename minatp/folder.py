@@ -20,38 +20,45 @@ from .config import NotWritten, UserError, replace_file, write_config
 
 @contextmanager
 def own(cfg):
-    """Inside, the folder of a run is there and no other process writes into it; one that stays empty is removed again. A dry run needs none.
-    Raises UserError where it cannot be had, or holds a run that is not to be gone on with."""
-    folder, lock = Path(cfg.out), None
-    if cfg.dry_run or distributed.rank():
+    """Inside, the folder of a run is there and no other process writes into it; one that was made here and stays empty is removed again. A dry
+    run needs none. Raises UserError, in every process, where it cannot be had, or holds a run that is not to be gone on with."""
+    folder, lock, made, wrong = Path(cfg.out), None, False, None
+    try:
+        if distributed.rank() == 0 and not cfg.dry_run:
+            try:
+                made = not os.path.exists(folder)
+                lock = take(folder)
+                if not cfg.resume and ((folder / "summary.json").exists() or checkpoint.checkpoints(folder)):
+                    raise UserError(f"{folder}:0: holds a run already; add --resume to go on with it, or choose another --out")
+            except UserError as e:
+                wrong = e
+        if wrong := distributed.of_first(wrong):
+            raise wrong
         yield
-        return
+    finally:
+        if made and lock is not None:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+        if lock is not None:
+            os.close(lock)
+
+
+def take(folder):
+    """Make a run's folder and take its lock: the descriptor that holds it, None where there are no locks. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY) if fcntl else None
     except OSError as e:
         raise UserError(f"{folder}:0: cannot be written ({e.strerror}); choose another --out")
     try:
-        take_lock(folder, lock)
-        if not cfg.resume and ((folder / "summary.json").exists() or checkpoint.checkpoints(folder)):
-            raise UserError(f"{folder}:0: holds a run already; add --resume to go on with it, or choose another --out")
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
-        with suppress(OSError):  # it is not empty
-            folder.rmdir()
-
-
-def take_lock(folder, descriptor):
-    """Take a folder's lock, which its descriptor then holds. Raises UserError where another process has it."""
-    try:
         if fcntl:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(lock)
         raise UserError(f"{folder}:0: another process is writing into this folder; wait for it or end it, or choose another --out")
     except OSError:  # a file system without locks
         pass
+    return lock
 
 
 class Log:

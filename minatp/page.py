@@ -78,16 +78,10 @@ def read(model, tokens, chains, n=3):
 
 def write(path, views, problems):
     """The page, in the file `path`. Raises UserError where that cannot be written, NotWritten where the disk is full."""
-    there, text = Path(path).resolve(), render(views, problems)  # a link stays one
     try:
-        if there.exists() and not there.is_file():  # a pipe
-            there.write_text(text, encoding="utf-8")
-        else:
-            replace_file(there, text)
+        replace_file(path, render(views, problems))
     except NotWritten as e:
         raise e if e.full else UserError(f"{path}:0: cannot be written ({e.why}); choose another --html")
-    except OSError as e:
-        raise UserError(f"{path}:0: cannot be written ({e.strerror}); choose another --html")
 
 
 def render(views, problems):

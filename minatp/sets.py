@@ -45,7 +45,7 @@ def load(cfg):
             raise UserError(f"{cfg.init}:0: has learned from {len(leaked)} of the {len(held_out)} questions that are held out here; give --val, "
                             "--test and --val-size as its config.json has them, or other files")
         if untold:
-            splits.note += "; " * bool(splits.note) + f"whether {cfg.init} has learned from questions held out here cannot be told: {untold} cannot be read"
+            splits.note += "; " * bool(splits.note) + f"whether {cfg.init} has learned from questions held out here cannot be told: {untold}"
     return splits
 
 
@@ -93,15 +93,15 @@ def options_of(folder):
 
 
 def taught_to(folder):
-    """(the questions that a run has learned from, and the run that it began from; the path of data that cannot be read any more, or "")."""
+    """(the questions that a run has learned from, and the run that it began from; why that cannot be told, or "")."""
     cfg = options_of(folder)
     if not cfg:
         return set(), ""
     taught, gone = taught_to(cfg.init) if cfg.init else (set(), "")
     try:
         splits = split(cfg)
-    except UserError:  # moved, or changed since
-        return taught, cfg.data
+    except UserError as e:  # moved, or changed since
+        return taught, str(e)
     return taught | {p.question for p in splits.train + splits.answers * (cfg.stage == "rl" or cfg.answers_share > 0)}, gone
 
 

@@ -145,7 +145,7 @@ def test_what_a_run_has_learned_from_is_not_held_out_later(own_data, refused, ca
     shutil.copytree(own_data / "a", own_data / "moved")
     edit("config.json", data=str(own_data / "gone"))(own_data / "moved")
     go(*again[:-5], "--init", own_data / "moved", *again[-3:])
-    assert f"cannot be told: {own_data / 'gone'} cannot be read" in capsys.readouterr().out
+    assert f"cannot be told: {own_data / 'gone'}:0: cannot be read" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_its_own_problems_wherever_they_lie(own_data, refused, capsys, tmp_path):
@@ -338,7 +338,11 @@ def test_folders_that_cannot_be_used(finished, refused, tmp_path):
         with folder.own(cfg):
             assert Path("shared").is_dir()
             refused(train.main, [*TINY, "--out", "shared"], "shared:0: ", "another process is writing into this folder")
+            assert Path("shared").is_dir()
         assert not Path("shared").exists()
+    Path("mine").mkdir()
+    refused(train.main, [*TINY, "--data", "nowhere", "--out", "mine"], "nowhere:0: ", "cannot be read")
+    assert Path("mine").is_dir()
     go(*TINY, "--method", "cot", "--out", tmp_path / "cot")
     for init in ("cot", MODEL):
         refused(train.main, [*TINY_RL, "--init", init, "--out", "rl"], f"{init}:0: ", "start --stage rl from an SFT run of --method atp")
