@@ -3,8 +3,8 @@
     python -m minatp.bench                        a small model on a CPU; ends with code 1 where a count misses its gate
     python -m minatp.bench --preset llama-1b      one GPU: the paper's size, bf16 compute over float32 masters
 
-All must compute the same losses, gradients, chains and log-probabilities before anything is timed. Then the rounds are timed in
-turn, and a ratio is that of two times of one round: median [p10, p90]. Counts (minatp/count.py) do not swing with load, so they
+A side must compute the same losses, gradients, chains and log-probabilities, or it is not timed. The rounds are timed in turn, and a ratio is
+that of two times of one round: median [p10, p90]. Counts (minatp/count.py) do not swing with load, so they
 are what is gated. Weights are untrained and shared by all sides; in what is timed no chain ends early.
 """
 import json

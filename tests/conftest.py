@@ -22,3 +22,27 @@ def poison(monkeypatch):
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder of a run."""
+    from runs import TINY, go
+    out = tmp_path_factory.mktemp("finished") / "run"
+    go(*TINY, "--out", out)
+    return out
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """refused(main, argv, start, reason): what stderr must hold."""
+    from minatp import config
+    monkeypatch.chdir(tmp_path)
+
+    def check(main, argv, start, reason):
+        capsys.readouterr()
+        assert config.guarded(main, [str(a) for a in argv]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(start) and reason in err and err.count("\n") == 1, err
+
+    return check

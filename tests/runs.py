@@ -6,12 +6,15 @@ import resource
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 import train
 from minatp import checkpoint, config
 
+MODEL = Path(__file__).parent / "fixtures" / "conformance" / "policy"  # of Hugging Face's kind
+GOOD = '{"question": "q", "steps": ["<<1+1=2>>"], "answer": "2"}'
 TINY = ("--n-layer 1 --n-head 2 --n-kv-head 1 --n-embd 16 --n-inner 24 --decoder-layers 1 --K 2 --labelled 60 --answers 20 --val-size 4 --test-size 6 "
         "--batch-size 4 --epochs .27 --log-every 2 --save-every 1 --device cpu").split()
 TAUGHT = [*TINY, *"--lr .02 --warmup 5 --epochs .2,.2,.2,2 --save-every 100".split()]  # writes answers, some in form: RL has a signal
