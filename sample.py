@@ -15,15 +15,25 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from minatp import checkpoint, config, data, edit, evaluate, page, reward, run, sets
+from minatp import reward
+from minatp.problems import Problem
+from minatp.rollout import Noise
+from minatp.run import evaluate
+from minatp.run.device import autocast, pick_device, place, solving_guard
+from minatp.run.errors import UserError, run_command
+from minatp.run.huggingface import load_model, locate
+from minatp.run.options import Parser, flag
+from minatp.run.problem_files import check_text, read_problems
+from minatp.run.splits import encode_prompts, test_set
+from minatp.tools import edit, page
 
 
 def main(argv=None):
     args = options(argv)
     asked = questions(args)
-    device = run.pick_device(args.device)
+    device = pick_device(args.device)
     for folder in args.run:  # before the first thinks
-        checkpoint.locate(folder)
+        locate(folder)
     shows = [show for folder, name in zip(args.run, names(args.run)) for show in think(args, folder, name, asked, device)]
     rows = list(zip(asked, zip(*(show.chains for show in shows))))  # (problem, the chains of each show)
     if args.json:
@@ -50,7 +60,7 @@ def main(argv=None):
 
 def options(argv):
     """The command line, checked. Raises UserError."""
-    parser = config.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("question", nargs="?", help="a question, or - for stdin [--problems of the test set]")
     parser.add_argument("--run", action="append", help="folder of a run, or of a saved model; several: a,b or once more [out/sft]")
     parser.add_argument("--file", help="problems (JSON, JSONL, iCoT) or plain questions, one a line")
@@ -68,26 +78,26 @@ def options(argv):
     args.run = [f for given in args.run or ["out/sft"] for f in given.split(",") if f]
     args.edit = [edit.parse(text) for text in args.edit]
     if not args.run:
-        raise config.UserError("command line: --run names no folder")
+        raise UserError("command line: --run names no folder")
     if args.n is not None and args.n > 1 and args.temperature == 0:
-        raise config.UserError(f"command line: --n {args.n} chains of --temperature 0 would be one and the same; leave one away")
+        raise UserError(f"command line: --n {args.n} chains of --temperature 0 would be one and the same; leave one away")
     args.problems = args.problems if args.problems is not None else 50 if args.html else 4
     args.n = args.n if args.n is not None else 6 if args.html else 1
     args.temperature = args.temperature if args.temperature is not None else float(args.n > 1)
     for name in ("n", "max_new"):
         if getattr(args, name) < 1:
-            raise config.UserError(f"command line: {config.flag(name)} must be positive, not {getattr(args, name)}")
+            raise UserError(f"command line: {flag(name)} must be positive, not {getattr(args, name)}")
     if args.n > 10_000:
-        raise config.UserError(f"command line: --n {args.n} chains of each question are too many; at most 10000")
+        raise UserError(f"command line: --n {args.n} chains of each question are too many; at most 10000")
     if args.vote not in ("", "majority", "coherence") or args.vote and args.n < 2:
-        raise config.UserError(f"command line: --vote must be majority or coherence, with --n of at least 2, not {args.vote!r} of {args.n}")
+        raise UserError(f"command line: --vote must be majority or coherence, with --n of at least 2, not {args.vote!r} of {args.n}")
     if not 0 <= args.temperature < math.inf or args.problems < 0 or not 0 <= args.seed < 2**32:
-        raise config.UserError("command line: --temperature, --problems and --seed must not be negative, nor without end")
+        raise UserError("command line: --temperature, --problems and --seed must not be negative, nor without end")
     for a, b, wrong in (("--html", "--json", args.html and args.json), ("--html", "--vote", args.html and args.vote),
                         ("--edit", "--vote", args.edit and args.vote),
                         ("--edit", "--n without --html", args.edit and not args.html and args.temperature)):
         if wrong:
-            raise config.UserError(f"command line: {a} does not go with {b}; leave one away")
+            raise UserError(f"command line: {a} does not go with {b}; leave one away")
     return args
 
 
@@ -114,32 +124,35 @@ def names(folders):
 
 def think(args, folder, name, asked, device):
     """Shows of one run: its chains, then those of every edit."""
-    model, tokens = checkpoint.load(folder)
-    run.place(model, device).eval()
-    prompts = sets.prompts(asked, tokens, model, args.max_new)
-    solve = lambda prompts=prompts, **how: evaluate.solve(model, tokens, prompts, args.max_new, keep=True, **how)
+    model, tokenizer = load_model(folder)
+    place(model, device).eval()
+    prompts = encode_prompts(asked, tokenizer, model, args.max_new)
+    def solve(prompts=prompts, seed=None, forced=None):
+        noise = None if seed is None else Noise.draw(model, len(prompts), args.max_new, seed, args.temperature)
+        return evaluate.solve(model, tokenizer, prompts, args.max_new, noise=noise, forced=forced, keep_z=True)
+
     began = time.perf_counter()
-    with run.tool_memory("sample", prompts, model, args.max_new), run.autocast(device):
+    with solving_guard(prompts, model, args.max_new, what="sample"), autocast(device):
         if args.html or not args.temperature:
             mean = solve()
             shows = [Show(name, model.c, "", [[c] for c in mean], time.perf_counter() - began)]
-        sampled = [solve(seed=args.seed * 1000 + k, temperature=args.temperature) for k in range(args.n)] if args.temperature else []
+        sampled = [solve(seed=args.seed * 1000 + k) for k in range(args.n)] if args.temperature else []
         sampled = [list(chains) for chains in zip(*sampled)]
         if args.vote and sampled:
             sampled = [[evaluate.elect(found, args.vote)] for found in sampled]
         if not args.html and sampled:
             shows = [Show(name, model.c, "", sampled, time.perf_counter() - began)]
-        pool = solve(sets.prompts(donors(folder), tokens, model, args.max_new)) if any(e.words for e in args.edit) else []
+        pool = solve(encode_prompts(donors(folder), tokenizer, model, args.max_new)) if any(e.words for e in args.edit) else []
         for e in args.edit:
             began = time.perf_counter()
             given, applies = edit.given(e, model, mean, mean + pool, args.seed)
-            chains = [[c] if a else [] for c, a in zip(solve(given=given), applies)]
+            chains = [[c] if a else [] for c, a in zip(solve(forced=given), applies)]
             shows.append(Show(name, model.c, e.text, chains, time.perf_counter() - began))
         if args.html:
             plane = page.Plane.fit(mean, model.c)
             for show in shows:
                 chains = [found[0] if found else None for found in show.chains]
-                told = iter(page.read(model, tokens, [c for c in chains if c]))
+                told = iter(page.read(model, tokenizer, [c for c in chains if c]))
                 show.view = page.View(show.name, show.edit, chains, [] if show.edit else sampled, [next(told) if c else [] for c in chains],
                                       model.c, plane)
     return shows
@@ -148,38 +161,38 @@ def think(args, folder, name, asked, device):
 def donors(folder):
     """Problems whose thoughts "replace 1 WORDS" may take, beside those that are shown: of the run's test set, where it brings one."""
     try:
-        return sets.test_set(folder, 500)
-    except config.UserError:
+        return test_set(folder, 500)
+    except UserError:
         return []
 
 
 def questions(args):
     """The problems to show; a bare question has an empty answer. Raises UserError."""
     if args.question and args.file:
-        raise config.UserError("command line: give a question or --file, not both")
+        raise UserError("command line: give a question or --file, not both")
     if args.question == "-":
         try:
             return bare(sys.stdin.read().splitlines(), "stdin")[: args.problems or None]
         except UnicodeDecodeError as e:
-            raise config.UserError(f"stdin:0: is not UTF-8 text ({e.reason})")
+            raise UserError(f"stdin:0: is not UTF-8 text ({e.reason})")
     if args.question is not None:
         return bare([args.question], "command line")
     if not args.file:
-        return sets.test_set(args.run[0], args.problems, args.seed)
+        return test_set(args.run[0], args.problems, args.seed)
     try:
         text = Path(args.file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
-        raise config.UserError(f"{args.file}:0: cannot be read ({e}); give problems or plain questions, one a line")
+        raise UserError(f"{args.file}:0: cannot be read ({e}); give problems or plain questions, one a line")
     is_problems = text.lstrip()[:1] in ("[", "{") or "||" in text
-    return (data.read_problems(args.file) if is_problems else bare(text.splitlines(), args.file))[: args.problems or None]
+    return (read_problems(args.file) if is_problems else bare(text.splitlines(), args.file))[: args.problems or None]
 
 
 def bare(lines, where):
-    found = [data.Problem(line.strip(), [], "", f"{where}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    found = [Problem(line.strip(), [], "", f"{where}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise config.UserError(f"{where}:1: holds no question; write one a line")
+        raise UserError(f"{where}:1: holds no question; write one a line")
     for p in found:
-        data.need_text(p.at, p.question)
+        check_text(p.source, p.question)
     return found
 
 
@@ -238,4 +251,4 @@ def closing(show, shows, asked):
 
 
 if __name__ == "__main__":
-    sys.exit(config.guarded(main))
+    run_command(main)

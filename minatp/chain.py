@@ -19,6 +19,21 @@ from kernels.linear import Stacks, deferred
 from .latent import Thought
 
 
+def read_prompt(policy, prompt, prompt_mask, room, group=1):
+    """Read prompts (Q, Tq) once, each to be continued `group` times.
+
+    Returns the hidden states after them (Q·group, D), those of one prompt side by side, and the cache, with room for so many
+    more columns.
+    """
+    cache = policy.cache(len(prompt), prompt.shape[1] + room)
+    h = policy(policy.embed(prompt), prompt_mask, cache, 1)[:, 0]
+    if group > 1:
+        rows = torch.arange(len(h) * group, device=h.device) // group
+        cache.keep(rows, group)
+        h = h.repeat_interleave(group, 0)
+    return h, cache
+
+
 def walk(model, h, cache, n_latent, L, n_candidate, eps=None, free=None, spread=1.0):
     """Think n_candidate latents, with gradients.
 

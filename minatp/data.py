@@ -1,298 +1,217 @@
-"""Text to tensors: problem files, the tokenizer, and Batch, one padded piece of the curriculum."""
-import json
-import re
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+"""Problems as tensors: Encoded, a problem as token ids, and Batch, some problems at one stage of the curriculum.
+
+Stage k of the curriculum replaces the first k written steps of each problem by latents and leaves the rest as text
+(docs/method.md, Stage 1). `collate` is where that happens.
+"""
+from dataclasses import dataclass, fields
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kernels.cross_entropy import IGNORE
-
-from .config import UserError
-from .latent import END, LATENT, START
-
-
-@dataclass
-class Problem:
-    question: str
-    steps: list
-    answer: str
-    at: str = field(default="problem:1", compare=False)  # where it stands, "path:line", for messages
-
-
-# ---- files --------------------------------------------------------------------------------------------------------------
-
-def read_problems(path, answers=True):
-    """Problems of a file. Coconut's JSON list or JSONL of {"question", "steps", "answer"}, or iCoT's `question||steps #### answer`.
-
-    answers False: an answer may be empty, and in JSON left away. Raises UserError with file, line and reason.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as e:
-        raise UserError(f"{path}:0: cannot be read ({e.strerror}); give a problem file")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}:0: is not UTF-8 text (byte {e.start}); give JSON, JSONL or iCoT text")
-    if not text.strip():
-        raise UserError(f"{path}:1: is empty; it needs at least one problem")
-    if text.lstrip().startswith("["):
-        return list(_json_list(path, text, answers))
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # U+2028 may stand inside a JSON string
-    read = _json_line if lines[0][1].lstrip().startswith("{") else _icot_line
-    return [read(f"{path}:{i}", line, answers) for i, line in lines]
-
-
-def _json_list(path, text, answers):
-    """Problems of a JSON list, one record at a time, so that an error knows the line that its record begins on."""
-    decoder, blank = json.JSONDecoder(object_pairs_hook=_once), re.compile(r"[ \t\r\n]*")
-    line, at = 1, 0
-
-    def skip(to):  # over blanks from `to`
-        nonlocal line, at
-        end = blank.match(text, to).end()
-        line, at = line + text.count("\n", at, end), end
-        return text[at:at + 1]
-
-    if skip(text.index("[") + 1) == "]":
-        raise UserError(f"{path}:1: the list is empty; it needs at least one problem")
-    while True:
-        record, end = _json(f"{path}:{line}", lambda: decoder.raw_decode(text, at), "the file may be truncated")
-        yield _record(f"{path}:{line}", record, answers)
-        after = skip(end)
-        if after == "]":
-            break
-        if after != ",":
-            raise UserError(f"{path}:{line}: expected ',' or ']' after a problem; the file may be truncated")
-        skip(at + 1)
-    if skip(at + 1):
-        raise UserError(f"{path}:{line}: text after the end of the list; give one list a file")
-
-
-def _json_line(where, line, answers):
-    return _record(where, _json(where, lambda: json.loads(line, object_pairs_hook=_once), "each line must be one object"), answers)
-
-
-def _json(where, read, hint):
-    """read(), a JSON value. Raises UserError where it is none, or one that Python refuses: nested too deep, a number too long."""
-    try:
-        return read()
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: is not valid JSON ({getattr(e, 'msg', e)}); {hint}")
-
-
-def _once(pairs):
-    """The object of a JSON object's pairs. Raises ValueError where a key comes twice: which one counts is anyone's guess."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"{next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))!r} stands twice in one object")
-    return found
-
-
-def _record(where, r, answers):
-    if not isinstance(r, dict):
-        raise UserError(f"{where}: a problem must be an object, not {type(r).__name__}; give question, steps and answer")
-    if not answers:
-        r = {"answer": "", **r}
-    for key, kind, name in (("question", str, "a string"), ("steps", list, "a list of strings"), ("answer", str, "a string")):
-        if key not in r:
-            raise UserError(f'{where}: "{key}" is missing; a problem has question, steps and answer')
-        if not isinstance(r[key], kind):
-            raise UserError(f'{where}: "{key}" must be {name}, not {type(r[key]).__name__}')
-    for step in r["steps"]:
-        if not isinstance(step, str) or not step.strip():
-            raise UserError(f'{where}: "steps" must hold non-empty strings, not {step!r}')
-    for key in ("question", "answer")[: 1 + answers]:
-        if not r[key].strip():
-            raise UserError(f'{where}: "{key}" is empty; write it or leave the problem out')
-    if any("### " in text for text in (*r["steps"], r["answer"])):
-        raise UserError(f'{where}: a step or the answer holds "### ", which begins an answer; write it in another way')
-    need_text(where, r["question"], *r["steps"], r["answer"])
-    return Problem(r["question"].strip(), [s.strip() for s in r["steps"]], r["answer"].strip(), where)
-
-
-def need_text(where, *texts):
-    """Raises UserError where one holds half a character: what no tokenizer can read."""
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as e:
-        raise UserError(f"{where}: {e.object[e.start]!r} is half of a surrogate pair and no text; write the whole character in UTF-8")
-
-
-ICOT_STEP = re.compile("<<.*?>>")
-
-
-def _icot_line(where, line, answers):
-    question, bar, rest = line.partition("||")
-    steps, hashes, answer = rest.partition("####")
-    if not bar or not hashes or ICOT_STEP.sub("", steps).strip():
-        raise UserError(f"{where}: is not `question||<<…>> <<…>> #### answer`; see README, Llama-3.2-1B and GSM8k-Aug")
-    return _record(where, {"question": question, "steps": ICOT_STEP.findall(steps), "answer": answer}, answers)
-
-
-# ---- tokens -------------------------------------------------------------------------------------------------------------
-
-class Tokens:
-    """A tokenizer with the ids that the method needs. Text of a user never becomes a control token."""
-    def __init__(self, tokenizer, bos, eos, files=()):
-        """tokenizer: a `tokenizers.Tokenizer`; bos: id; eos: ids, the first of which is written; files: {name: bytes} that came beside it."""
-        self.tokenizer, self.bos, self.eos, self.files = tokenizer, bos, tuple(eos), dict(files)
-        tokenizer.encode_special_tokens = True  # in text, a special token's name is split like any other word
-        tokenizer.add_special_tokens([START, LATENT, END, *map(tokenizer.id_to_token, (bos, *eos))])
-        self.start, self.latent, self.end = (tokenizer.token_to_id(t) for t in (START, LATENT, END))
-
-    def __len__(self):
-        """Smallest embedding that holds every id."""
-        return 1 + max(self.tokenizer.get_vocab().values())
-
-    def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_all(self, texts):
-        return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
-
-    def decode(self, ids):
-        return self.tokenizer.decode([i for i in ids if i not in self.eos], skip_special_tokens=False)
-
-    def prompt(self, question):
-        """bos question "\\n" <|start-latent|>"""
-        return self.prompts([question])[0]
-
-    def prompts(self, questions):
-        return [[self.bos, *ids, self.start] for ids in self.encode_all([q + "\n" for q in questions])]
-
-
-def train_tokenizer(problems, vocab_size):
-    """Tokens of a byte-level BPE learned from problems, at most vocab_size ids with the control tokens.
-
-    A word takes the spaces around it and a number stands alone, so that frequent words and numbers become one token each.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    pieces = Regex(r" ?\p{L}+ ?|\p{N}+|[^\p{L}\p{N}\s]+\s?|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(t, special=True) for t in ("<|bos|>", "<|eos|>", START, LATENT, END)]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    texts = ["".join((p.question, "\n", *(s + "\n" for s in p.steps), "### ", p.answer)) for p in problems]
-    tokenizer.train_from_iterator(texts, trainer)
-    return Tokens(tokenizer, bos=0, eos=(1,))
 
 
 @dataclass
 class Encoded:
-    prompt: list   # ids: bos question "\n" <|start-latent|>
-    lines: list    # per step, ids of step "\n": as the policy writes it
-    texts: list    # per step, ids of the step and eos: as the decoder LM writes it
-    rest: list     # as texts, the K-th step joined with all that follow; empty where there are not more than K
-    answer: list   # ids: "### " answer eos
-    at: str        # of the problem
-    free: bool = False  # its steps are not known, which is not the same as having none
+    """A problem as token ids."""
+
+    prompt: list  # bos question "\n" <|start-latent|>
+    lines: list  # of each step: step "\n", as the policy writes it
+    texts: list  # of each step: step eos, as the decoder LM φ writes it
+    rest: list  # as texts: the K-th step and all that follow, joined; empty if there are at most K steps
+    answer: list  # "### " answer eos
+    source: str  # where the problem comes from, "path:line"
+    answer_only: bool = False  # its steps are unknown, which is not the same as having none
 
     @property
     def length(self):
-        """Tokens of the problem in words."""
+        """Tokens of the whole problem written out in words."""
         return len(self.prompt) + sum(map(len, self.lines)) + len(self.answer)
 
 
-def encode(problems, tokens, K, block_size, free=False, c=1, always=False):
-    """Problems -> list of Encoded. free: as in Encoded. Raises UserError where one is longer than the context of block_size tokens at some
-    curriculum stage, when the first k steps take c latents each; always: k of them, however few there are."""
-    prompts = tokens.prompts([p.question for p in problems])
-    answers = tokens.encode_all(["### " + p.answer for p in problems])
-    steps = [s for p in problems for s in p.steps]
-    lines, texts = iter(tokens.encode_all([s + "\n" for s in steps])), iter(tokens.encode_all(steps))
-    out, eos = [], tokens.eos[0]
-    for p, q, a in zip(problems, prompts, answers):
-        n_step = len(p.steps)
-        e = Encoded(q, [next(lines) for _ in range(n_step)],
-                    [next(texts) + [eos] for _ in range(n_step)],
-                    tokens.encode("\n".join(p.steps[K - 1:])) + [eos] if n_step > K else [], a + [eos], p.at, free)
-        thinking = max(c * (k if always else min(k, n_step)) + sum(map(len, e.lines[k:])) for k in range(K + 1))
-        length = len(e.prompt) + thinking + 1 + len(e.answer)
-        if length > block_size:
-            raise UserError(f"{p.at}: is {length} tokens long and the model's context is {block_size}; shorten it: {p.question[:60]!r}")
-        out.append(e)
-    return out
+def encode(problems, tokenizer, model, answer_only=False, always_K=False):
+    """Encode a list of Problem. model: an ATP, for K, c and its context length. answer_only: as in Encoded.
+
+    always_K: in stage k every problem takes k steps of latents, however few steps it has.
+    Raises ValueError if a problem does not fit the model's context at some stage of the curriculum.
+    """
+    eos = tokenizer.eos[0]
+    prompts = tokenizer.prompts([p.question for p in problems])
+    answers = tokenizer.encode_batch(["### " + p.answer for p in problems])
+    steps = [step for p in problems for step in p.steps]
+    lines = iter(tokenizer.encode_batch([step + "\n" for step in steps]))
+    texts = iter(tokenizer.encode_batch(steps))
+
+    rows = []
+    for p, prompt, answer in zip(problems, prompts, answers):
+        rest = []
+        if len(p.steps) > model.K:
+            rest = tokenizer.encode("\n".join(p.steps[model.K - 1 :])) + [eos]
+        row = Encoded(
+            prompt=prompt,
+            lines=[next(lines) for _ in p.steps],
+            texts=[next(texts) + [eos] for _ in p.steps],
+            rest=rest,
+            answer=answer + [eos],
+            source=p.source,
+            answer_only=answer_only,
+        )
+        check_length(row, p, model, always_K)
+        rows.append(row)
+    return rows
 
 
-# ---- batches ------------------------------------------------------------------------------------------------------------
+def check_length(row, problem, model, always_K):
+    """Raise ValueError if an Encoded row is longer than the model's context at any stage."""
+    reasoning = 0
+    for k in range(model.K + 1):
+        n_step = k if always_K else min(k, len(row.lines))
+        reasoning = max(reasoning, model.c * n_step + sum(map(len, row.lines[k:])))
+    length = len(row.prompt) + reasoning + 1 + len(row.answer)  # 1: <|end-latent|>
+    context = model.policy.cfg.block_size
+    if length > context:
+        raise ValueError(
+            f"{row.source}: the problem is {length} tokens long but the model's context is {context}; "
+            f"shorten it: {problem.question[:60]!r}"
+        )
+
+
+# ---- batches -----------------------------------------------------------------------------------------------
+
 
 @dataclass
 class Batch:
-    """One batch at one curriculum stage. The prompt is left-padded, so that latents align; what follows is right-padded."""
-    prompt: torch.Tensor        # (B, Tq) ids, ending in <|start-latent|>
-    prompt_valid: torch.Tensor  # (B, Tq) bool
-    n_latent: torch.Tensor      # (B,) latents used
-    asks: torch.Tensor          # (B,) bool: a candidate after the last one, labelled "stop"
-    free: torch.Tensor          # (B,) bool: no steps are known, so the model decides when to stop; n_latent is the most
-    tail: torch.Tensor          # (B, Tt) ids read after the latents: <|end-latent|> … answer
-    target: torch.Tensor        # (B, Tt) ids to write there, IGNORE where padded
-    thought_row: torch.Tensor   # (N,) problem of each latent step that has a text
-    thought_step: torch.Tensor  # (N,) which step of it
-    thought: torch.Tensor       # (N, Ts) the step's text and eos, IGNORE where padded
-    L: int                      # most latents of a row
-    n_candidate: int            # L, and one more where a row of L latents asks
-    counts: dict                # what each loss is a mean over
+    """B problems at one stage. The prompt is padded on the left, so that latents align; the text after them on the right."""
+
+    prompt: torch.Tensor  # (B, Tq) ids, ending in <|start-latent|>
+    prompt_mask: torch.Tensor  # (B, Tq) bool, False where padded
+    n_latent: torch.Tensor  # (B,) latents of each row
+    has_stop: torch.Tensor  # (B,) bool: the candidate after the last latent is labelled "stop"
+    answer_only: torch.Tensor  # (B,) bool: the steps are unknown, so the model decides when to stop; n_latent is the most
+    text: torch.Tensor  # (B, Tt) ids read after the latents: <|end-latent|> … answer
+    target: torch.Tensor  # (B, Tt) ids to write there, IGNORE where padded
+    step_row: torch.Tensor  # (N,) the problem of each latent step that φ must read back
+    step_index: torch.Tensor  # (N,) which step of that problem it is
+    step_text: torch.Tensor  # (N, Ts) the step's text and eos, IGNORE where padded
+    L: int  # most latents of a row
+    n_candidate: int  # L, or L + 1 if a row of L latents has a candidate labelled "stop"
+    counts: dict  # what each loss is a mean over: {"enc", "dec", "kl", "stop", "answer_only"}
 
     def to(self, device):
-        return Batch(**{f.name: v.to(device) if torch.is_tensor(v := getattr(self, f.name)) else v for f in fields(self)})
+        moved = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            moved[f.name] = value.to(device) if torch.is_tensor(value) else value
+        return Batch(**moved)
+
+    @property
+    def text_mask(self):
+        """(B, Tt) bool: <|end-latent|>, and every id that follows a labelled one."""
+        first = torch.ones_like(self.target[:, :1], dtype=torch.bool)
+        return torch.cat((first, self.target[:, :-1] >= 0), 1)
+
+    @property
+    def n_token(self):
+        """Positions that the policy reads."""
+        return int(self.prompt_mask.sum() + self.n_latent.sum() + (self.target >= 0).sum())
 
 
 def pad(rows, value, left=False):
     """Lists of ids -> (B, T) LongTensor."""
     T = max(map(len, rows), default=0)
-    return torch.tensor([[value] * (T - len(r)) + r if left else r + [value] * (T - len(r)) for r in rows],
-                        dtype=torch.long).view(len(rows), T)
+    padded = []
+    for row in rows:
+        padding = [value] * (T - len(row))
+        padded.append(padding + row if left else row + padding)
+    return torch.tensor(padded, dtype=torch.long).view(len(rows), T)
 
 
 def left_pad(rows, value, device="cpu"):
-    """Prompts -> (ids (B, T), valid (B, T) bool), aligned at their ends."""
+    """Prompts -> (ids (B, T), mask (B, T) bool), aligned at their ends."""
     ids = pad(rows, value, left=True)
-    n = torch.tensor([len(r) for r in rows])
-    return ids.to(device), (torch.arange(ids.shape[1]) >= ids.shape[1] - n[:, None]).to(device)
+    T = ids.shape[1]
+    length = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(T) >= T - length[:, None]
+    return ids.to(device), mask.to(device)
 
 
 def collate(rows, stage, model):
-    """Batch of Encoded `rows` at a curriculum stage (0 … K+1). model: ATP, for c, K, its switches and <|end-latent|>."""
+    """A Batch of Encoded rows at a curriculum stage (0 … K+1). model: an ATP, for c, K and its switches."""
     c, K = model.c, model.K
-    cap = min(stage, K)
-    n_step = [min(len(r.lines), cap) for r in rows]
-    free = torch.tensor([r.free and cap > 0 for r in rows])
-    n_latent = torch.tensor([c * (cap if f or not model.stop else n) for n, f in zip(n_step, free.tolist())])
-    asks = torch.tensor([model.stop and n < cap for n in n_step]) & ~free
-    last = stage > K  # the last stage: nothing stays text, the K-th step stands for all that are left
-    tails = [[model.end, *(i for line in ([] if last else r.lines[n:]) for i in line), *r.answer] for r, n in zip(rows, n_step)]
-    thoughts = [(b, s, r.rest if last and s == K - 1 and r.rest else r.texts[s])
-                for b, (r, n) in enumerate(zip(rows, n_step)) for s in range(n)] if model.decode else []
-    tail = pad(tails, model.end)
-    target = pad([t[1:] for t in tails], IGNORE)
-    prompt, prompt_valid = left_pad([r.prompt for r in rows], model.end)
+    most_steps = min(stage, K)
+    is_last_stage = stage > K
+
+    # how many steps of each row are latent: its first min(n, k)
+    n_step = [min(len(row.lines), most_steps) for row in rows]
+    answer_only = torch.tensor([row.answer_only and most_steps > 0 for row in rows])
+    n_latent = []
+    for n, unknown in zip(n_step, answer_only.tolist()):
+        takes_all = unknown or not model.stop  # without labels, or without a stop head, the stage's full length
+        n_latent.append(c * (most_steps if takes_all else n))
+    n_latent = torch.tensor(n_latent)
     L = int(n_latent.max())
-    counts = {"enc": sum(len(t) - 1 for t in tails), "dec": len(thoughts), "kl": int(n_latent[~free].sum()),
-              "stop": int(sum(n_step) + asks.sum()), "free": int(free.sum())}
-    return Batch(prompt, prompt_valid, n_latent, asks, free,
-                 tail[:, :-1], target, torch.tensor([b for b, _, _ in thoughts], dtype=torch.long),
-                 torch.tensor([s for _, s, _ in thoughts], dtype=torch.long), pad([t for _, _, t in thoughts], IGNORE),
-                 L, L + int((asks & (n_latent == L)).any()), counts)
+
+    # a row with fewer steps than the stage is shown one more candidate, and must stop there
+    has_stop = torch.tensor([model.stop and n < most_steps for n in n_step]) & ~answer_only
+    n_candidate = L + int((has_stop & (n_latent == L)).any())
+
+    # what stays text: the later steps and the answer; in the last stage the answer alone
+    texts = []
+    for row, n in zip(rows, n_step):
+        lines = [] if is_last_stage else row.lines[n:]
+        texts.append([model.end, *(i for line in lines for i in line), *row.answer])
+
+    # what φ must read back: each latent step. In the last stage the K-th stands for all that are left
+    step_row, step_index, step_texts = [], [], []
+    for b, (row, n) in enumerate(zip(rows, n_step)):
+        for s in range(n if model.decode else 0):
+            stands_for_rest = is_last_stage and s == K - 1 and row.rest
+            step_row.append(b)
+            step_index.append(s)
+            step_texts.append(row.rest if stands_for_rest else row.texts[s])
+
+    counts = {
+        "enc": sum(len(text) - 1 for text in texts),
+        "dec": len(step_texts),
+        "kl": int(n_latent[~answer_only].sum()),
+        "stop": int(sum(n_step) + has_stop.sum()),
+        "answer_only": int(answer_only.sum()),
+    }
+    prompt, prompt_mask = left_pad([row.prompt for row in rows], model.end)
+    return Batch(
+        prompt=prompt,
+        prompt_mask=prompt_mask,
+        n_latent=n_latent,
+        has_stop=has_stop,
+        answer_only=answer_only,
+        text=pad(texts, model.end)[:, :-1],
+        target=pad([text[1:] for text in texts], IGNORE),
+        step_row=torch.tensor(step_row, dtype=torch.long),
+        step_index=torch.tensor(step_index, dtype=torch.long),
+        step_text=pad(step_texts, IGNORE),
+        L=L,
+        n_candidate=n_candidate,
+        counts=counts,
+    )
 
 
 def batches(lengths, batch_size, seed):
-    """Endless index lists of batch_size problems (empty ones where there is none), lengths being theirs: a new order each epoch,
-    nothing repeated within one, the same for the same seed. The last, short batch of an epoch is filled from the next.
+    """Yield lists of batch_size indices of problems, without end; `lengths` are the problems' lengths.
 
-    Among every 16 batches' worth, problems of like length go together, so that little is padding.
+    Each epoch has a new order and repeats nothing; its last, short batch is filled from the next epoch. The same seed gives
+    the same order. Within 16 batches' worth, problems of like length share a batch, so that little is padding.
+    Without problems, or with a batch_size of 0, the lists are empty.
     """
-    g = torch.Generator().manual_seed(seed)
-    queue, n_pool = [], max(1, min(16, len(lengths) // max(1, batch_size)))
     if not batch_size or not lengths:
         while True:
             yield []
+
+    generator = torch.Generator().manual_seed(seed)
+    n_batch = max(1, min(16, len(lengths) // batch_size))
+    queue = []
     while True:
-        while len(queue) < n_pool * batch_size:
-            queue += torch.randperm(len(lengths), generator=g).tolist()
-        pool, queue = sorted(queue[:n_pool * batch_size], key=lambda i: lengths[i]), queue[n_pool * batch_size:]
-        for i in torch.randperm(n_pool, generator=g).tolist():
-            yield pool[i * batch_size:(i + 1) * batch_size]
+        while len(queue) < n_batch * batch_size:
+            queue += torch.randperm(len(lengths), generator=generator).tolist()
+        pool, queue = queue[: n_batch * batch_size], queue[n_batch * batch_size :]
+        pool.sort(key=lambda i: lengths[i])
+        for i in torch.randperm(n_batch, generator=generator).tolist():
+            yield pool[i * batch_size : (i + 1) * batch_size]

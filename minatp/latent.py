@@ -1,5 +1,6 @@
-"""The thinking part: a latent head that proposes a thought, a stop head that ends the thinking, and ATP, which holds both
-beside the policy LM π and the decoder LM φ (method.md, Sequence)."""
+"""The parts that think: a latent head that proposes the next latent, a stop head that ends the thinking, and ATP, which
+holds both beside the policy LM π and the decoder LM φ (docs/method.md, Sequence)."""
+
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,52 +13,68 @@ from kernels.common import wide
 
 from .llama import Block, Llama
 
-START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
-
 
 class Thought(NamedTuple):
-    """A candidate, or many of them (...), and the Gaussian that it was drawn from. Without the VAE z = μ = h, and the rest is None."""
-    z: torch.Tensor       # (..., D)
-    mu: torch.Tensor      # (..., D)
+    """A candidate latent, or many (...), and the Gaussian that it was drawn from.
+
+    Without the VAE z = mu = h, and the rest is None.
+    """
+
+    z: torch.Tensor  # (..., D)
+    mu: torch.Tensor  # (..., D)
     logvar: torch.Tensor  # (..., D)
-    kl: torch.Tensor      # (...) KL(N(μ, σ²) ‖ N(0, I)), mean over the dimensions
-    logp: torch.Tensor    # (...) log-density of z, summed over them
+    kl: torch.Tensor  # (...) KL(N(μ, σ²) ‖ N(0, I)), mean over the dimensions
+    logp: torch.Tensor  # (...) log N(z; μ, σ²), summed over the dimensions
 
 
 class LatentHead(nn.Module):
-    """h (..., D) -> μ and logσ² of the next thought: x = LayerNorm(W2·GELU(W1·h + b1) + b2), μ = Wμ·x + bμ, logσ² = Wσ·x + bσ.
+    """h (..., D) -> μ and log σ² of the next latent.
 
-    `gaussian` is Wμ over Wσ: one product makes both.
+    x = LayerNorm(W2·GELU(W1·h + b1) + b2),  μ = Wμ·x + bμ,  log σ² = Wσ·x + bσ.
+    `gaussian` is Wμ stacked on Wσ, so that one product makes both.
     """
+
     def __init__(self, D, init_logvar=-4.0):
         super().__init__()
         self.fc = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D), nn.LayerNorm(D))
         self.gaussian = nn.Linear(D, 2 * D)
+
+        # σ starts the same for every h
         nn.init.zeros_(self.gaussian.weight[D:])
         nn.init.constant_(self.gaussian.bias[D:], init_logvar)
 
     def forward(self, h):
-        return wide(self.gaussian(self.fc(h))).chunk(2, -1)
+        mu, logvar = wide(self.gaussian(self.fc(h))).chunk(2, -1)
+        return mu, logvar
 
 
 def stop_head(D):
-    """z (..., D) -> two logits, 0 continue and 1 stop: Wb·GELU(Wa·z + ba) + bb."""
+    """z (..., D) -> two logits, 0: continue, 1: stop.  Wb·GELU(Wa·z + ba) + bb."""
     return nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 2))
 
 
 class ATP(nn.Module):
-    """π, φ and the two heads.
+    """The policy π, the decoder φ and the two heads.
 
-    vae=False: the thought is the hidden state itself (Coconut). stop=False: reasoning always takes the stage's full length.
-    decode=False: no decoder LM. c: latents per step. K: most steps kept latent. stage: the last curriculum stage taught,
-    which bounds the thinking: a model in its k-th stage thinks at most k steps and writes the rest.
+    c: latents per reasoning step. K: most steps kept latent.
+    vae=False: the latent is the hidden state itself (Coconut). decode=False: no decoder LM.
+    stop=False: no stop head; the thinking always takes the full length of the stage.
     """
-    def __init__(self, cfg, c=2, K=10, vae=True, stop=True, decode=True, decoder_layers=0, init_logvar=-4.0):
+
+    def __init__(
+        self, cfg, c=2, K=10, vae=True, stop=True, decode=True, decoder_layers=0, init_logvar=-4.0
+    ):
+        """cfg: the LlamaConfig of π. decoder_layers: of φ; 0 means as many as π."""
         super().__init__()
-        self.c, self.K, self.vae, self.stop, self.decode = c, K, vae, stop, decode
+        self.c, self.K = c, K
+        self.vae, self.stop, self.decode = vae, stop, decode
+
+        # The last curriculum stage taught. It bounds the thinking: a model in its k-th stage thinks at most
+        # k steps and writes the rest.
         self.stage = K + 1
-        self.longest = 24  # tokens that φ may write for a thought; SFT raises it where a text is longer
+        self.longest = 24  # most tokens that φ writes for a step; SFT raises it if a text is longer
         self.end = None  # id of <|end-latent|>
+
         self.policy = Llama(cfg)
         if decode:
             self.decoder = Llama(replace(cfg, n_layer=decoder_layers or cfg.n_layer))
@@ -66,20 +83,28 @@ class ATP(nn.Module):
         if stop:
             self.stop_head = stop_head(cfg.n_embd)
 
-    def propose(self, h, eps=None, z=None, spread=1.0):
-        """The candidate after hidden state h (..., D) -> Thought. eps as in kernels/vae.py. z given: that one; neither given: z = μ.
+    @property
+    def device(self):
+        return self.policy.freq.device
 
-        spread: z ~ N(μ, (spread·σ)²), which kl and logp are of; mu and logvar are the head's own.
+    def propose(self, h, eps=None, z=None, spread=1.0):
+        """The candidate after hidden state h (..., D) -> Thought.
+
+        z = μ + σ·ε by default, with eps as in kernels/vae.py; z = μ if eps is None. If z is given, it is taken as it is
+        and only its KL and density are computed.
+        spread widens the Gaussian: z ~ N(μ, (spread·σ)²), and kl and logp are of that one. mu and logvar stay the head's.
         """
         if not self.vae:
             return Thought(wide(h) if z is None else z, wide(h), None, None, None)
         mu, logvar = self.latent_head(h)
-        z, kl, logp = ops.reparameterise(mu, logvar if spread == 1 else logvar + 2 * math.log(spread), eps, z)
+        spread_logvar = logvar if spread == 1 else logvar + 2 * math.log(spread)
+        # z = μ + exp(½ log σ²)·ε,  KL(N(μ, σ²) ‖ N(0, I)),  log N(z; μ, σ²)
+        z, kl, logp = ops.reparameterise(mu, spread_logvar, eps, z)
         return Thought(z, mu, logvar, kl, logp)
 
     def set_recompute(self, on):
-        """Whether MLP activations are computed again in the backward pass. Returns self."""
-        for m in self.modules():
-            if isinstance(m, Block):
-                m.recompute = on
+        """Whether the backward pass computes MLP activations again, to save memory. Returns self."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = on
         return self

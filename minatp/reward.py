@@ -1,35 +1,53 @@
-"""Rewards and measures as pure functions of strings (method.md, Stage 2). Numbers are compared as exact numbers."""
+"""Rewards and measures as functions of strings (docs/method.md, Stage 2). Numbers are compared exactly, as fractions.
+
+    accuracy    is the number after "### " right?
+    form        is the answer well-formed and ended?
+    coherence   is the result of each step used by a later step, or the answer?
+    total       the reward of one chain; `of_chain` takes its weights from the options
+"""
+
 import ast
 import re
 from fractions import Fraction
 
 LONGEST = 1000  # digits of a number; Python converts no more than 4,300 at once
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
-SIGNED = re.compile(rf"(?<![\d.)])(?:(?<![\d.)] )-)?(?:{NUMBER.pattern})")  # a minus after a number or a bracket is an operator
+# a minus after a number or a bracket is an operator, not a sign
+SIGNED = re.compile(rf"(?<![\d.)])(?:(?<![\d.)] )-)?(?:{NUMBER.pattern})")
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 
 def number(text):
-    """The exact value of "19", "-3", "1,000", "2.50", "$7" or "40%" (the sign alone dropped); None where it is not a number."""
+    """The exact value of "19", "-3", "1,000", "2.50", "$7" or "40%" (only the sign dropped); None if it is not a number."""
     text = text.strip().removeprefix("$").removesuffix("%").replace(",", "")
-    return Fraction(text) if len(text) <= LONGEST and re.fullmatch(r"-?(\d+(\.\d+)?|\.\d+)", text) else None
+    if len(text) > LONGEST or not re.fullmatch(r"-?(\d+(\.\d+)?|\.\d+)", text):
+        return None
+    return Fraction(text)
 
 
 def answer(text):
-    """What stands after the first "### ", a string; None where there is none."""
+    """What stands after the first "### ", a string; None if there is none."""
     _, mark, rest = text.partition("### ")
     return rest.strip() if mark else None
 
 
 def same(a, b):
-    """Whether two answers are equal, as numbers where both are numbers."""
+    """Whether two answers (strings or None) are equal, as numbers if both are numbers."""
     if a is None or b is None:
         return False
     x, y = number(a), number(b)
-    return x == y if x is not None and y is not None else a.strip() == b.strip()
+    if x is None or y is None:
+        return a.strip() == b.strip()
+    return x == y
+
+
+# ---- the answer --------------------------------------------------------------------------------------------
 
 
 def accuracy(text, gold):
-    """R_acc: 1.0 where the number after "### " equals gold's; answers that are no numbers are compared as text."""
+    """R_acc: 1.0 if the number after "### " equals gold's; answers that are not numbers are compared as text."""
     return float(same(answer(text), gold))
 
 
@@ -38,15 +56,18 @@ def form(text, ended):
     return float(ended and number(answer(text) or "") is not None)
 
 
+# ---- the steps ---------------------------------------------------------------------------------------------
+
+
 def result(step):
     """The number after a step's last "=", or None."""
-    left, equals, right = step.rpartition("=")
-    found = SIGNED.search(right) if equals else None
-    return number(found[0]) if found else None
+    _, equals, right = step.rpartition("=")
+    match = SIGNED.search(right) if equals else None
+    return number(match[0]) if match else None
 
 
-def size(step):
-    """`result` as a float; None where there is none or it is beyond what a float holds."""
+def result_as_float(step):
+    """`result` as a float; None if there is none or it is beyond what a float holds."""
     r = result(step)
     return float(r) if r is not None and abs(r) < 10**300 else None
 
@@ -54,55 +75,101 @@ def size(step):
 def operands(step):
     """The numbers left of a step's last "="."""
     left, equals, _ = step.rpartition("=")
-    return [number(m) for m in SIGNED.findall(left)] if equals else []
+    return [number(match) for match in SIGNED.findall(left)] if equals else []
 
 
 def links(steps, final):
-    """Where the result of each step (a string) is used: the indices of the later steps that have it as an operand, and len(steps)
-    where it equals the final answer (a string or None)."""
-    end, taken = number(final) if final is not None else None, [operands(s) for s in steps]
-    return [[] if (r := result(s)) is None else
-            [j for j in range(i + 1, len(steps)) if r in taken[j]] + [len(steps)] * (r == end) for i, s in enumerate(steps)]
+    """Where the result of each step (a string) is used, a list of indices for each.
+
+    They are the later steps that have it as an operand, and len(steps) if it equals the final answer (a string or None).
+    """
+    final_number = None if final is None else number(final)
+    operands_of = [operands(step) for step in steps]
+    used_by = []
+    for i, step in enumerate(steps):
+        r, users = result(step), []
+        if r is not None:
+            users = [j for j in range(i + 1, len(steps)) if r in operands_of[j]]
+            if r == final_number:
+                users.append(len(steps))
+        used_by.append(users)
+    return used_by
 
 
 def coherent(steps, final):
     """For each step, whether its result is an operand of a later step or equals the final answer."""
-    return [bool(used) for used in links(steps, final)]
+    return [bool(users) for users in links(steps, final)]
 
 
 def coherence(steps, final, strict=False):
-    """R_coh: coherent steps / steps; 0.0 where there are none. strict: a step must be true as well, and not one told before."""
+    """R_coh: coherent steps / steps; 0.0 without steps. strict: a step must also be true, and not a repetition."""
     good = coherent(steps, final)
     if strict:
-        good = [g and true(s) and s not in steps[:i] for i, (g, s) in enumerate(zip(good, steps))]
+        for i, step in enumerate(steps):
+            good[i] = good[i] and true(step) and step not in steps[:i]
     return sum(good) / len(steps) if steps else 0.0
 
 
 def true(step):
-    """Whether what stands left of a step's last "=" has the value on its right, exactly. False where it is not arithmetic."""
-    left = step.strip().removeprefix("<<").rpartition("=")[0].replace(",", "").replace("$", "")
+    """Whether the left of a step's last "=" has exactly the value on its right. False if it is not arithmetic."""
+    left = step.strip().removeprefix("<<").rpartition("=")[0]
+    left = left.replace(",", "").replace("$", "").strip()
     try:
-        return result(step) is not None and value(ast.parse(left.strip(), mode="eval").body, left.strip()) == result(step)
+        r = result(step)
+        return r is not None and value(ast.parse(left, mode="eval").body, left) == r
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return False
 
 
 def value(node, text):
-    """Exact value of an arithmetic expression. Raises ValueError on anything but numbers, + − * / and brackets."""
-    operation = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__}
-    if isinstance(node, ast.BinOp) and type(node.op) in operation:
-        return operation[type(node.op)](value(node.left, text), value(node.right, text))
+    """The exact value of an arithmetic expression, the syntax tree of `text`. Raises ValueError on anything but numbers,
+    + − * / and brackets."""
+    operations = {
+        ast.Add: Fraction.__add__,
+        ast.Sub: Fraction.__sub__,
+        ast.Mult: Fraction.__mul__,
+        ast.Div: Fraction.__truediv__,
+    }
+    if isinstance(node, ast.BinOp) and type(node.op) in operations:
+        return operations[type(node.op)](value(node.left, text), value(node.right, text))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -value(node.operand, text)
-    if isinstance(node, ast.Constant) and (found := number(ast.get_source_segment(text, node))) is not None:
-        return found
+    if isinstance(node, ast.Constant):
+        n = number(ast.get_source_segment(text, node))
+        if n is not None:
+            return n
     raise ValueError
 
 
+# ---- one chain ---------------------------------------------------------------------------------------------
+
+
 def total(text, steps, ended, gold, w_acc=1.0, w_coh=0.1, w_fmt=0.5, strict=False):
-    """R = (w_acc + w_coh·R_coh)·R_acc + w_fmt·R_fmt, and its parts as a dict. gold None: no answer is known, and
-    R = w_coh·R_coh + w_fmt·R_fmt."""
-    parts = {"acc": accuracy(text, gold) if gold is not None else 0.0, "coh": coherence(steps, answer(text), strict),
-             "fmt": form(text, ended)}
-    judged = w_coh * parts["coh"] if gold is None else (w_acc + w_coh * parts["coh"]) * parts["acc"]
-    return judged + w_fmt * parts["fmt"], parts
+    """R = (w_acc + w_coh·R_coh)·R_acc + w_fmt·R_fmt -> (R, its parts {"acc", "coh", "fmt"}).
+
+    gold None: the reward sees no answer, and R = w_coh·R_coh + w_fmt·R_fmt.
+    """
+    parts = {
+        "acc": 0.0 if gold is None else accuracy(text, gold),
+        "coh": coherence(steps, answer(text), strict),
+        "fmt": form(text, ended),
+    }
+    if gold is None:
+        reasoning = w_coh * parts["coh"]
+    else:
+        reasoning = (w_acc + w_coh * parts["coh"]) * parts["acc"]
+    return reasoning + w_fmt * parts["fmt"], parts
+
+
+def of_chain(cfg, chain, gold):
+    """`total` of a decoder.Chain, with the weights of the options."""
+    return total(
+        chain.text,
+        chain.steps,
+        chain.ended,
+        None if cfg.no_answers else gold,
+        cfg.w_acc,
+        cfg.w_coh,
+        cfg.w_fmt,
+        cfg.coherence == "strict",
+    )

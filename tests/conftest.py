@@ -41,7 +41,7 @@ def refused(capsys, tmp_path, monkeypatch):
 
     def check(main, argv, start, reason):
         capsys.readouterr()
-        assert config.guarded(main, [str(a) for a in argv]) == 2
+        assert guarded(main, [str(a) for a in argv]) == 2
         err = capsys.readouterr().err
         assert err.startswith(start) and reason in err and err.count("\n") == 1, err
 

@@ -24,7 +24,7 @@ TINY_RL = ("--stage rl --labelled 60 --answers 20 --val-size 4 --test-size 6 --b
 
 def go(*argv, expect=0):
     """train.py in this process."""
-    assert config.guarded(train.main, [str(a) for a in argv]) == expect
+    assert guarded(train.main, [str(a) for a in argv]) == expect
 
 
 def facts(out):
@@ -69,13 +69,13 @@ def training(argv, log, largest_file=None, pause=0.0):
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     gradients = train.sft_gradients
     train.sft_gradients = lambda *a, **k: (time.sleep(pause), gradients(*a, **k))[1]
-    sys.exit(config.guarded(train.main, [str(a) for a in argv]))
+    sys.exit(guarded(train.main, [str(a) for a in argv]))
 
 
 def writing(start, out, log, acknowledge):
     """The body of a process that does nothing but save: step n fills the first parameter with n. It tells (n, seconds it took)."""
     into(log)
-    model, tokens = checkpoint.load(start)
+    model, tokenizer = load_model(start)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     found = checkpoint.checkpoints(out) and checkpoint.newest_checkpoint(out)
     step = checkpoint.restore(found, model, optimizer)["step"] if found else 0
@@ -85,7 +85,7 @@ def writing(start, out, log, acknowledge):
         with torch.no_grad():
             p.fill_(float(step))
         began = time.perf_counter()
-        checkpoint.save_checkpoint(out, {"step": step}, model, tokens, optimizer)
+        checkpoint.save_checkpoint(out, {"step": step}, model, tokenizer, optimizer)
         acknowledge.send((step, time.perf_counter() - began))
 
 

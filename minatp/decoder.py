@@ -1,0 +1,206 @@
+"""The decoder LM φ, which reads latents back as text: it takes the c latents of a step as input embeddings and writes the step.
+
+    thought_nll      how well φ writes the true text of a step: the loss that teaches it, and the latents with it
+    read_thoughts    what φ writes greedily for each step
+    top_readings     the likeliest texts of each step, with their probabilities
+    as_text          a whole Rollout in words -> a list of Chain
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from kernels.common import wide
+from kernels.cross_entropy import IGNORE
+from kernels.graph import Late, left
+
+from . import reward
+
+
+def thought_nll(decoder, z, text):
+    """−log p of the text of each step, summed over its tokens.
+
+    z (N, c, D): the step's latents. text (N, Ts): the step's ids and eos, IGNORE where padded. Returns (N,).
+    """
+    N, c, _ = z.shape
+
+    # φ reads the latents, then the text up to its last id
+    x = torch.cat((z, decoder.embed(text[:, :-1].clamp(min=0))), 1)  # (N, c + Ts − 1, D)
+    mask = torch.cat((text.new_ones(N, c, dtype=torch.bool), text[:, :-1] != IGNORE), 1)
+    h = decoder(x, mask, decoder.cache(*x.shape[:2]))
+
+    # the hidden state after the last latent predicts the first id
+    h = h[:, c - 1 :]  # (N, Ts, D)
+    labelled = text != IGNORE
+    nll = decoder.nll(h[labelled], text[labelled])
+    return nll.new_zeros(text.shape).masked_scatter(labelled, nll).sum(1)
+
+
+@torch.no_grad()
+def read_thoughts(decoder, z, eos, max_new):
+    """What φ writes greedily for each step. z (N, c, D) -> N lists of ids, each up to the id `eos`, at most max_new long."""
+    N, c, _ = z.shape
+    if not N:
+        return []
+
+    # Steps that have ended leave the batch, at once or, with CUDA graphs, when they are half of it
+    cache = decoder.cache(N, c + max_new)
+    fixed_shape = cache.replays
+    rows = torch.arange(N, device=z.device)  # the step that each row of the batch is
+    writing = torch.ones(N, dtype=torch.bool, device=z.device)
+    word = rows.new_full((N,), eos)
+    text = rows.new_full((N, max_new), eos)
+
+    def write(h, t):
+        """Write the t-th word of every row, given hidden states h (rows, D); eos if it has ended. t: a tensor, ()."""
+        word.copy_(torch.where(writing, decoder.logits(h).argmax(-1), eos))
+        text[rows, t.expand_as(rows)] = word
+        writing.copy_(word != eos)
+
+    def tick(t):
+        write(decoder.step(decoder.embed(word), writing, cache), t)
+
+    count_done = Late(fixed_shape)
+    with cast_once(decoder):
+        all_real = torch.ones(N, c, dtype=torch.bool, device=z.device)
+        write(decoder(z, all_real, cache, 1)[:, 0], torch.zeros_like(rows[0]))
+        for t in range(1, max_new):
+            n_done = count_done(~writing)
+            if n_done == len(rows):
+                break
+            keep = left(~writing, n_done, fixed_shape)
+            if keep is not None:
+                rows, writing, word = rows[keep], writing[keep], word[keep]
+                cache.keep(keep)
+                count_done = Late(fixed_shape)
+            cache.step(tick, torch.full_like(rows[0], t))
+    return [ids[: ids.index(eos)] if eos in ids else ids for ids in text.tolist()]
+
+
+@contextmanager
+def cast_once(module):
+    """Inside, autocast keeps its low-precision copies of a frozen module's weights.
+
+    It caches them only for weights that require a gradient; otherwise each word would cast them all again.
+    """
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+@torch.no_grad()
+def top_readings(decoder, z, eos, n, max_new):
+    """The n likeliest texts of each step, by beam search. z (N, c, D) -> N lists of (ids, probability), likeliest first.
+
+    Texts that do not end within max_new tokens are left out.
+    """
+    N, c, _ = z.shape
+    ended = [[] for _ in range(N)]  # of each step: (ids, log-probability) of texts that have ended
+    if not N:
+        return ended
+    cache = decoder.cache(N, c + max_new)
+    all_real = torch.ones(N, c, dtype=torch.bool, device=z.device)
+    h = decoder(z, all_real, cache)[:, -1]
+
+    total = z.new_zeros(N, 1)  # (N, beams) log-probability of each beam
+    ids = [[[]] for _ in range(N)]  # of each step and beam: its words so far
+    for _ in range(max_new):
+        n_beam = total.shape[1]
+        logp = total[..., None] + wide(decoder.logits(h)).log_softmax(-1).view(N, n_beam, -1)  # (N, n_beam, V)
+
+        # every beam could end here
+        for row, logp_eos in enumerate(logp[..., eos].tolist()):
+            ended[row] += [(ids[row][b], p) for b, p in enumerate(logp_eos)]
+            ended[row] = sorted(ended[row], key=lambda text: -text[1])[:n]
+        logp[..., eos] = -torch.inf
+
+        # or go on with the n likeliest words of all beams
+        total, best = logp.flatten(1).topk(n)
+        parent, token = best // logp.shape[-1], best % logp.shape[-1]
+        ids = [
+            [ids[row][b] + [word] for b, word in zip(parents, words)]
+            for row, (parents, words) in enumerate(zip(parent.tolist(), token.tolist()))
+        ]
+
+        # a text only gets less likely as it grows: stop once no beam can overtake the n that have ended
+        best_open = total[:, 0].tolist()
+        if all(len(texts) == n and texts[-1][1] >= p for texts, p in zip(ended, best_open)):
+            break
+        first_row = torch.arange(N, device=z.device)[:, None] * n_beam
+        cache.keep((first_row + parent).flatten())
+        one_real = torch.ones(N * n, 1, dtype=torch.bool, device=z.device)
+        h = decoder(decoder.embed(token.flatten())[:, None], one_real, cache)[:, 0]
+    return [[(words, math.exp(p)) for words, p in texts] for texts in ended]
+
+
+# ---- whole chains ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Chain:
+    """One problem, solved once, as text."""
+
+    thoughts: list  # what φ reads in each latent step; [] without a decoder
+    text: str  # what the policy wrote, ending in "### 19"
+    ended: bool  # with eos, not by running out of room
+    n_latent: int
+    n_token: int  # written, eos included
+    stop_prob: list  # of each step at which the stop head was asked
+    sigma: list  # mean σ of each latent step; [] without the VAE
+    z: torch.Tensor | None = None  # (n_latent, D), if `solve` was asked to keep it
+
+    @property
+    def steps(self):
+        """Every reasoning step in words: the thoughts, then the lines written before the answer."""
+        written = self.text.partition("### ")[0]
+        lines = [line for text in (*self.thoughts, written) for line in text.split("\n")]
+        return [line for line in lines if line.strip()]
+
+    @property
+    def answer(self):
+        return reward.answer(self.text)
+
+
+def as_text(model, tokenizer, rollout):
+    """A Rollout of B chains -> a list of B Chain."""
+    c, K = model.c, model.K
+    B = len(rollout.z)
+
+    # φ reads all latent steps of all chains in one batch
+    thoughts = [[] for _ in range(B)]
+    if model.decode:
+        steps = rollout.z.unflatten(1, (K, c))  # (B, K, c, D)
+        used = torch.arange(K, device=steps.device) * c < rollout.n_latent[:, None]  # (B, K)
+        row, step = used.nonzero(as_tuple=True)
+        texts = read_thoughts(model.decoder, steps[row, step], tokenizer.eos[0], model.longest)
+        for b, ids in zip(row.tolist(), texts):
+            thoughts[b].append(tokenizer.decode(ids))
+
+    sigma = [[]] * B
+    if model.vae:
+        of_latent = (0.5 * rollout.logvar).exp().mean(-1)  # (B, cK)
+        sigma = of_latent.unflatten(1, (K, c)).mean(-1).tolist()
+
+    chains = []
+    n_latent, n_token = rollout.n_latent.tolist(), rollout.n_token.tolist()
+    token, stop_prob = rollout.token.tolist(), rollout.stop_prob.tolist()
+    for b in range(B):
+        ids = token[b][: n_token[b]]
+        chain = Chain(
+            thoughts=thoughts[b],
+            text=tokenizer.decode(ids),
+            ended=bool(ids) and ids[-1] in tokenizer.eos,
+            n_latent=n_latent[b],
+            n_token=n_token[b],
+            stop_prob=[p for p in stop_prob[b] if not math.isnan(p)],
+            sigma=sigma[b][: n_latent[b] // c],
+        )
+        chains.append(chain)
+    return chains

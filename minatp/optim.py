@@ -1,0 +1,78 @@
+"""The optimizer: AdamW, or Muon for the matrices of the layers and of the latent head and AdamW for the rest.
+
+AdamW scales every element by itself, and a few directions of a matrix take most of its step. Muon makes all directions
+equal: if the SVD of the step is U·S·Vᵀ, it takes U·Vᵀ.
+
+    m ← 0.95·m + 0.05·g        G = 0.05·g + 0.95·m  (Nesterov)
+    W ← W − lr·(weight_decay·W + 0.2·√max(rows, columns)·U·Vᵀ)
+
+There is no SVD: starting from X = G/‖G‖, five iterations of X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ bring every singular value
+to about 1 (0.7 to 1.2). An element then moves by about 0.2·lr, as under AdamW, so that one learning rate serves both.
+Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon (a, b, c); Liu et al. 2025, arXiv 2502.16982 (the 0.2).
+torch.optim.Muon always multiplies in bfloat16, which many CPUs do slowly, and cannot skip a step.
+"""
+
+import torch
+
+MOMENTUM = 0.95
+
+
+def build_optimizer(cfg, model):
+    """The optimizer of --optimizer, with weight decay on matrices alone."""
+    matrices, others, hidden = [], [], []
+    for name, p in model.named_parameters():
+        (matrices if p.dim() >= 2 else others).append(p)
+        in_layer = ".layers." in name or name.startswith("latent_head.")
+        if cfg.optimizer == "muon" and p.dim() == 2 and in_layer:
+            hidden.append(p)
+    groups = [
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return Muon(hidden, groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+
+
+def orthogonalise(G):
+    """About U·Vᵀ of G = U·S·Vᵀ, (rows, columns)."""
+    is_tall = G.shape[0] > G.shape[1]
+    X = G.t() if is_tall else G  # so that A is the smaller of the two products
+    X = (X / (X.norm() + 1e-7)).to(torch.bfloat16 if G.is_cuda else G.dtype)
+    for _ in range(5):
+        A = X @ X.t()
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+    return (X.t() if is_tall else X).to(G.dtype)
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but Muon for `hidden`, matrices of its first group.
+
+    found_inf: a scalar tensor, or None. As in PyTorch's fused AdamW, a step changes nothing where it is 1: the device
+    decides that by itself, so the host need not wait to see the gradient.
+    """
+
+    found_inf = None
+
+    def __init__(self, hidden, groups, **adamw):
+        super().__init__(groups, **adamw)
+        self.hidden = hidden
+
+    @torch.no_grad()
+    def step(self):
+        lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
+        for p in self.hidden:
+            if p.grad is None:
+                continue
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            m = self.state[p]["momentum"]
+            new_m = m.lerp(p.grad, 1 - MOMENTUM)
+            direction = orthogonalise(p.grad.lerp(new_m, MOMENTUM))
+            new_p = p - lr * (decay * p + 0.2 * max(p.shape) ** 0.5 * direction)
+            self.write(m, new_m)
+            self.write(p, new_p)
+            p.grad = None  # so that AdamW skips it
+        super().step()
+
+    def write(self, x, new):
+        """x ← new, unless found_inf is 1."""
+        x.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, x, new))

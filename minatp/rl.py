@@ -1,0 +1,128 @@
+"""Stage 2, reinforcement: what turns rewards into a loss (docs/method.md, Stage 2).
+
+    advantages    reward − the mean of its group
+    log_probs     the log-probability of everything that a rollout sampled: latents, stops, words
+    surrogate     the policy gradient of each of these decisions, clipped
+    kl_to_start   how far the policy has moved from the one that SFT left
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from kernels import ops
+from kernels.common import wide
+from kernels.cross_entropy import IGNORE
+
+from .chain import read_prompt, walk
+
+
+def advantages(reward, baseline="mean", normalise=False):
+    """reward (Q, G), of G rollouts of each of Q questions -> advantage (Q, G).
+
+    0 where all rewards of a group are equal: such a group teaches nothing.
+    baseline "mean": the group's mean. "rloo": the mean of the others of the group.
+    normalise: divide by the group's standard deviation. Off by default, although the paper does it: it blows up groups
+    that differ in coherence alone.
+    """
+    G = reward.shape[1]
+    mean = reward.mean(1, keepdim=True)
+    advantage = (reward - mean) * (G / (G - 1) if baseline == "rloo" else 1.0)
+    if normalise:
+        advantage = advantage / (reward.std(1, keepdim=True) + 1e-6)
+    all_equal = (reward == reward[:, :1]).all(1, keepdim=True)
+    return advantage.masked_fill(all_equal, 0.0)
+
+
+def surrogate(logp, old, advantage, clip=0.2):
+    """The clipped policy gradient of each decision. logp, old (B, T), advantage (B, 1) -> loss (B, T), clamped (B, T) bool.
+
+    The ratio π/π_old is clipped to 1 ± clip, its logarithm before that to ± 3. If old is logp itself the ratio is 1 and the
+    gradient is REINFORCE's, −advantage·∇logp.
+    """
+    ratio = (logp - old).clamp(-3, 3).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    return loss, (ratio - clipped).abs() > 0
+
+
+class LogProbs(NamedTuple):
+    """Log-probabilities as in Rollout, and the Gaussians that the latents came from."""
+
+    z: torch.Tensor  # (B, cK)
+    stop: torch.Tensor  # (B, K)
+    token: torch.Tensor  # (B, Tt)
+    mu: torch.Tensor  # (B, cK, D), or hidden states without the VAE
+    logvar: torch.Tensor  # (B, cK, D), or None without the VAE
+    candidate: torch.Tensor  # (B, cK) bool: where a latent was proposed
+
+
+def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
+    """The log-probability of everything that a Rollout sampled, with gradients -> LogProbs.
+
+    Its B = Q·group rows belong to prompt, prompt_mask (Q, Tq), which is read once for its group. Two estimators:
+
+    score, eps None: z is given. It is an action with density N(z; μ, σ²), so nothing needs to be walked: latents and words
+    after the prompt are read in one parallel pass. The candidate dropped at a stop counts too, since it was sampled.
+    path, eps the noise of the rollout: z = μ + σε is a function of the weights, so only stops and words are actions. The
+    chain is walked, and their gradient runs back through every latent.
+    """
+    policy, c = model.policy, model.c
+    (B, L), Tt = rollout.z.shape[:2], rollout.token.shape[1]
+    # asked before a GPU has anything to do, so that the host does not wait
+    longest = 0 if eps is None else int(rollout.n_latent.max())
+
+    # Which columns hold a used latent, a candidate, a word
+    column = torch.arange(max(L, Tt), device=prompt.device)
+    used = column[:L] < rollout.n_latent[:, None]  # (B, L)
+    written = column[:Tt] < rollout.n_token[:, None]  # (B, Tt)
+    dropped = (column[:L] == rollout.n_latent[:, None]) & rollout.stopped[:, None]
+    candidate = used | dropped
+
+    # After the latents the policy read <|end-latent|> and all words but the last
+    h_prompt, cache = read_prompt(policy, prompt, prompt_mask, L + Tt, group)
+    end_latent = torch.full((B, 1), model.end, device=prompt.device)
+    text = policy.embed(torch.cat((end_latent, rollout.token[:, :-1].clamp(min=0)), 1))
+
+    logp_z = rollout.logp_z.new_zeros(B, L)
+    if eps is None:
+        h = policy(torch.cat((rollout.z, text), 1), torch.cat((used, written), 1), cache)
+        h_text = h[:, L:]
+        # the latent in column t was proposed from the column before it
+        h_before = torch.cat((h_prompt[:, None], h[:, : L - 1]), 1)
+        thought = model.propose(h_before, z=rollout.z, spread=rollout.spread)
+        if model.vae:
+            logp_z = torch.where(candidate, thought.logp, 0.0)
+    else:
+        eps = ops.prepared(eps, rollout.z.shape[-1])
+        thought, _ = walk(
+            model, h_prompt, cache, rollout.n_latent, longest, L, eps, spread=rollout.spread
+        )
+        h_text = policy(text, written, cache)
+
+    # The stop head decided at the first latent of each step
+    logp_stop = rollout.logp_stop.new_zeros(B, model.K)
+    if model.stop:
+        logp = wide(model.stop_head(thought.z[:, ::c])).log_softmax(-1)  # (B, K, 2)
+        taken = torch.where(used[:, ::c], logp[..., 0], logp[..., 1])
+        logp_stop = torch.where(candidate[:, ::c], taken, 0.0)
+
+    target = rollout.token.masked_fill(~written, IGNORE)
+    logp_token = -policy.nll(h_text, target, rollout.temperature)
+    return LogProbs(logp_z, logp_stop, logp_token, thought.mu, thought.logvar, candidate)
+
+
+def kl_to_start(new, start):
+    """KL(π ‖ π_start), summed over the chains. new, start: LogProbs of the same rollouts under either policy.
+
+    Latents: between the heads' Gaussians. Stops and words: estimated from the samples (k3, exp(r) − 1 − r).
+    """
+    square = new.logvar.exp() + (new.mu - start.mu).pow(2)
+    gauss = 0.5 * (start.logvar - new.logvar + (square * torch.exp(-start.logvar)) - 1).sum(-1)
+
+    def k3(logp, logp_start):
+        r = logp_start - logp
+        return (r.clamp(-10, 10).exp() - 1 - r).sum()
+
+    kl_z = gauss[new.candidate].sum()
+    return kl_z + k3(new.stop, start.stop) + k3(new.token, start.token)

@@ -1,0 +1,110 @@
+"""What a run refuses before it starts: an --init that does not fit the options, problems that have changed, a bad reward."""
+
+import hashlib
+from dataclasses import fields
+
+from .errors import NotFinite, UserError
+from .huggingface import read_switches
+from .options import Size, flag
+from .terminal import print0
+
+
+def check_size(model, cfg):
+    """Raise UserError if an option asks for another size of model than --init has."""
+    for f in fields(Size):
+        if f.name not in cfg.given or f.name == "vocab_size":
+            continue
+        has, wanted = getattr(model.policy.cfg, f.name, None), getattr(cfg, f.name)
+        if has not in (None, wanted):
+            raise UserError(
+                f"command line: {flag(f.name)} {wanted} contradicts --init {cfg.init}, which has {has}; "
+                "drop one of them"
+            )
+
+
+def check_thoughts(cfg):
+    """RL explores in sampled latents and rewards what φ reads in them; SFT has settled how many there are.
+
+    Raises UserError if --init has none, or an option asks for another number.
+    """
+    saved = read_switches(cfg.init)
+    if not (saved.get("vae") and saved.get("decode") and saved.get("stage")):
+        raise UserError(
+            f"{cfg.init}:0: has no sampled latents or no decoder LM; start --stage rl from an SFT run of "
+            "--method atp"
+        )
+    for name in ("c", "K"):
+        wanted = getattr(cfg, name)
+        if name in cfg.given and wanted != saved[name]:
+            raise UserError(
+                f"command line: {flag(name)} {wanted} contradicts --init {cfg.init}, which has "
+                f"{saved[name]}; drop the option"
+            )
+
+
+def check_latents(cfg):
+    """SFT from a run that thinks already needs as many latents a step and no fewer steps, or it would learn them anew.
+
+    Prints which heads are added or dropped. Raises UserError.
+    """
+    saved, wanted = read_switches(cfg.init), cfg.switches
+    if not saved.get("stage") or not cfg.latent:
+        return
+    for name in ("c", "K"):
+        fits = wanted["c"] == saved["c"] if name == "c" else wanted["K"] >= saved["K"]
+        if not fits:
+            raise UserError(
+                f"command line: --init {cfg.init} thinks with {flag(name)} {saved[name]}, not "
+                f"{wanted[name]}; give {flag(name)} {saved[name]}"
+            )
+    for name, what in (("vae", "VAE"), ("stop", "stop head"), ("decode", "decoder LM")):
+        if saved[name] and not wanted[name]:
+            print0(f"note: --init {cfg.init} has a {what}: it is dropped")
+        elif wanted[name] and not saved[name]:
+            print0(f"note: --init {cfg.init} has no {what}: it starts untrained")
+
+
+def check_problems(cfg, splits, state):
+    """Raise UserError if a resumed run would continue with other problems than it started with."""
+    fingerprint = splits.fingerprint  # takes seconds for a large file
+    if state.setdefault("data", fingerprint) != fingerprint:
+        raise UserError(
+            f"{cfg.data or cfg.out}:0: the problems are not those that this run started with (was a file "
+            "changed?); restore them, or start again in another --out"
+        )
+
+
+def check_start(cfg, start, state):
+    """Raise UserError if --init no longer holds the model that an RL run started from, with which it is compared."""
+    if state["start"] != fingerprint(start):
+        raise UserError(
+            f"{cfg.init}:0: is not what this run started from (was it trained again?); restore it, or "
+            "start again in another --out"
+        )
+
+
+def fingerprint(model):
+    """A short hash of a model's parameters: of the first few numbers of each."""
+    h = hashlib.sha256()
+    for p in model.parameters():
+        h.update(p.detach().flatten()[:64].cpu().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def check_rewards(reward, step, problems):
+    """Raise NotFinite if a reward (Q, G), on the CPU, is not finite."""
+    bad = [p for p, ok in zip(problems, reward.isfinite().all(1).tolist()) if not ok]
+    if bad:
+        raise NotFinite(
+            f"step {step + 1}: a reward is not finite, and nothing was changed; problems "
+            f"{format_sources(bad)}"
+        )
+
+
+def format_sources(problems):
+    """ "a.json:3,17 b.txt:5": where problems come from."""
+    lines = {}
+    for p in problems:
+        path, _, line = p.source.rpartition(":")
+        lines.setdefault(path, []).append(line)
+    return " ".join(f"{path}:{','.join(numbers)}" for path, numbers in lines.items())

@@ -1,0 +1,375 @@
+"""Solve problems and measure the answers: what train.py reports and sample.py shows.
+
+    python -m minatp.evaluate out/sft out/rl              the test set, and what each run gained over the first
+    python -m minatp.evaluate out/sft out/rl --longer     the built-in task with more steps than were ever taught
+    python -m minatp.evaluate out/sft --votes 8           also pass@8, and votes of 8 chains, by majority and by coherence
+"""
+
+import json
+import math
+import statistics
+import time
+from collections import Counter
+
+import torch
+
+from kernels import graph
+
+from .. import reward
+from ..data import collate, left_pad
+from ..decoder import as_text
+from ..problems import numbers
+from ..rollout import Noise, rollout
+from ..sft import sft_losses
+from . import distributed
+from .device import autocast, pick_device, place, solving_guard
+from .errors import UserError
+from .huggingface import load_model, locate
+from .options import Parser
+from .problem_files import read_problems
+from .splits import encode_prompts, generate, test_set
+from .terminal import print0, progress
+
+BATCH = 500  # problems at once
+
+
+@torch.no_grad()
+def solve(
+    model, tokenizer, prompts, max_new, batch_size=BATCH, noise=None, forced=None, keep_z=False, after_batch=None
+):
+    """Solve each prompt (a list of ids) once -> a list of Chain. By the mean policy if noise is None.
+
+    noise (Noise), forced (Forced): of all prompts. keep_z: the Chains keep their latents. after_batch: called after each batch;
+    it may raise. Prompts of like length share a batch; a problem's result depends neither on that nor on its neighbours.
+    """
+    device = model.device
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = distributed.shard(order)
+    chains = [None] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        prompt, prompt_mask = left_pad([prompts[i] for i in rows], tokenizer.end, device)
+        result = rollout(
+            model,
+            prompt,
+            prompt_mask,
+            max_new,
+            noise=noise and noise.at(rows, device),
+            forced=forced and forced.at(rows, device),
+        )
+        for b, chain in enumerate(as_text(model, tokenizer, result)):
+            chains[rows[b]] = chain
+            if keep_z:
+                chain.z = result.z[b, : chain.n_latent].cpu()
+        if after_batch:
+            after_batch()
+    graph.release()
+    return distributed.merge(chains)
+
+
+# ---- measures ----------------------------------------------------------------------------------------------
+
+
+def wilson(k, n, z=1.959964):
+    """The 95 % interval [low, high] of a share k/n (Wilson's score interval)."""
+    centre = k / n + z * z / (2 * n)
+    half = z * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
+
+
+def measure(chains, problems):
+    """Accuracy with its interval, lengths and coherence, of one Chain per problem."""
+    n = len(problems)
+    right = [reward.accuracy(chain.text, p.answer) for chain, p in zip(chains, problems)]
+    n_by_steps = Counter(len(p.steps) for p in problems)
+    right_by_steps = Counter(len(p.steps) for ok, p in zip(right, problems) if ok)
+
+    coherence = None  # if thoughts are in no words, they have none
+    if any(chain.steps for chain in chains):
+        coherence = statistics.fmean(reward.coherence(c.steps, c.answer) for c in chains)
+    return {
+        "n_problems": n,
+        "accuracy": sum(right) / n,
+        "accuracy_ci95": wilson(sum(right), n),
+        "latents": sum(c.n_latent for c in chains) / n,
+        "answer_tokens": sum(c.n_token for c in chains) / n,
+        "tokens": sum(c.n_latent + c.n_token for c in chains) / n,
+        "coherence": coherence,
+        "accuracy_by_steps": {s: right_by_steps[s] / n_by_steps[s] for s in sorted(n_by_steps)},
+    }
+
+
+def elect(chains, by):
+    """The one of several Chains of a problem that speaks for all. No answer is looked at.
+
+    by "majority": the first with the commonest answer. by "coherence": the majority of the most coherent ones.
+    """
+    if by == "coherence":
+        coherence = [reward.coherence(c.steps, c.answer) for c in chains]
+        chains = [c for c, value in zip(chains, coherence) if value == max(coherence)]
+
+    def key(chain):  # "5" and "5.0" are one answer
+        value = None if chain.answer is None else reward.number(chain.answer)
+        return chain.answer if value is None else value
+
+    votes = Counter(key(c) for c in chains if c.answer is not None)
+    commonest = votes.most_common(1)[0][0] if votes else None
+    return next(c for c in chains if key(c) == commonest)
+
+
+def vote(samples, problems):
+    """samples: k lists of one Chain per problem -> shares of problems solved by any of the k, and by the elected one."""
+    n, k = len(problems), len(samples)
+    by_problem = list(zip(*samples))
+    right = [
+        [reward.accuracy(c.text, p.answer) for c in chains] for chains, p in zip(by_problem, problems)
+    ]
+    n_pass = sum(any(row) for row in right)
+    result = {
+        "k": k,
+        "pass": n_pass / n,
+        "pass_ci95": wilson(n_pass, n),
+        "mean": sum(map(sum, right)) / n / k,
+    }
+    for by in ("majority", "coherence"):
+        elected = [elect(chains, by) for chains in by_problem]
+        n_right = sum(reward.accuracy(c.text, p.answer) for c, p in zip(elected, problems))
+        result |= {by: n_right / n, by + "_ci95": wilson(n_right, n)}
+    return result
+
+
+def paired(after, before, problems):
+    """The accuracy gained from `before` to `after`, one Chain per problem each, and its standard error.
+
+    The error is that of the paired differences; None if there is one problem.
+    """
+    difference = torch.tensor(
+        [
+            reward.accuracy(a.text, p.answer) - reward.accuracy(b.text, p.answer)
+            for a, b, p in zip(after, before, problems)
+        ]
+    )
+    n = len(difference)
+    return {
+        "gain": float(difference.mean()),
+        "gain_se": float(difference.std() / n**0.5) if n > 1 else None,
+    }
+
+
+def agree(a, b):
+    """Whether two Chains give the same answer, or, without an answer, the same text."""
+    return reward.same(a.answer, b.answer) or a.text == b.text
+
+
+def describe(result):
+    """A result of `measure` in one line."""
+    low, high = result["accuracy_ci95"]
+    text = (
+        f"{result['accuracy']:.1%} of {result['n_problems']} solved [{low:.1%}, {high:.1%}], "
+        f"{result['latents']:.1f} latents + {result['answer_tokens']:.1f} tokens"
+    )
+    if result["coherence"] is not None:
+        text += f", coherence {result['coherence']:.1%}"
+    if "sampled" in result:
+        s = result["sampled"]
+        text += (
+            f"; of {s['k']} samples: one {s['mean']:.1%}, any {s['pass']:.1%}, "
+            f"majority {s['majority']:.1%}, coherence {s['coherence']:.1%}"
+        )
+    return text
+
+
+def describe_gain(result):
+    """A result of `paired` in words."""
+    text = f"gained {100 * result['gain']:+.1f} points"
+    if result["gain_se"] is not None:
+        text += f" ± {100 * result['gain_se']:.1f} (standard error)"
+    return text
+
+
+# ---- in a training run (loop.Run) --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def diagnose(run):
+    """RL's diagnostics: whether thoughts matter to the reward, and whether φ still reads them as it read the SFT policy's."""
+    with run.autocast():
+        share, total = reward_variance(run, run.splits.val[:24])
+    result = {"thought_share": share, "reward_variance": total}
+    if run.reading_rows:
+        reading = reading_nll(run, run.model)
+        result |= {"reading": reading, "drift": reading - run.reading_at_start}
+    return result
+
+
+def describe_diagnosis(result):
+    """A result of `diagnose` in words."""
+    text = f"{result['thought_share']:.0%} of the reward's variance from thoughts"
+    if "reading" in result:
+        text += f"; reading {result['reading']:.2f} nats ({result['drift']:+.2f})"
+    return text
+
+
+@torch.no_grad()
+def reading_nll(run, model):
+    """−log p that φ gives the true steps of run.reading_rows, per step; None if there are none."""
+    if not run.reading_rows:
+        return None
+    batch = collate(run.reading_rows, model.stage, model)
+    with run.autocast():
+        losses = sft_losses(model, batch.to(run.device))
+    return float(losses["dec"]) / batch.counts["dec"]
+
+
+def reward_variance(run, problems, n_thought=6, n_word=4):
+    """Where the variance of the reward within a question comes from: (share of the thoughts, total).
+
+    A nested design: n_thought draws of the thoughts of each question, and of each of those n_word draws of the words.
+    """
+    cfg, model, Q = run.cfg, run.model, len(problems)
+    n = n_thought * n_word
+    noise = Noise.draw(model, Q * n, run.max_new, cfg.seed, spread=cfg.spread, greedy=cfg.greedy)
+    same_thoughts = torch.arange(Q * n) // n_word * n_word
+    noise.eps, noise.stop = noise.eps[same_thoughts], noise.stop[same_thoughts]
+
+    prompts = run.tokenizer.prompts([p.question for p in problems])
+    prompt, prompt_mask = left_pad(prompts, run.tokenizer.end, run.device)
+    all_rows = noise.at(slice(None), run.device)
+    result = rollout(model, prompt, prompt_mask, run.max_new, all_rows, n)
+    graph.release()
+    chains = as_text(model, run.tokenizer, result)
+    R = torch.tensor(
+        [reward.of_chain(cfg, chain, problems[i // n].answer)[0] for i, chain in enumerate(chains)]
+    )
+    R = R.view(Q, n_thought, n_word)
+
+    within = R.var(2).mean()
+    between = (R.mean(2).var(1).mean() - within / n_word).clamp(min=0)
+    total = between + within
+    return float(between / total) if total > 0 else 0.0, float(total)
+
+
+def test(run):
+    """Measure a run's test sets, once: {name: result}; RL's beside its start, on the same problems."""
+    cfg, tests = run.cfg, {}
+    for name, problems in run.splits.tests.items():
+        start = time.perf_counter()
+        chains = run.solve(problems)
+        result = tests[name] = measure(chains, problems)
+        result["test_seconds"] = time.perf_counter() - start
+        if cfg.votes:
+            seeds = [cfg.seed * 1000 + k for k in range(cfg.votes)]
+            result["sampled"] = vote([run.solve(problems, seed) for seed in seeds], problems)
+        print0(f"test ({name}): {describe(result)}")
+        if not cfg.data:
+            test_new_numbers(run, problems, chains, result)
+        if cfg.stage == "rl":
+            compare_with_start(run, name, problems, chains, result)
+    return tests
+
+
+def test_new_numbers(run, problems, chains, result):
+    """Of the built-in task: measure the problems whose numbers occur in no problem to learn from."""
+    cfg, splits = run.cfg, run.splits
+    learned_from = splits.train + (splits.answers or generate("answers", cfg.answers, 0))
+    known = {numbers(p) for p in learned_from}
+    new = [i for i, p in enumerate(problems) if numbers(p) not in known]
+    if new:
+        result["new_numbers"] = measure([chains[i] for i in new], [problems[i] for i in new])
+        print0(f"  with numbers that no problem to learn from has: {describe(result['new_numbers'])}")
+
+
+def compare_with_start(run, name, problems, chains, result):
+    """Add the accuracy of the model that RL started from, and what was gained over it."""
+    before = run.solve(problems, model=run.start_model)
+    start = measure(before, problems)
+    result |= {
+        "start_accuracy": start["accuracy"],
+        "start_coherence": start["coherence"],
+        "start_tokens": start["tokens"],
+        **paired(chains, before, problems),
+    }
+    print0(f"start ({name}): {describe(start)}; {describe_gain(result)}")
+
+
+# ---- python -m minatp.evaluate -----------------------------------------------------------------------------
+
+
+def parse(argv):
+    """The command line, checked. Raises UserError."""
+    parser = Parser(__doc__, "minatp.evaluate")
+    add = parser.add_argument
+    add("run", nargs="+", help="folders of runs, or of saved models")
+    add("--file", default="", help="problems (JSON, JSONL, iCoT) [the first run's test set]")
+    add("--longer", action="store_true", help="problems of the built-in task with 5 and 6 steps")
+    add("--problems", type=int, default=0, help="how many; 0: all [%(default)s]")
+    add("--votes", type=int, default=0, help="chains to sample for each problem [%(default)s]")
+    add("--temperature", type=float, default=1.0, help="of the sampled chains [%(default)s]")
+    add("--seed", type=int, default=0, help="of the sampled chains [%(default)s]")
+    add("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
+    add("--device", default="", help="cpu | cuda | cuda:N [cuda if there is one]")
+    add("--json", action="store_true", help="one JSON object per run")
+    args = parser.parse_args(argv)
+
+    if args.file and args.longer:
+        raise UserError("command line: give --file or --longer, not both")
+    negative = min(args.problems, args.votes, args.max_new - 1) < 0
+    if negative or not 0 < args.temperature < math.inf or not 0 <= args.seed < 2**32:
+        raise UserError(
+            "command line: --problems, --votes and --seed must not be negative, --max-new and --temperature "
+            "must be positive"
+        )
+    return args
+
+
+def problems_of(args):
+    """The problems that the command line asks for."""
+    if args.file:
+        return read_problems(args.file)[: args.problems or None]
+    if args.longer:
+        return generate("longer", args.problems or 3000, 0)
+    return test_set(args.run[0], args.problems)
+
+
+def main(argv=None):
+    args = parse(argv)
+    problems = problems_of(args)
+    device = pick_device(args.device)
+    for folder in args.run:  # before the first is measured
+        locate(folder)
+
+    first = None  # the chains of the first run
+    for folder in args.run:
+        chains, result = evaluate_run(folder, problems, device, args)
+        if first:
+            result |= paired(chains, first, problems)
+        first = first or chains
+        if args.json:
+            print0(json.dumps({"run": folder, **result}))
+        else:
+            gain = f"; {describe_gain(result)}" if "gain" in result else ""
+            print0(f"{folder}: {describe(result)}{gain}")
+
+
+def evaluate_run(folder, problems, device, args):
+    """(chains, result) of one run on the problems."""
+    model, tokenizer = load_model(folder)
+    place(model, device).eval()
+    prompts = encode_prompts(problems, tokenizer, model, args.max_new)
+    advance = progress(folder, -(-len(prompts) // BATCH) * (1 + args.votes))
+
+    def solve_all(noise=None):
+        return solve(model, tokenizer, prompts, args.max_new, noise=noise, after_batch=advance)
+
+    with solving_guard(prompts, model, args.max_new, BATCH), autocast(device):
+        chains = solve_all()
+        result = measure(chains, problems)
+        if args.votes:
+            samples = []
+            for k in range(args.votes):
+                seed = args.seed * 1000 + k
+                noise = Noise.draw(model, len(prompts), args.max_new, seed, args.temperature)
+                samples.append(solve_all(noise))
+            result["sampled"] = vote(samples, problems)
+    return chains, result

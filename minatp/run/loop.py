@@ -1,0 +1,435 @@
+"""What surrounds a training step, so that train.py need not: loading, schedules, logs, checkpoints, resuming, validation, ranks.
+
+    Run                a training run; `steps` is the generator that its loop iterates over
+    GuardedOptimizer   takes no step on a loss or gradient that is not finite
+    Meter              averages and speed between two log lines
+"""
+
+import math
+import time
+from contextlib import contextmanager
+
+import torch
+
+from kernels import ops
+
+from ..data import collate
+from ..optim import build_optimizer
+from ..rollout import Noise
+from ..sft import total_loss
+from . import checkpoint, distributed, evaluate
+from .build import build, n_parameters
+from .checks import check_problems, check_size, check_start, check_thoughts, fingerprint, format_sources
+from .device import Doing, autocast, memory_guard, place, solving_guard
+from .errors import NotFinite
+from .folder import Log
+from .huggingface import load_model
+from .saved import newest_checkpoint
+from .splits import encode_problems, encode_prompts
+from .terminal import format_duration, print0, stop
+
+
+class Run:
+    """A training run. `start` loads it, `steps` drives its loop, `finish` tests the model."""
+
+    def __init__(self, cfg, splits, device, model=None, tokenizer=None):
+        self.cfg, self.splits, self.device = cfg, splits, device
+        self.model, self.tokenizer = model, tokenizer
+        self.first_step = 0  # of the current stage
+        self.lr = 0.0  # of the current step
+
+        # what is being computed, for the message when memory runs out
+        self.doing = Doing(f"--stage {cfg.stage}", cfg.batch_size, cfg.block_size, "--batch-size or the size of the model")
+
+    # ---- before the first step ----
+
+    def start(self):
+        """Load or build the model, encode the problems, restore what a resumed run had. Raises UserError."""
+        cfg = self.cfg
+        saved = newest_checkpoint(cfg.out) if cfg.resume else None
+        if cfg.stage == "rl":
+            check_thoughts(cfg)
+        self.model, self.tokenizer = load_model(saved) if saved else build(cfg, self.splits.train)
+        check_size(self.model, cfg)
+        place(self.model, self.device).set_recompute(cfg.recompute)
+        self.optimizer = GuardedOptimizer(build_optimizer(cfg, self.model), self.model, cfg.clip)
+
+        self.state = {"step": 0, "seconds": 0.0}
+        if saved:
+            self.state = checkpoint.restore(saved, self.model, self.optimizer.optimizer)
+        check_problems(cfg, self.splits, self.state)
+        if cfg.stage == "rl":
+            self.load_start_model()
+        self.log = Log(cfg, self.state)
+        self.meter = Meter(self.state.get("meter"))
+        self.n_silent = self.state.get("silent", 0)  # batches in a row with next to no signal
+        self.encode()
+
+    def load_start_model(self):
+        """RL compares the policy with the SFT model that it started from, and leaves the decoder φ as that left it."""
+        self.start_model = load_model(self.cfg.init)[0].to(self.device)
+        self.state.setdefault("start", fingerprint(self.start_model))
+        check_start(self.cfg, self.start_model, self.state)
+        self.model.decoder.requires_grad_(False)
+
+    def encode(self):
+        """Encode all problems and check that they fit the model's context. Raises UserError."""
+        cfg, splits, model = self.cfg, self.splits, self.model
+        self.labelled = self.encode_problems(splits.train)
+        if cfg.stage == "sft":
+            self.answers_only = self.encode_problems(splits.answers, answer_only=True)
+            texts = [text for row in self.labelled + self.answers_only for text in (*row.texts, row.rest)]
+            model.longest = max([model.longest, *map(len, texts)])
+        else:
+            # the built-in task keeps a set of its own for RL
+            self.questions = [*splits.train, *splits.answers] if cfg.data else splits.answers
+            self.prompts = self.encode_prompts(self.questions)
+            self.reading_rows = self.encode_problems([p for p in splits.val if p.steps][:200])
+            self.reading_at_start = evaluate.reading_nll(self, self.start_model)
+        self.encode_problems(splits.held_out)
+        self.encode_prompts(splits.held_out)
+
+    def encode_problems(self, problems, answer_only=False):
+        return encode_problems(self.cfg, problems, self.tokenizer, self.model, answer_only)
+
+    def encode_prompts(self, problems):
+        return encode_prompts(problems, self.tokenizer, self.model, self.max_new)
+
+    @property
+    def max_new(self):
+        """Most tokens of an answer: of the longest labelled one, at the curriculum stage that the model has reached."""
+        if self.cfg.max_new:
+            return self.cfg.max_new
+        model = self.model
+        longest = 16
+        for row in self.labelled:
+            written = row.lines[model.stage :] if model.stage <= model.K else []
+            longest = max(longest, sum(map(len, written)) + len(row.answer))
+        return longest
+
+    def announce(self, what, work):
+        """The first line of a run."""
+        cfg = self.cfg
+        print0(
+            f"{what}: {n_parameters(self.model):,} parameters, {len(self.tokenizer):,} tokens in the vocabulary, {work} on "
+            f"{self.device}; files in {cfg.out}"
+        )
+
+    # ---- the loop ----
+
+    def steps(self, batches, n_step, n_total=None, stage=None):
+        """Yield (step, batch) for the n_step optimizer steps of one stage, taking each batch from an iterator.
+
+        Steps that a resumed run has behind it are skipped. Before each step the learning rate is set; after it, this logs, saves,
+        stops on request and validates, whatever is due. n_total: steps of the whole run; defaults to n_step.
+        """
+        self.n_total, self.stage = n_total or n_step, stage
+        first = self.first_step
+        last = first + n_step - 1
+        if self.cfg.stage == "rl":
+            self.validate_if_due(self.state["step"])  # it may have stopped between saving and validating
+        for step in range(first, last + 1):
+            batch = next(batches)  # also of steps that are skipped: the order of the problems depends on it
+            if step < self.state["step"]:
+                continue
+            self.step, self.lr = step, learning_rate(self.cfg, step - first, n_step)
+            self.is_log_due = (step + 1) % self.cfg.log_every == 0 or step == last
+            yield step, batch
+            self.after_step(step + 1, is_last=step == last)
+        self.first_step += n_step
+        if self.cfg.stage == "sft" and self.first_step >= self.state["step"]:
+            self.validate_if_due(self.first_step)
+
+    def after_step(self, n_done, is_last):
+        """Log, save, stop and validate, after n_done steps."""
+        if self.is_log_due:
+            self.optimizer.check()
+            self.write_log(n_done)
+        stopping = distributed.any_rank(stop.requested, self.device)
+        if self.is_save_due(n_done) or is_last or stopping:
+            self.optimizer.check()
+            self.save(n_done)
+            stop.check(self.cfg, stopping)
+        if self.cfg.stage == "rl":
+            self.validate_if_due(n_done)
+
+    def is_save_due(self, n_done):
+        due = n_done % self.cfg.save_every == 0
+        if self.cfg.stage == "rl":  # a validation comes after a checkpoint
+            due = due or n_done % self.cfg.val_every == 0
+        return due
+
+    def micro_batches(self, rows, stage, step):
+        """Split a batch of Encoded rows over ranks and micro-batches -> ([(Batch, eps), …], counts).
+
+        counts: what each loss is a mean over, in the WHOLE batch. Every row has noise of its own. So how a batch is split
+        changes nothing. eps is None without the VAE.
+        """
+        cfg, model = self.cfg, self.model
+        rows = sorted(rows, key=lambda row: len(row.prompt))  # micro-batches of like length
+        keys = None
+        if model.vae:
+            keys = ops.noise(self.seed_at(step), len(rows), model.c * model.K)
+            keys = distributed.shard(keys)
+        rows = distributed.shard(rows)
+
+        size = cfg.micro_batch or len(rows)
+        parts = []
+        for i in range(0, len(rows), size):
+            eps = None if keys is None else keys[i : i + size]
+            parts.append((collate(rows[i : i + size], stage, model), eps))
+        counts = {name: sum(b.counts[name] for b, _ in parts) for name in parts[0][0].counts}
+        counts["read"] = sum(b.n_token for b, _ in parts)
+        return self.on_device(parts, stage, step), distributed.all_reduce(counts, self.device)
+
+    def on_device(self, parts, stage, step):
+        """Yield each part of `micro_batches` on the device, and note what is being computed."""
+        for batch, eps in parts:
+            length = batch.prompt.shape[1] + batch.L + batch.text.shape[1]
+            what = f"sft, stage {stage}, step {step + 1}"
+            self.doing = Doing(what, len(batch.prompt), length, "--micro-batch or --batch-size")
+            yield batch.to(self.device), None if eps is None else eps.to(self.device)
+
+    def optimizer_step(self, loss, problems):
+        """One step on the gradients in the parameters, summed over ranks and clipped, at this step's learning rate.
+
+        Returns the gradient's norm before clipping. problems: those that the loss (a scalar of all ranks) is of.
+        """
+        return self.optimizer.step(self.lr, loss, self.step, problems)
+
+    def record(self, sums, counts, n_token):
+        """Add to the averages of the next log line. sums: scalar tensors; counts: what each is a mean over, 1 by default."""
+        self.meter.add(sums, counts, n_token)
+        if "signal" in sums:
+            self.warn_if_silent(sums["signal"])
+
+    def warn_if_silent(self, signal):
+        """Warn after 50 batches in a row with next to no signal. signal: the share of groups whose rewards differ."""
+        self.n_silent = self.n_silent + 1 if signal < 0.05 else 0
+        if self.n_silent == 50:
+            print0(
+                "warning: for 50 batches fewer than 5 % of the groups had rewards that differ, so there is little to learn "
+                "from: look at acc (all right or all wrong?), fmt (0: answers do not end), sigma and --spread (do the "
+                "thoughts differ at all?)"
+            )
+
+    def autocast(self):
+        return autocast(self.device)
+
+    def memory_guard(self):
+        """Inside, running out of memory is OutOfMemory, which says what was being computed."""
+        return memory_guard(lambda: self.doing)
+
+    def seed_at(self, step, stream=0):
+        """The seed of one step's chance, the same whether or not the run was stopped before it.
+
+        stream: 0 SFT, 1 rollouts, 2 the placebo; they are independent. (torch's CPU generator takes the low 32 bits of a seed.)
+        """
+        return self.cfg.seed * 1_000_003 + stream * 333_331 + step
+
+    # ---- ranks ----
+
+    def shard(self, rows):
+        """This rank's share of a list or of a tensor's rows."""
+        return distributed.shard(rows)
+
+    def all_gather(self, rows):
+        """The rows that `shard` has shared out, from all ranks."""
+        return distributed.all_gather(rows)
+
+    def all_reduce(self, values):
+        """{name: scalar}, summed over the ranks."""
+        return distributed.all_reduce(values, self.device)
+
+    def mean(self, values, weight):
+        """{name: scalar tensor}, averaged over the ranks with their weights."""
+        return distributed.weighted_mean(values, weight, self.device)
+
+    # ---- logs, checkpoints, validation, test ----
+
+    def write_log(self, n_done):
+        """One line on the terminal and one record in metrics.jsonl: the averages since the last."""
+        means, speed, left = self.meter.read(self.n_total - n_done)
+        record, line = {"step": n_done}, []
+        if self.cfg.stage == "sft":
+            grad_norm = means.pop("grad_norm")
+            loss = total_loss(means, dict.fromkeys(means, 1), self.cfg.beta)
+            record |= {"stage": self.stage, "loss": loss, **means, "grad_norm": grad_norm}
+            line += [f"stage {self.stage}", f"step {n_done:5}/{self.n_total}", f"loss {loss:.4f}"]
+            line += [f"{name} {value:.3f}" for name, value in means.items()]
+            line += [f"|g| {grad_norm:.2f}"]
+        else:
+            record |= means
+            line += ["rl", f"step {n_done:5}/{self.n_total}"]
+            line += [f"{name} {value:.3f}" for name, value in means.items()]
+        record |= {"lr": self.lr, "tokens_per_second": speed, "seconds": self.log.seconds()}
+        self.log.write(record)
+        print0("  ".join([*line, f"{speed:,.0f} tok/s", f"{left} left"]))
+
+    def save(self, n_done):
+        self.state |= {"step": n_done, "seconds": self.log.seconds(), "meter": self.meter.state()}
+        if self.cfg.stage == "rl":
+            self.state["silent"] = self.n_silent
+        checkpoint.save_checkpoint(
+            self.cfg.out, self.state, self.model, self.tokenizer, self.optimizer.optimizer
+        )
+
+    def validate_if_due(self, n_done):
+        """Validate after n_done steps: SFT after each stage, RL every val_every steps, and not what has been validated."""
+        cfg = self.cfg
+        is_due = cfg.stage == "sft" or n_done % cfg.val_every == 0 or n_done == cfg.updates
+        if is_due and n_done > self.log.validated:
+            with self.meter.paused():
+                result = evaluate.measure(self.solve(self.splits.val), self.splits.val)
+                if cfg.stage == "rl":
+                    result |= evaluate.diagnose(self)
+            stage = {"stage": self.stage} if cfg.stage == "sft" else {}
+            self.log.write({"step": n_done, **stage, "validation": result})
+            name = f"stage {self.stage}" if cfg.stage == "sft" else "rl"
+            line = f"{name}  validation: {evaluate.describe(result)}"
+            if cfg.stage == "rl":
+                line += "; " + evaluate.describe_diagnosis(result)
+            print0(line)
+
+    def solve(self, problems, seed=None, model=None):
+        """One Chain per problem: by the mean policy, or sampled if a seed is given. Raises Stopped between batches.
+
+        model: the run's own by default.
+        """
+        cfg, model = self.cfg, model or self.model
+        prompts = self.tokenizer.prompts([p.question for p in problems])
+        noise = None
+        if seed is not None:
+            noise = Noise.draw(model, len(prompts), self.max_new, seed, cfg.temperature)
+
+        def stop_if_requested():  # everything was saved before; of several ranks, some would stop a batch later
+            stop.check(cfg, stop.requested and distributed.world_size() == 1)
+
+        guard = solving_guard(prompts, model, self.max_new, cfg.eval_batch, "--eval-batch")
+        with guard, self.autocast():
+            return evaluate.solve(
+                model,
+                self.tokenizer,
+                prompts,
+                self.max_new,
+                cfg.eval_batch,
+                noise=noise,
+                after_batch=stop_if_requested,
+            )
+
+    def finish(self):
+        """Save the model, test it once, write summary.json."""
+        seconds = self.log.seconds()
+        checkpoint.save_final(self.cfg.out, self.model, self.tokenizer)
+        tests = evaluate.test(self)
+        n = len(self.labelled if self.cfg.stage == "sft" else self.questions)
+        self.log.summary(self.cfg, tests, seconds, self.device, training_problems=n)
+
+
+def learning_rate(cfg, i, n_step):
+    """The learning rate of step i of a stage of n_step steps.
+
+    A linear warm-up, over at most a tenth of the stage, then a cosine to a tenth of the peak.
+    """
+    warmup = min(cfg.warmup, n_step // 10)
+    if i < warmup:
+        return cfg.lr * (i + 1) / (warmup + 1)
+    share = (i - warmup) / max(1, n_step - warmup)
+    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+
+
+class GuardedOptimizer:
+    """An optimizer (optim.py) that takes no step on a loss or a gradient that is not finite.
+
+    Looking at the gradient's norm would make the host wait for the device at every step. So the device decides: the optimizer leaves
+    parameters and moments alone where `found_inf` is 1, and from the first bad step on it stays 1. `check`, called before every
+    log line and checkpoint, where the host waits anyway, then ends the run.
+    """
+
+    def __init__(self, optimizer, model, clip):
+        self.optimizer, self.model, self.clip = optimizer, model, clip
+        self.unchecked = []  # of each step since the last check: (loss and norm, step, problems)
+        optimizer.found_inf = torch.zeros((), device=model.device)
+
+    def step(self, lr, loss, step, problems):
+        """One step on the gradients in the parameters, summed over ranks and clipped. Returns their norm before clipping.
+
+        step: how many came before it. problems: what the loss is of; anything with a `source`.
+        """
+        distributed.all_reduce_gradients(self.model)
+        with_gradient = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(with_gradient, self.clip)
+
+        loss_and_norm = torch.stack((loss.detach().float(), norm))
+        is_bad = 1 - loss_and_norm.isfinite().all().float()
+        self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, is_bad)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.unchecked.append((loss_and_norm, step, problems))
+        return norm
+
+    def check(self):
+        """Raise NotFinite, with the step and its problems, if a step since the last check was not taken."""
+        steps, self.unchecked = self.unchecked, []
+        if not steps:
+            return
+        values = torch.stack([loss_and_norm for loss_and_norm, _, _ in steps]).tolist()
+        for (loss, norm), (_, step, problems) in zip(values, steps):
+            if not math.isfinite(loss + norm):
+                raise NotFinite(
+                    f"step {step + 1}: loss {loss:g}, gradient norm {norm:g}: nothing was changed by it; look at its "
+                    f"problems, --lr and --init; problems {format_sources(problems)}"
+                )
+
+
+class Meter:
+    """Sums since the last log line, and the speed."""
+
+    def __init__(self, state=None):
+        """state: from `state`, so that the next line after a resume is what it would have been."""
+        self.reset()
+        if state:
+            self.total = {name: torch.tensor(value) for name, value in state["total"].items()}
+            self.count = state["count"]
+            self.n_token, self.n_step = state["n_token"], state["n_step"]
+            self.start -= state["seconds"]
+
+    def state(self):
+        return {
+            "total": {name: float(value) for name, value in self.total.items()},
+            "count": self.count,
+            "n_token": self.n_token,
+            "n_step": self.n_step,
+            "seconds": time.perf_counter() - self.start,
+        }
+
+    def reset(self):
+        self.total, self.count = {}, {}
+        self.n_token = self.n_step = 0
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def paused(self):
+        """What runs inside does not count as training time."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
+
+    def add(self, sums, counts, n_token):
+        """sums: scalar tensors, left on their device, so that nobody waits for them. counts: what each is a mean over; 1 if missing."""
+        for name, value in sums.items():
+            self.total[name] = self.total.get(name, 0) + value.detach()
+            self.count[name] = self.count.get(name, 0) + counts.get(name, 1)
+        self.n_token += n_token
+        self.n_step += 1
+
+    def read(self, n_left):
+        """(means, tokens per second, time left for n_left more steps) since the last read."""
+        means = {name: float(total) / max(1, self.count[name]) for name, total in self.total.items()}
+        seconds = time.perf_counter() - self.start
+        speed = self.n_token / seconds
+        left = format_duration(seconds / self.n_step * n_left)
+        self.reset()
+        return means, speed, left

@@ -1,0 +1,95 @@
+"""Stage 1, supervised fine-tuning: its four losses (docs/method.md, Stage 1).
+
+    enc   the policy writes the text after the latents; the gradient runs back through the whole chain of latents
+    kl    the latents' Gaussians stay near N(0, I)
+    stop  the stop head continues at each step of the problem, and stops after the last
+    dec   the decoder LM φ reads each step's latents and writes the step as text
+
+Each loss is a sum over one micro-batch. `total_loss` divides it by its count in the whole batch, so it does not matter how
+a batch is split over micro-batches and GPUs.
+"""
+
+import torch
+
+from kernels import ops
+from kernels.cross_entropy import token_nll
+
+from .chain import read_prompt, walk
+from .decoder import thought_nll
+
+
+def sft_losses(model, batch, eps=None):
+    """The four losses of a Batch, each summed over it: {"enc", "kl", "stop", "dec"}, those that apply to the model and stage.
+
+    model: an ATP. eps: the noise of the latents, (B, ≥ n_candidate, …) as in kernels/vae.py; None: z = μ.
+    """
+    policy = model.policy
+
+    # Stage 0, and methods without latents: everything is text
+    if not batch.n_candidate:
+        h = read_as_text(policy, batch)
+        return {"enc": text_loss(policy, h, batch)}
+
+    # Think: prompt, then latents. Then read the text after them
+    thought, n_latent, cache = think(model, batch, eps)
+    h = policy(policy.embed(batch.text), batch.text_mask, cache)
+    losses = {"enc": text_loss(policy, h, batch)}
+
+    # Which candidates are labelled "continue" (used) and "stop" (dropped); problems without steps have no labels
+    z = thought.z  # (B, n_candidate, D)
+    t = torch.arange(z.shape[1], device=z.device)
+    used = (t < n_latent[:, None]) & ~batch.answer_only[:, None]  # (B, n_candidate)
+    dropped = (t == batch.n_latent[:, None]) & batch.has_stop[:, None]
+
+    # KL(N(μ, σ²) ‖ N(0, I)) of each used latent
+    if model.vae:
+        losses["kl"] = thought.kl[used].sum()
+
+    # The stop head is asked at the first latent of a step only
+    if model.stop:
+        asked = (used | dropped) & (t % model.c == 0)
+        stop_logits = model.stop_head(z[asked])
+        losses["stop"] = token_nll(stop_logits, dropped[asked].long()).sum()
+
+    # φ reads the c latents of each step; its gradient reaches them, and through them π
+    if model.decode and len(batch.step_text):
+        n_step = z.shape[1] // model.c
+        steps = z[:, : n_step * model.c].unflatten(1, (n_step, model.c))  # (B, n_step, c, D)
+        latents = steps[batch.step_row, batch.step_index]  # (N, c, D)
+        losses["dec"] = thought_nll(model.decoder, latents, batch.step_text).sum()
+    return losses
+
+
+def total_loss(losses, counts, beta):
+    """L = L_enc + L_dec + L_stop + β·L_KL, the scalar to differentiate.
+
+    losses: sums over a micro-batch. counts: what each is a mean over, counted in the whole batch (all micro-batches and
+    ranks), so that accumulated gradients are those of one large batch.
+    """
+    weight = {"enc": 1.0, "dec": 1.0, "stop": 1.0, "kl": beta}
+    return sum(weight[name] * loss / max(1, counts[name]) for name, loss in losses.items())
+
+
+def text_loss(policy, h, batch):
+    """−log p of every labelled token after the latents, summed. h (B, Tt, D): the hidden states at batch.text."""
+    labelled = batch.target >= 0
+    return policy.nll(h[labelled], batch.target[labelled]).sum()
+
+
+def think(model, batch, eps=None):
+    """Read the prompts of a Batch and walk its latents: (Thought (B, n_candidate), n_latent as used, the cache after them)."""
+    room = batch.L + batch.text.shape[1]
+    h, cache = read_prompt(model.policy, batch.prompt, batch.prompt_mask, room)
+    eps = ops.prepared(eps, h.shape[-1])
+    answer_only = batch.answer_only if batch.counts["answer_only"] else None
+    thought, n_latent = walk(
+        model, h, cache, batch.n_latent, batch.L, batch.n_candidate, eps, answer_only
+    )
+    return thought, n_latent, cache
+
+
+def read_as_text(policy, batch):
+    """Hidden states (B, Tt, D) at batch.text if nothing is latent: prompt and text are read in one pass."""
+    ids = torch.cat((batch.prompt, batch.text), 1)
+    mask = torch.cat((batch.prompt_mask, batch.text_mask), 1)
+    return policy(policy.embed(ids), mask, policy.cache(*ids.shape), batch.text.shape[1])

@@ -1,0 +1,69 @@
+"""The tokenizer: text to ids and back, and the three control tokens that frame the latents.
+
+Text is tokenised piece by piece (docs/method.md, Sequence), and text that a user wrote never becomes a control token.
+"""
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` and the ids that the method needs: bos, eos, start, latent, end."""
+
+    def __init__(self, backend, bos, eos, files=()):
+        """backend: a `tokenizers.Tokenizer`. bos: an id. eos: ids; the first is written, any of them ends an answer.
+        files: {name: bytes} of the files that came with it and are saved with it."""
+        self.backend, self.bos, self.eos, self.files = backend, bos, tuple(eos), dict(files)
+
+        # inside text, the name of a special token is split like any other word
+        backend.encode_special_tokens = True
+        backend.add_special_tokens([START, LATENT, END, *map(backend.id_to_token, (bos, *eos))])
+        self.start, self.latent, self.end = (backend.token_to_id(t) for t in (START, LATENT, END))
+
+    def __len__(self):
+        """The size of the smallest embedding that holds every id."""
+        return 1 + max(self.backend.get_vocab().values())
+
+    def encode(self, text):
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts):
+        return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids):
+        return self.backend.decode([i for i in ids if i not in self.eos], skip_special_tokens=False)
+
+    def prompt(self, question):
+        """bos question "\\n" <|start-latent|>"""
+        return self.prompts([question])[0]
+
+    def prompts(self, questions):
+        """`prompt` of each question."""
+        ids_of_questions = self.encode_batch([question + "\n" for question in questions])
+        return [[self.bos, *ids, self.start] for ids in ids_of_questions]
+
+
+def train_tokenizer(problems, vocab_size):
+    """Learn a byte-level BPE of at most `vocab_size` ids, control tokens included, from problems. Returns a Tokenizer.
+
+    A word keeps the spaces around it and a number stands alone, so that frequent words and numbers become one token each.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    pieces = tokenizers.Regex(r" ?\p{L}+ ?|\p{N}+|[^\p{L}\p{N}\s]+\s?|\s+")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(pieces, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    backend.decoder = decoders.ByteLevel()
+
+    control_tokens = ("<|bos|>", "<|eos|>", START, LATENT, END)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[tokenizers.AddedToken(t, special=True) for t in control_tokens],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    texts = ["".join((p.question, "\n", *(step + "\n" for step in p.steps), "### ", p.answer)) for p in problems]
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, bos=0, eos=(1,))

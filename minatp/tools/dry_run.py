@@ -1,0 +1,231 @@
+"""`train.py --dry-run`: what the data, the curriculum and the model will be, and one step, before hours are spent on them."""
+
+import os
+import statistics
+import time
+from contextlib import contextmanager
+
+import torch
+
+from ..data import collate
+from ..latent import ATP
+from ..reward import number, result
+from ..run.build import build, llama_config, n_parameters
+from ..run.checks import check_problems
+from ..run.errors import UserError
+from ..run.huggingface import load_model, read_json
+from ..run.saved import checkpoints, newest_checkpoint
+from ..run.terminal import print0
+from ..sft import sft_losses
+from ..tokenizer import train_tokenizer
+from . import count
+
+
+def dry_run(run, sft_gradients, rl_gradients):
+    """Print counts, lengths, a problem at each stage, parameters and memory, then make the gradients of one batch.
+
+    No weight changes. SFT: at the first and at the last stage. RL: from rollouts.
+    run: a loop.Run that has not started. sft_gradients(run, rows, stage, step), rl_gradients(run, problems): train.py's own, which
+    add one batch's gradients to the parameters.
+    """
+    cfg, splits, device = run.cfg, run.splits, run.device
+    check_folder(run)
+    available = memory_of(device)
+
+    def fits(model):
+        return held_bytes(cfg, model) < 0.9 * available
+
+    # Build the model, unless it is too large to build only to be counted
+    if not cfg.init:
+        run.model, run.tokenizer = build_on_meta(cfg, splits.train)
+    if cfg.init or fits(run.model):
+        run.model, run.tokenizer = build(cfg, splits.train)
+    model = run.model
+    if fits(model):
+        model.to(device).set_recompute(cfg.recompute)
+
+    # Report on the data and the model
+    problems = splits.train or splits.answers  # RL can do without labels
+    run.labelled = run.encode_problems(problems)
+    report_data(problems, run.labelled, run.tokenizer)
+    report_curriculum(run, problems)
+    parts = ", ".join(f"{name} {n_parameters(part):,}" for name, part in model.named_children())
+    print0(f"\nparameters  {n_parameters(model):,}  ({parts})")
+
+    # Report on memory, at the longest problems
+    by_length = sorted(range(len(problems)), key=lambda i: -run.labelled[i].length)
+    longest = by_length[: cfg.batch_size]
+    if cfg.stage == "rl":
+        model.decoder.requires_grad_(False)
+        run.start_model = load_model(cfg.init)[0].to(device)
+    stages = stages_to_try(cfg, model)
+    kept = activation_bytes(run, run.labelled[longest[0]], stages)
+    report_memory(run, kept, available)
+    if held_bytes(cfg, model) + kept > 0.9 * available or not fits(model):
+        print0("one step    not run: it does not fit here")
+        return
+
+    # One step
+    for stage in stages:
+        with timed_step(f"stage {stage}, {len(longest)} longest problems", device) as values:
+            rows = [run.labelled[i] for i in longest]
+            values |= mean_losses(*sft_gradients(run, rows, stage, 0))
+    if cfg.stage == "rl":
+        with timed_step(f"{len(longest)} longest questions × {cfg.G} rollouts", device) as values:
+            values |= rl_gradients(run, [problems[i] for i in longest])
+
+
+def check_folder(run):
+    """A resumed run must have the problems that it started with; a new one will need a folder of its own."""
+    cfg = run.cfg
+    if cfg.resume:
+        state = read_json(newest_checkpoint(cfg.out) / "state.json")
+        check_problems(cfg, run.splits, state)
+    elif checkpoints(cfg.out):
+        print0(f"note        {cfg.out} holds a run already; the run itself will need another --out")
+
+
+def build_on_meta(cfg, problems):
+    """(model, tokenizer) of an untrained model that takes no memory."""
+    tokenizer = train_tokenizer(problems, cfg.vocab_size)
+    with torch.device("meta"):
+        model = ATP(llama_config(cfg, cfg.vocab_size), **cfg.switches)
+    model.end = tokenizer.end
+    return model, tokenizer
+
+
+def stages_to_try(cfg, model):
+    """The curriculum stages whose SFT step is tried: the first and the last; in RL that of its anchor, if there is one."""
+    if cfg.stage == "sft":
+        schedule = cfg.schedule()
+        return sorted({schedule[0][0], schedule[-1][0]})
+    return [model.stage] if cfg.anchor else []
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+def memory_of(device):
+    """Bytes of memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def held_bytes(cfg, model):
+    """Bytes of float32 weights, gradients and two moments. In RL φ has weights alone, and the start is kept for comparison."""
+    n = n_parameters(model)
+    return 16 * n if cfg.stage == "sft" else 20 * n - 12 * n_parameters(model.decoder)
+
+
+def activation_bytes(run, row, stages):
+    """Bytes that a micro-batch of problems as long as `row` keeps for the backward pass of SFT, at the stage that keeps most."""
+    cfg, model, device = run.cfg, run.model, run.device
+    size = cfg.micro_batch or cfg.batch_size
+    if stages and next(model.parameters()).device.type != device.type:  # too large for the device, or to be built
+        llama = model.policy.cfg
+        parts = count.training_memory(
+            llama, model.K, model.c, size, row, cfg.recompute, scale=llama.n_kv_head
+        )
+        return parts["activations"] + parts["logits"]
+
+    def forward(n, stage):
+        batch = collate([row] * n, stage, model).to(device)
+        eps = None
+        if model.vae:
+            eps = torch.zeros(n, batch.n_candidate, model.policy.cfg.n_embd, device=device)
+        with run.autocast():
+            return sft_losses(model, batch, eps)
+
+    # the difference of two rows and one: what does not grow with the batch is counted elsewhere
+    most = 0
+    for stage in stages:
+        one, two = (count.kept_bytes(model, lambda: forward(n, stage)) for n in (1, 2))  # noqa: B023
+        most = max(most, two - one)
+    return size * most
+
+
+# ---- reports -----------------------------------------------------------------------------------------------
+
+
+def report_data(problems, rows, tokenizer):
+    """Counts and lengths."""
+
+    def spread(lengths):
+        return f"median {statistics.median(lengths):.0f}, most {max(lengths)}"
+
+    n_step = spread([len(row.lines) for row in rows])
+    step_tokens = spread([sum(map(len, row.lines)) for row in rows])
+    print0(f"\ntokens      {len(tokenizer):,} in the vocabulary")
+    print0(f"question    {spread([len(row.prompt) for row in rows])} tokens")
+    print0(f"steps       {n_step}; {step_tokens} tokens as text")
+    print0(f"answer      {spread([len(row.answer) for row in rows])} tokens")
+
+    with_steps = [p for p in problems if p.steps]
+    n_odd = 0
+    for p in with_steps:
+        last = result(p.steps[-1])
+        n_odd += last is None or last != number(p.answer)
+    if n_odd:
+        print0(
+            f"note        {n_odd:,} of {len(with_steps):,} problems do not end on a step whose result is the answer"
+        )
+
+
+def report_curriculum(run, problems):
+    """The problem with most steps, of the first 200, at every stage."""
+    rows, model, tokenizer = run.labelled, run.model, run.tokenizer
+
+    def decode(ids):
+        return tokenizer.decode([i for i in ids.tolist() if i >= 0])
+
+    chosen = max(range(min(200, len(rows))), key=lambda i: len(rows[i].lines))
+    print0(f"\nproblem     {problems[chosen].question}")
+    for stage, epochs in run.cfg.schedule():
+        batch = collate([rows[chosen]], stage, model)
+        thoughts = [f" = {decode(ids)!r}" for ids in batch.step_text]
+        thoughts = thoughts or [""] * (batch.L // model.c)
+        chain = " ".join(f"[{'z' * model.c}{text}]" for text in thoughts)
+        stop = " stop" if bool(batch.has_stop[0]) else ""
+        print0(f"  stage {stage} ({epochs:g} epochs)  {chain}{stop}  {decode(batch.target[0])!r}")
+
+
+def report_memory(run, kept, available):
+    """What the weights, and the longest problems, take."""
+    cfg = run.cfg
+    start = ", those of the start" if cfg.stage == "rl" else ""
+    text = f"memory      {gibibytes(held_bytes(cfg, run.model))} for weights{start}, gradients and the optimizer"
+    if kept:
+        n = min(cfg.micro_batch or cfg.batch_size, len(run.labelled))
+        text += f", and about {gibibytes(kept)} that a forward pass of {n} longest problems keeps"
+    print0(f"{text}; {run.device} has {gibibytes(available)}")
+
+
+def gibibytes(n):
+    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+
+
+# ---- one step ----------------------------------------------------------------------------------------------
+
+
+def mean_losses(losses, counts):
+    """The mean losses of (sums, counts). Raises UserError if one is not finite."""
+    if not all(map(torch.isfinite, losses.values())):
+        raise UserError("dry run: the loss is not finite; look at the weights of --init")
+    return {name: loss / max(1, counts[name]) for name, loss in losses.items()}
+
+
+@contextmanager
+def timed_step(what, device):
+    """Print the time and peak memory of what runs inside, and the values that it puts into the dict."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start, values = time.perf_counter(), {}
+    yield values
+    values = {name: float(value) for name, value in values.items()}
+    seconds = time.perf_counter() - start
+    peak = ""
+    if device.type == "cuda":
+        peak = f", peak {gibibytes(torch.cuda.max_memory_allocated(device))}"
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+    print0(f"one step    {what}: {seconds:.2f} s{peak}; {shown}")
