@@ -1,11 +1,13 @@
 """Teach a LLaMA to think in latents, then to plan in them.
 
-    python train.py --stage sft      the built-in task, from scratch, on a laptop: latents learned from written steps
-    python train.py --stage rl       continues from out/sft: better latents, from the reward of their answers
-    python train.py --stage sft --preset llama-1b --init Llama-3.2-1B-Instruct --data gsm8k_aug_train.txt --test gsm8k_test.json
+    python train.py --stage sft     the built-in task, from scratch: learn latents from steps
+    python train.py --stage rl      continue from out/sft: better latents, from rewards
+    python train.py --stage sft --preset llama-1b --init Llama-3.2-1B-Instruct \\
+        --data gsm8k_aug_train.txt --test gsm8k_test.json
 
-This file is the method; read it first. `run` (minatp/run/loop.py) is what surrounds it: it loads, logs, saves, resumes, validates
-and shares the work among GPUs, and can be skipped on a first reading. docs/method.md has the equations.
+This file is the method; read it first. `run` (minatp/run/loop.py) is what surrounds it: it loads,
+logs, saves, resumes, validates and shares the work among GPUs, and can be skipped on a first
+reading. docs/method.md has the equations.
 """
 
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from minatp.reward import of_chain
 from minatp.rl import advantages, kl_to_start, log_probs, surrogate
 from minatp.rollout import Noise, Rollout, rollout
 from minatp.run import distributed, options
-from minatp.run.checks import check_rewards
+from minatp.run.checks import refuse_rewards
 from minatp.run.device import Doing, pick_device
 from minatp.run.errors import run_command
 from minatp.run.folder import claim_folder
@@ -50,11 +52,15 @@ def main(argv=None):
     distributed.stop()
 
 
-# ---- stage 1: supervised ------------------------------------------------------------------------------------
+# ---- stage 1: supervised -------------------------------------------------------------------------
 
 
 def sft(run):
-    """The curriculum. In stage k the first k steps of each problem are latent and the rest is text; in the last, K+1, all are."""
+    """The curriculum.
+
+    In stage k the first k steps of each problem are latent and the rest is text; in the last, K+1,
+    all are.
+    """
     cfg, model = run.cfg, run.model
     plan = curriculum(cfg, len(run.labelled))
     n_total = sum(n_step for _, n_step in plan)
@@ -68,7 +74,7 @@ def sft(run):
         loader = curriculum_batches(run, stage)
         for step, problems in run.steps(loader, n_step, n_total, stage):
             losses, counts = sft_gradients(run, problems, stage, step)
-            grad_norm = run.optimizer_step(sum(losses.values()), problems)
+            grad_norm = run.optimizer.step(sum(losses.values()), problems)
             if starts_decoder and stage == 0 and step == n_step - 1:
                 model.decoder.start_from(model.policy)
             run.record({**losses, "grad_norm": grad_norm}, counts, counts["read"])
@@ -84,8 +90,8 @@ def curriculum(cfg, n_problem):
 def curriculum_batches(run, stage):
     """Batches of Encoded problems for one stage.
 
-    Once every step is latent, a share of each batch can be problems that have an answer and no steps: the answer's loss
-    teaches the latents that lead to it.
+    Once every step is latent, a share of each batch can be problems that have an answer and no
+    steps: the answer's loss teaches the latents that lead to it.
     """
     cfg, labelled, answers_only = run.cfg, run.labelled, run.answers_only
     n_free = round(cfg.answers_share * cfg.batch_size) if stage > cfg.K and answers_only else 0
@@ -99,31 +105,40 @@ def curriculum_batches(run, stage):
 def sft_gradients(run, problems, stage, step, weight=1.0):
     """Add the gradient of a batch's SFT loss, times `weight`, to the parameters.
 
-    problems: a list of Encoded. Returns (losses, counts): the four losses summed over the batch, and what each is a mean over.
+    problems: a list of Encoded. Returns (losses, counts): the four losses summed over the batch,
+    and what each is a mean over.
     """
     model, sums = run.model, {}
-    micro_batches, counts = run.micro_batches(problems, stage, step)
-    for batch, eps in micro_batches:
-        with run.autocast():
-            losses = sft_losses(model, batch, eps)  # enc: text, dec: φ's reading, stop: stop head, kl
-            loss = weight * total_loss(losses, counts, run.cfg.beta)  # L_enc + L_dec + L_stop + β·L_KL
+    for batch, eps, counts in run.micro_batches(problems, stage, step):
+        with run.autocast:
+            losses = sft_losses(
+                model, batch, eps
+            )  # enc: text, dec: φ's reading, stop: stop head, kl
+            loss = weight * total_loss(
+                losses, counts, run.cfg.beta
+            )  # L_enc + L_dec + L_stop + β·L_KL
         loss.backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach()
-    return run.all_reduce(sums), counts
+    return distributed.all_reduce(sums, run.device), counts
 
 
-# ---- stage 2: reinforcement ---------------------------------------------------------------------------------
+# ---- stage 2: reinforcement ----------------------------------------------------------------------
 
 
 def rl(run):
-    """REINFORCE with a group baseline: G sampled chains of each question, judged against the mean of their group."""
+    """REINFORCE with a group baseline: G sampled chains of each question, judged against the mean
+    of their group.
+    """
     cfg, model = run.cfg, run.model
-    run.announce(f"rl from {cfg.init}", f"{cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts")
+    run.announce(
+        f"rl from {cfg.init}",
+        f"{cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts",
+    )
 
-    for step, (problems, labelled) in run.steps(rl_batches(run), cfg.updates):
+    for step, (problems, prompts, labelled) in run.steps(rl_batches(run), cfg.updates):
         # 1. Explore: sample latents, stops and words; φ puts the latents into words
-        explored, texts = explore(run, problems, step)
+        explored, texts = explore(run, prompts, step)
 
         # 2. Reward: the right answer, coherent steps, the format. Every rank sees all rewards
         reward, parts = judge(run, texts, problems, step)  # (Q, G)
@@ -132,13 +147,14 @@ def rl(run):
         advantage = advantages(reward, cfg.baseline, cfg.normalise)  # (Q, G)
         informative = (advantage != 0).any(1)  # (Q,)
 
-        # 4. Learn. One update a batch is REINFORCE; more are GRPO, where the ratio to `old` is clipped
+        # 4. Learn. One update a batch is REINFORCE; more are GRPO, where the ratio to `old` is
+        # clipped
         old, metrics = None, {}
         for _ in range(cfg.updates_per_batch if informative.any() else 0):
             loss, old, metrics = policy_gradients(run, explored, advantage, informative, old)
             if cfg.anchor:  # hold on to what SFT has taught
                 sft_gradients(run, labelled, model.stage, step, cfg.anchor)
-            metrics["grad_norm"] = run.optimizer_step(loss, problems)
+            metrics["grad_norm"] = run.optimizer.step(loss, problems)
 
         signal = {"reward": reward.mean(), "signal": informative.float().mean()}
         run.record({**signal, **parts, **explored.statistics, **metrics}, {}, explored.n_token)
@@ -146,13 +162,14 @@ def rl(run):
 
 
 def rl_batches(run):
-    """Pairs: some problems to explore, and Encoded labelled problems to anchor on."""
+    """Yield some problems to explore, their prompts, and Encoded labelled problems to anchor on."""
     cfg = run.cfg
     order = batches([len(prompt) for prompt in run.prompts], cfg.batch_size, cfg.seed * 1000)
     lengths = [row.length for row in run.labelled]
     labelled_order = batches(lengths, cfg.batch_size, cfg.seed * 1000 + 1)
     for chosen, chosen_labelled in zip(order, labelled_order):
-        yield [run.questions[i] for i in chosen], [run.labelled[i] for i in chosen_labelled]
+        problems, prompts = [run.questions[i] for i in chosen], [run.prompts[i] for i in chosen]
+        yield problems, prompts, [run.labelled[i] for i in chosen_labelled]
 
 
 @dataclass
@@ -167,21 +184,23 @@ class Explored:
     n_token: int  # latents and words of all ranks
 
 
-def explore(run, problems, step):
-    """Sample G chains of each problem. Returns (Explored, a list of Chain: the same in words) of this rank's share."""
-    cfg, model, n_chain = run.cfg, run.model, len(problems) * run.cfg.G
-    prompts = run.tokenizer.prompts([p.question for p in run.shard(problems)])
-    prompt, prompt_mask = left_pad(prompts, run.tokenizer.end, run.device)
+def explore(run, prompts, step):
+    """Sample G chains of each problem.
+
+    Returns (Explored, a list of Chain: the same in words) of this rank's share.
+    """
+    cfg, model, n_chain = run.cfg, run.model, len(prompts) * run.cfg.G
+    prompt, prompt_mask = left_pad(distributed.shard(prompts), run.tokenizer.end, run.device)
 
     # Chance is drawn for all ranks, so that their number changes nothing
     seed = run.seed_at(step, stream=1)
     noise = Noise.draw(model, n_chain, run.max_new, seed, spread=cfg.spread, greedy=cfg.greedy)
-    ours = run.shard(torch.arange(n_chain).view(-1, cfg.G)).flatten()
+    ours = distributed.shard(torch.arange(n_chain).view(-1, cfg.G)).flatten()
     noise = noise.at(ours, run.device)
 
     length = prompt.shape[1] + model.c * model.K + 1 + run.max_new
     run.doing = Doing(f"rl, step {step + 1}", len(ours), length, "--batch-size or --G")
-    with run.autocast():
+    with run.autocast:
         chains = rollout(model, prompt, prompt_mask, run.max_new, noise, cfg.G)
         texts = as_text(model, run.tokenizer, chains)
 
@@ -196,51 +215,54 @@ def explore(run, problems, step):
         prompt_mask,
         noise,
         chains,
-        run.mean(statistics, len(prompt)),
-        run.all_reduce(n_token)["n"],
+        distributed.weighted_mean(statistics, len(prompt), run.device),
+        distributed.all_reduce(n_token, run.device)["n"],
     )
     return explored, texts
 
 
 def judge(run, texts, problems, step):
-    """The rewards (Q, G) of all ranks' chains, and the means of their parts: acc, coh, fmt. texts: this rank's Chains."""
+    """The rewards (Q, G) of all ranks' chains, and the means of their parts: acc, coh, fmt. texts:
+    this rank's Chains.
+    """
     cfg = run.cfg
-    answers = [p.answer for p in run.shard(problems) for _ in range(cfg.G)]
+    answers = [p.answer for p in distributed.shard(problems) for _ in range(cfg.G)]
     judged = [of_chain(cfg, chain, answer) for chain, answer in zip(texts, answers)]
     names = ("coh", "fmt") if cfg.no_answers else ("acc", "coh", "fmt")
     parts = {k: torch.tensor([parts[k] for _, parts in judged]).mean() for k in names}
 
-    reward = run.all_gather(torch.tensor([R for R, _ in judged]).view(-1, cfg.G))  # (Q, G)
-    check_rewards(reward, step, problems)
+    reward = distributed.all_gather(torch.tensor([R for R, _ in judged]).view(-1, cfg.G))  # (Q, G)
+    if not reward.isfinite().all():
+        refuse_rewards(reward, step, problems)
     if cfg.placebo:  # a control: the right rewards, for the wrong chains
         g = torch.Generator().manual_seed(run.seed_at(step, stream=2))
         reward = reward.flatten()[torch.randperm(reward.numel(), generator=g)].view_as(reward)
-    return reward, run.mean(parts, len(answers) // cfg.G)
+    return reward, distributed.weighted_mean(parts, len(answers) // cfg.G, run.device)
 
 
 def policy_gradients(run, explored, advantage, informative, old):
     """Add the policy gradient of the informative groups to the parameters.
 
-    The loss is −Σ advantage·log π over their chains, divided by the number of all chains. advantage (Q, G) and informative (Q,) are
-    those of all ranks; this rank's chains are in `explored`. old: what a former update on this batch returned, or None.
-    Returns (loss of all ranks, old, metrics).
+    The loss is −Σ advantage·log π over their chains, divided by the number of all chains. advantage
+    (Q, G) and informative (Q,) are those of all ranks; this rank's chains are in `explored`. old:
+    what a former update on this batch returned, or None. Returns (loss of all ranks, old, metrics).
     """
     cfg, model, device = run.cfg, run.model, run.device
 
     # This rank's chains of informative groups
-    ours = run.shard(informative)
+    ours = distributed.shard(informative)
     group = ours.nonzero()[:, 0].to(device)
     chain = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
     prompt, prompt_mask = explored.prompt[group], explored.prompt_mask[group]
     chains = explored.rollout.select(chain)
     eps = explored.noise.eps[chain] if cfg.estimator == "path" else None
-    our_advantage = run.shard(advantage)[ours].view(-1, 1).to(device)
+    our_advantage = distributed.shard(advantage)[ours].view(-1, 1).to(device)
 
     loss, metrics = torch.zeros((), device=device), {}
     if len(chain):
         length = prompt.shape[1] + chains.z.shape[1] + 1 + chains.token.shape[1]
         run.doing = Doing(f"rl, step {run.step + 1}", len(chain), length, "--batch-size or --G")
-        with run.autocast():
+        with run.autocast:
             # REINFORCE, or the clipped ratio to the first update's log-probabilities
             new = log_probs(model, prompt, prompt_mask, chains, cfg.G, eps)
             logp, is_decision = decisions(cfg, model, chains, new)
@@ -260,12 +282,14 @@ def policy_gradients(run, explored, advantage, informative, old):
                     loss = loss + cfg.kl * kl / (int(informative.sum()) * cfg.G)
             old = old_logp, at_start
         loss.backward()
-    total = run.all_reduce({"loss": loss.detach()})["loss"]
-    return total, old, run.mean(metrics, len(chain))
+    total = distributed.all_reduce({"loss": loss.detach()}, device)["loss"]
+    return total, old, distributed.weighted_mean(metrics, len(chain), device)
 
 
 def decisions(cfg, model, chains, new):
-    """What the policy decided: (log-probabilities (B, T), which of them are decisions (B, T) bool) of latents, stops and words."""
+    """What the policy decided: (log-probabilities (B, T), which of them are decisions (B, T) bool)
+    of latents, stops and words.
+    """
     words = 0 * new.token if cfg.greedy else new.token  # greedy words were not sampled
     logp = torch.cat((new.z, new.stop, words), 1)
     is_decision = (
@@ -277,8 +301,11 @@ def decisions(cfg, model, chains, new):
 
 
 def explore_and_learn(run, problems):
-    """One batch's policy gradients as if every group were informative: the most that an update can cost, for --dry-run."""
-    explored, texts = explore(run, problems, step=0)
+    """One batch's policy gradients as if every group were informative: the most that an update can
+    cost, for --dry-run.
+    """
+    prompts = run.tokenizer.prompts([p.question for p in problems])
+    explored, texts = explore(run, prompts, step=0)
     reward, parts = judge(run, texts, problems, step=0)
     advantage = advantages(reward, run.cfg.baseline, run.cfg.normalise)
     every = torch.ones(len(problems), dtype=torch.bool)

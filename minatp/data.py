@@ -1,8 +1,10 @@
-"""Problems as tensors: Encoded, a problem as token ids, and Batch, some problems at one stage of the curriculum.
+"""Problems as tensors: Encoded, a problem as token ids, and Batch, some problems at one stage of
+the curriculum.
 
-Stage k of the curriculum replaces the first k written steps of each problem by latents and leaves the rest as text
-(docs/method.md, Stage 1). `collate` is where that happens.
+Stage k of the curriculum replaces the first k written steps of each problem by latents and leaves
+the rest as text (docs/method.md, Stage 1). `collate` is where that happens.
 """
+
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,7 +19,7 @@ class Encoded:
     prompt: list  # bos question "\n" <|start-latent|>
     lines: list  # of each step: step "\n", as the policy writes it
     texts: list  # of each step: step eos, as the decoder LM φ writes it
-    rest: list  # as texts: the K-th step and all that follow, joined; empty if there are at most K steps
+    rest: list  # as texts: the K-th step and all that follow, joined; [] if there are at most K
     answer: list  # "### " answer eos
     source: str  # where the problem comes from, "path:line"
     answer_only: bool = False  # its steps are unknown, which is not the same as having none
@@ -29,7 +31,8 @@ class Encoded:
 
 
 def encode(problems, tokenizer, model, answer_only=False, always_K=False):
-    """Encode a list of Problem. model: an ATP, for K, c and its context length. answer_only: as in Encoded.
+    """Encode a list of Problem. model: an ATP, for K, c and its context length. answer_only: as in
+    Encoded.
 
     always_K: in stage k every problem takes k steps of latents, however few steps it has.
     Raises ValueError if a problem does not fit the model's context at some stage of the curriculum.
@@ -70,31 +73,37 @@ def check_length(row, problem, model, always_K):
     context = model.policy.cfg.block_size
     if length > context:
         raise ValueError(
-            f"{row.source}: the problem is {length} tokens long but the model's context is {context}; "
-            f"shorten it: {problem.question[:60]!r}"
+            f"{row.source}: the problem is {length} tokens long but the model's context is "
+            f"{context}; shorten it: {problem.question[:60]!r}"
         )
 
 
-# ---- batches -----------------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
 
 
 @dataclass
 class Batch:
-    """B problems at one stage. The prompt is padded on the left, so that latents align; the text after them on the right."""
+    """B problems at one stage.
+
+    The prompt is padded on the left, so that latents align; the text after them on the right.
+    """
 
     prompt: torch.Tensor  # (B, Tq) ids, ending in <|start-latent|>
     prompt_mask: torch.Tensor  # (B, Tq) bool, False where padded
     n_latent: torch.Tensor  # (B,) latents of each row
     has_stop: torch.Tensor  # (B,) bool: the candidate after the last latent is labelled "stop"
-    answer_only: torch.Tensor  # (B,) bool: the steps are unknown, so the model decides when to stop; n_latent is the most
+    answer_only: (
+        torch.Tensor
+    )  # (B,) bool: the steps are unknown, so the model decides when to stop; n_latent is the most
     text: torch.Tensor  # (B, Tt) ids read after the latents: <|end-latent|> … answer
+    text_mask: torch.Tensor  # (B, Tt) bool, False where padded
     target: torch.Tensor  # (B, Tt) ids to write there, IGNORE where padded
     step_row: torch.Tensor  # (N,) the problem of each latent step that φ must read back
     step_index: torch.Tensor  # (N,) which step of that problem it is
     step_text: torch.Tensor  # (N, Ts) the step's text and eos, IGNORE where padded
     L: int  # most latents of a row
     n_candidate: int  # L, or L + 1 if a row of L latents has a candidate labelled "stop"
-    counts: dict  # what each loss is a mean over: {"enc", "dec", "kl", "stop", "answer_only"}
+    counts: dict  # what each loss is a mean over, and "read": positions that the policy reads
 
     def to(self, device):
         moved = {}
@@ -102,17 +111,6 @@ class Batch:
             value = getattr(self, f.name)
             moved[f.name] = value.to(device) if torch.is_tensor(value) else value
         return Batch(**moved)
-
-    @property
-    def text_mask(self):
-        """(B, Tt) bool: <|end-latent|>, and every id that follows a labelled one."""
-        first = torch.ones_like(self.target[:, :1], dtype=torch.bool)
-        return torch.cat((first, self.target[:, :-1] >= 0), 1)
-
-    @property
-    def n_token(self):
-        """Positions that the policy reads."""
-        return int(self.prompt_mask.sum() + self.n_latent.sum() + (self.target >= 0).sum())
 
 
 def pad(rows, value, left=False):
@@ -135,7 +133,9 @@ def left_pad(rows, value, device="cpu"):
 
 
 def collate(rows, stage, model):
-    """A Batch of Encoded rows at a curriculum stage (0 … K+1). model: an ATP, for c, K and its switches."""
+    """A Batch of Encoded rows at a curriculum stage (0 … K+1). model: an ATP, for c, K and its
+    switches.
+    """
     c, K = model.c, model.K
     most_steps = min(stage, K)
     is_last_stage = stage > K
@@ -145,7 +145,9 @@ def collate(rows, stage, model):
     answer_only = torch.tensor([row.answer_only and most_steps > 0 for row in rows])
     n_latent = []
     for n, unknown in zip(n_step, answer_only.tolist()):
-        takes_all = unknown or not model.stop  # without labels, or without a stop head, the stage's full length
+        takes_all = (
+            unknown or not model.stop
+        )  # without labels, or without a stop head, the stage's full length
         n_latent.append(c * (most_steps if takes_all else n))
     n_latent = torch.tensor(n_latent)
     L = int(n_latent.max())
@@ -160,7 +162,8 @@ def collate(rows, stage, model):
         lines = [] if is_last_stage else row.lines[n:]
         texts.append([model.end, *(i for line in lines for i in line), *row.answer])
 
-    # what φ must read back: each latent step. In the last stage the K-th stands for all that are left
+    # what φ must read back: each latent step. In the last stage the K-th stands for all that are
+    # left
     step_row, step_index, step_texts = [], [], []
     for b, (row, n) in enumerate(zip(rows, n_step)):
         for s in range(n if model.decode else 0):
@@ -175,15 +178,20 @@ def collate(rows, stage, model):
         "kl": int(n_latent[~answer_only].sum()),
         "stop": int(sum(n_step) + has_stop.sum()),
         "answer_only": int(answer_only.sum()),
+        "read": sum(len(row.prompt) for row in rows) + int(n_latent.sum()),
     }
+    counts["read"] += counts["enc"]
     prompt, prompt_mask = left_pad([row.prompt for row in rows], model.end)
+    n_read = torch.tensor([len(text) - 1 for text in texts])
+    text = pad([text[:-1] for text in texts], model.end)
     return Batch(
         prompt=prompt,
         prompt_mask=prompt_mask,
         n_latent=n_latent,
         has_stop=has_stop,
         answer_only=answer_only,
-        text=pad(texts, model.end)[:, :-1],
+        text=text,
+        text_mask=torch.arange(text.shape[1]) < n_read[:, None],
         target=pad([text[1:] for text in texts], IGNORE),
         step_row=torch.tensor(step_row, dtype=torch.long),
         step_index=torch.tensor(step_index, dtype=torch.long),
@@ -195,11 +203,13 @@ def collate(rows, stage, model):
 
 
 def batches(lengths, batch_size, seed):
-    """Yield lists of batch_size indices of problems, without end; `lengths` are the problems' lengths.
+    """Yield lists of batch_size indices of problems, without end; `lengths` are the problems'
+    lengths.
 
-    Each epoch has a new order and repeats nothing; its last, short batch is filled from the next epoch. The same seed gives
-    the same order. Within 16 batches' worth, problems of like length share a batch, so that little is padding.
-    Without problems, or with a batch_size of 0, the lists are empty.
+    Each epoch has a new order and repeats nothing; its last, short batch is filled from the next
+    epoch. The same seed gives the same order. Within 16 batches' worth, problems of like length
+    share a batch, so that little is padding. Without problems, or with a batch_size of 0, the lists
+    are empty.
     """
     if not batch_size or not lengths:
         while True:

@@ -1,9 +1,10 @@
-"""The decoder LM φ, which reads latents back as text: it takes the c latents of a step as input embeddings and writes the step.
+"""The decoder LM φ, which reads latents back as text: it takes the c latents of a step as input
+embeddings and writes the step.
 
-    thought_nll      how well φ writes the true text of a step: the loss that teaches it, and the latents with it
-    read_thoughts    what φ writes greedily for each step
-    top_readings     the likeliest texts of each step, with their probabilities
-    as_text          a whole Rollout in words -> a list of Chain
+thought_nll      −log p of the true text of a step: the loss that teaches φ, and the latents
+read_thoughts    what φ writes greedily for each step
+top_readings     the likeliest texts of each step, with their probabilities
+as_text          a whole Rollout in words -> a list of Chain
 """
 
 import math
@@ -22,7 +23,8 @@ from . import reward
 def thought_nll(decoder, z, text):
     """−log p of the text of each step, summed over its tokens.
 
-    z (N, c, D): the step's latents. text (N, Ts): the step's ids and eos, IGNORE where padded. Returns (N,).
+    z (N, c, D): the step's latents. text (N, Ts): the step's ids and eos, IGNORE where padded.
+    Returns (N,).
     """
     N, c, _ = z.shape
 
@@ -40,7 +42,9 @@ def thought_nll(decoder, z, text):
 
 @torch.no_grad()
 def read_thoughts(decoder, z, eos, max_new):
-    """What φ writes greedily for each step. z (N, c, D) -> N lists of ids, each up to the id `eos`, at most max_new long."""
+    """What φ writes greedily for each step. z (N, c, D) -> N lists of ids, each up to the id `eos`,
+    at most max_new long.
+    """
     N, c, _ = z.shape
     if not N:
         return []
@@ -54,7 +58,9 @@ def read_thoughts(decoder, z, eos, max_new):
     text = rows.new_full((N, max_new), eos)
 
     def write(h, t):
-        """Write the t-th word of every row, given hidden states h (rows, D); eos if it has ended. t: a tensor, ()."""
+        """Write the t-th word of every row, given hidden states h (rows, D); eos if it has ended.
+        t: a tensor, ().
+        """
         word.copy_(torch.where(writing, decoder.logits(h).argmax(-1), eos))
         text[rows, t.expand_as(rows)] = word
         writing.copy_(word != eos)
@@ -83,7 +89,8 @@ def read_thoughts(decoder, z, eos, max_new):
 def cast_once(module):
     """Inside, autocast keeps its low-precision copies of a frozen module's weights.
 
-    It caches them only for weights that require a gradient; otherwise each word would cast them all again.
+    It caches them only for weights that require a gradient; otherwise each word would cast them all
+    again.
     """
     frozen = [p for p in module.parameters() if not p.requires_grad]
     try:
@@ -97,7 +104,8 @@ def cast_once(module):
 
 @torch.no_grad()
 def top_readings(decoder, z, eos, n, max_new):
-    """The n likeliest texts of each step, by beam search. z (N, c, D) -> N lists of (ids, probability), likeliest first.
+    """The n likeliest texts of each step, by beam search. z (N, c, D) -> N lists of (ids,
+    probability), likeliest first.
 
     Texts that do not end within max_new tokens are left out.
     """
@@ -113,7 +121,9 @@ def top_readings(decoder, z, eos, n, max_new):
     ids = [[[]] for _ in range(N)]  # of each step and beam: its words so far
     for _ in range(max_new):
         n_beam = total.shape[1]
-        logp = total[..., None] + wide(decoder.logits(h)).log_softmax(-1).view(N, n_beam, -1)  # (N, n_beam, V)
+        logp = total[..., None] + wide(decoder.logits(h)).log_softmax(-1).view(
+            N, n_beam, -1
+        )  # (N, n_beam, V)
 
         # every beam could end here
         for row, logp_eos in enumerate(logp[..., eos].tolist()):
@@ -129,7 +139,8 @@ def top_readings(decoder, z, eos, n, max_new):
             for row, (parents, words) in enumerate(zip(parent.tolist(), token.tolist()))
         ]
 
-        # a text only gets less likely as it grows: stop once no beam can overtake the n that have ended
+        # a text only gets less likely as it grows: stop once no beam can overtake the n that have
+        # ended
         best_open = total[:, 0].tolist()
         if all(len(texts) == n and texts[-1][1] >= p for texts, p in zip(ended, best_open)):
             break
@@ -140,7 +151,7 @@ def top_readings(decoder, z, eos, n, max_new):
     return [[(words, math.exp(p)) for words, p in texts] for texts in ended]
 
 
-# ---- whole chains ------------------------------------------------------------------------------------------
+# ---- whole chains --------------------------------------------------------------------------------
 
 
 @dataclass

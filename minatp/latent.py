@@ -1,5 +1,7 @@
-"""The parts that think: a latent head that proposes the next latent, a stop head that ends the thinking, and ATP, which
-holds both beside the policy LM π and the decoder LM φ (docs/method.md, Sequence)."""
+"""The parts that think: a latent head that proposes the next latent, a stop head that ends the
+thinking, and ATP, which holds both beside the policy LM π and the decoder LM φ (docs/method.md,
+Sequence).
+"""
 
 import math
 from dataclasses import replace
@@ -69,7 +71,8 @@ class ATP(nn.Module):
         self.c, self.K = c, K
         self.vae, self.stop, self.decode = vae, stop, decode
 
-        # The last curriculum stage taught. It bounds the thinking: a model in its k-th stage thinks at most
+        # The last curriculum stage taught. It bounds the thinking: a model in its k-th stage thinks
+        # at most
         # k steps and writes the rest.
         self.stage = K + 1
         self.longest = 24  # most tokens that φ writes for a step; SFT raises it if a text is longer
@@ -90,9 +93,10 @@ class ATP(nn.Module):
     def propose(self, h, eps=None, z=None, spread=1.0):
         """The candidate after hidden state h (..., D) -> Thought.
 
-        z = μ + σ·ε by default, with eps as in kernels/vae.py; z = μ if eps is None. If z is given, it is taken as it is
-        and only its KL and density are computed.
-        spread widens the Gaussian: z ~ N(μ, (spread·σ)²), and kl and logp are of that one. mu and logvar stay the head's.
+        z = μ + σ·ε by default, with eps as in kernels/vae.py; z = μ if eps is None. If z is given,
+        it is taken as it is and only its KL and density are computed.
+        spread widens the Gaussian: z ~ N(μ, (spread·σ)²), and kl and logp are of that one. mu and
+        logvar stay the head's.
         """
         if not self.vae:
             return Thought(wide(h) if z is None else z, wide(h), None, None, None)
@@ -103,7 +107,7 @@ class ATP(nn.Module):
         return Thought(z, mu, logvar, kl, logp)
 
     def set_recompute(self, on):
-        """Whether the backward pass computes MLP activations again, to save memory. Returns self."""
+        """Whether the backward pass recomputes MLP activations, to save memory. Returns self."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.recompute = on

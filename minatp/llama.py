@@ -1,8 +1,11 @@
-"""LLaMA, from scratch: GQA, RoPE with the llama3 scaling, RMSNorm, SwiGLU, and a KV cache.
+"""LLaMA from scratch: grouped-query attention, RoPE with the llama3 scaling, RMSNorm, SwiGLU, and a
+KV cache.
 
-The model works on embeddings, not on token ids, because half of what it reads here are thoughts and not words.
-Parameter names are Hugging Face's, so a state_dict is a published file. Nothing here knows of latents or text.
+The model works on embeddings, not on token ids, because half of what it reads here are latents and
+not words. Parameter names are Hugging Face's, so that a state_dict is a published file. Nothing in
+this file knows of latents or text.
 """
+
 import math
 from dataclasses import dataclass, field
 
@@ -14,9 +17,19 @@ from torch.utils.checkpoint import checkpoint
 from kernels import ops
 from kernels.attention import masked_sdpa
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
 
 @dataclass
 class LlamaConfig:
+    """The shape of a LLaMA; the defaults are Llama-3.2-1B's."""
+
     vocab_size: int = 128256
     n_layer: int = 16
     n_head: int = 32
@@ -24,108 +37,140 @@ class LlamaConfig:
     n_embd: int = 2048
     n_inner: int = 8192
     head_dim: int = 64
-    block_size: int = 131072         # longest context, in tokens
+    block_size: int = 131072  # longest context, in tokens
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     rope_scaling: dict | None = field(default_factory=lambda: dict(LLAMA3_ROPE))  # None: plain RoPE
-    tied: bool = True                # the output matrix is the embedding
+    tied: bool = True  # the output matrix is the embedding
     bos: int = 128000
-    eos: tuple = (128001,)           # the first is written, any of them ends an answer
-
-
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}
+    eos: tuple = (128001,)  # the first is written, any of them ends an answer
 
 
 def rope_frequencies(cfg):
-    """Angular frequency of each pair of dimensions, (head_dim/2,) float32, radians per position.
+    """The angular frequency of each pair of dimensions, (head_dim/2,) float32, in radians per
+    position.
 
-    The llama3 scaling leaves short wavelengths alone, divides long ones by `factor` and blends in between.
+    The llama3 scaling leaves short wavelengths alone, divides the frequency of long ones by
+    `factor`, and blends in between.
     """
-    freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float32) / cfg.head_dim)
+    exponent = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32) / cfg.head_dim
+    freq = cfg.rope_theta**-exponent
     if not cfg.rope_scaling:
         return freq
     s = cfg.rope_scaling
     wavelength = 2 * math.pi / freq
     low, high = s["low_freq_factor"], s["high_freq_factor"]
-    smooth = ((s["original_max_position_embeddings"] / wavelength - low) / (high - low)).clamp(0, 1)
+    turns = s["original_max_position_embeddings"] / wavelength  # within the original context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
     return freq * (smooth + (1 - smooth) / s["factor"])
 
 
 class KVCache:
-    """Keys and values of every layer, the columns being shared by the rows, and which columns are real for each row.
+    """Keys and values of every layer.
 
-    Without autograd the columns are written into memory allocated once for `T` columns. Under autograd a saved tensor must
-    not be written again, so columns are joined instead, and the gradient of later columns flows back into earlier ones.
+    All rows share the columns; a mask says which columns are real for each row.
+
+    Without autograd, columns are written into memory allocated once for `T` of them. Under autograd
+    a saved tensor must not be overwritten, so columns are concatenated instead, and the gradient of
+    later columns flows back into earlier ones.
     """
-    replays = False  # whether `step` is a CUDA graph (kernels/cache.py)
+
+    replays = False  # whether `step` is a CUDA graph; kernels/cache.py has a cache where it is
 
     def __init__(self, cfg, B, T, device):
         self.length = 0
-        self.valid = torch.zeros(B, T, dtype=torch.bool, device=device)  # (B, T)
-        self.count = torch.zeros(B, 1, dtype=torch.long, device=device)  # real positions so far, by row
+        self.valid = torch.zeros(B, T, dtype=torch.bool, device=device)  # (B, T): real columns
+        self.count = torch.zeros(B, 1, dtype=torch.long, device=device)  # (B, 1): how many so far
         self.shape = B, cfg.n_kv_head, T, cfg.head_dim
-        self.kv = [None] * cfg.n_layer
+        self.kv = [None] * cfg.n_layer  # of each layer: (keys, values)
 
     def open(self, valid):
-        """Make room for T_new columns, real where valid (B, T_new); returns their position ids (B, T_new)."""
-        pos = self.count + valid.long().cumsum(1) - 1
+        """Make room for new columns, real where valid (B, T_new).
+
+        Returns their position ids (B, T_new).
+        """
+        position = self.count + valid.long().cumsum(1) - 1
         end = self.length + valid.shape[1]
-        self.valid[:, self.length:end] = valid
+        self.valid[:, self.length : end] = valid
         self.count = self.count + valid.sum(1, keepdim=True)
         self.length = end
-        return pos.clamp(min=0)
+        return position.clamp(min=0)
 
     def mask(self, T_new):
-        """What each new column may see, (B, 1, T_new, length): real columns up to itself; itself always, so no row is empty."""
-        seen = torch.arange(self.length, device=self.valid.device)
-        me = seen[-T_new:, None]
-        return ((self.valid[:, None, : self.length] & (seen <= me)) | (seen == me))[:, None]
+        """What each new column may see, (B, 1, T_new, length): real columns up to itself.
+
+        It always sees itself, so that no row is empty.
+        """
+        column = torch.arange(self.length, device=self.valid.device)
+        own = column[-T_new:, None]
+        visible = self.valid[:, None, : self.length] & (column <= own)
+        return (visible | (column == own))[:, None]
 
     def append(self, i, k, v):
-        """Add k, v (B, h, T_new, hd) to layer i; returns all columns of it, (B, h, length, hd)."""
+        """Add k, v (B, h_kv, T_new, hd) to layer i. Returns all of it, (B, h_kv, length, hd)."""
         if torch.is_grad_enabled():
             if self.kv[i] is not None:
-                k, v = torch.cat((self.kv[i][0], k), 2), torch.cat((self.kv[i][1], v), 2)
+                old_k, old_v = self.kv[i]
+                k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
             self.kv[i] = k, v
             return k, v
         if self.kv[i] is None:
-            self.kv[i] = tuple(torch.empty(self.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+            self.kv[i] = tuple(
+                torch.empty(self.shape, dtype=k.dtype, device=k.device) for _ in range(2)
+            )
         start = self.length - k.shape[2]
         for buffer, new in zip(self.kv[i], (k, v)):
-            buffer[:, :, start:self.length] = new
+            buffer[:, :, start : self.length] = new
         return tuple(buffer[:, :, : self.length] for buffer in self.kv[i])
 
     def attend(self, i, q, k, v, rope, mask):
-        """Append k, v (B, h_kv, T_new, hd) to layer i and attend to it: q (B, h, n, hd), of the last n of them -> (B, h, n, hd)."""
-        k, v = self.append(i, ops.rotate(k, *rope), v)
+        """Append k, v (B, h_kv, T_new, hd) to layer i and attend to it with q (B, h, n, hd), the
+        last n of the new columns.
+
+        rope: (cos, sin) of the new columns. Returns (B, h, n, hd).
+        """
         n = q.shape[2]
-        return attend(ops.rotate(q, *(x[:, :, -n:] for x in rope)), k, v, mask[:, :, -n:])
+        cos, sin = rope
+        # RoPE: rotate each pair of dimensions by the angle of its position
+        k, v = self.append(i, ops.rotate(k, cos, sin), v)
+        q = ops.rotate(q, cos[:, :, -n:], sin[:, :, -n:])
+        mask = mask[:, :, -n:]
+
+        # softmax(q·kᵀ/√hd)·v
+        if n > 1 or q.is_cuda:
+            return masked_sdpa(q, k.to(q.dtype), v.to(q.dtype), mask)
+        # One new position: the heads of a group are the rows of one product, and no key is copied
+        B, h, _, hd = q.shape
+        q = q.reshape(B, k.shape[1], -1, hd)  # (B, h_kv, h/h_kv, hd)
+        scores = (q @ k.transpose(2, 3)) * hd**-0.5  # (B, h_kv, h/h_kv, length)
+        y = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+        return y.view(B, h, n, hd)
 
     def step(self, work, *inputs):
-        """work(*inputs), which reads one column, and is the same every time."""
+        """work(*inputs), which reads one column and is the same function every time."""
         return work(*inputs)
 
     def keep(self, rows, group=None):
-        """Drop every row but `rows` (a LongTensor, repeats allowed): what is finished costs nothing more. group: how often each comes."""
+        """Keep only `rows` (a LongTensor, in any order, with repeats): finished rows then cost
+        nothing more.
+
+        group: how often each row is repeated; a hint for the cache of kernels/cache.py.
+        """
         self.valid, self.count = self.valid[rows], self.count[rows]
         self.shape = (len(rows), *self.shape[1:])
-        self.kv = [tuple(buffer[rows] for buffer in kv) for kv in self.kv]
-
-
-def last(x, n):
-    """The last n columns of x (B, T, D); all of them are x itself, which costs the backward pass nothing."""
-    return x if n == x.shape[1] else x[:, -n:]
+        self.kv = [(k[rows], v[rows]) for k, v in self.kv]
 
 
 class RMSNorm(nn.Module):
     def __init__(self, D, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(D)), eps
+        self.weight = nn.Parameter(torch.ones(D))
+        self.eps = eps
 
-    def forward(self, x, a=None):
-        """The residual stream x with a branch's output a added, and its norm."""
-        return ops.add_rms_norm(x, a, self.weight, self.eps)
+    def forward(self, x, branch=None):
+        """Add a branch to the residual stream x (B, T, D). Returns (x + branch, its norm)."""
+        # x ← x + branch;  y = weight · x / √(mean(x²) + eps)
+        return ops.add_rms_norm(x, branch, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -138,23 +183,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.h * self.hd, cfg.n_embd, bias=False)
 
     def forward(self, x, n, rope, cache, i, mask):
-        """Keys and values of all T columns of x (B, T, D), queries of the last n -> (B, n, D)."""
+        """Attention of layer i: keys and values of all T columns of x (B, T, D), queries of the
+        last n alone. Returns (B, n, D).
+        """
         B, T, _ = x.shape
-        q = self.q_proj(last(x, n)).view(B, n, self.h, self.hd).transpose(1, 2)  # (B, h, n, hd)
-        k = self.k_proj(x).view(B, T, self.h_kv, self.hd).transpose(1, 2)       # (B, h_kv, T, hd)
+        queried = x if n == T else x[:, -n:]
+        q = self.q_proj(queried).view(B, n, self.h, self.hd).transpose(1, 2)  # (B, h, n, hd)
+        k = self.k_proj(x).view(B, T, self.h_kv, self.hd).transpose(1, 2)  # (B, h_kv, T, hd)
         v = self.v_proj(x).view(B, T, self.h_kv, self.hd).transpose(1, 2)
-        return self.o_proj(cache.attend(i, q, k, v, rope, mask).transpose(1, 2).reshape(B, n, -1))
-
-
-def attend(q, k, v, mask):
-    """softmax(q kᵀ/√hd) v with grouped heads. q (B, h, T, hd), k and v (B, h_kv, S, hd), mask (B, 1, T, S) -> (B, h, T, hd)."""
-    B, h, T, hd = q.shape
-    if T > 1 or q.is_cuda:
-        return masked_sdpa(q, k.to(q.dtype), v.to(q.dtype), mask)
-    # one new position: the heads of a group are the rows of one product, and no key is copied
-    q = q.reshape(B, k.shape[1], -1, hd)
-    score = (q @ k.transpose(2, 3)) * hd**-0.5
-    return (score.masked_fill(~mask, -torch.inf).softmax(-1) @ v).view(B, h, T, hd)
+        y = cache.attend(i, q, k, v, rope, mask)  # (B, h, n, hd)
+        return self.o_proj(y.transpose(1, 2).reshape(B, n, -1))
 
 
 class MLP(nn.Module):
@@ -165,7 +203,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(cfg.n_inner, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(ops.swiglu(gate, up))  # silu(gate)·up
 
 
 class Block(nn.Module):
@@ -175,14 +214,22 @@ class Block(nn.Module):
         self.self_attn = Attention(cfg)
         self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.mlp = MLP(cfg)
-        self.recompute = False  # of the MLP in the backward pass: most of the activations for a fifth more work
+        self.recompute = (
+            False  # the MLP in the backward pass: saves most activations for a fifth more work
+        )
 
-    def forward(self, x, a, n, rope, cache, i, mask):
-        """The residual stream x and what the last branch adds to it, likewise after this block, of the last n columns: each norm does
-        the addition before it."""
-        x, y = self.input_layernorm(x, a)
-        x, y = self.post_attention_layernorm(last(x, n), self.self_attn(y, n, rope, cache, i, mask))
-        if self.recompute and torch.is_grad_enabled() and y.shape[1] > 1:  # a step of the chain keeps its inputs for dW
+    def forward(self, x, branch, n, rope, cache, i, mask):
+        """The residual stream x (B, T, D) and what the last branch adds to it, likewise after this
+        block, of the last n columns.
+
+        Every norm first adds the branch before it, so that one kernel can do both.
+        """
+        x, y = self.input_layernorm(x, branch)
+        y = self.self_attn(y, n, rope, cache, i, mask)
+        x, y = self.post_attention_layernorm(x if n == x.shape[1] else x[:, -n:], y)
+        # not for a single column: a step of the chain of latents keeps its inputs for the weight
+        # gradient
+        if self.recompute and torch.is_grad_enabled() and y.shape[1] > 1:
             return x, checkpoint(self.mlp, y, use_reentrant=False)
         return x, self.mlp(y)
 
@@ -191,27 +238,54 @@ class Llama(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(cfg.vocab_size, cfg.n_embd),
-            "layers": nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer)),
-            "norm": RMSNorm(cfg.n_embd, cfg.norm_eps),
-        })
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(cfg.vocab_size, cfg.n_embd),
+                "layers": nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer)),
+                "norm": RMSNorm(cfg.n_embd, cfg.norm_eps),
+            }
+        )
         if not cfg.tied:
             self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.register_buffer("freq", rope_frequencies(cfg), persistent=False)
 
+    # ---- weights ---------------------------------------------------------------------------------
+
     def init_weights(self, generator=None):
-        """Normal of variance 1/D, the published 0.02 at D = 2048; √(2·n_layer) less for what joins the residual stream. Returns self."""
-        std = self.cfg.n_embd ** -0.5
+        """Normal with variance 1/D, the published 0.02 at D = 2048. Returns self.
+
+        What joins the residual stream starts √(2·n_layer) times smaller.
+        """
+        std = self.cfg.n_embd**-0.5
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, 0.0, std / math.sqrt(2 * self.cfg.n_layer) if residual else std, generator=generator)
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                scale = std / math.sqrt(2 * self.cfg.n_layer) if is_residual else std
+                nn.init.normal_(p, 0.0, scale, generator=generator)
         return self
 
     def start_from(self, other):
-        """Take the weights of another of the same width, of its lower layers where it has more."""
-        self.load_state_dict({k: v for k, v in other.state_dict().items() if k in self.state_dict()})
+        """Copy weights of another Llama of the same width, of its lower layers if it has more."""
+        own = self.state_dict()
+        self.load_state_dict({k: v for k, v in other.state_dict().items() if k in own})
+
+    def add_rows(self, ids, source):
+        """Set rows `ids` of the embedding (and of an untied output matrix) to the mean of the rows
+        `source`.
+
+        The matrices grow if they lack these rows.
+        """
+        tables = [self.model.embed_tokens] + ([] if self.cfg.tied else [self.lm_head])
+        for table in tables:
+            W = table.weight.data
+            new = W[source].mean(0, keepdim=True)
+            n_missing = max(0, max(ids) + 1 - len(W))
+            W = torch.cat((W, new.expand(n_missing, -1)))
+            W[ids] = new
+            table.weight = nn.Parameter(W)
+        self.cfg.vocab_size = len(self.model.embed_tokens.weight)
+
+    # ---- reading ---------------------------------------------------------------------------------
 
     def cache(self, B, T):
         """An empty cache for B rows and at most T columns."""
@@ -224,40 +298,43 @@ class Llama(nn.Module):
     def forward(self, x, valid, cache, n=None):
         """Read T new columns x (B, T, D), real where valid (B, T) bool, after those in the cache.
 
-        Returns the hidden states after the final norm, (B, T, D), or of the last n columns alone: of the others the top layer then
-        makes keys and values and nothing else. Positions count the real columns only.
+        Returns the hidden states after the final norm, (B, T, D). With n, those of the last n
+        columns alone: of the others the top layer then makes keys and values and nothing else.
+        Positions count the real columns only.
         """
-        angle = cache.open(valid)[:, None, :, None] * self.freq  # (B, 1, T, hd/2)
-        rope, mask = (angle.cos().to(x.dtype), angle.sin().to(x.dtype)), cache.mask(x.shape[1])
-        a = None
+        T = x.shape[1]
+        position = cache.open(valid)  # (B, T)
+        angle = position[:, None, :, None] * self.freq  # (B, 1, T, hd/2)
+        rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        mask = cache.mask(T)
+
+        branch = None
+        top = len(self.model.layers) - 1
         for i, block in enumerate(self.model.layers):
-            top = i == len(self.model.layers) - 1
-            x, a = block(x, a, n if n and top else x.shape[1], rope, cache, i, mask)
-        return self.model.norm(x, a)[1]
+            n_out = n if n and i == top else T
+            x, branch = block(x, branch, n_out, rope, cache, i, mask)
+        _, h = self.model.norm(x, branch)
+        return h
 
     def step(self, x, real, cache):
-        """Read one column more, x (B, D), of the rows where real (B,) -> hidden states (B, D)."""
+        """Read one more column, x (B, D), of the rows where real (B,) -> hidden states (B, D)."""
         return self(x[:, None], real[:, None], cache)[:, 0]
 
-    def logits(self, h):
-        """h (..., D) -> (..., vocab_size)."""
-        return F.linear(h, self.head)
+    # ---- writing ---------------------------------------------------------------------------------
 
     @property
     def head(self):
         """The output matrix (vocab_size, D)."""
         return self.model.embed_tokens.weight if self.cfg.tied else self.lm_head.weight
 
-    def nll(self, h, target, temperature=1.0):
-        """-log p of each target (...), 0 where it is IGNORE; the logits of h (..., D) need not ever be in memory."""
-        return ops.linear_nll(h, self.head, target, temperature)
+    def logits(self, h):
+        """h (..., D) -> (..., vocab_size)."""
+        return F.linear(h, self.head)
 
-    def add_rows(self, ids, source):
-        """Rows `ids` of the embedding (and of the output matrix), which grows where it lacks them, become the mean of the rows `source`."""
-        for table in [self.model.embed_tokens] + ([] if self.cfg.tied else [self.lm_head]):
-            W = table.weight.data
-            new = W[source].mean(0, keepdim=True)
-            W = torch.cat((W, new.expand(max(0, max(ids) + 1 - len(W)), -1)))
-            W[ids] = new
-            table.weight = nn.Parameter(W)
-        self.cfg.vocab_size = len(self.model.embed_tokens.weight)
+    def nll(self, h, target, temperature=1.0):
+        """−log p of each target (...), 0 where it is IGNORE.
+
+        The logits of h (..., D) need never be in memory at once.
+        """
+        # −log softmax(h·headᵀ/temperature)[target]
+        return ops.linear_nll(h, self.head, target, temperature)

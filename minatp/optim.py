@@ -1,15 +1,18 @@
-"""The optimizer: AdamW, or Muon for the matrices of the layers and of the latent head and AdamW for the rest.
+"""The optimizer: AdamW, or Muon for the matrices of the layers and of the latent head and AdamW for
+the rest.
 
-AdamW scales every element by itself, and a few directions of a matrix take most of its step. Muon makes all directions
-equal: if the SVD of the step is U·S·Vᵀ, it takes U·Vᵀ.
+AdamW scales every element by itself, and a few directions of a matrix take most of its step. Muon
+makes all directions equal: if the SVD of the step is U·S·Vᵀ, it takes U·Vᵀ.
 
     m ← 0.95·m + 0.05·g        G = 0.05·g + 0.95·m  (Nesterov)
     W ← W − lr·(weight_decay·W + 0.2·√max(rows, columns)·U·Vᵀ)
 
-There is no SVD: starting from X = G/‖G‖, five iterations of X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ bring every singular value
-to about 1 (0.7 to 1.2). An element then moves by about 0.2·lr, as under AdamW, so that one learning rate serves both.
-Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon (a, b, c); Liu et al. 2025, arXiv 2502.16982 (the 0.2).
-torch.optim.Muon always multiplies in bfloat16, which many CPUs do slowly, and cannot skip a step.
+There is no SVD: starting from X = G/‖G‖, five iterations of X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ
+bring every singular value to about 1 (0.7 to 1.2). An element then moves by about 0.2·lr, as under
+AdamW, so that one learning rate serves both.
+Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon (a, b, c); Liu et al. 2025, arXiv
+2502.16982 (the 0.2). torch.optim.Muon always multiplies in bfloat16, which many CPUs do slowly, and
+cannot skip a step.
 """
 
 import torch
@@ -46,8 +49,8 @@ def orthogonalise(G):
 class Muon(torch.optim.AdamW):
     """AdamW, but Muon for `hidden`, matrices of its first group.
 
-    found_inf: a scalar tensor, or None. As in PyTorch's fused AdamW, a step changes nothing where it is 1: the device
-    decides that by itself, so the host need not wait to see the gradient.
+    found_inf: a scalar tensor, or None. As in PyTorch's fused AdamW, a step changes nothing where
+    it is 1: the device decides that by itself, so the host need not wait to see the gradient.
     """
 
     found_inf = None
@@ -68,11 +71,7 @@ class Muon(torch.optim.AdamW):
             new_m = m.lerp(p.grad, 1 - MOMENTUM)
             direction = orthogonalise(p.grad.lerp(new_m, MOMENTUM))
             new_p = p - lr * (decay * p + 0.2 * max(p.shape) ** 0.5 * direction)
-            self.write(m, new_m)
-            self.write(p, new_p)
+            for x, new in ((m, new_m), (p, new_p)):
+                x.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, x, new))
             p.grad = None  # so that AdamW skips it
         super().step()
-
-    def write(self, x, new):
-        """x ← new, unless found_inf is 1."""
-        x.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, x, new))

@@ -1,11 +1,13 @@
-"""Problem, and the built-in task: arithmetic word problems of 1 to 4 steps, so that everything runs without a download.
+"""Problem, and the built-in task: arithmetic word problems of 1 to 4 steps, so that everything runs
+without a download.
 
-Four families. Chains of events, where each step needs the one before, and comparisons, told forwards or backwards (find where to
-start, then a chain): nearly four problems in five. Groups (two products, in either order) and shopping (the same steps in several
-valid orders).
+Four families. Chains of events, where each step needs the one before, and comparisons, told
+forwards or backwards (find where to start, then a chain): nearly four problems in five. Groups (two
+products, in either order) and shopping (the same steps in several valid orders).
 
-A hash of its question decides which set a problem belongs to, so that no set can leak into another, whatever the seed. The same
-numbers may return under other names; `numbers` tells which do, and a run's summary also gives the accuracy on those that do not.
+A hash of its question decides which set a problem belongs to, so that no set can leak into another,
+whatever the seed. The same numbers may return under other names; `numbers` tells which do, and a
+run's summary also gives the accuracy on those that do not.
 """
 
 import hashlib
@@ -36,7 +38,9 @@ SETS = {  # name -> its buckets, of 16
 
 
 def generate(which, n, seed):
-    """n different problems of the set `which` (a key of SETS), the same for the same seed. "answers" have no steps.
+    """n different problems of the set `which` (a key of SETS), the same for the same seed.
+
+    "answers" have no steps.
 
     Raises ValueError if n is more than a set has.
     """
@@ -71,7 +75,10 @@ def numbers(p):
 
 
 def make_problem(question, equations):
-    """equations: (a, op, b), whole numbers. None if a result is not within 1 … LARGEST or a division leaves a remainder."""
+    """equations: (a, op, b), whole numbers.
+
+    None if a result is not within 1 … LARGEST or a division leaves a remainder.
+    """
     steps = []
     for a, op, b in equations:
         value = calculate(a, op, b)
@@ -88,11 +95,15 @@ def calculate(a, op, b):
     return {"+": a + b, "-": a - b, "*": a * b}[op]
 
 
-# ---- the families: rng -> a Problem, or None if its numbers do not work out --------------------------------
+# ---- the families: rng -> a Problem, or None if its numbers do not work out ----------------------
 
 
 def events(rng, lengths=(1, 2, 3, 4), shares=(1, 2, 3, 5)):
-    """ "Ann has 5 pens. Ann buys 7. That doubles. …" Long chains leave the range more often, so they are tried more often."""
+    """ "Ann has 5 pens.
+
+    Ann buys 7. That doubles. …" Long chains leave the range more often, so they are tried more
+    often.
+    """
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     total = rng.randint(2, 20)
     text, equations = [f"{name} has {total} {thing}."], []
@@ -120,7 +131,7 @@ def longer_events(rng):
 
 
 def comparison(rng):
-    """ "Ann has 5 pens. Bob has twice the pens of Ann. …", with the sentences in order or reversed."""
+    """ "Ann has 5 pens. Bob has twice the pens of Ann. …" In order or reversed."""
     n, thing = rng.choices((1, 2, 3), (1, 2, 5))[0], rng.choice(THINGS)
     names = rng.sample(NAMES, n + 1)
     values = [rng.randint(2, 15)]
@@ -151,7 +162,7 @@ def comparison(rng):
 
 
 def groups(rng):
-    """ "Ann has 2 boxes of 3 pens and 4 bags of 5 pens. …" The two products come in either order."""
+    """ "Ann has 2 boxes of 3 pens and 4 bags of 5 pens. …" The products come in either order."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     a, b, c, d = (rng.randint(2, 7) for _ in range(4))
     first, second = (a, "*", b), (c, "*", d)

@@ -1,9 +1,11 @@
-"""Rewards and measures as functions of strings (docs/method.md, Stage 2). Numbers are compared exactly, as fractions.
+"""Rewards and measures as functions of strings (docs/method.md, Stage 2).
 
-    accuracy    is the number after "### " right?
-    form        is the answer well-formed and ended?
-    coherence   is the result of each step used by a later step, or the answer?
-    total       the reward of one chain; `of_chain` takes its weights from the options
+Numbers are compared exactly, as fractions.
+
+accuracy    is the number after "### " right?
+form        is the answer well-formed and ended?
+coherence   is the result of each step used by a later step, or the answer?
+total       the reward of one chain; `of_chain` takes its weights from the options
 """
 
 import ast
@@ -16,11 +18,13 @@ NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
 SIGNED = re.compile(rf"(?<![\d.)])(?:(?<![\d.)] )-)?(?:{NUMBER.pattern})")
 
 
-# ---- numbers -----------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 def number(text):
-    """The exact value of "19", "-3", "1,000", "2.50", "$7" or "40%" (only the sign dropped); None if it is not a number."""
+    """The exact value of "19", "-3", "1,000", "2.50", "$7" or "40%" (only the sign dropped); None
+    if it is not a number.
+    """
     text = text.strip().removeprefix("$").removesuffix("%").replace(",", "")
     if len(text) > LONGEST or not re.fullmatch(r"-?(\d+(\.\d+)?|\.\d+)", text):
         return None
@@ -43,11 +47,13 @@ def same(a, b):
     return x == y
 
 
-# ---- the answer --------------------------------------------------------------------------------------------
+# ---- the answer ----------------------------------------------------------------------------------
 
 
 def accuracy(text, gold):
-    """R_acc: 1.0 if the number after "### " equals gold's; answers that are not numbers are compared as text."""
+    """R_acc: 1.0 if the number after "### " equals gold's; answers that are not numbers are
+    compared as text.
+    """
     return float(same(answer(text), gold))
 
 
@@ -56,7 +62,7 @@ def form(text, ended):
     return float(ended and number(answer(text) or "") is not None)
 
 
-# ---- the steps ---------------------------------------------------------------------------------------------
+# ---- the steps -----------------------------------------------------------------------------------
 
 
 def result(step):
@@ -81,7 +87,8 @@ def operands(step):
 def links(steps, final):
     """Where the result of each step (a string) is used, a list of indices for each.
 
-    They are the later steps that have it as an operand, and len(steps) if it equals the final answer (a string or None).
+    They are the later steps that have it as an operand, and len(steps) if it equals the final
+    answer (a string or None).
     """
     final_number = None if final is None else number(final)
     operands_of = [operands(step) for step in steps]
@@ -97,12 +104,14 @@ def links(steps, final):
 
 
 def coherent(steps, final):
-    """For each step, whether its result is an operand of a later step or equals the final answer."""
+    """For each step, whether its result is an operand of a later step or the final answer."""
     return [bool(users) for users in links(steps, final)]
 
 
 def coherence(steps, final, strict=False):
-    """R_coh: coherent steps / steps; 0.0 without steps. strict: a step must also be true, and not a repetition."""
+    """R_coh: coherent steps / steps; 0.0 without steps. strict: a step must also be true, and not a
+    repetition.
+    """
     good = coherent(steps, final)
     if strict:
         for i, step in enumerate(steps):
@@ -111,7 +120,10 @@ def coherence(steps, final, strict=False):
 
 
 def true(step):
-    """Whether the left of a step's last "=" has exactly the value on its right. False if it is not arithmetic."""
+    """Whether the left of a step's last "=" has exactly the value on its right.
+
+    False if it is not arithmetic.
+    """
     left = step.strip().removeprefix("<<").rpartition("=")[0]
     left = left.replace(",", "").replace("$", "").strip()
     try:
@@ -122,8 +134,10 @@ def true(step):
 
 
 def value(node, text):
-    """The exact value of an arithmetic expression, the syntax tree of `text`. Raises ValueError on anything but numbers,
-    + − * / and brackets."""
+    """The exact value of an arithmetic expression, the syntax tree of `text`.
+
+    Raises ValueError on anything but numbers, + − * / and brackets.
+    """
     operations = {
         ast.Add: Fraction.__add__,
         ast.Sub: Fraction.__sub__,
@@ -141,7 +155,7 @@ def value(node, text):
     raise ValueError
 
 
-# ---- one chain ---------------------------------------------------------------------------------------------
+# ---- one chain -----------------------------------------------------------------------------------
 
 
 def total(text, steps, ended, gold, w_acc=1.0, w_coh=0.1, w_fmt=0.5, strict=False):

@@ -1,9 +1,9 @@
 """Stage 2, reinforcement: what turns rewards into a loss (docs/method.md, Stage 2).
 
-    advantages    reward − the mean of its group
-    log_probs     the log-probability of everything that a rollout sampled: latents, stops, words
-    surrogate     the policy gradient of each of these decisions, clipped
-    kl_to_start   how far the policy has moved from the one that SFT left
+advantages    reward − the mean of its group
+log_probs     the log-probability of everything that a rollout sampled: latents, stops, words
+surrogate     the policy gradient of each of these decisions, clipped
+kl_to_start   how far the policy has moved from the one that SFT left
 """
 
 from typing import NamedTuple
@@ -22,8 +22,8 @@ def advantages(reward, baseline="mean", normalise=False):
 
     0 where all rewards of a group are equal: such a group teaches nothing.
     baseline "mean": the group's mean. "rloo": the mean of the others of the group.
-    normalise: divide by the group's standard deviation. Off by default, although the paper does it: it blows up groups
-    that differ in coherence alone.
+    normalise: divide by the group's standard deviation. Off by default, although the paper does it:
+    it blows up groups that differ in coherence alone.
     """
     G = reward.shape[1]
     mean = reward.mean(1, keepdim=True)
@@ -35,10 +35,11 @@ def advantages(reward, baseline="mean", normalise=False):
 
 
 def surrogate(logp, old, advantage, clip=0.2):
-    """The clipped policy gradient of each decision. logp, old (B, T), advantage (B, 1) -> loss (B, T), clamped (B, T) bool.
+    """The clipped policy gradient of each decision. logp, old (B, T), advantage (B, 1) -> loss (B,
+    T), clamped (B, T) bool.
 
-    The ratio π/π_old is clipped to 1 ± clip, its logarithm before that to ± 3. If old is logp itself the ratio is 1 and the
-    gradient is REINFORCE's, −advantage·∇logp.
+    The ratio π/π_old is clipped to 1 ± clip, its logarithm before that to ± 3. If old is logp
+    itself the ratio is 1 and the gradient is REINFORCE's, −advantage·∇logp.
     """
     ratio = (logp - old).clamp(-3, 3).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -60,12 +61,14 @@ class LogProbs(NamedTuple):
 def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
     """The log-probability of everything that a Rollout sampled, with gradients -> LogProbs.
 
-    Its B = Q·group rows belong to prompt, prompt_mask (Q, Tq), which is read once for its group. Two estimators:
+    Its B = Q·group rows belong to prompt, prompt_mask (Q, Tq), which is read once for its group.
+    Two estimators:
 
-    score, eps None: z is given. It is an action with density N(z; μ, σ²), so nothing needs to be walked: latents and words
-    after the prompt are read in one parallel pass. The candidate dropped at a stop counts too, since it was sampled.
-    path, eps the noise of the rollout: z = μ + σε is a function of the weights, so only stops and words are actions. The
-    chain is walked, and their gradient runs back through every latent.
+    score, eps None: z is given. It is an action with density N(z; μ, σ²), so nothing needs to be
+    walked: latents and words after the prompt are read in one parallel pass. The candidate dropped
+    at a stop counts too, since it was sampled.
+    path, eps the noise of the rollout: z = μ + σε is a function of the weights, so only stops and
+    words are actions. The chain is walked, and their gradient runs back through every latent.
     """
     policy, c = model.policy, model.c
     (B, L), Tt = rollout.z.shape[:2], rollout.token.shape[1]
@@ -113,9 +116,11 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
 
 
 def kl_to_start(new, start):
-    """KL(π ‖ π_start), summed over the chains. new, start: LogProbs of the same rollouts under either policy.
+    """KL(π ‖ π_start), summed over the chains. new, start: LogProbs of the same rollouts under
+    either policy.
 
-    Latents: between the heads' Gaussians. Stops and words: estimated from the samples (k3, exp(r) − 1 − r).
+    Latents: between the heads' Gaussians. Stops and words: estimated from the samples (k3, exp(r) −
+    1 − r).
     """
     square = new.logvar.exp() + (new.mu - start.mu).pow(2)
     gauss = 0.5 * (start.logvar - new.logvar + (square * torch.exp(-start.logvar)) - 1).sum(-1)

@@ -1,6 +1,9 @@
-"""Generation: prompt → latents → answer, without gradients. Evaluation, sample.py and RL's exploration all use it.
+"""Generation: prompt → latents → answer, without gradients.
 
-It knows nothing of text: prompts come in and chains go out as ids and latents (decoder.as_text puts them into words).
+Evaluation, sample.py and RL's exploration all use it.
+
+It knows nothing of text: prompts come in and chains go out as ids and latents (decoder.as_text puts
+them into words).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -16,7 +19,9 @@ from .chain import read_prompt
 
 @dataclass
 class Noise:
-    """All random numbers of B rollouts, drawn before any batch is made: batching does not change a problem's luck."""
+    """All random numbers of B rollouts, drawn before any batch is made: batching does not change a
+    problem's luck.
+    """
 
     eps: torch.Tensor  # (B, cK, 2) the seed and offset of each latent's ε (kernels/vae.py)
     stop: torch.Tensor  # (B, K) uniform
@@ -26,7 +31,9 @@ class Noise:
 
     @staticmethod
     def draw(model, B, max_new, seed, temperature=1.0, spread=None, greedy=False):
-        """spread: defaults to the temperature. greedy: only the thoughts are sampled, the words are not."""
+        """spread: defaults to the temperature. greedy: only the thoughts are sampled, the words are
+        not.
+        """
         g = torch.Generator().manual_seed(seed)
         return Noise(
             eps=ops.noise(seed, B, model.c * model.K),
@@ -50,13 +57,13 @@ class Forced:
 
     z: torch.Tensor  # (B, cK, D)
     n: torch.Tensor  # (B,) how many latents of z count, whole steps
-    ends: torch.Tensor  # (B,) bool: the answer follows them; otherwise the model thinks on from there
+    ends: (
+        torch.Tensor
+    )  # (B,) bool: the answer follows them; otherwise the model thinks on from there
 
     def at(self, rows, device):
         """Those of some rows, on a device."""
-        return Forced(
-            self.z[rows].to(device), self.n[rows].to(device), self.ends[rows].to(device)
-        )
+        return Forced(self.z[rows].to(device), self.n[rows].to(device), self.ends[rows].to(device))
 
 
 @dataclass
@@ -66,8 +73,12 @@ class Rollout:
     z: torch.Tensor  # (B, cK, D) the used latents, then the candidate dropped at a stop
     logvar: torch.Tensor  # (B, cK, D), or None without the VAE
     n_latent: torch.Tensor  # (B,) latents used
-    stopped: torch.Tensor  # (B,) bool: ended by the stop head; z[b, n_latent[b]] is the dropped candidate
-    stop_prob: torch.Tensor  # (B, K) probability of stopping at each step, NaN where the head was not asked
+    stopped: (
+        torch.Tensor
+    )  # (B,) bool: ended by the stop head; z[b, n_latent[b]] is the dropped candidate
+    stop_prob: (
+        torch.Tensor
+    )  # (B, K) probability of stopping at each step, NaN where the head was not asked
     token: torch.Tensor  # (B, max_new) what was written, eos included
     n_token: torch.Tensor  # (B,)
     logp_z: torch.Tensor  # (B, cK) log-density of each candidate, when proposed
@@ -81,20 +92,17 @@ class Rollout:
         """B chains that have not begun."""
         cK, K, D = model.c * model.K, model.K, model.policy.cfg.n_embd
 
-        def zeros(*shape):
-            return torch.zeros(B, *shape, device=device)
-
         return Rollout(
-            z=zeros(cK, D),
-            logvar=zeros(cK, D) if model.vae else None,
-            n_latent=zeros().long(),
-            stopped=zeros().bool(),
-            stop_prob=zeros(K) + torch.nan,
-            token=zeros(max_new).long() - 1,
-            n_token=zeros().long(),
-            logp_z=zeros(cK),
-            logp_stop=zeros(K),
-            logp_token=zeros(max_new),
+            z=torch.zeros(B, cK, D, device=device),
+            logvar=torch.zeros(B, cK, D, device=device) if model.vae else None,
+            n_latent=torch.zeros(B, dtype=torch.long, device=device),
+            stopped=torch.zeros(B, dtype=torch.bool, device=device),
+            stop_prob=torch.full((B, K), torch.nan, device=device),
+            token=torch.full((B, max_new), -1, device=device),
+            n_token=torch.zeros(B, dtype=torch.long, device=device),
+            logp_z=torch.zeros(B, cK, device=device),
+            logp_stop=torch.zeros(B, K, device=device),
+            logp_token=torch.zeros(B, max_new, device=device),
             spread=noise.spread if noise else 1.0,
             temperature=noise.temperature if noise else 1.0,
         )
@@ -116,20 +124,23 @@ THINKS, WRITES, DONE = range(3)
 def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=None):
     """Think, stop and answer.
 
-    prompt (Q, Tq): ids padded on the left; prompt_mask (Q, Tq) bool. Each prompt is read once and continued `group` times:
-    B = Q·group rows, those of one prompt side by side.
+    prompt (Q, Tq): ids padded on the left; prompt_mask (Q, Tq) bool. Each prompt is read once and
+    continued `group` times: B = Q·group rows, those of one prompt side by side.
     noise: a Noise of B rows, or None for the mean policy: z = μ, stop by argmax, greedy answer.
-    forced: a Forced of B rows, or None. No stop is taken before the end of the forced latents, whatever the stop head says.
+    forced: a Forced of B rows, or None. No stop is taken before the end of the forced latents,
+    whatever the stop head says.
 
-    At every tick each unfinished row reads one position: a latent, <|end-latent|> or a word. A row is done at eos or after
-    max_new words. Done rows leave the batch, at once or, if ticks are CUDA graphs, when they are half of it: an early stop
-    saves real work. Returns a Rollout of B rows.
+    At every tick each unfinished row reads one position: a latent, <|end-latent|> or a word. A row
+    is done at eos or after max_new words. Done rows leave the batch, at once or, if ticks are CUDA
+    graphs, when they are half of it: an early stop saves real work. Returns a Rollout of B rows.
     """
     policy, c, device = model.policy, model.c, prompt.device
     cK = c * min(model.stage, model.K)  # most latents
     h, cache = read_prompt(policy, prompt, prompt_mask, cK + 1 + max_new, group)
     B, D = h.shape
-    fixed_shape = cache.replays  # ticks are CUDA graphs: every row is computed, and only what is due is stored
+    fixed_shape = (
+        cache.replays
+    )  # ticks are CUDA graphs: every row is computed, and only what is due is stored
     out = Rollout.empty(model, B, max_new, noise, device)
     limit = torch.full((B,), cK, device=device)  # latents that each row may have
     if forced is not None:
@@ -138,7 +149,8 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
     eos = torch.tensor(policy.cfg.eos, device=device)
     end_latent = policy.embed(torch.tensor(model.end, device=device))  # (D,)
 
-    # The state of the batch, written in place: which chain each row is, what it does, and what it reads next
+    # The state of the batch, written in place: which chain each row is, what it does, and what it
+    # reads next
     rows = torch.arange(B, device=device)
     doing = torch.zeros_like(rows)  # THINKS, WRITES or DONE
     x = end_latent.repeat(B, 1)  # (rows, D)
@@ -159,7 +171,9 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         put(doing, b, torch.where(ended, DONE, WRITES), due)
 
     def think(h, t, thinks):
-        """The rows where thinks (rows,) propose latent t from h (rows, D), and stop there or keep it."""
+        """The rows where thinks (rows,) propose latent t from h (rows, D), and stop there or keep
+        it.
+        """
         b = some(thinks, fixed_shape)
         if not len(b):
             return
@@ -190,7 +204,12 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
             if forced is not None:
                 stop = stop & ~is_forced
             put(out.stop_prob, (chain, column // c), logp[:, 1].exp(), asked)
-            put(out.logp_stop, (chain, column // c), torch.where(stop, logp[:, 1], logp[:, 0]), asked)
+            put(
+                out.logp_stop,
+                (chain, column // c),
+                torch.where(stop, logp[:, 1], logp[:, 0]),
+                asked,
+            )
             put(out.stopped, chain, stop, due)
         out.n_latent[chain] += due & ~stop
         put(x, b, z, due & ~stop)
@@ -200,7 +219,8 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         """What every row does after hidden states h (rows, D), at tick t (a tensor, ())."""
         thinks = (doing == THINKS) & (t < limit[rows])
         writes = doing == WRITES
-        # rows that end their thinking at this tick read <|end-latent|>, then write; the others overwrite x and doing
+        # rows that end their thinking at this tick read <|end-latent|>, then write; the others
+        # overwrite x and doing
         x.copy_(end_latent)
         doing.clamp_(min=WRITES)
         write_words(h, writes)

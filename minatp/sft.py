@@ -1,12 +1,12 @@
 """Stage 1, supervised fine-tuning: its four losses (docs/method.md, Stage 1).
 
-    enc   the policy writes the text after the latents; the gradient runs back through the whole chain of latents
+    enc   the policy writes the text after the latents; the gradient runs back through all latents
     kl    the latents' Gaussians stay near N(0, I)
     stop  the stop head continues at each step of the problem, and stops after the last
     dec   the decoder LM φ reads each step's latents and writes the step as text
 
-Each loss is a sum over one micro-batch. `total_loss` divides it by its count in the whole batch, so it does not matter how
-a batch is split over micro-batches and GPUs.
+Each loss is a sum over one micro-batch. `total_loss` divides it by its count in the whole batch, so
+it does not matter how a batch is split over micro-batches and GPUs.
 """
 
 import torch
@@ -19,23 +19,30 @@ from .decoder import thought_nll
 
 
 def sft_losses(model, batch, eps=None):
-    """The four losses of a Batch, each summed over it: {"enc", "kl", "stop", "dec"}, those that apply to the model and stage.
+    """The four losses of a Batch, each summed over it: {"enc", "kl", "stop", "dec"}, those that
+    apply to the model and stage.
 
-    model: an ATP. eps: the noise of the latents, (B, ≥ n_candidate, …) as in kernels/vae.py; None: z = μ.
+    model: an ATP. eps: the noise of the latents, (B, ≥ n_candidate, …) as in kernels/vae.py; None:
+    z = μ.
     """
     policy = model.policy
 
-    # Stage 0, and methods without latents: everything is text
-    if not batch.n_candidate:
+    # Read the prompt, think, and read the text after the latents. In stage 0 everything is text
+    thought = None
+    if batch.n_candidate:
+        thought, n_latent, cache = think(model, batch, eps)
+        h = policy(policy.embed(batch.text), batch.text_mask, cache)  # (B, Tt, D)
+    else:
         h = read_as_text(policy, batch)
-        return {"enc": text_loss(policy, h, batch)}
 
-    # Think: prompt, then latents. Then read the text after them
-    thought, n_latent, cache = think(model, batch, eps)
-    h = policy(policy.embed(batch.text), batch.text_mask, cache)
-    losses = {"enc": text_loss(policy, h, batch)}
+    # −log p of every labelled token
+    labelled = batch.target >= 0
+    losses = {"enc": policy.nll(h[labelled], batch.target[labelled]).sum()}
+    if thought is None:
+        return losses
 
-    # Which candidates are labelled "continue" (used) and "stop" (dropped); problems without steps have no labels
+    # Which candidates are labelled "continue" (used) and "stop" (dropped); problems without steps
+    # have no labels
     z = thought.z  # (B, n_candidate, D)
     t = torch.arange(z.shape[1], device=z.device)
     used = (t < n_latent[:, None]) & ~batch.answer_only[:, None]  # (B, n_candidate)
@@ -63,21 +70,17 @@ def sft_losses(model, batch, eps=None):
 def total_loss(losses, counts, beta):
     """L = L_enc + L_dec + L_stop + β·L_KL, the scalar to differentiate.
 
-    losses: sums over a micro-batch. counts: what each is a mean over, counted in the whole batch (all micro-batches and
-    ranks), so that accumulated gradients are those of one large batch.
+    losses: sums over a micro-batch. counts: what each is a mean over, counted in the whole batch
+    (all micro-batches and ranks), so that accumulated gradients are those of one large batch.
     """
     weight = {"enc": 1.0, "dec": 1.0, "stop": 1.0, "kl": beta}
     return sum(weight[name] * loss / max(1, counts[name]) for name, loss in losses.items())
 
 
-def text_loss(policy, h, batch):
-    """−log p of every labelled token after the latents, summed. h (B, Tt, D): the hidden states at batch.text."""
-    labelled = batch.target >= 0
-    return policy.nll(h[labelled], batch.target[labelled]).sum()
-
-
 def think(model, batch, eps=None):
-    """Read the prompts of a Batch and walk its latents: (Thought (B, n_candidate), n_latent as used, the cache after them)."""
+    """Read the prompts of a Batch and walk its latents: (Thought (B, n_candidate), n_latent as
+    used, the cache after them).
+    """
     room = batch.L + batch.text.shape[1]
     h, cache = read_prompt(model.policy, batch.prompt, batch.prompt_mask, room)
     eps = ops.prepared(eps, h.shape[-1])
@@ -89,7 +92,9 @@ def think(model, batch, eps=None):
 
 
 def read_as_text(policy, batch):
-    """Hidden states (B, Tt, D) at batch.text if nothing is latent: prompt and text are read in one pass."""
+    """Hidden states (B, Tt, D) at batch.text if nothing is latent: prompt and text are read in one
+    pass.
+    """
     ids = torch.cat((batch.prompt, batch.text), 1)
     mask = torch.cat((batch.prompt_mask, batch.text_mask), 1)
     return policy(policy.embed(ids), mask, policy.cache(*ids.shape), batch.text.shape[1])

@@ -1,7 +1,9 @@
 """The tokenizer: text to ids and back, and the three control tokens that frame the latents.
 
-Text is tokenised piece by piece (docs/method.md, Sequence), and text that a user wrote never becomes a control token.
+Text is tokenised piece by piece (docs/method.md, Sequence), and text that a user wrote never
+becomes a control token.
 """
+
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -12,8 +14,10 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` and the ids that the method needs: bos, eos, start, latent, end."""
 
     def __init__(self, backend, bos, eos, files=()):
-        """backend: a `tokenizers.Tokenizer`. bos: an id. eos: ids; the first is written, any of them ends an answer.
-        files: {name: bytes} of the files that came with it and are saved with it."""
+        """backend: a `tokenizers.Tokenizer`. bos: an id. eos: ids; the first is written, any of
+        them ends an answer. files: {name: bytes} of the files that came with it and are saved with
+        it.
+        """
         self.backend, self.bos, self.eos, self.files = backend, bos, tuple(eos), dict(files)
 
         # inside text, the name of a special token is split like any other word
@@ -45,16 +49,21 @@ class Tokenizer:
 
 
 def train_tokenizer(problems, vocab_size):
-    """Learn a byte-level BPE of at most `vocab_size` ids, control tokens included, from problems. Returns a Tokenizer.
+    """Learn a byte-level BPE of at most `vocab_size` ids, control tokens included, from problems.
 
-    A word keeps the spaces around it and a number stands alone, so that frequent words and numbers become one token each.
+    Returns a Tokenizer.
+
+    A word keeps the spaces around it and a number stands alone, so that frequent words and numbers
+    become one token each.
     """
     backend = tokenizers.Tokenizer(models.BPE())
     pieces = tokenizers.Regex(r" ?\p{L}+ ?|\p{N}+|[^\p{L}\p{N}\s]+\s?|\s+")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(pieces, "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pieces, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
 
     control_tokens = ("<|bos|>", "<|eos|>", START, LATENT, END)
@@ -64,6 +73,9 @@ def train_tokenizer(problems, vocab_size):
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    texts = ["".join((p.question, "\n", *(step + "\n" for step in p.steps), "### ", p.answer)) for p in problems]
+    texts = [
+        "".join((p.question, "\n", *(step + "\n" for step in p.steps), "### ", p.answer))
+        for p in problems
+    ]
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend, bos=0, eos=(1,))

@@ -1,4 +1,6 @@
-"""What a run refuses before it starts: an --init that does not fit the options, problems that have changed, a bad reward."""
+"""What a run refuses before it starts: an --init that does not fit the options, problems that have
+changed, a bad reward.
+"""
 
 import hashlib
 from dataclasses import fields
@@ -17,21 +19,22 @@ def check_size(model, cfg):
         has, wanted = getattr(model.policy.cfg, f.name, None), getattr(cfg, f.name)
         if has not in (None, wanted):
             raise UserError(
-                f"command line: {flag(f.name)} {wanted} contradicts --init {cfg.init}, which has {has}; "
-                "drop one of them"
+                f"command line: {flag(f.name)} {wanted} contradicts --init {cfg.init}, which has "
+                f"{has}; drop one of them"
             )
 
 
 def check_thoughts(cfg):
-    """RL explores in sampled latents and rewards what φ reads in them; SFT has settled how many there are.
+    """RL explores in sampled latents and rewards what φ reads in them; SFT has settled how many
+    there are.
 
     Raises UserError if --init has none, or an option asks for another number.
     """
     saved = read_switches(cfg.init)
     if not (saved.get("vae") and saved.get("decode") and saved.get("stage")):
         raise UserError(
-            f"{cfg.init}:0: has no sampled latents or no decoder LM; start --stage rl from an SFT run of "
-            "--method atp"
+            f"{cfg.init}:0: has no sampled latents or no decoder LM; start --stage rl from an SFT "
+            "run of --method atp"
         )
     for name in ("c", "K"):
         wanted = getattr(cfg, name)
@@ -43,7 +46,8 @@ def check_thoughts(cfg):
 
 
 def check_latents(cfg):
-    """SFT from a run that thinks already needs as many latents a step and no fewer steps, or it would learn them anew.
+    """SFT from a run that thinks already needs as many latents a step and no fewer steps, or it
+    would learn them anew.
 
     Prints which heads are added or dropped. Raises UserError.
     """
@@ -69,17 +73,19 @@ def check_problems(cfg, splits, state):
     fingerprint = splits.fingerprint  # takes seconds for a large file
     if state.setdefault("data", fingerprint) != fingerprint:
         raise UserError(
-            f"{cfg.data or cfg.out}:0: the problems are not those that this run started with (was a file "
-            "changed?); restore them, or start again in another --out"
+            f"{cfg.data or cfg.out}:0: the problems are not those that this run started with (was "
+            "a file changed?); restore them, or start again in another --out"
         )
 
 
 def check_start(cfg, start, state):
-    """Raise UserError if --init no longer holds the model that an RL run started from, with which it is compared."""
+    """Raise UserError if --init no longer holds the model that an RL run started from, with which
+    it is compared.
+    """
     if state["start"] != fingerprint(start):
         raise UserError(
-            f"{cfg.init}:0: is not what this run started from (was it trained again?); restore it, or "
-            "start again in another --out"
+            f"{cfg.init}:0: is not what this run started from (was it trained again?); restore "
+            "it, or start again in another --out"
         )
 
 
@@ -91,14 +97,13 @@ def fingerprint(model):
     return h.hexdigest()[:16]
 
 
-def check_rewards(reward, step, problems):
-    """Raise NotFinite if a reward (Q, G), on the CPU, is not finite."""
+def refuse_rewards(reward, step, problems):
+    """Raise NotFinite: some of the rewards (Q, G) are not finite."""
     bad = [p for p, ok in zip(problems, reward.isfinite().all(1).tolist()) if not ok]
-    if bad:
-        raise NotFinite(
-            f"step {step + 1}: a reward is not finite, and nothing was changed; problems "
-            f"{format_sources(bad)}"
-        )
+    raise NotFinite(
+        f"step {step + 1}: a reward is not finite, and nothing was changed; problems "
+        f"{format_sources(bad)}"
+    )
 
 
 def format_sources(problems):

@@ -39,11 +39,12 @@ def check_gpu(device, name):
     """Raise UserError if PyTorch does not see this GPU; set what it needs otherwise."""
     if (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"command line: --device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here"
+            f"command line: --device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices"
         )
     # cuDNN's attention makes a plan for every shape, and shapes change here with every batch
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # Triton launches on the current device, wherever the tensors are. Under torchrun each rank sets its own
+    # Triton launches on the current device, wherever the tensors are. Under torchrun each rank sets
+    # its own
     if device.index is not None and "LOCAL_RANK" not in os.environ:
         torch.cuda.set_device(device)
 
@@ -51,8 +52,9 @@ def check_gpu(device, name):
 def place(model, device):
     """Move a model to its device; returns it.
 
-    A small model on a CPU gets one thread, unless OMP_NUM_THREADS says otherwise: in such small products two threads wait
-    for each other longer than they save, and on a busy machine several times longer.
+    A small model on a CPU gets one thread, unless OMP_NUM_THREADS says otherwise: in such small
+    products two threads wait for each other longer than they save, and on a busy machine several
+    times longer.
     """
     n_parameter = sum(p.numel() for p in model.parameters())
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and n_parameter < SMALL:
@@ -76,7 +78,9 @@ class Doing(NamedTuple):
 
 @contextmanager
 def memory_guard(doing):
-    """Turn a failed allocation, on a GPU or a CPU, into OutOfMemory. doing: a function that returns the current Doing."""
+    """Turn a failed allocation, on a GPU or a CPU, into OutOfMemory. doing: a function that returns
+    the current Doing.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as e:
@@ -88,7 +92,9 @@ def memory_guard(doing):
         ) from e
 
 
-def solving_guard(prompts, model, max_new, batch_size=500, option="--problems or --max-new", what="evaluation"):
+def solving_guard(
+    prompts, model, max_new, batch_size=500, option="--problems or --max-new", what="evaluation"
+):
     """`memory_guard` around solving all prompts (lists of ids) in batches of batch_size."""
     length = max(map(len, prompts)) + model.c * model.K + 1 + max_new
     doing = Doing(what, min(batch_size, len(prompts)), length, option)

@@ -1,8 +1,10 @@
 """Solve problems and measure the answers: what train.py reports and sample.py shows.
 
-    python -m minatp.evaluate out/sft out/rl              the test set, and what each run gained over the first
-    python -m minatp.evaluate out/sft out/rl --longer     the built-in task with more steps than were ever taught
-    python -m minatp.evaluate out/sft --votes 8           also pass@8, and votes of 8 chains, by majority and by coherence
+    python -m minatp.evaluate out/sft out/rl           the test set; the first run is the baseline
+    python -m minatp.evaluate out/sft out/rl --longer  more steps than were ever taught
+    python -m minatp.evaluate out/sft --votes 8        also pass@8 and votes of 8 sampled chains
+
+Every accuracy comes with its number of problems and its 95 % interval.
 """
 
 import json
@@ -35,12 +37,23 @@ BATCH = 500  # problems at once
 
 @torch.no_grad()
 def solve(
-    model, tokenizer, prompts, max_new, batch_size=BATCH, noise=None, forced=None, keep_z=False, after_batch=None
+    model,
+    tokenizer,
+    prompts,
+    max_new,
+    batch_size=BATCH,
+    noise=None,
+    forced=None,
+    keep_z=False,
+    after_batch=None,
 ):
-    """Solve each prompt (a list of ids) once -> a list of Chain. By the mean policy if noise is None.
+    """Solve each prompt (a list of ids) once -> a list of Chain.
 
-    noise (Noise), forced (Forced): of all prompts. keep_z: the Chains keep their latents. after_batch: called after each batch;
-    it may raise. Prompts of like length share a batch; a problem's result depends neither on that nor on its neighbours.
+    By the mean policy if noise is None.
+
+    noise (Noise), forced (Forced): of all prompts. keep_z: the Chains keep their latents.
+    after_batch: called after each batch; it may raise. Prompts of like length share a batch; a
+    problem's result depends neither on that nor on its neighbours.
     """
     device = model.device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -67,7 +80,7 @@ def solve(
     return distributed.merge(chains)
 
 
-# ---- measures ----------------------------------------------------------------------------------------------
+# ---- measures ------------------------------------------------------------------------------------
 
 
 def wilson(k, n, z=1.959964):
@@ -103,7 +116,8 @@ def measure(chains, problems):
 def elect(chains, by):
     """The one of several Chains of a problem that speaks for all. No answer is looked at.
 
-    by "majority": the first with the commonest answer. by "coherence": the majority of the most coherent ones.
+    by "majority": the first with the commonest answer. by "coherence": the majority of the most
+    coherent ones.
     """
     if by == "coherence":
         coherence = [reward.coherence(c.steps, c.answer) for c in chains]
@@ -119,11 +133,14 @@ def elect(chains, by):
 
 
 def vote(samples, problems):
-    """samples: k lists of one Chain per problem -> shares of problems solved by any of the k, and by the elected one."""
+    """samples: k lists of one Chain per problem -> shares of problems solved by any of the k, and
+    by the elected one.
+    """
     n, k = len(problems), len(samples)
     by_problem = list(zip(*samples))
     right = [
-        [reward.accuracy(c.text, p.answer) for c in chains] for chains, p in zip(by_problem, problems)
+        [reward.accuracy(c.text, p.answer) for c in chains]
+        for chains, p in zip(by_problem, problems)
     ]
     n_pass = sum(any(row) for row in right)
     result = {
@@ -140,7 +157,8 @@ def vote(samples, problems):
 
 
 def paired(after, before, problems):
-    """The accuracy gained from `before` to `after`, one Chain per problem each, and its standard error.
+    """The accuracy gained from `before` to `after`, one Chain per problem each, and its standard
+    error.
 
     The error is that of the paired differences; None if there is one problem.
     """
@@ -188,13 +206,15 @@ def describe_gain(result):
     return text
 
 
-# ---- in a training run (loop.Run) --------------------------------------------------------------------------
+# ---- in a training run (loop.Run) ----------------------------------------------------------------
 
 
 @torch.no_grad()
 def diagnose(run):
-    """RL's diagnostics: whether thoughts matter to the reward, and whether φ still reads them as it read the SFT policy's."""
-    with run.autocast():
+    """RL's diagnostics: whether thoughts matter to the reward, and whether φ still reads them as it
+    read the SFT policy's.
+    """
+    with run.autocast:
         share, total = reward_variance(run, run.splits.val[:24])
     result = {"thought_share": share, "reward_variance": total}
     if run.reading_rows:
@@ -213,19 +233,21 @@ def describe_diagnosis(result):
 
 @torch.no_grad()
 def reading_nll(run, model):
-    """−log p that φ gives the true steps of run.reading_rows, per step; None if there are none."""
+    """−log p that φ gives the true steps of run.reading_rows, per step; None without any."""
     if not run.reading_rows:
         return None
     batch = collate(run.reading_rows, model.stage, model)
-    with run.autocast():
+    with run.autocast:
         losses = sft_losses(model, batch.to(run.device))
     return float(losses["dec"]) / batch.counts["dec"]
 
 
 def reward_variance(run, problems, n_thought=6, n_word=4):
-    """Where the variance of the reward within a question comes from: (share of the thoughts, total).
+    """Where the variance of the reward within a question comes from: (share of the thoughts,
+    total).
 
-    A nested design: n_thought draws of the thoughts of each question, and of each of those n_word draws of the words.
+    A nested design: n_thought draws of the thoughts of each question, and of each of those n_word
+    draws of the words.
     """
     cfg, model, Q = run.cfg, run.model, len(problems)
     n = n_thought * n_word
@@ -251,7 +273,7 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
 
 
 def test(run):
-    """Measure a run's test sets, once: {name: result}; RL's beside its start, on the same problems."""
+    """Measure the test sets: {name: result}. RL's beside its start, on the same problems."""
     cfg, tests = run.cfg, {}
     for name, problems in run.splits.tests.items():
         start = time.perf_counter()
@@ -270,14 +292,16 @@ def test(run):
 
 
 def test_new_numbers(run, problems, chains, result):
-    """Of the built-in task: measure the problems whose numbers occur in no problem to learn from."""
+    """The built-in task: measure the problems whose numbers occur in no problem to learn from."""
     cfg, splits = run.cfg, run.splits
     learned_from = splits.train + (splits.answers or generate("answers", cfg.answers, 0))
     known = {numbers(p) for p in learned_from}
     new = [i for i, p in enumerate(problems) if numbers(p) not in known]
     if new:
         result["new_numbers"] = measure([chains[i] for i in new], [problems[i] for i in new])
-        print0(f"  with numbers that no problem to learn from has: {describe(result['new_numbers'])}")
+        print0(
+            f"  with numbers that no problem to learn from has: {describe(result['new_numbers'])}"
+        )
 
 
 def compare_with_start(run, name, problems, chains, result):
@@ -293,7 +317,7 @@ def compare_with_start(run, name, problems, chains, result):
     print0(f"start ({name}): {describe(start)}; {describe_gain(result)}")
 
 
-# ---- python -m minatp.evaluate -----------------------------------------------------------------------------
+# ---- python -m minatp.evaluate -------------------------------------------------------------------
 
 
 def parse(argv):
@@ -317,8 +341,8 @@ def parse(argv):
     negative = min(args.problems, args.votes, args.max_new - 1) < 0
     if negative or not 0 < args.temperature < math.inf or not 0 <= args.seed < 2**32:
         raise UserError(
-            "command line: --problems, --votes and --seed must not be negative, --max-new and --temperature "
-            "must be positive"
+            "command line: --problems, --votes and --seed must not be negative, --max-new and "
+            "--temperature must be positive"
         )
     return args
 

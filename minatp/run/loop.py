@@ -1,8 +1,9 @@
-"""What surrounds a training step, so that train.py need not: loading, schedules, logs, checkpoints, resuming, validation, ranks.
+"""What surrounds a training step, so that train.py need not: loading, schedules, logs, checkpoints,
+resuming, validation, ranks.
 
-    Run                a training run; `steps` is the generator that its loop iterates over
-    GuardedOptimizer   takes no step on a loss or gradient that is not finite
-    Meter              averages and speed between two log lines
+Run                a training run; `steps` is the generator that its loop iterates over
+GuardedOptimizer   takes no step on a loss or gradient that is not finite
+Meter              averages and speed between two log lines
 """
 
 import math
@@ -19,7 +20,14 @@ from ..rollout import Noise
 from ..sft import total_loss
 from . import checkpoint, distributed, evaluate
 from .build import build, n_parameters
-from .checks import check_problems, check_size, check_start, check_thoughts, fingerprint, format_sources
+from .checks import (
+    check_problems,
+    check_size,
+    check_start,
+    check_thoughts,
+    fingerprint,
+    format_sources,
+)
 from .device import Doing, autocast, memory_guard, place, solving_guard
 from .errors import NotFinite
 from .folder import Log
@@ -35,16 +43,26 @@ class Run:
     def __init__(self, cfg, splits, device, model=None, tokenizer=None):
         self.cfg, self.splits, self.device = cfg, splits, device
         self.model, self.tokenizer = model, tokenizer
+        self.autocast = autocast(device)  # `with run.autocast:` computes in bf16 on a GPU
         self.first_step = 0  # of the current stage
-        self.lr = 0.0  # of the current step
+        self.step = 0
+        self.is_log_due = True
 
         # what is being computed, for the message when memory runs out
-        self.doing = Doing(f"--stage {cfg.stage}", cfg.batch_size, cfg.block_size, "--batch-size or the size of the model")
+        self.doing = Doing(
+            f"--stage {cfg.stage}",
+            cfg.batch_size,
+            cfg.block_size,
+            "--batch-size or the size of the model",
+        )
 
-    # ---- before the first step ----
+    # ---- before the first step -------------------------------------------------------------------
 
     def start(self):
-        """Load or build the model, encode the problems, restore what a resumed run had. Raises UserError."""
+        """Load or build the model, encode the problems, restore what a resumed run had.
+
+        Raises UserError.
+        """
         cfg = self.cfg
         saved = newest_checkpoint(cfg.out) if cfg.resume else None
         if cfg.stage == "rl":
@@ -66,7 +84,9 @@ class Run:
         self.encode()
 
     def load_start_model(self):
-        """RL compares the policy with the SFT model that it started from, and leaves the decoder φ as that left it."""
+        """RL compares the policy with the SFT model that it started from, and leaves the decoder φ
+        as that left it.
+        """
         self.start_model = load_model(self.cfg.init)[0].to(self.device)
         self.state.setdefault("start", fingerprint(self.start_model))
         check_start(self.cfg, self.start_model, self.state)
@@ -76,9 +96,12 @@ class Run:
         """Encode all problems and check that they fit the model's context. Raises UserError."""
         cfg, splits, model = self.cfg, self.splits, self.model
         self.labelled = self.encode_problems(splits.train)
+        self.max_new = self.longest_answer()
         if cfg.stage == "sft":
             self.answers_only = self.encode_problems(splits.answers, answer_only=True)
-            texts = [text for row in self.labelled + self.answers_only for text in (*row.texts, row.rest)]
+            texts = [
+                text for row in self.labelled + self.answers_only for text in (*row.texts, row.rest)
+            ]
             model.longest = max([model.longest, *map(len, texts)])
         else:
             # the built-in task keeps a set of its own for RL
@@ -95,13 +118,11 @@ class Run:
     def encode_prompts(self, problems):
         return encode_prompts(problems, self.tokenizer, self.model, self.max_new)
 
-    @property
-    def max_new(self):
-        """Most tokens of an answer: of the longest labelled one, at the curriculum stage that the model has reached."""
+    def longest_answer(self):
+        """Most tokens of an answer: of the longest labelled one, at the stage reached."""
         if self.cfg.max_new:
             return self.cfg.max_new
-        model = self.model
-        longest = 16
+        model, longest = self.model, 16
         for row in self.labelled:
             written = row.lines[model.stage :] if model.stage <= model.K else []
             longest = max(longest, sum(map(len, written)) + len(row.answer))
@@ -111,110 +132,93 @@ class Run:
         """The first line of a run."""
         cfg = self.cfg
         print0(
-            f"{what}: {n_parameters(self.model):,} parameters, {len(self.tokenizer):,} tokens in the vocabulary, {work} on "
-            f"{self.device}; files in {cfg.out}"
+            f"{what}: {n_parameters(self.model):,} parameters, {len(self.tokenizer):,} tokens in "
+            f"the vocabulary, {work} on {self.device}; files in {cfg.out}"
         )
 
-    # ---- the loop ----
+    # ---- the loop --------------------------------------------------------------------------------
 
     def steps(self, batches, n_step, n_total=None, stage=None):
-        """Yield (step, batch) for the n_step optimizer steps of one stage, taking each batch from an iterator.
+        """Yield (step, batch) for the n_step optimizer steps of a stage; `batches` is an iterator.
 
-        Steps that a resumed run has behind it are skipped. Before each step the learning rate is set; after it, this logs, saves,
-        stops on request and validates, whatever is due. n_total: steps of the whole run; defaults to n_step.
+        Steps that a resumed run has behind it are skipped. Before each step this sets the learning
+        rate; after it, it logs, saves, stops on request and validates, whatever is due.
+        n_total: steps of the whole run; defaults to n_step.
         """
+        cfg, first = self.cfg, self.first_step
         self.n_total, self.stage = n_total or n_step, stage
-        first = self.first_step
-        last = first + n_step - 1
-        if self.cfg.stage == "rl":
-            self.validate_if_due(self.state["step"])  # it may have stopped between saving and validating
-        for step in range(first, last + 1):
-            batch = next(batches)  # also of steps that are skipped: the order of the problems depends on it
+        self.max_new = self.longest_answer()
+        if cfg.stage == "rl" and self.state["step"] in (n_step, *range(0, n_step, cfg.val_every)):
+            self.validate(self.state["step"])  # it may have stopped between saving and validating
+        for i in range(n_step):
+            # drawn even if it is skipped: the order of the later ones depends on it
+            batch = next(batches)
+            step, n_done, is_last = first + i, first + i + 1, i == n_step - 1
             if step < self.state["step"]:
                 continue
-            self.step, self.lr = step, learning_rate(self.cfg, step - first, n_step)
-            self.is_log_due = (step + 1) % self.cfg.log_every == 0 or step == last
+            self.step = self.optimizer.n_done = step
+            self.optimizer.lr = learning_rate(cfg, i, n_step)
+            self.is_log_due = n_done % cfg.log_every == 0 or is_last
             yield step, batch
-            self.after_step(step + 1, is_last=step == last)
+
+            if self.is_log_due:
+                self.write_log(n_done)
+            any_stop = distributed.all_reduce({"stop": int(stop.requested)}, self.device)["stop"]
+            is_validation_due = cfg.stage == "rl" and (n_done % cfg.val_every == 0 or is_last)
+            is_save_due = n_done % cfg.save_every == 0 or is_last or is_validation_due
+            if is_save_due or any_stop:
+                self.save(n_done)
+                stop.check(cfg, any_stop)
+            if is_validation_due:
+                self.validate(n_done)
         self.first_step += n_step
-        if self.cfg.stage == "sft" and self.first_step >= self.state["step"]:
-            self.validate_if_due(self.first_step)
-
-    def after_step(self, n_done, is_last):
-        """Log, save, stop and validate, after n_done steps."""
-        if self.is_log_due:
-            self.optimizer.check()
-            self.write_log(n_done)
-        stopping = distributed.any_rank(stop.requested, self.device)
-        if self.is_save_due(n_done) or is_last or stopping:
-            self.optimizer.check()
-            self.save(n_done)
-            stop.check(self.cfg, stopping)
-        if self.cfg.stage == "rl":
-            self.validate_if_due(n_done)
-
-    def is_save_due(self, n_done):
-        due = n_done % self.cfg.save_every == 0
-        if self.cfg.stage == "rl":  # a validation comes after a checkpoint
-            due = due or n_done % self.cfg.val_every == 0
-        return due
+        if cfg.stage == "sft" and self.first_step >= self.state["step"]:
+            self.validate(self.first_step)
 
     def micro_batches(self, rows, stage, step):
-        """Split a batch of Encoded rows over ranks and micro-batches -> ([(Batch, eps), …], counts).
+        """Split a batch of Encoded rows over ranks and micro-batches: yield (Batch, eps, counts).
 
-        counts: what each loss is a mean over, in the WHOLE batch. Every row has noise of its own. So how a batch is split
-        changes nothing. eps is None without the VAE.
+        counts: what each loss is a mean over, in the WHOLE batch, and "read", its positions. Every
+        row has noise of its own, so the split changes nothing. eps: None without the VAE.
         """
         cfg, model = self.cfg, self.model
-        rows = sorted(rows, key=lambda row: len(row.prompt))  # micro-batches of like length
+
+        # Sorted by length, so that little of a micro-batch is padding
+        rows = sorted(rows, key=lambda row: len(row.prompt))
         keys = None
         if model.vae:
             keys = ops.noise(self.seed_at(step), len(rows), model.c * model.K)
             keys = distributed.shard(keys)
         rows = distributed.shard(rows)
 
+        # Collate all first, since every loss is divided by the counts of all
         size = cfg.micro_batch or len(rows)
-        parts = []
-        for i in range(0, len(rows), size):
-            eps = None if keys is None else keys[i : i + size]
-            parts.append((collate(rows[i : i + size], stage, model), eps))
-        counts = {name: sum(b.counts[name] for b, _ in parts) for name in parts[0][0].counts}
-        counts["read"] = sum(b.n_token for b, _ in parts)
-        return self.on_device(parts, stage, step), distributed.all_reduce(counts, self.device)
+        starts = range(0, len(rows), size)
+        batches = [collate(rows[i : i + size], stage, model) for i in starts]
+        counts = {name: sum(b.counts[name] for b in batches) for name in batches[0].counts}
+        counts = distributed.all_reduce(counts, self.device)
 
-    def on_device(self, parts, stage, step):
-        """Yield each part of `micro_batches` on the device, and note what is being computed."""
-        for batch, eps in parts:
+        for i, batch in zip(starts, batches):
+            eps = None if keys is None else keys[i : i + size].to(self.device)
             length = batch.prompt.shape[1] + batch.L + batch.text.shape[1]
             what = f"sft, stage {stage}, step {step + 1}"
             self.doing = Doing(what, len(batch.prompt), length, "--micro-batch or --batch-size")
-            yield batch.to(self.device), None if eps is None else eps.to(self.device)
+            yield batch.to(self.device), eps, counts
 
-    def optimizer_step(self, loss, problems):
-        """One step on the gradients in the parameters, summed over ranks and clipped, at this step's learning rate.
+    def record(self, sums, counts=None, n_token=0):
+        """Add to the averages of the next log line.
 
-        Returns the gradient's norm before clipping. problems: those that the loss (a scalar of all ranks) is of.
+        sums: scalar tensors. counts: what each is a mean over; 1 if missing. n_token: positions.
         """
-        return self.optimizer.step(self.lr, loss, self.step, problems)
-
-    def record(self, sums, counts, n_token):
-        """Add to the averages of the next log line. sums: scalar tensors; counts: what each is a mean over, 1 by default."""
-        self.meter.add(sums, counts, n_token)
+        self.meter.add(sums, counts or {}, n_token)
         if "signal" in sums:
-            self.warn_if_silent(sums["signal"])
-
-    def warn_if_silent(self, signal):
-        """Warn after 50 batches in a row with next to no signal. signal: the share of groups whose rewards differ."""
-        self.n_silent = self.n_silent + 1 if signal < 0.05 else 0
-        if self.n_silent == 50:
-            print0(
-                "warning: for 50 batches fewer than 5 % of the groups had rewards that differ, so there is little to learn "
-                "from: look at acc (all right or all wrong?), fmt (0: answers do not end), sigma and --spread (do the "
-                "thoughts differ at all?)"
-            )
-
-    def autocast(self):
-        return autocast(self.device)
+            self.n_silent = self.n_silent + 1 if sums["signal"] < 0.05 else 0
+            if self.n_silent == 50:
+                print0(
+                    "warning: for 50 batches fewer than 5 % of the groups had rewards that differ, "
+                    "so there is little to learn from: look at acc (all right or all wrong?), fmt "
+                    "(0: answers do not end), sigma and --spread (do the thoughts differ at all?)"
+                )
 
     def memory_guard(self):
         """Inside, running out of memory is OutOfMemory, which says what was being computed."""
@@ -223,32 +227,16 @@ class Run:
     def seed_at(self, step, stream=0):
         """The seed of one step's chance, the same whether or not the run was stopped before it.
 
-        stream: 0 SFT, 1 rollouts, 2 the placebo; they are independent. (torch's CPU generator takes the low 32 bits of a seed.)
+        stream: 0 SFT, 1 rollouts, 2 the placebo; they are independent. (torch's CPU generator takes
+        the low 32 bits of a seed.)
         """
         return self.cfg.seed * 1_000_003 + stream * 333_331 + step
 
-    # ---- ranks ----
-
-    def shard(self, rows):
-        """This rank's share of a list or of a tensor's rows."""
-        return distributed.shard(rows)
-
-    def all_gather(self, rows):
-        """The rows that `shard` has shared out, from all ranks."""
-        return distributed.all_gather(rows)
-
-    def all_reduce(self, values):
-        """{name: scalar}, summed over the ranks."""
-        return distributed.all_reduce(values, self.device)
-
-    def mean(self, values, weight):
-        """{name: scalar tensor}, averaged over the ranks with their weights."""
-        return distributed.weighted_mean(values, weight, self.device)
-
-    # ---- logs, checkpoints, validation, test ----
+    # ---- logs, checkpoints, validation, test -----------------------------------------------------
 
     def write_log(self, n_done):
         """One line on the terminal and one record in metrics.jsonl: the averages since the last."""
+        self.optimizer.check()
         means, speed, left = self.meter.read(self.n_total - n_done)
         record, line = {"step": n_done}, []
         if self.cfg.stage == "sft":
@@ -262,11 +250,17 @@ class Run:
             record |= means
             line += ["rl", f"step {n_done:5}/{self.n_total}"]
             line += [f"{name} {value:.3f}" for name, value in means.items()]
-        record |= {"lr": self.lr, "tokens_per_second": speed, "seconds": self.log.seconds()}
+        record |= {
+            "lr": self.optimizer.lr,
+            "tokens_per_second": speed,
+            "seconds": self.log.seconds(),
+        }
         self.log.write(record)
         print0("  ".join([*line, f"{speed:,.0f} tok/s", f"{left} left"]))
 
     def save(self, n_done):
+        """Save a checkpoint, from which --resume continues."""
+        self.optimizer.check()
         self.state |= {"step": n_done, "seconds": self.log.seconds(), "meter": self.meter.state()}
         if self.cfg.stage == "rl":
             self.state["silent"] = self.n_silent
@@ -274,25 +268,28 @@ class Run:
             self.cfg.out, self.state, self.model, self.tokenizer, self.optimizer.optimizer
         )
 
-    def validate_if_due(self, n_done):
-        """Validate after n_done steps: SFT after each stage, RL every val_every steps, and not what has been validated."""
+    def validate(self, n_done):
+        """Measure the validation set after n_done steps, unless it has been measured there."""
         cfg = self.cfg
-        is_due = cfg.stage == "sft" or n_done % cfg.val_every == 0 or n_done == cfg.updates
-        if is_due and n_done > self.log.validated:
-            with self.meter.paused():
-                result = evaluate.measure(self.solve(self.splits.val), self.splits.val)
-                if cfg.stage == "rl":
-                    result |= evaluate.diagnose(self)
-            stage = {"stage": self.stage} if cfg.stage == "sft" else {}
-            self.log.write({"step": n_done, **stage, "validation": result})
-            name = f"stage {self.stage}" if cfg.stage == "sft" else "rl"
-            line = f"{name}  validation: {evaluate.describe(result)}"
+        if n_done <= self.log.validated:
+            return
+        with self.meter.paused():
+            result = evaluate.measure(self.solve(self.splits.val), self.splits.val)
             if cfg.stage == "rl":
-                line += "; " + evaluate.describe_diagnosis(result)
-            print0(line)
+                result |= evaluate.diagnose(self)
+
+        if cfg.stage == "sft":
+            self.log.write({"step": n_done, "stage": self.stage, "validation": result})
+            print0(f"stage {self.stage}  validation: {evaluate.describe(result)}")
+        else:
+            self.log.write({"step": n_done, "validation": result})
+            diagnosis = evaluate.describe_diagnosis(result)
+            print0(f"rl  validation: {evaluate.describe(result)}; {diagnosis}")
 
     def solve(self, problems, seed=None, model=None):
-        """One Chain per problem: by the mean policy, or sampled if a seed is given. Raises Stopped between batches.
+        """One Chain per problem: by the mean policy, or sampled if a seed is given.
+
+        Raises Stopped between batches.
 
         model: the run's own by default.
         """
@@ -302,11 +299,11 @@ class Run:
         if seed is not None:
             noise = Noise.draw(model, len(prompts), self.max_new, seed, cfg.temperature)
 
-        def stop_if_requested():  # everything was saved before; of several ranks, some would stop a batch later
+        def stop_if_requested():  # of several ranks, each would stop at another batch
             stop.check(cfg, stop.requested and distributed.world_size() == 1)
 
         guard = solving_guard(prompts, model, self.max_new, cfg.eval_batch, "--eval-batch")
-        with guard, self.autocast():
+        with guard, self.autocast:
             return evaluate.solve(
                 model,
                 self.tokenizer,
@@ -341,20 +338,23 @@ def learning_rate(cfg, i, n_step):
 class GuardedOptimizer:
     """An optimizer (optim.py) that takes no step on a loss or a gradient that is not finite.
 
-    Looking at the gradient's norm would make the host wait for the device at every step. So the device decides: the optimizer leaves
-    parameters and moments alone where `found_inf` is 1, and from the first bad step on it stays 1. `check`, called before every
-    log line and checkpoint, where the host waits anyway, then ends the run.
+    Looking at the gradient's norm would make the host wait for the device at every step. So the
+    device decides: the optimizer leaves parameters and moments alone where `found_inf` is 1, and
+    from the first bad step on it stays 1. `check`, called before every log line and checkpoint,
+    where the host waits anyway, then ends the run.
     """
 
     def __init__(self, optimizer, model, clip):
         self.optimizer, self.model, self.clip = optimizer, model, clip
-        self.unchecked = []  # of each step since the last check: (loss and norm, step, problems)
+        self.lr, self.n_done = 0.0, 0  # learning rate of the next step; how many came before it
+        self.unchecked = []  # of each step since the last check: (loss and norm, n_done, problems)
         optimizer.found_inf = torch.zeros((), device=model.device)
 
-    def step(self, lr, loss, step, problems):
-        """One step on the gradients in the parameters, summed over ranks and clipped. Returns their norm before clipping.
+    def step(self, loss, problems):
+        """One step on the gradients in the parameters, summed over ranks and clipped.
 
-        step: how many came before it. problems: what the loss is of; anything with a `source`.
+        loss: a scalar of all ranks. problems: what it is of; anything with a `source`.
+        Returns the gradient's norm, before clipping.
         """
         distributed.all_reduce_gradients(self.model)
         with_gradient = [p for p in self.model.parameters() if p.grad is not None]
@@ -364,23 +364,26 @@ class GuardedOptimizer:
         is_bad = 1 - loss_and_norm.isfinite().all().float()
         self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, is_bad)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.unchecked.append((loss_and_norm, step, problems))
+        self.unchecked.append((loss_and_norm, self.n_done, problems))
         return norm
 
     def check(self):
-        """Raise NotFinite, with the step and its problems, if a step since the last check was not taken."""
+        """Raise NotFinite, with the step and its problems, if a step since the last check was not
+        taken.
+        """
         steps, self.unchecked = self.unchecked, []
         if not steps:
             return
         values = torch.stack([loss_and_norm for loss_and_norm, _, _ in steps]).tolist()
-        for (loss, norm), (_, step, problems) in zip(values, steps):
+        for (loss, norm), (_, n_done, problems) in zip(values, steps):
             if not math.isfinite(loss + norm):
                 raise NotFinite(
-                    f"step {step + 1}: loss {loss:g}, gradient norm {norm:g}: nothing was changed by it; look at its "
-                    f"problems, --lr and --init; problems {format_sources(problems)}"
+                    f"step {n_done + 1}: loss {loss:g}, gradient norm {norm:g}: nothing was "
+                    "changed by it; look at its problems, --lr and --init; problems "
+                    f"{format_sources(problems)}"
                 )
 
 
@@ -418,7 +421,9 @@ class Meter:
         self.start += time.perf_counter() - start
 
     def add(self, sums, counts, n_token):
-        """sums: scalar tensors, left on their device, so that nobody waits for them. counts: what each is a mean over; 1 if missing."""
+        """sums: scalar tensors, left on their device, so that nobody waits for them. counts: what
+        each is a mean over; 1 if missing.
+        """
         for name, value in sums.items():
             self.total[name] = self.total.get(name, 0) + value.detach()
             self.count[name] = self.count.get(name, 0) + counts.get(name, 1)
@@ -427,7 +432,9 @@ class Meter:
 
     def read(self, n_left):
         """(means, tokens per second, time left for n_left more steps) since the last read."""
-        means = {name: float(total) / max(1, self.count[name]) for name, total in self.total.items()}
+        means = {
+            name: float(total) / max(1, self.count[name]) for name, total in self.total.items()
+        }
         seconds = time.perf_counter() - self.start
         speed = self.n_token / seconds
         left = format_duration(seconds / self.n_step * n_left)

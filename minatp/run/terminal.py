@@ -13,16 +13,15 @@ from .errors import Stopped, silence_stdout
 class Stop:
     """SIGTERM and Ctrl-C. The first asks the training loop to stop after its step.
 
-    For a second one the system's own handler is back, which ends the process at once, even inside a kernel.
+    For a second one the system's own handler is back, which ends the process at once, even inside a
+    kernel.
     """
 
     requested = training = False
 
     def __enter__(self):
         self.requested, self.training = False, True
-        self.handlers = {
-            s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)
-        }
+        self.handlers = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_):
@@ -38,10 +37,14 @@ class Stop:
             os.write(1, b"stopping after this step; once more: at once\n")  # print is unsafe here
 
     def check(self, cfg, requested):
-        """Call it where everything is saved. requested: whether any rank was asked to stop. Raises Stopped."""
+        """Call it where everything is saved. requested: whether any rank was asked to stop.
+
+        Raises Stopped.
+        """
         if requested:
             raise Stopped(
-                f"{cfg.out}:0: stopped on request, everything is saved; continue with --resume --out {cfg.out}"
+                f"{cfg.out}:0: stopped on request, everything is saved; continue with "
+                f"--resume --out {cfg.out}"
             )
 
 
@@ -49,7 +52,10 @@ stop = Stop()  # one per process, as signals are
 
 
 def print0(text):
-    """Print one line, on rank 0 alone. If stdout is closed, training continues: its files hold everything."""
+    """Print one line, on rank 0 alone.
+
+    If stdout is closed, training continues: its files hold everything.
+    """
     if distributed.rank() == 0:
         try:
             sys.stdout.write(text + "\n")
@@ -68,7 +74,9 @@ def format_duration(seconds):
 
 
 def progress(what, n):
-    """A function to call after each of n parts of long work; on a terminal it shows how much is left."""
+    """A function to call after each of n parts of long work; on a terminal it shows how much is
+    left.
+    """
     start, n_done = time.perf_counter(), 0
 
     def advance():

@@ -1,9 +1,12 @@
-"""`train.py --dry-run`: what the data, the curriculum and the model will be, and one step, before hours are spent on them."""
+"""`train.py --dry-run`: what the data, the curriculum and the model will be, and one step, before
+hours are spent on them.
+"""
 
 import os
 import statistics
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -22,11 +25,12 @@ from . import count
 
 
 def dry_run(run, sft_gradients, rl_gradients):
-    """Print counts, lengths, a problem at each stage, parameters and memory, then make the gradients of one batch.
+    """Print counts, lengths, a problem at each stage, parameters and memory, then make the
+    gradients of one batch.
 
     No weight changes. SFT: at the first and at the last stage. RL: from rollouts.
-    run: a loop.Run that has not started. sft_gradients(run, rows, stage, step), rl_gradients(run, problems): train.py's own, which
-    add one batch's gradients to the parameters.
+    run: a loop.Run that has not started. sft_gradients(run, rows, stage, step), rl_gradients(run,
+    problems): train.py's own, which add one batch's gradients to the parameters.
     """
     cfg, splits, device = run.cfg, run.splits, run.device
     check_folder(run)
@@ -47,6 +51,7 @@ def dry_run(run, sft_gradients, rl_gradients):
     # Report on the data and the model
     problems = splits.train or splits.answers  # RL can do without labels
     run.labelled = run.encode_problems(problems)
+    run.max_new = run.longest_answer()
     report_data(problems, run.labelled, run.tokenizer)
     report_curriculum(run, problems)
     parts = ", ".join(f"{name} {n_parameters(part):,}" for name, part in model.named_children())
@@ -76,7 +81,9 @@ def dry_run(run, sft_gradients, rl_gradients):
 
 
 def check_folder(run):
-    """A resumed run must have the problems that it started with; a new one will need a folder of its own."""
+    """A resumed run must have the problems that it started with; a new one will need a folder of
+    its own.
+    """
     cfg = run.cfg
     if cfg.resume:
         state = read_json(newest_checkpoint(cfg.out) / "state.json")
@@ -95,14 +102,16 @@ def build_on_meta(cfg, problems):
 
 
 def stages_to_try(cfg, model):
-    """The curriculum stages whose SFT step is tried: the first and the last; in RL that of its anchor, if there is one."""
+    """The curriculum stages whose SFT step is tried: the first and the last; in RL that of its
+    anchor, if there is one.
+    """
     if cfg.stage == "sft":
         schedule = cfg.schedule()
         return sorted({schedule[0][0], schedule[-1][0]})
     return [model.stage] if cfg.anchor else []
 
 
-# ---- memory ------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def memory_of(device):
@@ -113,16 +122,23 @@ def memory_of(device):
 
 
 def held_bytes(cfg, model):
-    """Bytes of float32 weights, gradients and two moments. In RL φ has weights alone, and the start is kept for comparison."""
+    """Bytes of float32 weights, gradients and two moments.
+
+    In RL φ has weights alone, and the start is kept for comparison.
+    """
     n = n_parameters(model)
     return 16 * n if cfg.stage == "sft" else 20 * n - 12 * n_parameters(model.decoder)
 
 
 def activation_bytes(run, row, stages):
-    """Bytes that a micro-batch of problems as long as `row` keeps for the backward pass of SFT, at the stage that keeps most."""
+    """Bytes that a micro-batch of problems as long as `row` keeps for the backward pass of SFT, at
+    the stage that keeps most.
+    """
     cfg, model, device = run.cfg, run.model, run.device
     size = cfg.micro_batch or cfg.batch_size
-    if stages and next(model.parameters()).device.type != device.type:  # too large for the device, or to be built
+    if (
+        stages and next(model.parameters()).device.type != device.type
+    ):  # too large for the device, or to be built
         llama = model.policy.cfg
         parts = count.training_memory(
             llama, model.K, model.c, size, row, cfg.recompute, scale=llama.n_kv_head
@@ -134,18 +150,19 @@ def activation_bytes(run, row, stages):
         eps = None
         if model.vae:
             eps = torch.zeros(n, batch.n_candidate, model.policy.cfg.n_embd, device=device)
-        with run.autocast():
+        with run.autocast:
             return sft_losses(model, batch, eps)
 
     # the difference of two rows and one: what does not grow with the batch is counted elsewhere
     most = 0
     for stage in stages:
-        one, two = (count.kept_bytes(model, lambda: forward(n, stage)) for n in (1, 2))  # noqa: B023
+        one = count.kept_bytes(model, partial(forward, 1, stage))
+        two = count.kept_bytes(model, partial(forward, 2, stage))
         most = max(most, two - one)
     return size * most
 
 
-# ---- reports -----------------------------------------------------------------------------------------------
+# ---- reports -------------------------------------------------------------------------------------
 
 
 def report_data(problems, rows, tokenizer):
@@ -168,7 +185,8 @@ def report_data(problems, rows, tokenizer):
         n_odd += last is None or last != number(p.answer)
     if n_odd:
         print0(
-            f"note        {n_odd:,} of {len(with_steps):,} problems do not end on a step whose result is the answer"
+            f"note        {n_odd:,} of {len(with_steps):,} problems do not end on a step whose "
+            "result is the answer"
         )
 
 
@@ -194,7 +212,8 @@ def report_memory(run, kept, available):
     """What the weights, and the longest problems, take."""
     cfg = run.cfg
     start = ", those of the start" if cfg.stage == "rl" else ""
-    text = f"memory      {gibibytes(held_bytes(cfg, run.model))} for weights{start}, gradients and the optimizer"
+    held = gibibytes(held_bytes(cfg, run.model))
+    text = f"memory      {held} for weights{start}, gradients and the optimizer"
     if kept:
         n = min(cfg.micro_batch or cfg.batch_size, len(run.labelled))
         text += f", and about {gibibytes(kept)} that a forward pass of {n} longest problems keeps"
@@ -205,7 +224,7 @@ def gibibytes(n):
     return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
 
 
-# ---- one step ----------------------------------------------------------------------------------------------
+# ---- one step ------------------------------------------------------------------------------------
 
 
 def mean_losses(losses, counts):
@@ -217,7 +236,9 @@ def mean_losses(losses, counts):
 
 @contextmanager
 def timed_step(what, device):
-    """Print the time and peak memory of what runs inside, and the values that it puts into the dict."""
+    """Print the time and peak memory of what runs inside, and the values that it puts into the
+    dict.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start, values = time.perf_counter(), {}
