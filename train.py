@@ -44,7 +44,7 @@ def main(argv=None):
         if cfg.dry_run:
             from minatp.tools.dry_run import dry_run
 
-            dry_run(run, sft_gradients, explore_and_learn)
+            dry_run(run, sft_gradients, rl_gradients)
         else:
             with stop, run.memory_guard():
                 run.start()
@@ -56,67 +56,73 @@ def main(argv=None):
 
 
 def sft(run):
-    """The curriculum.
+    """Learn latents from written steps, by a curriculum (docs/method.md, Stage 1).
 
-    In stage k the first k steps of each problem are latent and the rest is text; in the last, K+1,
-    all are.
+    In stage k the first k steps of each problem are latent and the rest is text; in the last stage,
+    K + 1, all of it is latent.
     """
     cfg, model = run.cfg, run.model
     plan = curriculum(cfg, len(run.labelled))
     n_total = sum(n_step for _, n_step in plan)
     run.announce(cfg.method, f"{n_total:,} steps of {cfg.batch_size} problems")
 
-    # From scratch, φ starts as what π has become when the first latents come: after stage 0
-    starts_decoder = model.decode and not cfg.init and plan[0][0] == 0
-
     for stage, n_step in plan:
         model.stage = stage
         loader = curriculum_batches(run, stage)
+
+        # run.steps sets the learning rate, skips what a resumed run has done, logs, saves, ...
         for step, problems in run.steps(loader, n_step, n_total, stage):
+            # 1. The gradient of L_enc + L_dec + L_stop + β·L_KL
             losses, counts = sft_gradients(run, problems, stage, step)
+
+            # 2. A step of the optimizer: gradients summed over ranks, clipped; none if not finite
             grad_norm = run.optimizer.step(sum(losses.values()), problems)
-            if starts_decoder and stage == 0 and step == n_step - 1:
-                model.decoder.start_from(model.policy)
             run.record({**losses, "grad_norm": grad_norm}, counts, counts["read"])
+
+            # 3. From scratch, φ starts as what π has become when the first latents come
+            is_last = step == n_step - 1
+            if stage == 0 and is_last and model.decode and not cfg.init:
+                model.decoder.start_from(model.policy)
     run.finish()
 
 
 def curriculum(cfg, n_problem):
-    """[(stage, optimizer steps)]"""
+    """[(stage, optimizer steps)] of the stages that --epochs asks for."""
     steps_per_epoch = n_problem / cfg.batch_size
     return [(stage, max(1, round(epochs * steps_per_epoch))) for stage, epochs in cfg.schedule()]
 
 
 def curriculum_batches(run, stage):
-    """Batches of Encoded problems for one stage.
+    """Yield batches, lists of Encoded problems, for one stage.
 
     Once every step is latent, a share of each batch can be problems that have an answer and no
-    steps: the answer's loss teaches the latents that lead to it.
+    steps: the loss of the answer then teaches the latents that lead to it.
     """
     cfg, labelled, answers_only = run.cfg, run.labelled, run.answers_only
-    n_free = round(cfg.answers_share * cfg.batch_size) if stage > cfg.K and answers_only else 0
+    n_answers_only = 0
+    if stage > cfg.K and answers_only:
+        n_answers_only = round(cfg.answers_share * cfg.batch_size)
+
     seed = cfg.seed * 1000 + stage
-    order = batches([row.length for row in labelled], cfg.batch_size - n_free, seed)
-    order_free = batches([row.length for row in answers_only], n_free, seed)
-    for chosen, chosen_free in zip(order, order_free):
-        yield [labelled[i] for i in chosen] + [answers_only[i] for i in chosen_free]
+    order = batches([row.length for row in labelled], cfg.batch_size - n_answers_only, seed)
+    order_answers_only = batches([row.length for row in answers_only], n_answers_only, seed)
+    for i, j in zip(order, order_answers_only):
+        yield [labelled[index] for index in i] + [answers_only[index] for index in j]
 
 
 def sft_gradients(run, problems, stage, step, weight=1.0):
-    """Add the gradient of a batch's SFT loss, times `weight`, to the parameters.
+    """Add the gradient of the SFT loss of a batch, times `weight`, to the parameters.
 
-    problems: a list of Encoded. Returns (losses, counts): the four losses summed over the batch,
-    and what each is a mean over.
+    problems: a list of Encoded. Returns (losses, counts): the four losses, each summed over the
+    batch, and how many terms each sum has.
     """
     model, sums = run.model, {}
     for batch, eps, counts in run.micro_batches(problems, stage, step):
         with run.autocast:
-            losses = sft_losses(
-                model, batch, eps
-            )  # enc: text, dec: φ's reading, stop: stop head, kl
-            loss = weight * total_loss(
-                losses, counts, run.cfg.beta
-            )  # L_enc + L_dec + L_stop + β·L_KL
+            # "enc": the text after the latents; "dec": φ's reading of the latents; "stop"; "kl"
+            losses = sft_losses(model, batch, eps)
+            # Each is divided by its count in the WHOLE batch, so splitting it changes nothing
+            loss = weight * total_loss(losses, counts, run.cfg.beta)
         loss.backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach()
@@ -127,17 +133,13 @@ def sft_gradients(run, problems, stage, step, weight=1.0):
 
 
 def rl(run):
-    """REINFORCE with a group baseline: G sampled chains of each question, judged against the mean
-    of their group.
-    """
+    """Explore better latents: REINFORCE with a group baseline (docs/method.md, Stage 2)."""
     cfg, model = run.cfg, run.model
-    run.announce(
-        f"rl from {cfg.init}",
-        f"{cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts",
-    )
+    work = f"{cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts"
+    run.announce(f"rl from {cfg.init}", work)
 
     for step, (problems, prompts, labelled) in run.steps(rl_batches(run), cfg.updates):
-        # 1. Explore: sample latents, stops and words; φ puts the latents into words
+        # 1. Explore: sample G chains of each question; φ puts their latents into words
         explored, texts = explore(run, prompts, step)
 
         # 2. Reward: the right answer, coherent steps, the format. Every rank sees all rewards
@@ -147,13 +149,12 @@ def rl(run):
         advantage = advantages(reward, cfg.baseline, cfg.normalise)  # (Q, G)
         informative = (advantage != 0).any(1)  # (Q,)
 
-        # 4. Learn. One update a batch is REINFORCE; more are GRPO, where the ratio to `old` is
-        # clipped
+        # 4. Learn. One update a batch is REINFORCE; more are GRPO, clipped against the first (old)
         old, metrics = None, {}
         for _ in range(cfg.updates_per_batch if informative.any() else 0):
             loss, old, metrics = policy_gradients(run, explored, advantage, informative, old)
             if cfg.anchor:  # hold on to what SFT has taught
-                sft_gradients(run, labelled, model.stage, step, cfg.anchor)
+                sft_gradients(run, labelled, model.stage, step, weight=cfg.anchor)
             metrics["grad_norm"] = run.optimizer.step(loss, problems)
 
         signal = {"reward": reward.mean(), "signal": informative.float().mean()}
@@ -162,14 +163,15 @@ def rl(run):
 
 
 def rl_batches(run):
-    """Yield some problems to explore, their prompts, and Encoded labelled problems to anchor on."""
+    """Yield (problems to explore, their prompts, Encoded labelled problems for the anchor)."""
     cfg = run.cfg
     order = batches([len(prompt) for prompt in run.prompts], cfg.batch_size, cfg.seed * 1000)
     lengths = [row.length for row in run.labelled]
     labelled_order = batches(lengths, cfg.batch_size, cfg.seed * 1000 + 1)
-    for chosen, chosen_labelled in zip(order, labelled_order):
-        problems, prompts = [run.questions[i] for i in chosen], [run.prompts[i] for i in chosen]
-        yield problems, prompts, [run.labelled[i] for i in chosen_labelled]
+    for i, j in zip(order, labelled_order):
+        problems = [run.questions[index] for index in i]
+        prompts = [run.prompts[index] for index in i]
+        yield problems, prompts, [run.labelled[index] for index in j]
 
 
 @dataclass
@@ -185,132 +187,129 @@ class Explored:
 
 
 def explore(run, prompts, step):
-    """Sample G chains of each problem.
-
-    Returns (Explored, a list of Chain: the same in words) of this rank's share.
-    """
-    cfg, model, n_chain = run.cfg, run.model, len(prompts) * run.cfg.G
+    """Sample G chains of each prompt, this rank's share: (Explored, the same in words: Chains)."""
+    cfg, model = run.cfg, run.model
+    n_chain = len(prompts) * cfg.G
     prompt, prompt_mask = left_pad(distributed.shard(prompts), run.tokenizer.end, run.device)
 
-    # Chance is drawn for all ranks, so that their number changes nothing
+    # Draw the noise of all ranks' chains and take ours, so that the number of ranks changes nothing
     seed = run.seed_at(step, stream=1)
     noise = Noise.draw(model, n_chain, run.max_new, seed, spread=cfg.spread, greedy=cfg.greedy)
     ours = distributed.shard(torch.arange(n_chain).view(-1, cfg.G)).flatten()
     noise = noise.at(ours, run.device)
 
+    # Think, stop and answer; then let φ read the latents
     length = prompt.shape[1] + model.c * model.K + 1 + run.max_new
     run.doing = Doing(f"rl, step {step + 1}", len(ours), length, "--batch-size or --G")
     with run.autocast:
         chains = rollout(model, prompt, prompt_mask, run.max_new, noise, cfg.G)
         texts = as_text(model, run.tokenizer, chains)
 
-    real = chains.logvar.any(-1)  # columns with a candidate
+    # How long the chains are, and how wide the Gaussians that they were drawn from
+    is_candidate = chains.logvar.any(-1)
     statistics = {
         "latents": chains.n_latent.float().mean(),
-        "sigma": (0.5 * chains.logvar[real]).exp().mean(),
+        "sigma": (0.5 * chains.logvar[is_candidate]).exp().mean(),
     }
+    statistics = distributed.weighted_mean(statistics, len(prompt), run.device)
     n_token = {"n": int(chains.n_latent.sum() + chains.n_token.sum())}
-    explored = Explored(
-        prompt,
-        prompt_mask,
-        noise,
-        chains,
-        distributed.weighted_mean(statistics, len(prompt), run.device),
-        distributed.all_reduce(n_token, run.device)["n"],
-    )
-    return explored, texts
+    n_token = distributed.all_reduce(n_token, run.device)["n"]
+    return Explored(prompt, prompt_mask, noise, chains, statistics, n_token), texts
 
 
 def judge(run, texts, problems, step):
-    """The rewards (Q, G) of all ranks' chains, and the means of their parts: acc, coh, fmt. texts:
-    this rank's Chains.
+    """Reward the chains: (rewards (Q, G) of all ranks, the means of their parts acc, coh, fmt).
+
+    texts: this rank's Chains. problems: those of all ranks.
     """
     cfg = run.cfg
     answers = [p.answer for p in distributed.shard(problems) for _ in range(cfg.G)]
     judged = [of_chain(cfg, chain, answer) for chain, answer in zip(texts, answers)]
-    names = ("coh", "fmt") if cfg.no_answers else ("acc", "coh", "fmt")
-    parts = {k: torch.tensor([parts[k] for _, parts in judged]).mean() for k in names}
 
-    reward = distributed.all_gather(torch.tensor([R for R, _ in judged]).view(-1, cfg.G))  # (Q, G)
+    # Every rank gets all rewards, and learns from its own chains
+    reward = torch.tensor([R for R, _ in judged]).view(-1, cfg.G)
+    reward = distributed.all_gather(reward)  # (Q, G)
     if not reward.isfinite().all():
         refuse_rewards(reward, step, problems)
-    if cfg.placebo:  # a control: the right rewards, for the wrong chains
+
+    # A control: the same rewards, for the wrong chains
+    if cfg.placebo:
         g = torch.Generator().manual_seed(run.seed_at(step, stream=2))
         reward = reward.flatten()[torch.randperm(reward.numel(), generator=g)].view_as(reward)
-    return reward, distributed.weighted_mean(parts, len(answers) // cfg.G, run.device)
+
+    names = ("coh", "fmt") if cfg.no_answers else ("acc", "coh", "fmt")
+    means = {name: torch.tensor([parts[name] for _, parts in judged]).mean() for name in names}
+    return reward, distributed.weighted_mean(means, len(answers) // cfg.G, run.device)
 
 
 def policy_gradients(run, explored, advantage, informative, old):
     """Add the policy gradient of the informative groups to the parameters.
 
-    The loss is −Σ advantage·log π over their chains, divided by the number of all chains. advantage
-    (Q, G) and informative (Q,) are those of all ranks; this rank's chains are in `explored`. old:
-    what a former update on this batch returned, or None. Returns (loss of all ranks, old, metrics).
+    The loss is −Σ advantage·log π over their chains, divided by the number of all chains.
+    advantage (Q, G), informative (Q,): of all ranks; this rank's chains are in `explored`.
+    old: what a former update on this batch returned, or None.
+    Returns (the loss of all ranks, old, metrics).
     """
     cfg, model, device = run.cfg, run.model, run.device
 
     # This rank's chains of informative groups
     ours = distributed.shard(informative)
     group = ours.nonzero()[:, 0].to(device)
-    chain = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
+    rows = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
     prompt, prompt_mask = explored.prompt[group], explored.prompt_mask[group]
-    chains = explored.rollout.select(chain)
-    eps = explored.noise.eps[chain] if cfg.estimator == "path" else None
-    our_advantage = distributed.shard(advantage)[ours].view(-1, 1).to(device)
+    chains = explored.rollout.select(rows)
+    chain_advantage = distributed.shard(advantage)[ours].view(-1, 1).to(device)  # (rows, 1)
 
     loss, metrics = torch.zeros((), device=device), {}
-    if len(chain):
+    if len(rows):
         length = prompt.shape[1] + chains.z.shape[1] + 1 + chains.token.shape[1]
-        run.doing = Doing(f"rl, step {run.step + 1}", len(chain), length, "--batch-size or --G")
+        run.doing = Doing(f"rl, step {run.step + 1}", len(rows), length, "--batch-size or --G")
         with run.autocast:
-            # REINFORCE, or the clipped ratio to the first update's log-probabilities
+            # The log-probability of every decision: latents (with score, not path), stops, words
+            eps = explored.noise.eps[rows] if cfg.estimator == "path" else None
             new = log_probs(model, prompt, prompt_mask, chains, cfg.G, eps)
-            logp, is_decision = decisions(cfg, model, chains, new)
-            old_logp, at_start = old or (logp.detach(), None)
-            each, clamped = surrogate(logp, old_logp, our_advantage)
-            loss = each.sum() / advantage.numel()
-            metrics["clamped"] = clamped.sum() / is_decision.sum().clamp(min=1)
+            words = 0 * new.token if cfg.greedy else new.token  # greedy words were not sampled
+            logp = torch.cat((new.z, new.stop, words), 1)  # (rows, T)
 
-            # KL to the SFT policy: always measured for the log, part of the loss with --kl
+            # REINFORCE at the first update; later ones are clipped against it
+            old_logp, start = old or (logp.detach(), None)
+            each, clamped = surrogate(logp, old_logp, chain_advantage)
+            loss = each.sum() / advantage.numel()
+
+            # The share of decisions that were clipped
+            is_latent = new.candidate & (cfg.estimator == "score")
+            is_stop = new.candidate[:, :: model.c] & model.stop
+            is_word = (chains.token >= 0) & (not cfg.greedy)
+            n_decision = torch.cat((is_latent, is_stop, is_word), 1).sum()
+            metrics["clamped"] = clamped.sum() / n_decision.clamp(min=1)
+
+            # KL to the SFT policy: measured for each log line, part of the loss with --kl
             if cfg.kl or run.is_log_due:
-                if at_start is None:
+                if start is None:
                     with torch.no_grad():
-                        at_start = log_probs(run.start_model, prompt, prompt_mask, chains, cfg.G)
-                kl = kl_to_start(new, at_start)
-                metrics["kl"] = kl / len(chain)
+                        start = log_probs(run.start_model, prompt, prompt_mask, chains, cfg.G)
+                kl = kl_to_start(new, start)
+                metrics["kl"] = kl / len(rows)
                 if cfg.kl:
-                    loss = loss + cfg.kl * kl / (int(informative.sum()) * cfg.G)
-            old = old_logp, at_start
+                    n_informative = int(informative.sum()) * cfg.G
+                    loss = loss + cfg.kl * kl / n_informative
+            old = old_logp, start
         loss.backward()
     total = distributed.all_reduce({"loss": loss.detach()}, device)["loss"]
-    return total, old, distributed.weighted_mean(metrics, len(chain), device)
+    return total, old, distributed.weighted_mean(metrics, len(rows), device)
 
 
-def decisions(cfg, model, chains, new):
-    """What the policy decided: (log-probabilities (B, T), which of them are decisions (B, T) bool)
-    of latents, stops and words.
-    """
-    words = 0 * new.token if cfg.greedy else new.token  # greedy words were not sampled
-    logp = torch.cat((new.z, new.stop, words), 1)
-    is_decision = (
-        new.candidate & (cfg.estimator == "score"),
-        new.candidate[:, :: model.c] & model.stop,
-        (chains.token >= 0) & (not cfg.greedy),
-    )
-    return logp, torch.cat(is_decision, 1)
+def rl_gradients(run, problems):
+    """One batch's policy gradients, every group counted as informative: for --dry-run.
 
-
-def explore_and_learn(run, problems):
-    """One batch's policy gradients as if every group were informative: the most that an update can
-    cost, for --dry-run.
+    It is the most that an update can cost. Returns the metrics of the batch.
     """
     prompts = run.tokenizer.prompts([p.question for p in problems])
     explored, texts = explore(run, prompts, step=0)
     reward, parts = judge(run, texts, problems, step=0)
     advantage = advantages(reward, run.cfg.baseline, run.cfg.normalise)
-    every = torch.ones(len(problems), dtype=torch.bool)
-    run.step, run.is_log_due = 0, True  # also measure the KL
-    policy_gradients(run, explored, advantage, every, old=None)
+    all_groups = torch.ones(len(problems), dtype=torch.bool)
+    policy_gradients(run, explored, advantage, all_groups, old=None)
     return {"reward": reward.mean(), **parts, **explored.statistics}
 
 

@@ -1,5 +1,4 @@
-"""Problems as tensors: Encoded, a problem as token ids, and Batch, some problems at one stage of
-the curriculum.
+"""Problems as tensors: Encoded, a problem as token ids, and Batch, some problems at one stage.
 
 Stage k of the curriculum replaces the first k written steps of each problem by latents and leaves
 the rest as text (docs/method.md, Stage 1). `collate` is where that happens.
@@ -31,8 +30,9 @@ class Encoded:
 
 
 def encode(problems, tokenizer, model, answer_only=False, always_K=False):
-    """Encode a list of Problem. model: an ATP, for K, c and its context length. answer_only: as in
-    Encoded.
+    """Encode a list of Problem -> a list of Encoded.
+
+    model: an ATP, for K, c and its context length. answer_only: as in Encoded.
 
     always_K: in stage k every problem takes k steps of latents, however few steps it has.
     Raises ValueError if a problem does not fit the model's context at some stage of the curriculum.
@@ -133,8 +133,9 @@ def left_pad(rows, value, device="cpu"):
 
 
 def collate(rows, stage, model):
-    """A Batch of Encoded rows at a curriculum stage (0 … K+1). model: an ATP, for c, K and its
-    switches.
+    """Encoded rows -> a Batch at a curriculum stage, 0 … K + 1.
+
+    model: an ATP, for c, K and its switches.
     """
     c, K = model.c, model.K
     most_steps = min(stage, K)
@@ -203,8 +204,7 @@ def collate(rows, stage, model):
 
 
 def batches(lengths, batch_size, seed):
-    """Yield lists of batch_size indices of problems, without end; `lengths` are the problems'
-    lengths.
+    """Yield lists of batch_size indices of problems, without end. lengths: of all problems.
 
     Each epoch has a new order and repeats nothing; its last, short batch is filled from the next
     epoch. The same seed gives the same order. Within 16 batches' worth, problems of like length

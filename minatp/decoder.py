@@ -1,5 +1,6 @@
-"""The decoder LM φ, which reads latents back as text: it takes the c latents of a step as input
-embeddings and writes the step.
+"""The decoder LM φ, which reads latents back as text.
+
+It takes the c latents of a step as input embeddings and writes the step.
 
 thought_nll      −log p of the true text of a step: the loss that teaches φ, and the latents
 read_thoughts    what φ writes greedily for each step
@@ -42,8 +43,9 @@ def thought_nll(decoder, z, text):
 
 @torch.no_grad()
 def read_thoughts(decoder, z, eos, max_new):
-    """What φ writes greedily for each step. z (N, c, D) -> N lists of ids, each up to the id `eos`,
-    at most max_new long.
+    """What φ writes greedily for each step.
+
+    z (N, c, D) -> N lists of ids, each up to the id `eos`, at most max_new long.
     """
     N, c, _ = z.shape
     if not N:
@@ -104,8 +106,9 @@ def cast_once(module):
 
 @torch.no_grad()
 def top_readings(decoder, z, eos, n, max_new):
-    """The n likeliest texts of each step, by beam search. z (N, c, D) -> N lists of (ids,
-    probability), likeliest first.
+    """The n likeliest texts of each step, by beam search.
+
+    z (N, c, D) -> N lists of (ids, probability), likeliest first.
 
     Texts that do not end within max_new tokens are left out.
     """

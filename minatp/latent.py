@@ -1,6 +1,7 @@
-"""The parts that think: a latent head that proposes the next latent, a stop head that ends the
-thinking, and ATP, which holds both beside the policy LM π and the decoder LM φ (docs/method.md,
-Sequence).
+"""The parts that think: the latent head, the stop head, and ATP (docs/method.md, Sequence).
+
+The latent head proposes the next latent, the stop head ends the thinking. ATP holds both beside the
+policy LM π and the decoder LM φ.
 """
 
 import math
@@ -16,7 +17,7 @@ from kernels.common import wide
 from .llama import Block, Llama
 
 
-class Thought(NamedTuple):
+class Latent(NamedTuple):
     """A candidate latent, or many (...), and the Gaussian that it was drawn from.
 
     Without the VAE z = mu = h, and the rest is None.
@@ -72,8 +73,7 @@ class ATP(nn.Module):
         self.vae, self.stop, self.decode = vae, stop, decode
 
         # The last curriculum stage taught. It bounds the thinking: a model in its k-th stage thinks
-        # at most
-        # k steps and writes the rest.
+        # at most k steps and writes the rest.
         self.stage = K + 1
         self.longest = 24  # most tokens that φ writes for a step; SFT raises it if a text is longer
         self.end = None  # id of <|end-latent|>
@@ -91,7 +91,7 @@ class ATP(nn.Module):
         return self.policy.freq.device
 
     def propose(self, h, eps=None, z=None, spread=1.0):
-        """The candidate after hidden state h (..., D) -> Thought.
+        """The candidate after hidden state h (..., D) -> Latent.
 
         z = μ + σ·ε by default, with eps as in kernels/vae.py; z = μ if eps is None. If z is given,
         it is taken as it is and only its KL and density are computed.
@@ -99,12 +99,12 @@ class ATP(nn.Module):
         logvar stay the head's.
         """
         if not self.vae:
-            return Thought(wide(h) if z is None else z, wide(h), None, None, None)
+            return Latent(wide(h) if z is None else z, wide(h), None, None, None)
         mu, logvar = self.latent_head(h)
         spread_logvar = logvar if spread == 1 else logvar + 2 * math.log(spread)
         # z = μ + exp(½ log σ²)·ε,  KL(N(μ, σ²) ‖ N(0, I)),  log N(z; μ, σ²)
         z, kl, logp = ops.reparameterise(mu, spread_logvar, eps, z)
-        return Thought(z, mu, logvar, kl, logp)
+        return Latent(z, mu, logvar, kl, logp)
 
     def set_recompute(self, on):
         """Whether the backward pass recomputes MLP activations, to save memory. Returns self."""

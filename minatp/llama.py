@@ -1,5 +1,4 @@
-"""LLaMA from scratch: grouped-query attention, RoPE with the llama3 scaling, RMSNorm, SwiGLU, and a
-KV cache.
+"""LLaMA from scratch: grouped-query attention, RoPE, RMSNorm, SwiGLU, and a KV cache.
 
 The model works on embeddings, not on token ids, because half of what it reads here are latents and
 not words. Parameter names are Hugging Face's, so that a state_dict is a published file. Nothing in
@@ -47,8 +46,7 @@ class LlamaConfig:
 
 
 def rope_frequencies(cfg):
-    """The angular frequency of each pair of dimensions, (head_dim/2,) float32, in radians per
-    position.
+    """The angular frequency of each pair of dimensions, (head_dim/2,), in radians per position.
 
     The llama3 scaling leaves short wavelengths alone, divides the frequency of long ones by
     `factor`, and blends in between.
@@ -124,8 +122,9 @@ class KVCache:
         return tuple(buffer[:, :, : self.length] for buffer in self.kv[i])
 
     def attend(self, i, q, k, v, rope, mask):
-        """Append k, v (B, h_kv, T_new, hd) to layer i and attend to it with q (B, h, n, hd), the
-        last n of the new columns.
+        """Append k, v (B, h_kv, T_new, hd) to layer i and attend to it.
+
+        q (B, h, n, hd): of the last n of the new columns.
 
         rope: (cos, sin) of the new columns. Returns (B, h, n, hd).
         """
@@ -151,8 +150,7 @@ class KVCache:
         return work(*inputs)
 
     def keep(self, rows, group=None):
-        """Keep only `rows` (a LongTensor, in any order, with repeats): finished rows then cost
-        nothing more.
+        """Keep only `rows` (a LongTensor, repeats allowed): the others cost nothing more.
 
         group: how often each row is repeated; a hint for the cache of kernels/cache.py.
         """
@@ -183,8 +181,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.h * self.hd, cfg.n_embd, bias=False)
 
     def forward(self, x, n, rope, cache, i, mask):
-        """Attention of layer i: keys and values of all T columns of x (B, T, D), queries of the
-        last n alone. Returns (B, n, D).
+        """Layer i: keys and values of all T columns of x (B, T, D), queries of the last n.
+
+        Returns (B, n, D).
         """
         B, T, _ = x.shape
         queried = x if n == T else x[:, -n:]
@@ -219,8 +218,9 @@ class Block(nn.Module):
         )
 
     def forward(self, x, branch, n, rope, cache, i, mask):
-        """The residual stream x (B, T, D) and what the last branch adds to it, likewise after this
-        block, of the last n columns.
+        """x (B, T, D): the residual stream. branch: what the last block adds to it.
+
+        Returns both after this block, of the last n columns.
 
         Every norm first adds the branch before it, so that one kernel can do both.
         """
@@ -270,8 +270,9 @@ class Llama(nn.Module):
         self.load_state_dict({k: v for k, v in other.state_dict().items() if k in own})
 
     def add_rows(self, ids, source):
-        """Set rows `ids` of the embedding (and of an untied output matrix) to the mean of the rows
-        `source`.
+        """Set rows `ids` of the embedding to the mean of the rows `source`.
+
+        Likewise of an untied output matrix.
 
         The matrices grow if they lack these rows.
         """

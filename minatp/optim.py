@@ -1,5 +1,4 @@
-"""The optimizer: AdamW, or Muon for the matrices of the layers and of the latent head and AdamW for
-the rest.
+"""The optimizer: AdamW, or Muon for the matrices inside the model and AdamW for the rest.
 
 AdamW scales every element by itself, and a few directions of a matrix take most of its step. Muon
 makes all directions equal: if the SVD of the step is U·S·Vᵀ, it takes U·Vᵀ.

@@ -1,5 +1,4 @@
-"""Problem, and the built-in task: arithmetic word problems of 1 to 4 steps, so that everything runs
-without a download.
+"""Problem, and the built-in task: word problems of 1 to 4 steps, with nothing to download.
 
 Four families. Chains of events, where each step needs the one before, and comparisons, told
 forwards or backwards (find where to start, then a chain): nearly four problems in five. Groups (two

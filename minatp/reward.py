@@ -22,8 +22,9 @@ SIGNED = re.compile(rf"(?<![\d.)])(?:(?<![\d.)] )-)?(?:{NUMBER.pattern})")
 
 
 def number(text):
-    """The exact value of "19", "-3", "1,000", "2.50", "$7" or "40%" (only the sign dropped); None
-    if it is not a number.
+    """The exact value of "19", "-3", "1,000", "2.50", "$7" or "40%"; None if it is not a number.
+
+    Of "$7" and "40%" the sign alone is dropped.
     """
     text = text.strip().removeprefix("$").removesuffix("%").replace(",", "")
     if len(text) > LONGEST or not re.fullmatch(r"-?(\d+(\.\d+)?|\.\d+)", text):
@@ -51,8 +52,9 @@ def same(a, b):
 
 
 def accuracy(text, gold):
-    """R_acc: 1.0 if the number after "### " equals gold's; answers that are not numbers are
-    compared as text.
+    """R_acc: 1.0 if the number after "### " equals gold's.
+
+    Answers that are not numbers are compared as text.
     """
     return float(same(answer(text), gold))
 
@@ -109,8 +111,9 @@ def coherent(steps, final):
 
 
 def coherence(steps, final, strict=False):
-    """R_coh: coherent steps / steps; 0.0 without steps. strict: a step must also be true, and not a
-    repetition.
+    """R_coh: coherent steps / steps; 0.0 without steps.
+
+    strict: a step must also be true, and not a repetition.
     """
     good = coherent(steps, final)
     if strict:
@@ -135,6 +138,8 @@ def true(step):
 
 def value(node, text):
     """The exact value of an arithmetic expression, the syntax tree of `text`.
+
+    Raises ValueError on anything but numbers, + − * / and brackets.
 
     Raises ValueError on anything but numbers, + − * / and brackets.
     """

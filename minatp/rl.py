@@ -35,8 +35,9 @@ def advantages(reward, baseline="mean", normalise=False):
 
 
 def surrogate(logp, old, advantage, clip=0.2):
-    """The clipped policy gradient of each decision. logp, old (B, T), advantage (B, 1) -> loss (B,
-    T), clamped (B, T) bool.
+    """The clipped policy gradient of each decision.
+
+    logp, old (B, T), advantage (B, 1) -> loss (B, T), clamped (B, T) bool.
 
     The ratio π/π_old is clipped to 1 ± clip, its logarithm before that to ± 3. If old is logp
     itself the ratio is 1 and the gradient is REINFORCE's, −advantage·∇logp.
@@ -93,12 +94,12 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
         h_text = h[:, L:]
         # the latent in column t was proposed from the column before it
         h_before = torch.cat((h_prompt[:, None], h[:, : L - 1]), 1)
-        thought = model.propose(h_before, z=rollout.z, spread=rollout.spread)
+        latent = model.propose(h_before, z=rollout.z, spread=rollout.spread)
         if model.vae:
-            logp_z = torch.where(candidate, thought.logp, 0.0)
+            logp_z = torch.where(candidate, latent.logp, 0.0)
     else:
         eps = ops.prepared(eps, rollout.z.shape[-1])
-        thought, _ = walk(
+        latent, _ = walk(
             model, h_prompt, cache, rollout.n_latent, longest, L, eps, spread=rollout.spread
         )
         h_text = policy(text, written, cache)
@@ -106,18 +107,19 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
     # The stop head decided at the first latent of each step
     logp_stop = rollout.logp_stop.new_zeros(B, model.K)
     if model.stop:
-        logp = wide(model.stop_head(thought.z[:, ::c])).log_softmax(-1)  # (B, K, 2)
+        logp = wide(model.stop_head(latent.z[:, ::c])).log_softmax(-1)  # (B, K, 2)
         taken = torch.where(used[:, ::c], logp[..., 0], logp[..., 1])
         logp_stop = torch.where(candidate[:, ::c], taken, 0.0)
 
     target = rollout.token.masked_fill(~written, IGNORE)
     logp_token = -policy.nll(h_text, target, rollout.temperature)
-    return LogProbs(logp_z, logp_stop, logp_token, thought.mu, thought.logvar, candidate)
+    return LogProbs(logp_z, logp_stop, logp_token, latent.mu, latent.logvar, candidate)
 
 
 def kl_to_start(new, start):
-    """KL(π ‖ π_start), summed over the chains. new, start: LogProbs of the same rollouts under
-    either policy.
+    """KL(π ‖ π_start), summed over the chains.
+
+    new, start: LogProbs of the same rollouts under either policy.
 
     Latents: between the heads' Gaussians. Stops and words: estimated from the samples (k3, exp(r) −
     1 − r).

@@ -19,8 +19,9 @@ from .chain import read_prompt
 
 @dataclass
 class Noise:
-    """All random numbers of B rollouts, drawn before any batch is made: batching does not change a
-    problem's luck.
+    """All random numbers of B rollouts.
+
+    They are drawn before any batch is made, so that batching does not change a problem's luck.
     """
 
     eps: torch.Tensor  # (B, cK, 2) the seed and offset of each latent's ε (kernels/vae.py)
@@ -31,9 +32,7 @@ class Noise:
 
     @staticmethod
     def draw(model, B, max_new, seed, temperature=1.0, spread=None, greedy=False):
-        """spread: defaults to the temperature. greedy: only the thoughts are sampled, the words are
-        not.
-        """
+        """spread: defaults to the temperature. greedy: sample the latents, but not the words."""
         g = torch.Generator().manual_seed(seed)
         return Noise(
             eps=ops.noise(seed, B, model.c * model.K),
@@ -156,7 +155,7 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
     x = end_latent.repeat(B, 1)  # (rows, D)
 
     def write_words(h, writes):
-        """The rows where writes (rows,) choose their next word from hidden states h (rows, D)."""
+        """Where writes (rows,): choose the next word from hidden states h (rows, D)."""
         b = some(writes, fixed_shape)
         if not len(b):
             return
@@ -171,9 +170,7 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         put(doing, b, torch.where(ended, DONE, WRITES), due)
 
     def think(h, t, thinks):
-        """The rows where thinks (rows,) propose latent t from h (rows, D), and stop there or keep
-        it.
-        """
+        """Where thinks (rows,): propose latent t from h (rows, D), and stop there or keep it."""
         b = some(thinks, fixed_shape)
         if not len(b):
             return
@@ -181,15 +178,15 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         column = t.clamp(max=cK - 1).expand(len(b))
 
         # Propose z ~ N(μ, σ²), or take the forced latent
-        thought = model.propose(h[b], noise and eps[chain, column], spread=out.spread)
-        z = thought.z
+        latent = model.propose(h[b], noise and eps[chain, column], spread=out.spread)
+        z = latent.z
         if forced is not None:
             is_forced = t < forced.n[chain]
             z = torch.where(is_forced[:, None], forced.z[chain, column], z)
         put(out.z, (chain, column), z, due)
         if model.vae:
-            put(out.logvar, (chain, column), thought.logvar, due)
-            put(out.logp_z, (chain, column), thought.logp, due)
+            put(out.logvar, (chain, column), latent.logvar, due)
+            put(out.logp_z, (chain, column), latent.logp, due)
 
         # At the first latent of a step the stop head reads the candidate: stop drops it
         stop = torch.zeros_like(due)

@@ -19,18 +19,17 @@ from .decoder import thought_nll
 
 
 def sft_losses(model, batch, eps=None):
-    """The four losses of a Batch, each summed over it: {"enc", "kl", "stop", "dec"}, those that
-    apply to the model and stage.
+    """The losses of a Batch, each summed over it: {"enc", "kl", "stop", "dec"}, those that apply.
 
-    model: an ATP. eps: the noise of the latents, (B, ≥ n_candidate, …) as in kernels/vae.py; None:
-    z = μ.
+    model: an ATP. eps: the noise of the latents, (B, ≥ n_candidate, …) as in kernels/vae.py, or
+    None for z = μ.
     """
     policy = model.policy
 
     # Read the prompt, think, and read the text after the latents. In stage 0 everything is text
-    thought = None
+    latent = None
     if batch.n_candidate:
-        thought, n_latent, cache = think(model, batch, eps)
+        latent, n_latent, cache = think(model, batch, eps)
         h = policy(policy.embed(batch.text), batch.text_mask, cache)  # (B, Tt, D)
     else:
         h = read_as_text(policy, batch)
@@ -38,19 +37,19 @@ def sft_losses(model, batch, eps=None):
     # −log p of every labelled token
     labelled = batch.target >= 0
     losses = {"enc": policy.nll(h[labelled], batch.target[labelled]).sum()}
-    if thought is None:
+    if latent is None:
         return losses
 
     # Which candidates are labelled "continue" (used) and "stop" (dropped); problems without steps
     # have no labels
-    z = thought.z  # (B, n_candidate, D)
+    z = latent.z  # (B, n_candidate, D)
     t = torch.arange(z.shape[1], device=z.device)
     used = (t < n_latent[:, None]) & ~batch.answer_only[:, None]  # (B, n_candidate)
     dropped = (t == batch.n_latent[:, None]) & batch.has_stop[:, None]
 
     # KL(N(μ, σ²) ‖ N(0, I)) of each used latent
     if model.vae:
-        losses["kl"] = thought.kl[used].sum()
+        losses["kl"] = latent.kl[used].sum()
 
     # The stop head is asked at the first latent of a step only
     if model.stop:
@@ -78,23 +77,22 @@ def total_loss(losses, counts, beta):
 
 
 def think(model, batch, eps=None):
-    """Read the prompts of a Batch and walk its latents: (Thought (B, n_candidate), n_latent as
-    used, the cache after them).
+    """Read the prompts of a Batch and walk its latents.
+
+    Returns (Latent (B, n_candidate), n_latent as used, the cache after them).
     """
     room = batch.L + batch.text.shape[1]
     h, cache = read_prompt(model.policy, batch.prompt, batch.prompt_mask, room)
     eps = ops.prepared(eps, h.shape[-1])
     answer_only = batch.answer_only if batch.counts["answer_only"] else None
-    thought, n_latent = walk(
+    latent, n_latent = walk(
         model, h, cache, batch.n_latent, batch.L, batch.n_candidate, eps, answer_only
     )
-    return thought, n_latent, cache
+    return latent, n_latent, cache
 
 
 def read_as_text(policy, batch):
-    """Hidden states (B, Tt, D) at batch.text if nothing is latent: prompt and text are read in one
-    pass.
-    """
+    """Hidden states (B, Tt, D) at batch.text if nothing is latent: a single pass."""
     ids = torch.cat((batch.prompt, batch.text), 1)
     mask = torch.cat((batch.prompt_mask, batch.text_mask), 1)
     return policy(policy.embed(ids), mask, policy.cache(*ids.shape), batch.text.shape[1])

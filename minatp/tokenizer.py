@@ -14,9 +14,9 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` and the ids that the method needs: bos, eos, start, latent, end."""
 
     def __init__(self, backend, bos, eos, files=()):
-        """backend: a `tokenizers.Tokenizer`. bos: an id. eos: ids; the first is written, any of
-        them ends an answer. files: {name: bytes} of the files that came with it and are saved with
-        it.
+        """backend: a `tokenizers.Tokenizer`. bos: an id.
+        eos: ids; the first is written, any of them ends an answer.
+        files: {name: bytes} of the files that came with it and are saved with it.
         """
         self.backend, self.bos, self.eos, self.files = backend, bos, tuple(eos), dict(files)
 

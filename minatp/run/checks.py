@@ -1,6 +1,4 @@
-"""What a run refuses before it starts: an --init that does not fit the options, problems that have
-changed, a bad reward.
-"""
+"""What a run refuses: an --init that does not fit the options, changed problems, bad rewards."""
 
 import hashlib
 from dataclasses import fields
@@ -25,8 +23,7 @@ def check_size(model, cfg):
 
 
 def check_thoughts(cfg):
-    """RL explores in sampled latents and rewards what φ reads in them; SFT has settled how many
-    there are.
+    """RL explores in sampled latents, whose number SFT has settled, and rewards what φ reads.
 
     Raises UserError if --init has none, or an option asks for another number.
     """
@@ -46,8 +43,9 @@ def check_thoughts(cfg):
 
 
 def check_latents(cfg):
-    """SFT from a run that thinks already needs as many latents a step and no fewer steps, or it
-    would learn them anew.
+    """SFT from a run that thinks already needs as many latents a step and no fewer steps.
+
+    Otherwise it would have to learn them anew.
 
     Prints which heads are added or dropped. Raises UserError.
     """
@@ -79,9 +77,7 @@ def check_problems(cfg, splits, state):
 
 
 def check_start(cfg, start, state):
-    """Raise UserError if --init no longer holds the model that an RL run started from, with which
-    it is compared.
-    """
+    """Raise UserError if --init no longer holds the model that an RL run started from."""
     if state["start"] != fingerprint(start):
         raise UserError(
             f"{cfg.init}:0: is not what this run started from (was it trained again?); restore "

@@ -78,8 +78,9 @@ class Doing(NamedTuple):
 
 @contextmanager
 def memory_guard(doing):
-    """Turn a failed allocation, on a GPU or a CPU, into OutOfMemory. doing: a function that returns
-    the current Doing.
+    """Turn a failed allocation, on a GPU or a CPU, into OutOfMemory.
+
+    doing: a function that returns the current Doing.
     """
     try:
         yield

@@ -133,8 +133,9 @@ def elect(chains, by):
 
 
 def vote(samples, problems):
-    """samples: k lists of one Chain per problem -> shares of problems solved by any of the k, and
-    by the elected one.
+    """Shares of problems solved by any of k samples, and by the elected one.
+
+    samples: k lists of one Chain per problem.
     """
     n, k = len(problems), len(samples)
     by_problem = list(zip(*samples))
@@ -157,8 +158,7 @@ def vote(samples, problems):
 
 
 def paired(after, before, problems):
-    """The accuracy gained from `before` to `after`, one Chain per problem each, and its standard
-    error.
+    """The accuracy gained from `before` to `after`, and its standard error.
 
     The error is that of the paired differences; None if there is one problem.
     """
@@ -211,8 +211,9 @@ def describe_gain(result):
 
 @torch.no_grad()
 def diagnose(run):
-    """RL's diagnostics: whether thoughts matter to the reward, and whether φ still reads them as it
-    read the SFT policy's.
+    """RL's diagnostics: do latents matter to the reward, and does φ still read them?
+
+    Its reading is compared with that of the SFT policy's latents.
     """
     with run.autocast:
         share, total = reward_variance(run, run.splits.val[:24])
@@ -243,8 +244,7 @@ def reading_nll(run, model):
 
 
 def reward_variance(run, problems, n_thought=6, n_word=4):
-    """Where the variance of the reward within a question comes from: (share of the thoughts,
-    total).
+    """Where the variance of the reward within a question comes from: (share of latents, total).
 
     A nested design: n_thought draws of the thoughts of each question, and of each of those n_word
     draws of the words.

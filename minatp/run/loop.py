@@ -1,5 +1,6 @@
-"""What surrounds a training step, so that train.py need not: loading, schedules, logs, checkpoints,
-resuming, validation, ranks.
+"""What surrounds a training step, so that train.py need not.
+
+Loading, schedules, logs, checkpoints, resuming, validation and ranks.
 
 Run                a training run; `steps` is the generator that its loop iterates over
 GuardedOptimizer   takes no step on a loss or gradient that is not finite
@@ -84,9 +85,7 @@ class Run:
         self.encode()
 
     def load_start_model(self):
-        """RL compares the policy with the SFT model that it started from, and leaves the decoder φ
-        as that left it.
-        """
+        """Load the SFT model that RL starts from and is compared with; its φ stays frozen."""
         self.start_model = load_model(self.cfg.init)[0].to(self.device)
         self.state.setdefault("start", fingerprint(self.start_model))
         check_start(self.cfg, self.start_model, self.state)
@@ -371,9 +370,7 @@ class GuardedOptimizer:
         return norm
 
     def check(self):
-        """Raise NotFinite, with the step and its problems, if a step since the last check was not
-        taken.
-        """
+        """Raise NotFinite if a step since the last check was not taken, with its problems."""
         steps, self.unchecked = self.unchecked, []
         if not steps:
             return
@@ -421,8 +418,9 @@ class Meter:
         self.start += time.perf_counter() - start
 
     def add(self, sums, counts, n_token):
-        """sums: scalar tensors, left on their device, so that nobody waits for them. counts: what
-        each is a mean over; 1 if missing.
+        """Add one step. sums: scalar tensors, left on their device, so that nobody waits for them.
+
+        counts: what each is a mean over; 1 if missing.
         """
         for name, value in sums.items():
             self.total[name] = self.total.get(name, 0) + value.detach()

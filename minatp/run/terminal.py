@@ -74,9 +74,7 @@ def format_duration(seconds):
 
 
 def progress(what, n):
-    """A function to call after each of n parts of long work; on a terminal it shows how much is
-    left.
-    """
+    """A function to call after each of n parts of long work: a terminal then shows what is left."""
     start, n_done = time.perf_counter(), 0
 
     def advance():

@@ -1,6 +1,4 @@
-"""`train.py --dry-run`: what the data, the curriculum and the model will be, and one step, before
-hours are spent on them.
-"""
+"""`train.py --dry-run`: data, curriculum, model and one step, before hours are spent on them."""
 
 import os
 import statistics
@@ -25,8 +23,7 @@ from . import count
 
 
 def dry_run(run, sft_gradients, rl_gradients):
-    """Print counts, lengths, a problem at each stage, parameters and memory, then make the
-    gradients of one batch.
+    """Print counts, lengths, a problem at each stage and memory; make the gradients of one batch.
 
     No weight changes. SFT: at the first and at the last stage. RL: from rollouts.
     run: a loop.Run that has not started. sft_gradients(run, rows, stage, step), rl_gradients(run,
@@ -81,9 +78,7 @@ def dry_run(run, sft_gradients, rl_gradients):
 
 
 def check_folder(run):
-    """A resumed run must have the problems that it started with; a new one will need a folder of
-    its own.
-    """
+    """A resumed run must have the problems that it started with; a new one needs a folder."""
     cfg = run.cfg
     if cfg.resume:
         state = read_json(newest_checkpoint(cfg.out) / "state.json")
@@ -102,9 +97,7 @@ def build_on_meta(cfg, problems):
 
 
 def stages_to_try(cfg, model):
-    """The curriculum stages whose SFT step is tried: the first and the last; in RL that of its
-    anchor, if there is one.
-    """
+    """The curriculum stages to try: the first and the last; in RL that of its anchor, if any."""
     if cfg.stage == "sft":
         schedule = cfg.schedule()
         return sorted({schedule[0][0], schedule[-1][0]})
@@ -131,8 +124,9 @@ def held_bytes(cfg, model):
 
 
 def activation_bytes(run, row, stages):
-    """Bytes that a micro-batch of problems as long as `row` keeps for the backward pass of SFT, at
-    the stage that keeps most.
+    """Bytes that a micro-batch keeps for the backward pass of SFT, at the stage that keeps most.
+
+    Every problem is taken to be as long as `row`.
     """
     cfg, model, device = run.cfg, run.model, run.device
     size = cfg.micro_batch or cfg.batch_size
@@ -236,9 +230,7 @@ def mean_losses(losses, counts):
 
 @contextmanager
 def timed_step(what, device):
-    """Print the time and peak memory of what runs inside, and the values that it puts into the
-    dict.
-    """
+    """Print the time and peak memory of what runs inside, and the values put into the dict."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start, values = time.perf_counter(), {}
