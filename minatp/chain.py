@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from kernels.graph import Replayed
 from kernels.linear import Stacks, deferred
 
-from .latent import Thought
+from .latent import Latent
 
 
 def read_prompt(policy, prompt, prompt_mask, room, group=1):
@@ -39,7 +39,7 @@ def walk(model, h, cache, n_latent, L, n_candidate, eps=None, free=None, spread=
 
     h (B, D): the hidden state after the prompt, which is in the cache. n_latent (B,): how many each row uses, L at most; those of a row of
     `free` (B,) bool are at most so many, and it stops where generation would. eps (B, ≥ n_candidate, …) as in kernels/vae.py, or None for z = μ;
-    spread as in ATP.propose. Returns the Thought (B, n_candidate), None where there is none, and n_latent as used. A row's dropped
+    spread as in ATP.propose. Returns the Latent (B, n_candidate), None where there is none, and n_latent as used. A row's dropped
     candidate stands at column n_latent.
     """
     if not n_candidate:
@@ -47,14 +47,14 @@ def walk(model, h, cache, n_latent, L, n_candidate, eps=None, free=None, spread=
     if cache.replays and torch.is_grad_enabled():
         found = ByHand.apply((model, cache, L, n_candidate, free, spread), h, n_latent, eps, *cache.thread, *weights(model))
         cache.thread = list(found[PARTS + 1:])
-        return Thought(*found[:PARTS]), found[PARTS]
+        return Latent(*found[:PARTS]), found[PARTS]
     step = lambda z, real: model.policy.step(z, real, cache)
     with deferred(model):  # the gradient of each weight is one product for the whole chain, not one a latent
         _, thought, n_latent = loop(model, h, L, n_candidate, n_latent, eps, free, spread, step)
     return thought, n_latent
 
 
-PARTS = len(Thought._fields)
+PARTS = len(Latent._fields)
 
 
 def parts(model):
@@ -82,7 +82,7 @@ def instead(modules, others):
 
 def loop(model, h, L, n_candidate, n_latent, eps, free, spread, step):
     """The chain itself, of which L latents are fed. step(z, real) gives the hidden state after z (B, D), read by the rows where real (B,).
-    Returns all h_t (n_candidate of (B, D)), the Thought (B, n_candidate), and n_latent as used."""
+    Returns all h_t (n_candidate of (B, D)), the Latent (B, n_candidate), and n_latent as used."""
     hidden, proposed = [], []
     for t in range(n_candidate):
         hidden.append(h)
@@ -93,7 +93,7 @@ def loop(model, h, L, n_candidate, n_latent, eps, free, spread, step):
             n_latent = torch.where(stops, t, n_latent)
         if t < L:
             h = step(z, t < n_latent)
-    return hidden, Thought(*(None if x[0] is None else torch.stack(x, 1) for x in zip(*proposed))), n_latent
+    return hidden, Latent(*(None if x[0] is None else torch.stack(x, 1) for x in zip(*proposed))), n_latent
 
 
 class ByHand(torch.autograd.Function):
@@ -126,7 +126,7 @@ class ByHand(torch.autograd.Function):
         added = {p: torch.zeros_like(p) for p in weights(model) if p.requires_grad and p not in stacks.parameters}
 
         def back(h, dh, real, before, *given, fed=True):
-            """The gradient of h_t, from those of what was used of its Thought (`given`, then ε_t) and, where z_t was fed, dh of h_{t+1}. The
+            """The gradient of h_t, from those of what was used of its Latent (`given`, then ε_t) and, where z_t was fed, dh of h_{t+1}. The
             weights' gradients are left in `stacks` and `added`."""
             d, noise = list(given[:len(used)]), given[len(used):]
             # cache.n_own goes back to where it stood before column t, whose keys and values are computed and written once more. Later columns

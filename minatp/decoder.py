@@ -59,21 +59,22 @@ def read_thoughts(decoder, z, eos, max_new):
     word = rows.new_full((N,), eos)
     text = rows.new_full((N, max_new), eos)
 
-    def write(h, t):
-        """Write the t-th word of every row, given hidden states h (rows, D); eos if it has ended.
-        t: a tensor, ().
+    def tick(t, h=None):
+        """Read the last word of every row (or take h (rows, D) as read) and write the t-th.
+
+        t: a tensor, (). A row that has ended writes eos.
         """
+        if h is None:
+            h = decoder.step(decoder.embed(word), writing, cache)
         word.copy_(torch.where(writing, decoder.logits(h).argmax(-1), eos))
         text[rows, t.expand_as(rows)] = word
         writing.copy_(word != eos)
 
-    def tick(t):
-        write(decoder.step(decoder.embed(word), writing, cache), t)
-
     count_done = Late(fixed_shape)
     with cast_once(decoder):
         all_real = torch.ones(N, c, dtype=torch.bool, device=z.device)
-        write(decoder(z, all_real, cache, 1)[:, 0], torch.zeros_like(rows[0]))
+        h = decoder(z, all_real, cache, 1)[:, 0]
+        tick(torch.zeros_like(rows[0]), h)
         for t in range(1, max_new):
             n_done = count_done(~writing)
             if n_done == len(rows):

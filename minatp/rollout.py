@@ -135,24 +135,27 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
     """
     policy, c, device = model.policy, model.c, prompt.device
     cK = c * min(model.stage, model.K)  # most latents
-    h, cache = read_prompt(policy, prompt, prompt_mask, cK + 1 + max_new, group)
-    B, D = h.shape
-    fixed_shape = (
-        cache.replays
-    )  # ticks are CUDA graphs: every row is computed, and only what is due is stored
-    out = Rollout.empty(model, B, max_new, noise, device)
-    limit = torch.full((B,), cK, device=device)  # latents that each row may have
-    if forced is not None:
-        limit = torch.where(forced.ends, forced.n, cK).clamp(max=cK)
-    eps = noise and ops.prepared(noise.eps, D)
     eos = torch.tensor(policy.cfg.eos, device=device)
     end_latent = policy.embed(torch.tensor(model.end, device=device))  # (D,)
 
-    # The state of the batch, written in place: which chain each row is, what it does, and what it
-    # reads next
-    rows = torch.arange(B, device=device)
+    # Read the prompts, and make room for what each of the B chains will be
+    h, cache = read_prompt(policy, prompt, prompt_mask, cK + 1 + max_new, group)
+    B, D = h.shape
+    out = Rollout.empty(model, B, max_new, noise, device)
+    eps = noise and ops.prepared(noise.eps, D)
+
+    # How many latents each row may have
+    limit = torch.full((B,), cK, device=device)
+    if forced is not None:
+        limit = torch.where(forced.ends, forced.n, cK).clamp(max=cK)
+
+    # In a CUDA graph shapes are fixed: every row is computed, and only what is due is stored
+    fixed_shape = cache.replays
+
+    # The state of the batch, written in place
+    rows = torch.arange(B, device=device)  # the chain that each row is
     doing = torch.zeros_like(rows)  # THINKS, WRITES or DONE
-    x = end_latent.repeat(B, 1)  # (rows, D)
+    x = end_latent.repeat(B, 1)  # (rows, D) what each row reads next
 
     def write_words(h, writes):
         """Where writes (rows,): choose the next word from hidden states h (rows, D)."""
@@ -160,11 +163,15 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         if not len(b):
             return
         chain, due = rows[b], writes[b]
+
+        # The n-th word of each chain, greedy or sampled
         n = out.n_token[chain].clamp(max=max_new - 1)
         token, logp = choose_token(policy.logits(h[b]), noise, chain, n)
         put(out.token, (chain, n), token, due)
         put(out.logp_token, (chain, n), logp, due)
         out.n_token[chain] += due
+
+        # It is read next, unless it ends the answer
         put(x, b, policy.embed(token), due)
         ended = (token[:, None] == eos).any(1) | (n + 1 == max_new)
         put(doing, b, torch.where(ended, DONE, WRITES), due)
@@ -200,34 +207,34 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
             stop = stop & asked
             if forced is not None:
                 stop = stop & ~is_forced
-            put(out.stop_prob, (chain, column // c), logp[:, 1].exp(), asked)
-            put(
-                out.logp_stop,
-                (chain, column // c),
-                torch.where(stop, logp[:, 1], logp[:, 0]),
-                asked,
-            )
+            step = chain, column // c
+            put(out.stop_prob, step, logp[:, 1].exp(), asked)
+            put(out.logp_stop, step, torch.where(stop, logp[:, 1], logp[:, 0]), asked)
             put(out.stopped, chain, stop, due)
+
+        # A latent that is kept is read next; after a stop it is <|end-latent|>
         out.n_latent[chain] += due & ~stop
         put(x, b, z, due & ~stop)
         put(doing, b, torch.where(stop, WRITES, THINKS), due)
 
-    def decide(h, t):
-        """What every row does after hidden states h (rows, D), at tick t (a tensor, ())."""
+    def tick(t, h=None):
+        """Read one position of every row (or take h (rows, D) as read) and decide what comes next.
+
+        t: a tensor, ().
+        """
+        if h is None:
+            h = policy.step(x, doing < DONE, cache)
         thinks = (doing == THINKS) & (t < limit[rows])
         writes = doing == WRITES
-        # rows that end their thinking at this tick read <|end-latent|>, then write; the others
-        # overwrite x and doing
+        # A row that ends its thinking reads <|end-latent|>, then writes; the others overwrite this
         x.copy_(end_latent)
         doing.clamp_(min=WRITES)
         write_words(h, writes)
         think(h, t, thinks)
 
-    def tick(t):
-        decide(policy.step(x, doing < DONE, cache), t)
-
+    # The first tick has read the prompt already. Rows that are done leave the batch
     count_done = Late(fixed_shape)
-    decide(h, torch.zeros_like(rows[0]))
+    tick(torch.zeros_like(rows[0]), h)
     for t in range(1, cK + max_new + 1):
         n_done = count_done(doing == DONE)
         if n_done == len(rows):
@@ -239,6 +246,7 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
             count_done = Late(fixed_shape)
         cache.step(tick, torch.full_like(rows[0], t))
 
+    # Trim to the longest answer
     longest = int(out.n_token.max())
     out.token, out.logp_token = out.token[:, :longest], out.logp_token[:, :longest]
     return out

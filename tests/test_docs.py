@@ -1,24 +1,73 @@
-"""What the README says of the code is true."""
+"""What the README and the pages under docs/ say of the code is true."""
+
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_map_points_at_the_lines_it_names():
-    rows = re.findall(r"\| `([^`]+)` \| \[[^]]+\]\(([^)#]+)#L(\d+)\) \|", README)
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def anchors(page):
+    """The anchors of a Markdown page: its headings as GitHub spells them."""
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", read(page), re.MULTILINE):
+        kept = re.sub(r"[^\w\- ]", "", heading.lower())
+        found.add(kept.replace(" ", "-"))
+    return found
+
+
+def test_the_map_names_code_that_stands_in_the_file():
+    """docs/method.md: | equation | `code` | [file](path) |"""
+    rows = re.findall(
+        r"\| `([^`]+)` \| \[[^]]+\]\(([^)]+)\) \|$", read(ROOT / "docs/method.md"), re.M
+    )
     assert len(rows) >= 15
-    for code, path, line in rows:
-        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
-        assert code in lines[int(line) - 1], f"{path}:{line} is not {code!r}; it is on line {[i for i, x in enumerate(lines, 1) if code in x]}"
+    for code, path in rows:
+        assert code in read(ROOT / "docs" / path), f"{path} does not hold {code!r}"
 
 
-def test_every_file_named_exists():
-    for path in re.findall(r"\]\((?!http)(\w[^)#]*)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", read(page)):
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_names_a_program_that_exists(page):
+    for module in re.findall(r"python3? -m ((?:minatp|kernels)[\w.]*)", read(page)):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    for script in re.findall(r"python3? ([\w/]+\.py)", read(page)):
+        assert (ROOT / script).exists(), script
+    for test in re.findall(r"pytest [^`\n#]*?(tests[\w/.]*)", read(page)):
+        assert (ROOT / test).exists(), test
 
 
 def test_the_kernel_shown_is_the_kernel():
-    code = re.search(r"```python\n(@triton.jit.*?)```", README, re.DOTALL)[1]
-    assert code in (ROOT / "kernels/rows.py").read_text(encoding="utf-8")
+    code = re.search(
+        r"```python\n(@triton.jit.*?)```", read(ROOT / "kernels/README.md"), re.DOTALL
+    )[1]
+    assert code in read(ROOT / "kernels/rows.py")
+
+
+def test_the_readme_stays_short():
+    text = read(ROOT / "README.md")
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1500
+
+
+def test_the_tree_names_every_file_of_the_method():
+    tree = re.search(r"```\ntrain.py.*?```", read(ROOT / "README.md"), re.DOTALL)[0]
+    entry_files = {"__init__", "evaluate", "probe", "plot", "ablate"}
+    for path in (ROOT / "minatp").glob("*.py"):
+        if path.stem not in entry_files:
+            assert re.search(rf"\b{path.stem}\b", tree), path.stem

@@ -144,34 +144,45 @@ class Run:
         rate; after it, it logs, saves, stops on request and validates, whatever is due.
         n_total: steps of the whole run; defaults to n_step.
         """
-        cfg, first = self.cfg, self.first_step
+        cfg, is_rl, n_restored = self.cfg, self.cfg.stage == "rl", self.state["step"]
         self.n_total, self.stage = n_total or n_step, stage
         self.max_new = self.longest_answer()
-        if cfg.stage == "rl" and self.state["step"] in (n_step, *range(0, n_step, cfg.val_every)):
-            self.validate(self.state["step"])  # it may have stopped between saving and validating
+
+        # The run may have been stopped between a checkpoint and the validation that follows it
+        if is_rl and (n_restored % cfg.val_every == 0 or n_restored == n_step):
+            self.validate(n_restored)
+
         for i in range(n_step):
-            # drawn even if it is skipped: the order of the later ones depends on it
+            step = self.first_step + i
+            is_last = i == n_step - 1
+
+            # A batch is drawn even if it is skipped: the order of the later ones depends on it
             batch = next(batches)
-            step, n_done, is_last = first + i, first + i + 1, i == n_step - 1
-            if step < self.state["step"]:
+            if step < n_restored:
                 continue
+
+            # Before the step
+            n_done = step + 1
             self.step = self.optimizer.n_done = step
             self.optimizer.lr = learning_rate(cfg, i, n_step)
             self.is_log_due = n_done % cfg.log_every == 0 or is_last
             yield step, batch
 
+            # After the step: log, save, stop, validate. A validation comes after a checkpoint
             if self.is_log_due:
                 self.write_log(n_done)
-            any_stop = distributed.all_reduce({"stop": int(stop.requested)}, self.device)["stop"]
-            is_validation_due = cfg.stage == "rl" and (n_done % cfg.val_every == 0 or is_last)
+            is_validation_due = is_rl and (n_done % cfg.val_every == 0 or is_last)
             is_save_due = n_done % cfg.save_every == 0 or is_last or is_validation_due
+            any_stop = distributed.all_reduce({"stop": int(stop.requested)}, self.device)["stop"]
             if is_save_due or any_stop:
                 self.save(n_done)
                 stop.check(cfg, any_stop)
             if is_validation_due:
                 self.validate(n_done)
+
+        # SFT validates after each stage; again unless that was done before the resume
         self.first_step += n_step
-        if cfg.stage == "sft" and self.first_step >= self.state["step"]:
+        if not is_rl and self.first_step >= n_restored:
             self.validate(self.first_step)
 
     def micro_batches(self, rows, stage, step):
