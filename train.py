@@ -77,7 +77,7 @@ def sft(run):
 
             # 2. A step of the optimizer: gradients summed over ranks, clipped; none if not finite
             grad_norm = run.optimizer.step(sum(losses.values()), problems)
-            run.record({**losses, "grad_norm": grad_norm}, counts, counts["read"])
+            run.meter.add({**losses, "grad_norm": grad_norm}, counts, counts["read"])
 
             # 3. From scratch, φ starts as what π has become when the first latents come
             is_last = step == n_step - 1
@@ -158,7 +158,8 @@ def rl(run):
             metrics["grad_norm"] = run.optimizer.step(loss, problems)
 
         signal = {"reward": reward.mean(), "signal": informative.float().mean()}
-        run.record({**signal, **parts, **explored.statistics, **metrics}, {}, explored.n_token)
+        means = {**signal, **parts, **explored.statistics, **metrics}
+        run.meter.add(means, {}, explored.n_token)
     run.finish()
 
 
@@ -211,7 +212,7 @@ def explore(run, prompts, step):
         "latents": chains.n_latent.float().mean(),
         "sigma": (0.5 * chains.logvar[is_candidate]).exp().mean(),
     }
-    statistics = distributed.weighted_mean(statistics, len(prompt), run.device)
+    statistics = distributed.all_reduce(statistics, run.device, weight=len(prompt))
     n_token = {"n": int(chains.n_latent.sum() + chains.n_token.sum())}
     n_token = distributed.all_reduce(n_token, run.device)["n"]
     return Explored(prompt, prompt_mask, noise, chains, statistics, n_token), texts
@@ -223,7 +224,8 @@ def judge(run, texts, problems, step):
     texts: this rank's Chains. problems: those of all ranks.
     """
     cfg = run.cfg
-    answers = [p.answer for p in distributed.shard(problems) for _ in range(cfg.G)]
+    ours = distributed.shard(problems)
+    answers = [p.answer for p in ours for _ in range(cfg.G)]
     judged = [of_chain(cfg, chain, answer) for chain, answer in zip(texts, answers)]
 
     # Every rank gets all rewards, and learns from its own chains
@@ -239,7 +241,7 @@ def judge(run, texts, problems, step):
 
     names = ("coh", "fmt") if cfg.no_answers else ("acc", "coh", "fmt")
     means = {name: torch.tensor([parts[name] for _, parts in judged]).mean() for name in names}
-    return reward, distributed.weighted_mean(means, len(answers) // cfg.G, run.device)
+    return reward, distributed.all_reduce(means, run.device, weight=len(ours))
 
 
 def policy_gradients(run, explored, advantage, informative, old):
@@ -296,7 +298,7 @@ def policy_gradients(run, explored, advantage, informative, old):
             old = old_logp, start
         loss.backward()
     total = distributed.all_reduce({"loss": loss.detach()}, device)["loss"]
-    return total, old, distributed.weighted_mean(metrics, len(rows), device)
+    return total, old, distributed.all_reduce(metrics, device, weight=len(rows))
 
 
 def rl_gradients(run, problems):

@@ -1,1 +1,1 @@
-"""Triton kernels and their PyTorch references; `ops` chooses between them. Imports nothing from minatp."""
+"""Triton kernels, each beside its PyTorch reference; `ops` chooses. Imports nothing from minatp."""

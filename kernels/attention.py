@@ -1,386 +1,819 @@
-"""Attention of one new position (or a few) of each sequence against its cached keys and values: the step of a latent chain.
+"""Attention of a latent step: one new position (or a few) of each row against its cached columns.
 
-A row's columns lie in two places: the question's, left-padded, in the prefix, which a group of rollouts shares, and its own since
-then, in the order of its real positions. Ragged rows are two numbers, where the prefix begins and how many own columns there are;
-there is no mask. RoPE of q and k and the append to the cache are part of the step.
+A column is the key and value of one position. One call rotates q and the new k (RoPE), appends the
+new columns to the cache, and attends. The columns that a row attends to lie in two places:
 
-    forward    s_c = q·k_c/√d,  p = softmax(s),  o = Σ p_c v_c,      q and the new k rotated by their position
-               The prefix's part: its own softmax over a split of the columns, for all rows of a group at once, leaves (o, lse).
-               The own part then goes on from there: softmaxes of parts are joined with the weights exp(lse_part − lse).
-    backward   Δ = do·o,  ds_c = p_c (do·v_c − Δ),  dq = Σ ds_c k_c/√d,  dk_c = Σ ds_c q/√d,  dv_c = Σ p_c do
-               dk and dv are added into buffers laid out as the cache. The chain runs backward in reverse order, so when a step's turn
-               comes, every later step has added to the step's own columns: it reads them there, and clears them.
+    prefix   the question's columns, left-padded; stored once and shared by a group of rollouts
+    own      the row's columns since then, in the order of its real positions
 
-Every program owns the columns it adds to, so nothing is atomic and every run gives the same bits.
-Bytes, bf16: forward 2·2·d·h_kv a column, a prefix column once per group and not once per row. Backward the same and 4·4·d·h_kv for the
-float32 buffers, read and written. Columns of left padding cost nothing.
+Two numbers describe a ragged row, where its prefix begins and how many own columns it has, so
+there is no mask to read.
+
+    forward    s_c = q·k_c/√d,  p = softmax(s),  o = Σ_c p_c v_c
+               The prefix is cut into splits. For each split, one program computes the softmax over
+               its columns alone, for all rows of a group at once, and stores that part's o and lse.
+               A second kernel attends to a row's own columns and joins the parts: the softmaxes of
+               parts are added with the weights exp(lse_part − lse).
+    backward   Δ = do·o,  ds_c = p_c (do·v_c − Δ)
+               dq = Σ_c ds_c k_c/√d,  dk_c = Σ ds_c q/√d,  dv_c = Σ p_c do  (sums over the queries)
+               dk and dv are added to float32 buffers laid out like the cache. The chain runs
+               backward in reverse order, so when a step's turn comes, every later step has already
+               added to the columns that this step appended. The step reads those sums, which are
+               part of the gradient of its own k and v, and clears them.
+
+Each program owns the columns that it adds to: nothing is atomic, and every run gives the same bits.
+
+Bytes, bf16: forward reads 2·2·d·h_kv a column; a prefix column is read once per group, not once
+per row. Backward reads the same, and moves 4·4·d·h_kv of the float32 buffers, read and written.
+Columns of left padding cost nothing.
+
+kernels/README.md, "How to read attention.py", explains the names and shows where the columns lie.
 """
+
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .common import power_of_2, tl, triton
+from .common import next_power_of_2, tl, triton
 from .rows import rotate
 
-COLUMNS = 128   # of the prefix, at least, in a split
-QUERIES = 64    # of a group that a program takes at a time
-PROGRAMS = 264  # that keep a large GPU busy: two for each of 132 processors
+MIN_SPLIT_COLUMNS = 128  # a split of the prefix has at least this many columns
+MAX_TILE_QUERIES = 64  # a program takes at most this many queries of a group at a time
+TARGET_PROGRAMS = 264  # enough to keep a large GPU busy: two for each of 132 processors
 
 
-class Where(NamedTuple):
-    """Where the columns of B rows lie; the same for every layer. int32 on the device but `group`."""
-    start: torch.Tensor    # (N,) first real column of each prefix
-    owner: torch.Tensor    # (B,) the prefix of each row
-    members: torch.Tensor  # (B,) the rows, those of a prefix side by side
-    first: torch.Tensor    # (N + 1,) where in `members` those of each prefix begin
-    group: int             # most rows of one prefix
-    n_own: torch.Tensor    # (B,) own columns before this step
-    slot: torch.Tensor     # (B, T) the own column of each new position, −1 where it is not real
+class KV(NamedTuple):
+    """Keys and values of some columns, or their gradients."""
+
+    k: torch.Tensor  # (rows, h_kv, columns, d)
+    v: torch.Tensor  # (rows, h_kv, columns, d)
 
 
-# ---- PyTorch references -------------------------------------------------------------------------------------------------
+class StepInputs(NamedTuple):
+    """What one layer computes for T new positions of B rows. q, k and v may have any strides but
+    that of the last dimension, which is 1.
+    """
 
-def visible(w, P, C):
-    """What each new position sees of P prefix columns, C own ones and the new ones, (B, T, P + C + T): itself always."""
-    (B, T), arange = w.slot.shape, lambda n: torch.arange(n, device=w.slot.device)
-    prefix = (arange(P) >= w.start[w.owner][:, None])[:, None].expand(B, T, P)
-    own = (arange(C) < w.n_own[:, None])[:, None].expand(B, T, C)
-    t = arange(T)
-    return torch.cat((prefix, own, ((t < t[:, None]) & (w.slot >= 0)[:, None]) | (t == t[:, None])), 2)
+    q: torch.Tensor  # (B, h, T, d), not rotated yet
+    k: torch.Tensor  # (B, h_kv, T, d), not rotated yet
+    v: torch.Tensor  # (B, h_kv, T, d)
+    cos: torch.Tensor  # (B, 1, T, d/2) float32
+    sin: torch.Tensor  # (B, 1, T, d/2) float32
+
+
+class Layout(NamedTuple):
+    """Where the columns of B rows lie; the same for every layer. Tensors: int32 on the device."""
+
+    start: torch.Tensor  # (N,) first real column of each prefix
+    owner: torch.Tensor  # (B,) the prefix of each row
+    members: torch.Tensor  # (B,) the rows, sorted by their prefix
+    member_offsets: torch.Tensor  # (N + 1,) where in `members` the rows of each prefix begin
+    max_group: int  # the most rows that share one prefix
+    n_own: torch.Tensor  # (B,) own columns before this step
+    slot: torch.Tensor  # (B, T) own column that each new position fills; −1 if it is not real
+
+
+# ---- PyTorch references --------------------------------------------------------------------------
+
+
+def visible_mask(layout, P, C):
+    """Which of P prefix columns, C own columns and the T new ones each new position attends to,
+    (B, T, P + C + T) bool. A position always attends to itself, so no row is empty.
+    """
+    B, T = layout.slot.shape
+    device = layout.slot.device
+
+    prefix = torch.arange(P, device=device) >= layout.start[layout.owner][:, None]  # (B, P)
+    own = torch.arange(C, device=device) < layout.n_own[:, None]  # (B, C)
+
+    # of the new positions: itself, and the real ones before it
+    t = torch.arange(T, device=device)
+    earlier = t < t[:, None]  # (T, T)
+    itself = t == t[:, None]
+    is_real = layout.slot >= 0  # (B, T)
+    new = (earlier & is_real[:, None]) | itself  # (B, T, T)
+
+    return torch.cat((prefix[:, None].expand(B, T, P), own[:, None].expand(B, T, C), new), 2)
 
 
 def masked_sdpa(q, k, v, mask):
-    """softmax(q kᵀ/√hd) v of a long pass: q (B, h, T, hd), k and v (B, h_kv, S, hd), mask (B, 1, T, S) bool. On a GPU the key/value heads
-    are repeated: beside a mask PyTorch's fused kernels want as many as there are query heads."""
+    """softmax(q kᵀ/√hd) v of a long pass: q (B, h, T, hd), k and v (B, h_kv, S, hd),
+    mask (B, 1, T, S) bool -> (B, h, T, hd).
+    """
     rep = q.shape[1] // k.shape[1]
     if q.is_cuda and rep > 1:
-        k, v = (x.repeat_interleave(rep, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        # with a mask, PyTorch's fused kernels need as many key heads as query heads
+        k = k.repeat_interleave(rep, 1)
+        v = v.repeat_interleave(rep, 1)
+    grouped_heads = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped_heads)
 
 
-def scores(q, k, cos, sin, prefix_k, own_k, w):
-    """Rotated q, all keys by query head, and the softmax (B, h, T, columns)."""
-    rep, see = q.shape[1] // k.shape[1], visible(w, prefix_k.shape[2], own_k.shape[2])
+def gather_columns(prefix, own, new, layout, rep):
+    """All columns of each row, the key heads repeated for their query heads: prefix
+    (N, h_kv, P, d), own (B, h_kv, C, d), new (B, h_kv, T, d) -> (B, h, P + C + T, d).
+    """
+    return torch.cat((prefix[layout.owner], own, new), 2).repeat_interleave(rep, 1)
+
+
+def attention_probs(q, keys, mask):
+    """softmax(q kᵀ/√d) over the columns: rotated q (B, h, T, d), keys (B, h, S, d), mask (B, T, S)
+    -> (B, h, T, S).
+    """
+    scores = q @ keys.mT * q.shape[-1] ** -0.5
+    return scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+
+
+def step_reference(q, k, v, cos, sin, prefix_k, prefix_v, own_k, own_v, layout):
+    """The step. q (B, h, T, d), k and v (B, h_kv, T, d), prefix (N, h_kv, P, d),
+    own (B, h_kv, C, d) -> o (B, h, T, d).
+    """
+    rep = q.shape[1] // k.shape[1]
+    keys = gather_columns(prefix_k, own_k, rotate(k, cos, sin), layout, rep)
+    values = gather_columns(prefix_v, own_v, v, layout, rep)
+    mask = visible_mask(layout, prefix_k.shape[2], own_k.shape[2])
+    return attention_probs(rotate(q, cos, sin), keys, mask) @ values
+
+
+def step_backward_reference(do, q, k, v, cos, sin, prefix_k, prefix_v, own_k, own_v, layout):
+    """The gradient of `step_reference`, derived by hand, with respect to its seven tensors q, k, v,
+    prefix_k, prefix_v, own_k, own_v.
+    """
+    N, h_kv, P, d = prefix_k.shape
+    C = own_k.shape[2]
+    T = q.shape[2]
+    rep = q.shape[1] // h_kv
+
+    # the forward pass again
     q = rotate(q, cos, sin)
-    K = torch.cat((prefix_k[w.owner], own_k, rotate(k, cos, sin)), 2).repeat_interleave(rep, 1)
-    return q, K, (q @ K.mT * q.shape[-1] ** -0.5).masked_fill(~see[:, None], -torch.inf).softmax(-1)
+    keys = gather_columns(prefix_k, own_k, rotate(k, cos, sin), layout, rep)
+    values = gather_columns(prefix_v, own_v, v, layout, rep)
+    p = attention_probs(q, keys, visible_mask(layout, P, C))  # (B, h, T, columns)
+
+    # through the softmax, to the scores
+    delta = (do * (p @ values)).sum(-1, keepdim=True)
+    ds = p * (do @ values.mT - delta) * d**-0.5
+
+    # to the columns; the query heads of one key head add up
+    def split_columns(grad):
+        return grad.unflatten(1, (h_kv, rep)).sum(2).split((P, C, T), 2)
+
+    d_prefix_k, d_own_k, dk = split_columns(ds.mT @ q)
+    d_prefix_v, d_own_v, dv = split_columns(p.mT @ do)
+
+    # the rows that share a prefix add up
+    def sum_members(grad):
+        return grad.new_zeros(N, *grad.shape[1:]).index_add_(0, layout.owner, grad)
+
+    dq = rotate(ds @ keys, cos, -sin)
+    dk = rotate(dk, cos, -sin)
+    return dq, dk, dv, sum_members(d_prefix_k), sum_members(d_prefix_v), d_own_k, d_own_v
 
 
-def step(q, k, v, cos, sin, prefix_k, prefix_v, own_k, own_v, w):
-    """The step: q (B, h, T, d), k and v (B, h_kv, T, d), prefix (N, h_kv, P, d), own (B, h_kv, C, d) -> o (B, h, T, d)."""
-    p = scores(q, k, cos, sin, prefix_k, own_k, w)[2]
-    return p @ torch.cat((prefix_v[w.owner], own_v, v), 2).repeat_interleave(q.shape[1] // k.shape[1], 1)
+# ---- kernels: loading and storing tiles ----------------------------------------------------------
+# T     new positions of a row          D = 2·H   size of a head, and of half a head
+# REP   query heads per key head        a query   one (row, new position, query head)
+#
+# Tiles are padded to what a matrix instruction takes, a power of two and at least 16:
+# BM queries, BN cached columns, BT new columns (T), BH numbers of half a head (H), BD of one (D).
+#
+# RoPE rotates the pairs (x[i], x[i + H]). So q and k are loaded as two tiles, x1 = x[:H] and
+# x2 = x[H:]: the rotation is then elementwise, and q·k = q1·k1 + q2·k2. What is not rotated
+# (v, o, do) stays in one tile.
 
-
-def step_backward(do, q, k, v, cos, sin, prefix_k, prefix_v, own_k, own_v, w):
-    """The gradient of `step` with respect to its seven tensors q, k, v, prefix_k, prefix_v, own_k, own_v, by hand."""
-    (N, h_kv, P, d), C, rep = prefix_k.shape, own_k.shape[2], q.shape[1] // k.shape[1]
-    q, K, p = scores(q, k, cos, sin, prefix_k, own_k, w)
-    V = torch.cat((prefix_v[w.owner], own_v, v), 2).repeat_interleave(rep, 1)
-    ds = p * (do @ V.mT - (do * (p @ V)).sum(-1, keepdim=True)) * d**-0.5
-    fold = lambda x: x.unflatten(1, (h_kv, rep)).sum(2).split((P, C, v.shape[2]), 2)
-    shared = lambda x: x.new_zeros(N, *x.shape[1:]).index_add_(0, w.owner, x)
-    (dpk, dok, dk), (dpv, dov, dv) = fold(ds.mT @ q), fold(p.mT @ do)
-    return rotate(ds @ K, cos, -sin), rotate(dk, cos, -sin), dv, shared(dpk), shared(dpv), dok, dov
-
-
-# ---- kernels ------------------------------------------------------------------------------------------------------------
-# D, H: a head's size and half of it; BD, BH: the same, padded to what a matrix instruction takes. x1 and x2: halves of a head.
 
 @triton.jit
-def load_rotated(x, offset, cos, sin, at, mask, H: tl.constexpr, BH: tl.constexpr):
-    """Both halves of the heads at `offset`, rotated by the angles of position `at`, float32."""
+def halves(x_ptr, offsets, mask, H: tl.constexpr, BH: tl.constexpr):
+    """Pointers (R, BH) to both halves of the heads at `offsets` (R,), and which elements exist."""
     i = tl.arange(0, BH)
-    m = mask[:, None] & (i < H)[None, :]
-    x1 = tl.load(x + offset[:, None] + i[None, :], m, 0.0).to(tl.float32)
-    x2 = tl.load(x + offset[:, None] + H + i[None, :], m, 0.0).to(tl.float32)
-    c = tl.load(cos + at[:, None] * H + i[None, :], m, 0.0)
-    s = tl.load(sin + at[:, None] * H + i[None, :], m, 0.0)
-    return x1 * c - x2 * s, x2 * c + x1 * s
+    p_x1 = x_ptr + offsets[:, None] + i[None, :]
+    p_x2 = x_ptr + offsets[:, None] + H + i[None, :]
+    return p_x1, p_x2, mask[:, None] & (i < H)[None, :]
 
 
 @triton.jit
-def store_unrotated(x, offset, x1, x2, cos, sin, at, mask, H: tl.constexpr, BH: tl.constexpr):
-    """The transpose of `load_rotated`: rotate back and write."""
-    i = tl.arange(0, BH)
-    m = mask[:, None] & (i < H)[None, :]
-    c = tl.load(cos + at[:, None] * H + i[None, :], m, 0.0)
-    s = tl.load(sin + at[:, None] * H + i[None, :], m, 0.0)
-    tl.store(x + offset[:, None] + i[None, :], x1 * c + x2 * s, m)
-    tl.store(x + offset[:, None] + H + i[None, :], x2 * c - x1 * s, m)
+def load_halves(x_ptr, offsets, mask, H: tl.constexpr, BH: tl.constexpr):
+    p_x1, p_x2, m = halves(x_ptr, offsets, mask, H, BH)
+    return tl.load(p_x1, m, 0.0), tl.load(p_x2, m, 0.0)
 
 
 @triton.jit
-def load_halves(x, offset, mask, H: tl.constexpr, BH: tl.constexpr):
-    i = tl.arange(0, BH)
-    m = mask[:, None] & (i < H)[None, :]
-    return tl.load(x + offset[:, None] + i[None, :], m, 0.0), tl.load(x + offset[:, None] + H + i[None, :], m, 0.0)
+def store_halves(x_ptr, offsets, x1, x2, mask, H: tl.constexpr, BH: tl.constexpr):
+    p_x1, p_x2, m = halves(x_ptr, offsets, mask, H, BH)
+    tl.store(p_x1, x1, m)
+    tl.store(p_x2, x2, m)
 
 
 @triton.jit
-def load_whole(x, offset, mask, D: tl.constexpr, BD: tl.constexpr):
+def add_halves(x_ptr, offsets, x1, x2, mask, H: tl.constexpr, BH: tl.constexpr):
+    """Add to a float32 buffer. Not atomic: no other program touches these columns."""
+    p_x1, p_x2, m = halves(x_ptr, offsets, mask, H, BH)
+    tl.store(p_x1, tl.load(p_x1, m, 0.0) + x1, m)
+    tl.store(p_x2, tl.load(p_x2, m, 0.0) + x2, m)
+
+
+@triton.jit
+def whole(x_ptr, offsets, mask, D: tl.constexpr, BD: tl.constexpr):
+    """Pointers (R, BD) to the heads at `offsets` (R,), and which elements exist."""
     i = tl.arange(0, BD)
-    return tl.load(x + offset[:, None] + i[None, :], mask[:, None] & (i < D)[None, :], 0.0)
+    return x_ptr + offsets[:, None] + i[None, :], mask[:, None] & (i < D)[None, :]
 
 
 @triton.jit
-def add_halves(x, offset, x1, x2, mask, H: tl.constexpr, BH: tl.constexpr):
-    """Add into a float32 buffer that no other program touches."""
+def load_whole(x_ptr, offsets, mask, D: tl.constexpr, BD: tl.constexpr):
+    p_x, m = whole(x_ptr, offsets, mask, D, BD)
+    return tl.load(p_x, m, 0.0)
+
+
+@triton.jit
+def store_whole(x_ptr, offsets, x, mask, D: tl.constexpr, BD: tl.constexpr):
+    p_x, m = whole(x_ptr, offsets, mask, D, BD)
+    tl.store(p_x, x, m)
+
+
+@triton.jit
+def add_whole(x_ptr, offsets, x, mask, D: tl.constexpr, BD: tl.constexpr):
+    """Add to a float32 buffer. Not atomic: no other program touches these columns."""
+    p_x, m = whole(x_ptr, offsets, mask, D, BD)
+    tl.store(p_x, tl.load(p_x, m, 0.0) + x, m)
+
+
+@triton.jit
+def load_rotated(
+    x_ptr, offsets, cos_ptr, sin_ptr, position, mask,
+    dtype: tl.constexpr, H: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """The heads at `offsets` (R,), rotated in float32 by the angles of `position` (R,), which is a
+    row of the (B·T, H) tables cos and sin -> two tiles (R, BH) in `dtype`.
+    """
+    p_x1, p_x2, m = halves(x_ptr, offsets, mask, H, BH)
+    x1 = tl.load(p_x1, m, 0.0).to(tl.float32)
+    x2 = tl.load(p_x2, m, 0.0).to(tl.float32)
     i = tl.arange(0, BH)
-    m = mask[:, None] & (i < H)[None, :]
-    at = x + offset[:, None] + i[None, :]
-    tl.store(at, tl.load(at, m, 0.0) + x1, m)
-    tl.store(at + H, tl.load(at + H, m, 0.0) + x2, m)
+    c = tl.load(cos_ptr + position[:, None] * H + i[None, :], m, 0.0)
+    s = tl.load(sin_ptr + position[:, None] * H + i[None, :], m, 0.0)
+    y1 = x1 * c - x2 * s
+    y2 = x2 * c + x1 * s
+    return y1.to(dtype), y2.to(dtype)
 
 
 @triton.jit
-def add_whole(x, offset, value, mask, D: tl.constexpr, BD: tl.constexpr):
-    i = tl.arange(0, BD)
-    m = mask[:, None] & (i < D)[None, :]
-    at = x + offset[:, None] + i[None, :]
-    tl.store(at, tl.load(at, m, 0.0) + value, m)
+def store_unrotated(
+    x_ptr, offsets, x1, x2, cos_ptr, sin_ptr, position, mask,
+    H: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """The backward pass of `load_rotated`: rotate a gradient back by the same angles; store it."""
+    p_x1, p_x2, m = halves(x_ptr, offsets, mask, H, BH)
+    i = tl.arange(0, BH)
+    c = tl.load(cos_ptr + position[:, None] * H + i[None, :], m, 0.0)
+    s = tl.load(sin_ptr + position[:, None] * H + i[None, :], m, 0.0)
+    tl.store(p_x1, x1 * c + x2 * s, m)
+    tl.store(p_x2, x2 * c - x1 * s, m)
+
+
+# ---- kernels: which queries, which columns -------------------------------------------------------
+# `query` is the index of a query in a contiguous (B, h, T) tensor: query·D is its place in o.
 
 
 @triton.jit
-def similarity(q1, q2, k1, k2, scale, see):
-    """Scores in units of log 2, so that exp2 is the softmax's exponential; −inf where nothing is seen."""
-    s = tl.dot(q1, tl.trans(k1), input_precision="ieee") + tl.dot(q2, tl.trans(k2), input_precision="ieee")
-    return tl.where(see, s * (scale * 1.4426950408889634), -float("inf"))
+def group_queries(
+    members_ptr, begin, end, i_h, h,
+    T: tl.constexpr, REP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """The queries of key head i_h of the rows members[begin : end], as many as fit into BM.
 
-
-@triton.jit
-def absorb(s, v, top, total, acc):
-    """One block of scores and values into a running softmax (top, total, acc)."""
-    new = tl.maximum(top, tl.max(s, 1))
-    safe = tl.where(new == -float("inf"), 0.0, new)  # a row that has seen nothing yet
-    p, keep = tl.exp2(s - safe[:, None]), tl.exp2(top - safe)
-    return new, total * keep + tl.sum(p, 1), acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-
-
-@triton.jit
-def flow_back(s, lse, delta, q1, q2, do, k1, k2, v, scale):
-    """One block's share: (dq1, dq2) of the queries, (dk1, dk2, dv) of the block's columns."""
-    p = tl.exp2(s - lse[:, None])
-    ds = (p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None]) * scale).to(k1.dtype)
-    pt, dst = tl.trans(p.to(k1.dtype)), tl.trans(ds)
-    return (tl.dot(ds, k1, input_precision="ieee"), tl.dot(ds, k2, input_precision="ieee"), tl.dot(dst, q1, input_precision="ieee"),
-            tl.dot(dst, q2, input_precision="ieee"), tl.dot(pt, do, input_precision="ieee"))
-
-
-@triton.jit
-def group_queries(members, begin, end, j, h, T: tl.constexpr, REP: tl.constexpr, BM: tl.constexpr):
-    """The queries for key head j of members begin … end: row, position, head, their place in a (B, h, T) tensor, which are real."""
+    Returns (BM,) each: row, position, head, query, and whether there is such a query.
+    """
     m = tl.arange(0, BM)
     member = begin + m // (T * REP)
-    real = (m < BM // (T * REP) * (T * REP)) & (member < end)
-    b = tl.load(members + member, real, 0).to(tl.int64)
-    t, head = (m // REP) % T, j * REP + m % REP
-    return b, t, head, (b * h + head) * T + t, real
+    # a row's queries never lie in two tiles
+    mask = (m < BM // (T * REP) * (T * REP)) & (member < end)
+    b = tl.load(members_ptr + member, mask, 0).to(tl.int64)
+    t = (m // REP) % T
+    head = i_h * REP + m % REP
+    return b, t, head, (b * h + head) * T + t, mask
 
 
 @triton.jit
-def prefix_forward(q, cos, sin, K, V, start, members, first, part_o, part_lse, s_qb, s_qh, s_qt, scale, B, h, P, width,
-                   T: tl.constexpr, REP: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
-                   BM: tl.constexpr, BN: tl.constexpr):
-    """Program (group, key head, split): softmax of the group's queries over the split's columns."""
-    n, j, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    D: tl.constexpr = 2 * H
-    base = (n.to(tl.int64) * tl.num_programs(1) + j) * P * D
-    K, V = K + base, V + base
-    begin, end = tl.load(start + n), tl.minimum((split + 1) * width, P)
-    i = tl.arange(0, BD)
-    for member in range(tl.load(first + n), tl.load(first + n + 1), BM // (T * REP)):  # one turn, unless the group is large
-        b, t, head, place, real = group_queries(members, member, tl.load(first + n + 1), j, h, T, REP, BM)
-        q1, q2 = load_rotated(q, b * s_qb + head * s_qh + t * s_qt, cos, sin, b * T + t, real, H, BH)
-        q1, q2 = q1.to(K.dtype.element_ty), q2.to(K.dtype.element_ty)
-        top, total, acc = tl.full([BM], -float("inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, BD], tl.float32)
-        for c in range(tl.maximum(split * width, begin // BN * BN), end, BN):
-            col = c + tl.arange(0, BN)
-            see = (col >= begin) & (col < end)
-            k1, k2 = load_halves(K, col * D, see, H, BH)
-            top, total, acc = absorb(similarity(q1, q2, k1, k2, scale, see[None, :]), load_whole(V, col * D, see, D, BD),
-                                     top, total, acc)
-        some = tl.where(total > 0.0, total, 1.0)
-        place += split.to(tl.int64) * B * h * T
-        tl.store(part_o + place[:, None] * D + i[None, :], acc / some[:, None], real[:, None] & (i < D)[None, :])
-        tl.store(part_lse + place, tl.where(total > 0.0, top + tl.log2(some), -float("inf")), real)
+def row_queries(b, i_h, first, h, T: tl.constexpr, REP: tl.constexpr, BM: tl.constexpr):
+    """BM queries of row b for key head i_h, from the `first` on.
+
+    Returns (BM,) each: position, head, query, and whether there is such a query.
+    """
+    m = first + tl.arange(0, BM)
+    t = m // REP
+    head = i_h * REP + m % REP
+    return t, head, (b * h + head) * T + t, m < T * REP
 
 
 @triton.jit
-def own_forward(q, k, v, cos, sin, K, V, n_own, slot, part_o, part_lse, o, lse, s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt,
-                scale, B, h, C, splits, T: tl.constexpr, REP: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
-                BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr):
-    """Program (row, key head): append the new columns, attend to the row's own ones, and join the prefix's parts."""
-    b, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    D: tl.constexpr = 2 * H
-    m = tl.arange(0, BM)
-    t, head, real = m // REP, j * REP + m % REP, m < T * REP
-    place = (b * h + head) * T + t
-    q1, q2 = load_rotated(q, b * s_qb + head * s_qh + t * s_qt, cos, sin, b * T + t, real, H, BH)
-    q1, q2 = q1.to(K.dtype.element_ty), q2.to(K.dtype.element_ty)
-    base, have = (b * tl.num_programs(1) + j) * C * D, tl.load(n_own + b)
-    K, V = K + base, V + base
+def sees_new(t, new, slot, T: tl.constexpr):
+    """Which new columns a query at position t (BM,) attends to, (BM, BT): the real ones before it,
+    and itself always.
+    """
+    earlier = (new[None, :] < t[:, None]) & (slot >= 0)[None, :]
+    itself = new[None, :] == t[:, None]
+    return (earlier | itself) & (new < T)[None, :]
 
+
+# ---- kernels: the arithmetic of one tile ---------------------------------------------------------
+
+
+@triton.jit
+def dot(a, b):
+    """a·b in full precision: float32 operands are not rounded to TF32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def tile_scores(b_q1, b_q2, b_k1, b_k2, scale, sees):
+    """Scores (BM, BN) in units of log 2, so that the softmax is exp2; −inf where a query does not
+    attend.
+    """
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    b_s = dot(b_q1, tl.trans(b_k1)) + dot(b_q2, tl.trans(b_k2))
+    return tl.where(sees, b_s * (scale * LOG2_E), -float("inf"))
+
+
+@triton.jit
+def empty_softmax(BM: tl.constexpr, BD: tl.constexpr):
+    """A running softmax that has seen no column: the largest score (BM,), the sum of
+    exp2(score − largest) (BM,), and the sum of the values with these weights (BM, BD).
+    """
+    b_max = tl.full([BM], -float("inf"), tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_acc = tl.zeros([BM, BD], tl.float32)
+    return b_max, b_sum, b_acc
+
+
+@triton.jit
+def update_softmax(b_s, b_v, b_max, b_sum, b_acc):
+    """Add a tile of columns, scores (BM, BN) and values (BN, BD), to a running softmax."""
+    new_max = tl.maximum(b_max, tl.max(b_s, 1))
+    safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)  # −inf − −inf would be NaN
+    b_p = tl.exp2(b_s - safe_max[:, None])  # (BM, BN)
+    rescale = tl.exp2(b_max - safe_max)  # what was summed so far was relative to the old maximum
+    b_sum = b_sum * rescale + tl.sum(b_p, 1)
+    b_acc = b_acc * rescale[:, None] + dot(b_p.to(b_v.dtype), b_v)
+    return new_max, b_sum, b_acc
+
+
+@triton.jit
+def load_upstream(
+    do_ptr, do_offsets, o_ptr, lse_ptr, query, mask,
+    dtype: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """What the backward pass knows of its queries: do (BM, BD), Δ = do·o (BM,) and lse (BM,)."""
+    b_do = load_whole(do_ptr, do_offsets, mask, D, BD)
+    b_o = load_whole(o_ptr, query * D, mask, D, BD)
+    b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+    b_lse = tl.load(lse_ptr + query, mask, 0.0)
+    return b_do.to(dtype), b_delta, b_lse
+
+
+@triton.jit
+def tile_backward(b_s, b_lse, b_delta, b_q1, b_q2, b_do, b_k1, b_k2, b_v, scale):
+    """One tile's share of the gradients: dq (BM, BH) in two halves, dk (BN, BH) in two halves,
+    dv (BN, BD).
+    """
+    b_p = tl.exp2(b_s - b_lse[:, None])  # (BM, BN)
+    b_dp = dot(b_do, tl.trans(b_v))
+    b_ds = (b_p * (b_dp - b_delta[:, None]) * scale).to(b_k1.dtype)
+    b_pt = tl.trans(b_p.to(b_k1.dtype))  # (BN, BM)
+    b_dst = tl.trans(b_ds)
+    b_dq1 = dot(b_ds, b_k1)
+    b_dq2 = dot(b_ds, b_k2)
+    b_dk1 = dot(b_dst, b_q1)
+    b_dk2 = dot(b_dst, b_q2)
+    b_dv = dot(b_pt, b_do)
+    return b_dq1, b_dq2, b_dk1, b_dk2, b_dv
+
+
+# ---- kernels: forward ----------------------------------------------------------------------------
+
+
+@triton.jit
+def prefix_forward_kernel(
+    q_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr,
+    start_ptr, members_ptr, member_offsets_ptr,
+    part_o_ptr, part_lse_ptr,
+    stride_qb, stride_qh, stride_qt,
+    scale, B, h, P, split_width,
+    T: tl.constexpr, REP: tl.constexpr,
+    H: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Program (prefix, key head, split): the softmax of the group's queries over the split's
+    columns.
+    """
+    i_n = tl.program_id(0)
+    i_h = tl.program_id(1)
+    i_split = tl.program_id(2)
+    D: tl.constexpr = 2 * H
+    k_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
+
+    # the columns of this prefix and key head, (P, D), and those of the split that are real
+    cache_offset = (i_n.to(tl.int64) * tl.num_programs(1) + i_h) * P * D
+    k_cache_ptr += cache_offset
+    v_cache_ptr += cache_offset
+    begin = tl.load(start_ptr + i_n)
+    end = tl.minimum((i_split + 1) * split_width, P)
+    first_tile = tl.maximum(i_split * split_width, begin // BN * BN)
+
+    # one turn, unless the group has more queries than fit into BM
+    first_member = tl.load(member_offsets_ptr + i_n)
+    end_member = tl.load(member_offsets_ptr + i_n + 1)
+    for member in range(first_member, end_member, BM // (T * REP)):
+        # load the group's queries
+        b, t, head, query, mask = group_queries(members_ptr, member, end_member, i_h, h, T, REP, BM)
+        q_offsets = b * stride_qb + head * stride_qh + t * stride_qt
+        b_q1, b_q2 = load_rotated(
+            q_ptr, q_offsets, cos_ptr, sin_ptr, b * T + t, mask, k_dtype, H, BH
+        )  # (BM, BH)
+
+        # loop over the split's columns
+        b_max, b_sum, b_acc = empty_softmax(BM, BD)
+        for tile in range(first_tile, end, BN):
+            column = tile + tl.arange(0, BN)
+            is_real = (column >= begin) & (column < end)
+            b_k1, b_k2 = load_halves(k_cache_ptr, column * D, is_real, H, BH)  # (BN, BH)
+            b_s = tile_scores(b_q1, b_q2, b_k1, b_k2, scale, is_real[None, :])  # (BM, BN)
+            b_v = load_whole(v_cache_ptr, column * D, is_real, D, BD)  # (BN, BD)
+            b_max, b_sum, b_acc = update_softmax(b_s, b_v, b_max, b_sum, b_acc)
+
+        # store the part; a split of padding alone has o = 0 and lse = −inf, and so no weight
+        has_columns = b_sum > 0.0
+        b_sum = tl.where(has_columns, b_sum, 1.0)
+        b_lse = tl.where(has_columns, b_max + tl.log2(b_sum), -float("inf"))
+        part = query + i_split.to(tl.int64) * B * h * T
+        store_whole(part_o_ptr, part * D, b_acc / b_sum[:, None], mask, D, BD)
+        tl.store(part_lse_ptr + part, b_lse, mask)
+
+
+@triton.jit
+def own_forward_kernel(
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr,
+    n_own_ptr, slot_ptr,
+    part_o_ptr, part_lse_ptr, o_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt,
+    scale, B, h, C, n_splits,
+    T: tl.constexpr, REP: tl.constexpr,
+    H: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Program (row, key head): append the new columns, attend to the row's own columns, and join
+    the prefix's parts.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    i_h = tl.program_id(1)
+    D: tl.constexpr = 2 * H
+    k_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
+    v_dtype: tl.constexpr = v_cache_ptr.dtype.element_ty
+
+    # the own columns of this row and key head, (C, D)
+    cache_offset = (b * tl.num_programs(1) + i_h) * C * D
+    k_cache_ptr += cache_offset
+    v_cache_ptr += cache_offset
+
+    # load the row's queries
+    t, head, query, mask = row_queries(b, i_h, 0, h, T, REP, BM)
+    q_offsets = b * stride_qb + head * stride_qh + t * stride_qt
+    b_q1, b_q2 = load_rotated(
+        q_ptr, q_offsets, cos_ptr, sin_ptr, b * T + t, mask, k_dtype, H, BH
+    )  # (BM, BH)
+
+    # load the new columns
     new = tl.arange(0, BT)
-    n1, n2 = load_rotated(k, b * s_kb + j * s_kh + new * s_kt, cos, sin, b * T + new, new < T, H, BH)
-    n1, n2 = n1.to(K.dtype.element_ty), n2.to(K.dtype.element_ty)
-    v_new = load_whole(v, b * s_vb + j * s_vh + new * s_vt, new < T, D, BD).to(V.dtype.element_ty)
-    at = tl.load(slot + b * T + new, new < T, -1)
-    i, ii = tl.arange(0, BH), tl.arange(0, BD)
-    where = at[:, None] * D
-    tl.store(K + where + i[None, :], n1, (at >= 0)[:, None] & (i < H)[None, :])
-    tl.store(K + where + H + i[None, :], n2, (at >= 0)[:, None] & (i < H)[None, :])
-    tl.store(V + where + ii[None, :], v_new, (at >= 0)[:, None] & (ii < D)[None, :])
+    is_new = new < T
+    k_offsets = b * stride_kb + i_h * stride_kh + new * stride_kt
+    v_offsets = b * stride_vb + i_h * stride_vh + new * stride_vt
+    new_k1, new_k2 = load_rotated(
+        k_ptr, k_offsets, cos_ptr, sin_ptr, b * T + new, is_new, k_dtype, H, BH
+    )  # (BT, BH)
+    new_v = load_whole(v_ptr, v_offsets, is_new, D, BD).to(v_dtype)  # (BT, BD)
 
-    see = (((new[None, :] < t[:, None]) & (at >= 0)[None, :]) | (new[None, :] == t[:, None])) & (new < T)[None, :]
-    top, total, acc = tl.full([BM], -float("inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, BD], tl.float32)
-    top, total, acc = absorb(similarity(q1, q2, n1, n2, scale, see), v_new, top, total, acc)
-    for c in range(0, have, BN):
-        col = c + tl.arange(0, BN)
-        k1, k2 = load_halves(K, col * D, col < have, H, BH)
-        top, total, acc = absorb(similarity(q1, q2, k1, k2, scale, (col < have)[None, :]),
-                                 load_whole(V, col * D, col < have, D, BD), top, total, acc)
-    for split in range(splits):
-        part = place + tl.full([], split, tl.int64) * B * h * T
-        other = tl.load(part_lse + part, real, -float("inf"))
-        both = tl.where(real, tl.maximum(top, other), 0.0)
-        keep, weight = tl.exp2(top - both), tl.exp2(other - both)
-        acc = acc * keep[:, None] + weight[:, None] * load_whole(part_o, part * D, real, D, BD)
-        top, total = both, total * keep + weight
-    total = tl.where(real, total, 1.0)
-    tl.store(o + place[:, None] * D + ii[None, :], acc / total[:, None], real[:, None] & (ii < D)[None, :])
-    tl.store(lse + place, top + tl.log2(total), real)
+    # append those that are real
+    slot = tl.load(slot_ptr + b * T + new, is_new, -1)
+    store_halves(k_cache_ptr, slot * D, new_k1, new_k2, slot >= 0, H, BH)
+    store_whole(v_cache_ptr, slot * D, new_v, slot >= 0, D, BD)
+
+    # attend to the new columns, which are still in registers
+    b_max, b_sum, b_acc = empty_softmax(BM, BD)
+    new_s = tile_scores(b_q1, b_q2, new_k1, new_k2, scale, sees_new(t, new, slot, T))  # (BM, BT)
+    b_max, b_sum, b_acc = update_softmax(new_s, new_v, b_max, b_sum, b_acc)
+
+    # loop over the own columns of earlier steps
+    n_own = tl.load(n_own_ptr + b)
+    for tile in range(0, n_own, BN):
+        column = tile + tl.arange(0, BN)
+        is_own = column < n_own
+        b_k1, b_k2 = load_halves(k_cache_ptr, column * D, is_own, H, BH)  # (BN, BH)
+        b_s = tile_scores(b_q1, b_q2, b_k1, b_k2, scale, is_own[None, :])  # (BM, BN)
+        b_v = load_whole(v_cache_ptr, column * D, is_own, D, BD)  # (BN, BD)
+        b_max, b_sum, b_acc = update_softmax(b_s, b_v, b_max, b_sum, b_acc)
+
+    # join the prefix's splits: a part is like one more tile, whose largest score is its lse and
+    # whose sum is 1
+    for split in range(n_splits):
+        part = query + tl.full([], split, tl.int64) * B * h * T
+        part_lse = tl.load(part_lse_ptr + part, mask, -float("inf"))
+        new_max = tl.where(mask, tl.maximum(b_max, part_lse), 0.0)
+        rescale = tl.exp2(b_max - new_max)
+        weight = tl.exp2(part_lse - new_max)
+        part_o = load_whole(part_o_ptr, part * D, mask, D, BD)
+        b_acc = b_acc * rescale[:, None] + weight[:, None] * part_o
+        b_sum = b_sum * rescale + weight
+        b_max = new_max
+
+    # store o and lse; each query has seen itself, so its sum is not 0
+    b_sum = tl.where(mask, b_sum, 1.0)
+    store_whole(o_ptr, query * D, b_acc / b_sum[:, None], mask, D, BD)
+    tl.store(lse_ptr + query, b_max + tl.log2(b_sum), mask)
+
+
+# ---- kernels: backward ---------------------------------------------------------------------------
 
 
 @triton.jit
-def prefix_backward(q, cos, sin, K, V, gK, gV, start, members, first, do, o, lse, part_dq, s_qb, s_qh, s_qt, s_ob, s_oh, s_ot, scale, B, h,
-                    P, width, T: tl.constexpr, REP: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
-                    BM: tl.constexpr, BN: tl.constexpr):
-    """Program (group, key head, split): add the group's dk and dv of the split's columns, leave the split's share of dq, rotated."""
-    n, j, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+def prefix_backward_kernel(
+    q_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, k_grad_ptr, v_grad_ptr,
+    start_ptr, members_ptr, member_offsets_ptr,
+    do_ptr, o_ptr, lse_ptr, part_dq_ptr,
+    stride_qb, stride_qh, stride_qt, stride_ob, stride_oh, stride_ot,
+    scale, B, h, P, split_width,
+    T: tl.constexpr, REP: tl.constexpr,
+    H: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Program (prefix, key head, split): add the group's dk and dv to the split's columns, and
+    store the split's share of dq, which is still rotated.
+    """
+    i_n = tl.program_id(0)
+    i_h = tl.program_id(1)
+    i_split = tl.program_id(2)
     D: tl.constexpr = 2 * H
-    base = (n.to(tl.int64) * tl.num_programs(1) + j) * P * D
-    K, V, gK, gV = K + base, V + base, gK + base, gV + base
-    begin, end = tl.load(start + n), tl.minimum((split + 1) * width, P)
-    i = tl.arange(0, BH)
-    for member in range(tl.load(first + n), tl.load(first + n + 1), BM // (T * REP)):
-        b, t, head, place, real = group_queries(members, member, tl.load(first + n + 1), j, h, T, REP, BM)
-        q1, q2 = load_rotated(q, b * s_qb + head * s_qh + t * s_qt, cos, sin, b * T + t, real, H, BH)
-        q1, q2 = q1.to(K.dtype.element_ty), q2.to(K.dtype.element_ty)
-        b_do = load_whole(do, b * s_ob + head * s_oh + t * s_ot, real, D, BD)
-        delta = tl.sum(b_do.to(tl.float32) * load_whole(o, place * D, real, D, BD).to(tl.float32), 1)
-        b_do, b_lse = b_do.to(V.dtype.element_ty), tl.load(lse + place, real, 0.0)
-        dq1, dq2 = tl.zeros([BM, BH], tl.float32), tl.zeros([BM, BH], tl.float32)
-        for c in range(tl.maximum(split * width, begin // BN * BN), end, BN):
-            col = c + tl.arange(0, BN)
-            see = (col >= begin) & (col < end)
-            k1, k2 = load_halves(K, col * D, see, H, BH)
-            s = similarity(q1, q2, k1, k2, scale, see[None, :] & real[:, None])
-            e1, e2, dk1, dk2, dv = flow_back(s, b_lse, delta, q1, q2, b_do, k1, k2, load_whole(V, col * D, see, D, BD), scale)
-            dq1, dq2 = dq1 + e1, dq2 + e2
-            add_halves(gK, col * D, dk1, dk2, see, H, BH)
-            add_whole(gV, col * D, dv, see, D, BD)
-        at = part_dq + (place + split.to(tl.int64) * B * h * T)[:, None] * D + i[None, :]
-        tl.store(at, dq1, real[:, None] & (i < H)[None, :])
-        tl.store(at + H, dq2, real[:, None] & (i < H)[None, :])
+    k_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
+    v_dtype: tl.constexpr = v_cache_ptr.dtype.element_ty
+
+    # the columns of this prefix and key head, (P, D), and those of the split that are real
+    cache_offset = (i_n.to(tl.int64) * tl.num_programs(1) + i_h) * P * D
+    k_cache_ptr += cache_offset
+    v_cache_ptr += cache_offset
+    k_grad_ptr += cache_offset
+    v_grad_ptr += cache_offset
+    begin = tl.load(start_ptr + i_n)
+    end = tl.minimum((i_split + 1) * split_width, P)
+    first_tile = tl.maximum(i_split * split_width, begin // BN * BN)
+
+    first_member = tl.load(member_offsets_ptr + i_n)
+    end_member = tl.load(member_offsets_ptr + i_n + 1)
+    for member in range(first_member, end_member, BM // (T * REP)):
+        # load the group's queries and what came back for them
+        b, t, head, query, mask = group_queries(members_ptr, member, end_member, i_h, h, T, REP, BM)
+        q_offsets = b * stride_qb + head * stride_qh + t * stride_qt
+        do_offsets = b * stride_ob + head * stride_oh + t * stride_ot
+        b_q1, b_q2 = load_rotated(
+            q_ptr, q_offsets, cos_ptr, sin_ptr, b * T + t, mask, k_dtype, H, BH
+        )  # (BM, BH)
+        b_do, b_delta, b_lse = load_upstream(
+            do_ptr, do_offsets, o_ptr, lse_ptr, query, mask, v_dtype, D, BD
+        )
+
+        # loop over the split's columns
+        b_dq1 = tl.zeros([BM, BH], tl.float32)
+        b_dq2 = tl.zeros([BM, BH], tl.float32)
+        for tile in range(first_tile, end, BN):
+            column = tile + tl.arange(0, BN)
+            is_real = (column >= begin) & (column < end)
+            b_k1, b_k2 = load_halves(k_cache_ptr, column * D, is_real, H, BH)  # (BN, BH)
+            sees = is_real[None, :] & mask[:, None]
+            b_s = tile_scores(b_q1, b_q2, b_k1, b_k2, scale, sees)  # (BM, BN)
+            b_v = load_whole(v_cache_ptr, column * D, is_real, D, BD)  # (BN, BD)
+            dq1, dq2, b_dk1, b_dk2, b_dv = tile_backward(
+                b_s, b_lse, b_delta, b_q1, b_q2, b_do, b_k1, b_k2, b_v, scale
+            )
+            b_dq1 += dq1
+            b_dq2 += dq2
+            add_halves(k_grad_ptr, column * D, b_dk1, b_dk2, is_real, H, BH)
+            add_whole(v_grad_ptr, column * D, b_dv, is_real, D, BD)
+
+        # store the split's share of dq
+        part = query + i_split.to(tl.int64) * B * h * T
+        store_halves(part_dq_ptr, part * D, b_dq1, b_dq2, mask, H, BH)
         tl.debug_barrier()  # the next members add to the same columns
 
 
 @triton.jit
-def own_backward(q, k, v, cos, sin, K, V, gK, gV, n_own, slot, do, o, lse, part_dq, dq, dk, dv, s_qb, s_qh, s_qt, s_kb, s_kh, s_kt,
-                 s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, scale, B, h, C, splits, T: tl.constexpr, REP: tl.constexpr, H: tl.constexpr,
-                 BH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr):
-    """Program (row, key head): add dk and dv of the own columns, take what was added to the new ones, and finish dq, dk, dv. BM queries at a
-    time: all of several positions at once would not fit into the registers."""
-    b, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    D: tl.constexpr = 2 * H
-    base, have = (b * tl.num_programs(1) + j) * C * D, tl.load(n_own + b)
-    K, V, gK, gV = K + base, V + base, gK + base, gV + base
-    i, ii, new = tl.arange(0, BH), tl.arange(0, BD), tl.arange(0, BT)
-    fresh = new < T
-    n1, n2 = load_rotated(k, b * s_kb + j * s_kh + new * s_kt, cos, sin, b * T + new, fresh, H, BH)
-    n1, n2 = n1.to(K.dtype.element_ty), n2.to(K.dtype.element_ty)
-    v_new = load_whole(v, b * s_vb + j * s_vh + new * s_vt, fresh, D, BD).to(V.dtype.element_ty)
-    at = tl.load(slot + b * T + new, fresh, -1)
-    dk1, dk2 = load_halves(gK, at * D, at >= 0, H, BH)  # what later steps added
-    dv_new = load_whole(gV, at * D, at >= 0, D, BD)
-    for first in range(0, T * REP, BM):
-        m = first + tl.arange(0, BM)
-        t, head, real = m // REP, j * REP + m % REP, m < T * REP
-        place = (b * h + head) * T + t
-        q1, q2 = load_rotated(q, b * s_qb + head * s_qh + t * s_qt, cos, sin, b * T + t, real, H, BH)
-        q1, q2 = q1.to(K.dtype.element_ty), q2.to(K.dtype.element_ty)
-        b_do = load_whole(do, b * s_ob + head * s_oh + t * s_ot, real, D, BD)
-        delta = tl.sum(b_do.to(tl.float32) * load_whole(o, place * D, real, D, BD).to(tl.float32), 1)
-        b_do, b_lse = b_do.to(V.dtype.element_ty), tl.load(lse + place, real, 0.0)
-        see = (((new[None, :] < t[:, None]) & (at >= 0)[None, :]) | (new[None, :] == t[:, None])) & fresh[None, :] & real[:, None]
-        dq1, dq2, f1, f2, g = flow_back(similarity(q1, q2, n1, n2, scale, see), b_lse, delta, q1, q2, b_do, n1, n2, v_new, scale)
-        dk1, dk2, dv_new = dk1 + f1, dk2 + f2, dv_new + g
-        for split in range(splits):
-            e1, e2 = load_halves(part_dq, (place + tl.full([], split, tl.int64) * B * h * T) * D, real, H, BH)
-            dq1, dq2 = dq1 + e1, dq2 + e2
-        for c in range(0, have, BN):
-            col = c + tl.arange(0, BN)
-            k1, k2 = load_halves(K, col * D, col < have, H, BH)
-            s = similarity(q1, q2, k1, k2, scale, (col < have)[None, :] & real[:, None])
-            e1, e2, f1, f2, g = flow_back(s, b_lse, delta, q1, q2, b_do, k1, k2, load_whole(V, col * D, col < have, D, BD), scale)
-            dq1, dq2 = dq1 + e1, dq2 + e2
-            add_halves(gK, col * D, f1, f2, col < have, H, BH)
-            add_whole(gV, col * D, g, col < have, D, BD)
-        store_unrotated(dq, place * D, dq1, dq2, cos, sin, b * T + t, real, H, BH)
-        tl.debug_barrier()  # the next queries add to the same columns; and all is read before it is cleared
-    where = at[:, None] * D
-    tl.store(gK + where + i[None, :], tl.zeros([BT, BH], tl.float32), (at >= 0)[:, None] & (i < H)[None, :])
-    tl.store(gK + where + H + i[None, :], tl.zeros([BT, BH], tl.float32), (at >= 0)[:, None] & (i < H)[None, :])
-    tl.store(gV + where + ii[None, :], tl.zeros([BT, BD], tl.float32), (at >= 0)[:, None] & (ii < D)[None, :])
-    new_place = (b * tl.num_programs(1) + j) * T + new
-    store_unrotated(dk, new_place * D, dk1, dk2, cos, sin, b * T + new, fresh, H, BH)
-    tl.store(dv + new_place[:, None] * D + ii[None, :], dv_new, fresh[:, None] & (ii < D)[None, :])
+def own_backward_kernel(
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, k_grad_ptr, v_grad_ptr,
+    n_own_ptr, slot_ptr,
+    do_ptr, o_ptr, lse_ptr, part_dq_ptr, dq_ptr, dk_ptr, dv_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
+    scale, B, h, C, n_splits,
+    T: tl.constexpr, REP: tl.constexpr,
+    H: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Program (row, key head): add dk and dv to the own columns, collect what was added to the new
+    ones, and finish dq, dk and dv.
 
-
-# ---- launches -----------------------------------------------------------------------------------------------------------
-
-def blocks(h, h_kv, d, T, rows, columns):
-    """Compile-time sizes for a program of `rows` rows, or of as many as QUERIES allows, and `columns` columns at a time."""
-    queries = min(rows * T * (h // h_kv), max(QUERIES, T * (h // h_kv)))
-    return dict(T=T, REP=h // h_kv, H=d // 2, BH=power_of_2(d // 2, 16), BD=power_of_2(d, 16), BM=power_of_2(queries, 16), BN=columns)
-
-
-def split_prefix(P, programs):
-    """(splits, columns in each): enough to fill the device, none of fewer than COLUMNS."""
-    splits = max(1, min(-(-P // COLUMNS), -(-PROGRAMS // programs)))
-    width = -(-P // splits)
-    return splits, -(-width // 32) * 32
-
-
-def run_forward(q, k, v, cos, sin, prefix, own, w):
-    """The step, `own` (keys, values) being written at w.slot. Shapes as in `step`; cos and sin (B, T, d/2) float32.
-
-    q, k, v at any stride but for the last dimension's. Returns o (B, h, T, d) and its lse (B, h, T) float32, in units of log 2.
+    Takes BM queries at a time: those of several positions would not all fit into the registers.
     """
-    (B, h, T, d), (N, h_kv, P, _), scale = q.shape, prefix[0].shape, q.shape[-1] ** -0.5
-    splits, width = split_prefix(P, N * h_kv)
+    b = tl.program_id(0).to(tl.int64)
+    i_h = tl.program_id(1)
+    D: tl.constexpr = 2 * H
+    k_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
+    v_dtype: tl.constexpr = v_cache_ptr.dtype.element_ty
+
+    # the own columns of this row and key head, (C, D)
+    cache_offset = (b * tl.num_programs(1) + i_h) * C * D
+    k_cache_ptr += cache_offset
+    v_cache_ptr += cache_offset
+    k_grad_ptr += cache_offset
+    v_grad_ptr += cache_offset
+    n_own = tl.load(n_own_ptr + b)
+
+    # load the new columns
+    new = tl.arange(0, BT)
+    is_new = new < T
+    k_offsets = b * stride_kb + i_h * stride_kh + new * stride_kt
+    v_offsets = b * stride_vb + i_h * stride_vh + new * stride_vt
+    new_k1, new_k2 = load_rotated(
+        k_ptr, k_offsets, cos_ptr, sin_ptr, b * T + new, is_new, k_dtype, H, BH
+    )  # (BT, BH)
+    new_v = load_whole(v_ptr, v_offsets, is_new, D, BD).to(v_dtype)  # (BT, BD)
+
+    # their gradients begin with what later steps added
+    slot = tl.load(slot_ptr + b * T + new, is_new, -1)
+    new_dk1, new_dk2 = load_halves(k_grad_ptr, slot * D, slot >= 0, H, BH)  # (BT, BH)
+    new_dv = load_whole(v_grad_ptr, slot * D, slot >= 0, D, BD)  # (BT, BD)
+
+    for first in range(0, T * REP, BM):
+        # load the row's queries and what came back for them
+        t, head, query, mask = row_queries(b, i_h, first, h, T, REP, BM)
+        q_offsets = b * stride_qb + head * stride_qh + t * stride_qt
+        do_offsets = b * stride_ob + head * stride_oh + t * stride_ot
+        b_q1, b_q2 = load_rotated(
+            q_ptr, q_offsets, cos_ptr, sin_ptr, b * T + t, mask, k_dtype, H, BH
+        )  # (BM, BH)
+        b_do, b_delta, b_lse = load_upstream(
+            do_ptr, do_offsets, o_ptr, lse_ptr, query, mask, v_dtype, D, BD
+        )
+
+        # the new columns
+        sees_new_columns = sees_new(t, new, slot, T) & mask[:, None]
+        new_s = tile_scores(b_q1, b_q2, new_k1, new_k2, scale, sees_new_columns)  # (BM, BT)
+        b_dq1, b_dq2, add_dk1, add_dk2, add_dv = tile_backward(
+            new_s, b_lse, b_delta, b_q1, b_q2, b_do, new_k1, new_k2, new_v, scale
+        )
+        new_dk1 += add_dk1
+        new_dk2 += add_dk2
+        new_dv += add_dv
+
+        # the prefix's splits: their shares of dq
+        for split in range(n_splits):
+            part = query + tl.full([], split, tl.int64) * B * h * T
+            part_dq1, part_dq2 = load_halves(part_dq_ptr, part * D, mask, H, BH)
+            b_dq1 += part_dq1
+            b_dq2 += part_dq2
+
+        # loop over the own columns of earlier steps
+        for tile in range(0, n_own, BN):
+            column = tile + tl.arange(0, BN)
+            is_own = column < n_own
+            b_k1, b_k2 = load_halves(k_cache_ptr, column * D, is_own, H, BH)  # (BN, BH)
+            sees = is_own[None, :] & mask[:, None]
+            b_s = tile_scores(b_q1, b_q2, b_k1, b_k2, scale, sees)  # (BM, BN)
+            b_v = load_whole(v_cache_ptr, column * D, is_own, D, BD)  # (BN, BD)
+            dq1, dq2, b_dk1, b_dk2, b_dv = tile_backward(
+                b_s, b_lse, b_delta, b_q1, b_q2, b_do, b_k1, b_k2, b_v, scale
+            )
+            b_dq1 += dq1
+            b_dq2 += dq2
+            add_halves(k_grad_ptr, column * D, b_dk1, b_dk2, is_own, H, BH)
+            add_whole(v_grad_ptr, column * D, b_dv, is_own, D, BD)
+
+        store_unrotated(dq_ptr, query * D, b_dq1, b_dq2, cos_ptr, sin_ptr, b * T + t, mask, H, BH)
+        # the next queries add to the same columns, and all must be read before it is cleared
+        tl.debug_barrier()
+
+    # clear the buffers at the new columns
+    zero_half = tl.zeros([BT, BH], tl.float32)
+    store_halves(k_grad_ptr, slot * D, zero_half, zero_half, slot >= 0, H, BH)
+    store_whole(v_grad_ptr, slot * D, tl.zeros([BT, BD], tl.float32), slot >= 0, D, BD)
+
+    # store dk and dv of the new columns, contiguous (B, h_kv, T, D)
+    new_row = (b * tl.num_programs(1) + i_h) * T + new
+    store_unrotated(
+        dk_ptr, new_row * D, new_dk1, new_dk2, cos_ptr, sin_ptr, b * T + new, is_new, H, BH
+    )
+    store_whole(dv_ptr, new_row * D, new_dv, is_new, D, BD)
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+def head_constants(h, h_kv, d, T):
+    """The compile-time sizes that all four kernels share."""
+    H = d // 2
+    return dict(T=T, REP=h // h_kv, H=H, BH=next_power_of_2(H, 16), BD=next_power_of_2(d, 16))
+
+
+def query_tile(n_rows, queries_per_row):
+    """BM for a program that takes the queries of n_rows rows: all of them, or as many rows at a
+    time as MAX_TILE_QUERIES allows.
+    """
+    most = max(MAX_TILE_QUERIES, queries_per_row)
+    return next_power_of_2(min(n_rows * queries_per_row, most), 16)
+
+
+def split_prefix(P, n_programs):
+    """(number of splits, columns in each) of P prefix columns, for a grid of n_programs × splits:
+    enough to fill the device, each of at least MIN_SPLIT_COLUMNS columns.
+    """
+    most = -(-P // MIN_SPLIT_COLUMNS)
+    wanted = -(-TARGET_PROGRAMS // n_programs)
+    n_splits = max(1, min(most, wanted))
+    width = -(-P // n_splits)
+    return n_splits, -(-width // 32) * 32  # whole tiles
+
+
+def run_forward(inputs, prefix, own, layout):
+    """One step. Writes the new columns of `inputs` (StepInputs) to `own` (KV) at layout.slot.
+
+    prefix (KV): (N, h_kv, P, d); own (KV): (B, h_kv, C, d). Returns o (B, h, T, d), and its lse
+    (B, h, T) float32 in units of log 2.
+    """
+    q, k, v, cos, sin = inputs
+    B, h, T, d = q.shape
+    N, h_kv, P, _ = prefix.k.shape
+    C = own.k.shape[2]
+    scale = d**-0.5
+    constants = head_constants(h, h_kv, d, T)
+    queries_per_row = T * h // h_kv
+    n_splits, split_width = split_prefix(P, N * h_kv)
+
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
-    part_o, part_lse = q.new_empty(splits, B, h, T, d, dtype=torch.float32), q.new_empty(splits, B, h, T, dtype=torch.float32)
+    part_o = q.new_empty(n_splits, B, h, T, d, dtype=torch.float32)
+    part_lse = q.new_empty(n_splits, B, h, T, dtype=torch.float32)
     lse = q.new_empty(B, h, T, dtype=torch.float32)
-    strides = [s for x in (q, k, v) for s in x.stride()[:3]]
-    prefix_forward[(N, h_kv, splits)](q, cos, sin, *prefix, w.start, w.members, w.first, part_o, part_lse, *strides[:3], scale, B, h, P,
-                                      width, **blocks(h, h_kv, d, T, w.group, 32))
-    own_forward[(B, h_kv)](q, k, v, cos, sin, *own, w.n_own, w.slot, part_o, part_lse, o, lse, *strides, scale, B, h, own[0].shape[2],
-                           splits, BT=power_of_2(T, 16), **blocks(h, h_kv, d, T, 1, 32))
+
+    prefix_forward_kernel[(N, h_kv, n_splits)](
+        q, cos, sin, prefix.k, prefix.v,
+        layout.start, layout.members, layout.member_offsets,
+        part_o, part_lse,
+        *q.stride()[:3],
+        scale, B, h, P, split_width,
+        **constants, BM=query_tile(layout.max_group, queries_per_row), BN=32,
+    )  # fmt: skip
+    own_forward_kernel[(B, h_kv)](
+        q, k, v, cos, sin, own.k, own.v,
+        layout.n_own, layout.slot,
+        part_o, part_lse, o, lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        scale, B, h, C, n_splits,
+        **constants, BM=query_tile(1, queries_per_row), BN=32, BT=next_power_of_2(T, 16),
+    )  # fmt: skip
     return o, lse
 
 
-def run_backward(do, o, lse, q, k, v, cos, sin, prefix, own, g_prefix, g_own, w):
-    """dq, dk, dv of the step; adds to the float32 buffers g_prefix and g_own (keys, values), and clears g_own at w.slot."""
-    (B, h, T, d), (N, h_kv, P, _), scale = q.shape, prefix[0].shape, q.shape[-1] ** -0.5
-    splits, width = split_prefix(P, N * h_kv)
-    part_dq = q.new_empty(splits, B, h, T, d, dtype=torch.float32)
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
-    prefix_backward[(N, h_kv, splits)](q, cos, sin, *prefix, *g_prefix, w.start, w.members, w.first, do, o, lse, part_dq, *strides[:3],
-                                       *strides[9:], scale, B, h, P, width, **blocks(h, h_kv, d, T, w.group, 16))
-    own_backward[(B, h_kv)](q, k, v, cos, sin, *own, *g_own, w.n_own, w.slot, do, o, lse, part_dq, dq, dk, dv, *strides, scale, B, h,
-                            own[0].shape[2], splits, BT=power_of_2(T, 16), **blocks(h, h_kv, d, T, 1, 16) | {"BM": 16})
+def run_backward(do, o, lse, inputs, caches, grads, layout):
+    """dq, dk, dv of a step whose results were o and lse.
+
+    caches: (prefix, own), as in `run_forward`; grads: their float32 gradient buffers, likewise a
+    pair of KV. Adds to the buffers, and clears own's at layout.slot.
+    """
+    q, k, v, cos, sin = inputs
+    prefix, own = caches
+    prefix_grad, own_grad = grads
+    B, h, T, d = q.shape
+    N, h_kv, P, _ = prefix.k.shape
+    C = own.k.shape[2]
+    scale = d**-0.5
+    constants = head_constants(h, h_kv, d, T)
+    queries_per_row = T * h // h_kv
+    n_splits, split_width = split_prefix(P, N * h_kv)
+
+    part_dq = q.new_empty(n_splits, B, h, T, d, dtype=torch.float32)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk = torch.empty_like(k, memory_format=torch.contiguous_format)
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+
+    prefix_backward_kernel[(N, h_kv, n_splits)](
+        q, cos, sin, prefix.k, prefix.v, prefix_grad.k, prefix_grad.v,
+        layout.start, layout.members, layout.member_offsets,
+        do, o, lse, part_dq,
+        *q.stride()[:3], *do.stride()[:3],
+        scale, B, h, P, split_width,
+        **constants, BM=query_tile(layout.max_group, queries_per_row), BN=16,
+    )  # fmt: skip
+    own_backward_kernel[(B, h_kv)](
+        q, k, v, cos, sin, own.k, own.v, own_grad.k, own_grad.v,
+        layout.n_own, layout.slot,
+        do, o, lse, part_dq, dq, dk, dv,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+        scale, B, h, C, n_splits,
+        **constants, BM=16, BN=16, BT=next_power_of_2(T, 16),
+    )  # fmt: skip
     return dq, dk, dv

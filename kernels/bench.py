@@ -1,18 +1,22 @@
-"""Verifies every kernel on this machine's GPU, then times it beside its peers, and writes kernels/RESULTS.md.
+"""Verify every kernel on this machine's GPU, time it beside its peers, and write RESULTS.md.
 
-    python -m kernels.bench [--rounds 20] [--out kernels/RESULTS.md]
+    python -m kernels.bench [--rounds 20] [--peers all] [--out kernels/RESULTS.md]
 
-A kernel is timed only where its bf16 error, in every result and gradient, is at most 1.5 × that of PyTorch's own bf16 against float64.
-Each contender's calls, over as many copies of the inputs as the L2 cache cannot hold, are one CUDA graph; contenders take turns, round by
-round, and the ratios are medians of rounds. A peer that does not run is named, and is no win. The shares are of the copy and the bf16
-product measured here in the same run.
+Verify, then time: a kernel is timed only if its bf16 error against float64, in every result and
+gradient, is at most 1.5 × PyTorch's own.
+
+A contender's calls are captured as one CUDA graph, over as many copies of the inputs as it takes to
+exceed the L2 cache. The contenders take turns, round by round, and ratios are medians over rounds.
+A peer that does not run is named, and is not counted as a win. Each speed is also given as a share
+of its ceiling: the speed of a copy, or of a bf16 product, measured in the same run.
 """
+
 import argparse
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,256 +26,554 @@ from .cache import Begin, Columns, Step
 from .common import triton
 
 LIMIT = 1.5  # of a kernel's bf16 error over PyTorch's own
+PEERS = ("eager", "torch.compile", "SDPA", "FlexAttention")
 
 
 @dataclass
 class Case:
-    """One kernel at one shape. Functions take the tensors of `inputs`, each of which wants a gradient."""
+    """One kernel at one shape. Its functions take the tensors of `inputs`, all with a gradient."""
+
     name: str
-    inputs: Callable      # () -> list of tensors
-    kernel: Callable      # (*tensors) -> tensor or tuple
-    reference: Callable   # likewise, in PyTorch and any dtype
-    moved: float          # bytes of the forward pass
-    moved_back: float     # and of the backward pass
-    product: float = 0    # operations of the forward pass's product, twice that backward; 0: bound by memory
-    peers: dict = None    # more functions to time, name -> (*tensors) -> tensor
+    inputs: Callable  # () -> list of tensors
+    kernel: Callable  # (*tensors) -> tensor or tuple of tensors
+    reference: Callable  # the same in PyTorch, in any dtype
+    forward_bytes: float  # that the forward pass must move
+    backward_bytes: float  # and the backward pass
+    product: float = 0  # operations of its matrix product, forward; 0 if it is memory-bound
+    peers: dict = field(default_factory=dict)  # more functions to time, by name
 
 
-# ---- cases --------------------------------------------------------------------------------------------------------------
+# ---- cases: attention ----------------------------------------------------------------------------
 
-def attention_case(device, dtype, N, G, h, h_kv, d, P, own):
-    """The latent step: N questions of P tokens, G rollouts each, which have `own` columns already."""
-    B, C = N * G, own + 1
-    arange = lambda *a: torch.arange(*a, device=device, dtype=torch.int32)
-    start = arange(N) * 7 % (P // 2)
-    w = attention.Where(start, arange(B) // G, arange(B), arange(0, B + 1, G), G, arange(B) * 0 + own, arange(B)[:, None] * 0 + own)
-    angle = torch.rand(B, 1, 1, d // 2, device=device) * 100
-    cos, sin = angle.cos(), angle.sin()  # made once for all layers
+
+@dataclass
+class AttentionShape:
+    """A latent step: n_prompt questions of n_prefix columns, and `group` rollouts of each question.
+
+    Each rollout already has n_own columns of its own, and adds one.
+    """
+
+    n_prompt: int
+    group: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    n_prefix: int
+    n_own: int
+
+
+def attention_case(device, dtype, shape):
+    N, P = shape.n_prompt, shape.n_prefix
+    B = N * shape.group
+    C = shape.n_own + 1
+    layout = attention_layout(device, shape)
+
+    # RoPE's angles are made once for all layers, so they are not among the inputs.
+    angle = torch.rand(B, 1, 1, shape.head_dim // 2, device=device) * 100
+    cos = angle.cos()
+    sin = angle.sin()
 
     def inputs():
-        r = lambda *s: torch.randn(s, device=device).to(dtype)
-        new = [r(B, 1, n, d).transpose(1, 2) for n in (h, h_kv, h_kv)]
-        return [*new, r(N, h_kv, P, d), r(N, h_kv, P, d), r(B, h_kv, C, d), r(B, h_kv, C, d)]
+        def random(*size):
+            return torch.randn(size, device=device).to(dtype)
 
-    def kernel(q, k, v, pk, pv, ok, ov):
-        prefix, mine = Columns(pk.detach(), pv.detach()), Columns(ok.detach(), ov.detach())
-        thread = Begin.apply(prefix, pk, pv) + Begin.apply(mine, ok, ov)
-        return Step.apply(prefix, mine, thread, q, k, v, cos, sin, w)[0]
+        # q, k, v of one new position, as the projections leave them, and the cached columns
+        heads = (shape.n_head, shape.n_kv_head, shape.n_kv_head)
+        new = [random(B, 1, n, shape.head_dim).transpose(1, 2) for n in heads]
+        prefix = [random(N, shape.n_kv_head, P, shape.head_dim) for _ in range(2)]
+        own = [random(B, shape.n_kv_head, C, shape.head_dim) for _ in range(2)]
+        return [*new, *prefix, *own]
 
-    see = attention.visible(w, P, C)[:, None]
+    def kernel(q, k, v, prefix_k, prefix_v, own_k, own_v):
+        prefix = Columns(prefix_k.detach(), prefix_v.detach())
+        own = Columns(own_k.detach(), own_v.detach())
+        thread = Begin.apply(prefix, prefix_k, prefix_v) + Begin.apply(own, own_k, own_v)
+        return Step.apply(prefix, own, thread, q, k, v, cos, sin, layout)[0]
 
-    def sdpa(q, k, v, pk, pv, ok, ov):
-        turn = lambda x: rows.rotate(x, cos.to(dtype), sin.to(dtype))
-        K, V = torch.cat((pk[w.owner], ok, turn(k)), 2), torch.cat((pv[w.owner], ov, v), 2)
-        return F.scaled_dot_product_attention(turn(q), K, V, attn_mask=see, enable_gqa=h > h_kv)
+    def reference(q, k, v, *columns):
+        rope = (cos.to(q.dtype), sin.to(q.dtype))
+        return attention.step_reference(q, k, v, *rope, *columns, layout)
 
-    reference = lambda q, k, v, *s: attention.step(q, k, v, cos.to(q.dtype), sin.to(q.dtype), *s, w)
-    columns = float((N * P - start.sum() + B * C) * h_kv * d)
-    return Case(f"latent attention, {N} × {G} rows, {P} + {own} columns", inputs, kernel, reference, 4 * columns, (4 + 16) * columns,
-                peers={"SDPA": sdpa, **flex(w, P, C, cos, sin, dtype)})
+    def rotated_and_joined(q, k, v, prefix_k, prefix_v, own_k, own_v):
+        """Return the rotated q, and each row's keys and values of all P + C + 1 columns."""
+        rope = (cos.to(dtype), sin.to(dtype))
+        all_k = torch.cat((prefix_k[layout.owner], own_k, rows.rotate(k, *rope)), 2)
+        all_v = torch.cat((prefix_v[layout.owner], own_v, v), 2)
+        return rows.rotate(q, *rope), all_k, all_v
+
+    mask = attention.visible_mask(layout, P, C)[:, None]
+    enable_gqa = shape.n_head > shape.n_kv_head
+
+    def sdpa(*tensors):
+        q, k, v = rotated_and_joined(*tensors)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
+
+    # Elements of a key or value tensor that a step reads. Left padding costs nothing.
+    columns = N * P - layout.start.sum() + B * C
+    elements = float(columns * shape.n_kv_head * shape.head_dim)
+    peers = {"SDPA": sdpa}
+    if device.type == "cuda":  # FlexAttention has no backward pass on a CPU
+        peers["FlexAttention"] = flex_attention_peer(rotated_and_joined, mask[:, 0])
+    return Case(
+        name=f"latent attention, {N} × {shape.group} rows, {P} + {shape.n_own} columns",
+        inputs=inputs,
+        kernel=kernel,
+        reference=reference,
+        forward_bytes=4 * elements,
+        backward_bytes=(4 + 16) * elements,
+        peers=peers,
+    )
 
 
-def flex(w, P, C, cos, sin, dtype):
-    """FlexAttention as a peer; {} on a CPU, where it has no backward pass."""
-    if cos.device.type != "cuda":
-        return {}
+def attention_layout(device, shape):
+    """Return where the columns lie. Prompts differ in length; all rows have n_own own columns."""
+
+    def arange(*bounds):
+        return torch.arange(*bounds, device=device, dtype=torch.int32)
+
+    N, group = shape.n_prompt, shape.group
+    B = N * group
+    n_own = torch.full((B,), shape.n_own, device=device, dtype=torch.int32)
+    return attention.Layout(
+        start=arange(N) * 7 % (shape.n_prefix // 2),
+        owner=arange(B) // group,
+        members=arange(B),
+        first=arange(0, B + 1, group),
+        group=group,
+        n_own=n_own,
+        slot=n_own[:, None],
+    )
+
+
+def flex_attention_peer(rotated_and_joined, mask):
+    """Return FlexAttention as a peer. mask (B, T, columns)."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    see = attention.visible(w, P, C)
-    run, mask = torch.compile(flex_attention, dynamic=False), []  # made at the first call, where what fails is told
 
-    def peer(q, k, v, pk, pv, ok, ov):
-        if not mask:
-            mask.append(create_block_mask(lambda b, h, q, c: see[b, q, c], len(w.owner), None, 1, see.shape[2], device=see.device))
-        turn = lambda x: rows.rotate(x, cos.to(dtype), sin.to(dtype))
-        K, V = torch.cat((pk[w.owner], ok, turn(k)), 2), torch.cat((pv[w.owner], ov, v), 2)
-        return run(turn(q), K, V, block_mask=mask[0], enable_gqa=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    block_masks = []
 
-    return {"FlexAttention": peer}
+    def visible(b, head, q_index, kv_index):
+        return mask[b, q_index, kv_index]
+
+    def peer(*tensors):
+        # Made in the first call, so that a failure is reported as this peer's.
+        if not block_masks:
+            B, _, columns = mask.shape
+            block_masks.append(create_block_mask(visible, B, None, 1, columns, device=mask.device))
+        q, k, v = rotated_and_joined(*tensors)
+        return compiled(q, k, v, block_mask=block_masks[0], enable_gqa=True)
+
+    return peer
+
+
+# ---- cases: the others ---------------------------------------------------------------------------
 
 
 def vae_case(device, dtype, R, D):
-    key = ops.noise(5, R).to(device)
-    eps = vae.drawn(key, D)
-    inputs = lambda: [torch.randn(R, D, device=device).to(dtype) for _ in range(2)]
-    noise = lambda mu, logvar: vae.reparameterise(mu, logvar, torch.randn_like(mu, dtype=torch.float32))
-    return Case(f"reparameterisation, {R} × {D}", inputs, lambda mu, logvar: vae.apply(mu, logvar, key),
-                lambda mu, logvar: vae.reparameterise(mu, logvar, eps.to(mu.dtype)), 8 * R * D, 12 * R * D,
-                peers={"eager with randn": noise, "torch.compile with randn": lambda *x: torch.compile(noise)(*x)})
+    keys = ops.noise_keys(5, R).to(device)
+    eps = vae.draw_noise(keys, D)
+
+    def inputs():
+        return [torch.randn(R, D, device=device).to(dtype) for _ in range(2)]
+
+    def kernel(mu, logvar):
+        return vae.fused_reparameterise(mu, logvar, keys)
+
+    def reference(mu, logvar):
+        return vae.reparameterise(mu, logvar, eps.to(mu.dtype))
+
+    # The kernel draws its noise, the reference reads it. These peers draw it, too.
+    def with_randn(mu, logvar):
+        noise = torch.randn_like(mu, dtype=torch.float32)
+        return vae.reparameterise(mu, logvar, noise)
+
+    def compiled_with_randn(mu, logvar):
+        return torch.compile(with_randn)(mu, logvar)
+
+    return Case(
+        name=f"reparameterisation, {R} × {D}",
+        inputs=inputs,
+        kernel=kernel,
+        reference=reference,
+        forward_bytes=8 * R * D,
+        backward_bytes=12 * R * D,
+        peers={
+            "eager with randn": with_randn,
+            "torch.compile with randn": compiled_with_randn,
+        },
+    )
 
 
-def row_cases(device, dtype, R, D, inner, V):
-    r = lambda *s: torch.randn(s, device=device).to(dtype)
-    weight, target = r(D), torch.randint(0, V, (R,), device=device)
-    norm = lambda x, a: tuple(rows.AddRMSNorm.apply(x, a, weight, 1e-5, dtype))
-    scale = D**-0.5
-    return [Case(f"add + RMSNorm, {R} × {D}", lambda: [r(R, D), r(R, D)], norm,
-                 lambda x, a: rows.add_rms_norm(x, a, weight.to(x.dtype), 1e-5), 8 * R * D, 8 * R * D),
-            Case(f"SwiGLU, {R} × {inner}", lambda: [r(R, inner), r(R, inner)], rows.SwiGLU.apply, rows.swiglu,
-                 6 * R * inner, 10 * R * inner),
-            Case(f"linear cross-entropy, {R} × {V}", lambda: [r(R, D), r(V, D) * scale], lambda h, W: cross_entropy.apply(h, W, target),
-                 lambda h, W: cross_entropy.linear_nll(h, W, target), 2 * (R + V) * D, 4 * (R + V) * D, product=2 * R * V * D)]
+def norm_case(device, dtype, R, D):
+    weight = torch.randn(D, device=device).to(dtype)
+
+    def inputs():
+        return [torch.randn(R, D, device=device).to(dtype) for _ in range(2)]
+
+    def kernel(x, branch):
+        return tuple(rows.AddRMSNorm.apply(x, branch, weight, 1e-5, dtype))
+
+    def reference(x, branch):
+        return rows.add_rms_norm(x, branch, weight.to(x.dtype), 1e-5)
+
+    return Case(
+        name=f"add + RMSNorm, {R} × {D}",
+        inputs=inputs,
+        kernel=kernel,
+        reference=reference,
+        forward_bytes=8 * R * D,
+        backward_bytes=8 * R * D,
+    )
+
+
+def swiglu_case(device, dtype, R, inner):
+    def inputs():
+        return [torch.randn(R, inner, device=device).to(dtype) for _ in range(2)]
+
+    return Case(
+        name=f"SwiGLU, {R} × {inner}",
+        inputs=inputs,
+        kernel=rows.SwiGLU.apply,
+        reference=rows.swiglu,
+        forward_bytes=6 * R * inner,
+        backward_bytes=10 * R * inner,
+    )
+
+
+def cross_entropy_case(device, dtype, R, D, V):
+    target = torch.randint(0, V, (R,), device=device)
+
+    def inputs():
+        h = torch.randn(R, D, device=device).to(dtype)
+        W = torch.randn(V, D, device=device).to(dtype)
+        return [h, W * D**-0.5]
+
+    def kernel(h, W):
+        return cross_entropy.fused_linear_nll(h, W, target)
+
+    def reference(h, W):
+        return cross_entropy.linear_nll(h, W, target)
+
+    return Case(
+        name=f"linear cross-entropy, {R} × {V}",
+        inputs=inputs,
+        kernel=kernel,
+        reference=reference,
+        forward_bytes=2 * (R + V) * D,
+        backward_bytes=4 * (R + V) * D,
+        product=2 * R * V * D,
+    )
 
 
 def cases(device, dtype):
-    """What is timed: the shapes of llama-1b."""
-    return [vae_case(device, dtype, 65536, 2048), vae_case(device, dtype, 32, 2048),
-            attention_case(device, dtype, 16, 8, 32, 8, 64, 200, 20), attention_case(device, dtype, 32, 1, 32, 8, 64, 140, 10),
-            attention_case(device, dtype, 2, 1, 32, 8, 64, 8192, 20), *row_cases(device, dtype, 6400, 2048, 8192, 128259)]
+    """Return what is timed: the shapes of llama-1b."""
+    llama = {"n_head": 32, "n_kv_head": 8, "head_dim": 64}
+    R, D, inner, V = 6400, 2048, 8192, 128259
+    attention_shapes = [
+        AttentionShape(n_prompt=16, group=8, n_prefix=200, n_own=20, **llama),
+        AttentionShape(n_prompt=32, group=1, n_prefix=140, n_own=10, **llama),
+        AttentionShape(n_prompt=2, group=1, n_prefix=8192, n_own=20, **llama),
+    ]
+    return [
+        vae_case(device, dtype, 65536, D),
+        vae_case(device, dtype, 32, D),
+        *[attention_case(device, dtype, shape) for shape in attention_shapes],
+        norm_case(device, dtype, R, D),
+        swiglu_case(device, dtype, R, inner),
+        cross_entropy_case(device, dtype, R, D, V),
+    ]
 
 
 def small_cases(device, dtype):
-    """The same code in seconds on a CPU, for a test."""
-    return [vae_case(device, dtype, 3, 40), attention_case(device, dtype, 2, 2, 4, 1, 8, 19, 3), *row_cases(device, dtype, 5, 24, 40, 67)]
+    """Return the same cases at shapes that a CPU computes in seconds, for a test."""
+    shape = AttentionShape(
+        n_prompt=2, group=2, n_head=4, n_kv_head=1, head_dim=8, n_prefix=19, n_own=3
+    )
+    R, D, inner, V = 5, 24, 40, 67
+    return [
+        vae_case(device, dtype, 3, 40),
+        attention_case(device, dtype, shape),
+        norm_case(device, dtype, R, D),
+        swiglu_case(device, dtype, R, inner),
+        cross_entropy_case(device, dtype, R, D, V),
+    ]
 
 
-# ---- verify -------------------------------------------------------------------------------------------------------------
+# ---- verify --------------------------------------------------------------------------------------
 
-def results(f, inputs, upstream=None):
-    """([results and gradients of f], the upstream gradients, different for every element)."""
+
+def results(function, inputs, upstream=None):
+    """Return the results and gradients of a function, and the upstream gradients.
+
+    Upstream gradients differ from element to element. They are drawn unless they are given.
+    """
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = f(*leaves)
-    out = [out] if torch.is_tensor(out) else list(out)
-    upstream = upstream or [torch.randn_like(y, dtype=torch.float32) for y in out]
-    gradients = torch.autograd.grad(out, leaves, [g.to(y.dtype) for g, y in zip(upstream, out)])
-    return [x.detach() for x in (*out, *gradients)], upstream
+    outputs = as_list(function(*leaves))
+    if upstream is None:
+        upstream = [torch.randn_like(y, dtype=torch.float32) for y in outputs]
+    cast_upstream = [g.to(y.dtype) for g, y in zip(upstream, outputs)]
+    gradients = torch.autograd.grad(outputs, leaves, cast_upstream)
+    return [x.detach() for x in (*outputs, *gradients)], upstream
+
+
+def as_list(outputs):
+    """Return a list of tensors, of a function that returns one tensor or several."""
+    return [outputs] if torch.is_tensor(outputs) else list(outputs)
 
 
 def verify(case):
-    """The largest ratio of the kernel's error to PyTorch's own in the same dtype, each in relative L2 against float64.
+    """Return the largest ratio of the kernel's error to PyTorch's error in the same dtype.
 
-    PyTorch's error counts as at least the rounding of a result: where it is exact by luck, a kernel need not be.
+    Errors are relative, in L2, against float64. PyTorch's error counts as at least the rounding of
+    a result: where PyTorch is exact by luck, a kernel need not be.
     """
     torch.manual_seed(0)
     inputs = case.inputs()
-    mine, up = results(case.kernel, inputs)
-    own = results(case.reference, inputs, up)[0]
-    exact = results(case.reference, [x.double() for x in inputs], up)[0]
-    error = lambda a, b: float((a.double() - b).norm() / b.norm())
-    least = torch.finfo(inputs[0].dtype).eps / 4
-    return max(error(a, c) / max(error(b, c), least) for a, b, c in zip(mine, own, exact))
+    double_inputs = [x.double() for x in inputs]
+    from_kernel, upstream = results(case.kernel, inputs)
+    from_pytorch, _ = results(case.reference, inputs, upstream)
+    exact, _ = results(case.reference, double_inputs, upstream)
+
+    def error(x, x_exact):
+        return float((x.double() - x_exact).norm() / x_exact.norm())
+
+    rounding = torch.finfo(inputs[0].dtype).eps / 4
+    ratios = [
+        error(ours, truth) / max(error(theirs, truth), rounding)
+        for ours, theirs, truth in zip(from_kernel, from_pytorch, exact)
+    ]
+    return max(ratios)
 
 
-# ---- time ---------------------------------------------------------------------------------------------------------------
+# ---- time ----------------------------------------------------------------------------------------
 
-def graph_of(f, copies, backward):
-    """A CUDA graph of f over every copy of the inputs, with the backward pass if asked for. Returns its replay."""
-    def call():
+
+def capture(function, copies, backward):
+    """Capture calls on every copy of the inputs as one CUDA graph, and return its replay."""
+
+    def run_forward(inputs):
+        with torch.no_grad():
+            function(*inputs)
+
+    def run_forward_and_backward(inputs):
+        outputs = as_list(function(*inputs))
+        upstream = [torch.ones_like(y) for y in outputs]
+        torch.autograd.grad(outputs, inputs, upstream)
+
+    def run_all():
         for inputs in copies:
             if backward:
-                out = f(*inputs)
-                out = [out] if torch.is_tensor(out) else list(out)
-                torch.autograd.grad(out, inputs, [torch.ones_like(y) for y in out])
+                run_forward_and_backward(inputs)
             else:
-                with torch.no_grad():
-                    f(*inputs)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())  # which has the inputs to write first
-    with torch.cuda.stream(side):
+                run_forward(inputs)
+
+    # Warm up on another stream, which waits until the inputs have been written.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):
-            call()
+            run_all()
     torch.cuda.synchronize()
+
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        run_all()
     return graph.replay
 
 
-def microseconds(replay):
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def microseconds(work):
+    """Return how long the GPU takes for work()."""
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     begin.record()
-    replay()
+    work()
     end.record()
     end.synchronize()
     return 1e3 * begin.elapsed_time(end)
 
 
 def ceilings(device):
-    """(bytes read and written per µs by a copy, operations per µs of a bf16 product)."""
-    a, b = (torch.empty(2**29, dtype=torch.bfloat16, device=device) for _ in range(2))
-    x, y = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
-    best = lambda f: min(microseconds(f) for _ in range(20))
-    return 2 * a.nbytes / best(lambda: b.copy_(a)), 2 * 8192**3 / best(lambda: x @ y)
+    """Return bytes read and written per µs by a copy, and operations per µs of a bf16 product."""
+    source, destination = (
+        torch.empty(2**29, dtype=torch.bfloat16, device=device) for _ in range(2)
+    )
+    a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
+
+    def copy():
+        destination.copy_(source)
+
+    def product():
+        torch.matmul(a, b)
+
+    copy_time = min(microseconds(copy) for _ in range(20))
+    product_time = min(microseconds(product) for _ in range(20))
+    return 2 * source.nbytes / copy_time, 2 * 8192**3 / product_time
 
 
-def race(case, rounds, backward, copy_speed, product_speed, peers="all"):
-    """Markdown rows: µs a call, GB/s or TFLOP/s, the share of the ceiling, and how many times the kernel's time each peer takes."""
+@dataclass
+class Race:
+    """How the contenders are timed, and the ceilings that their speeds are compared with."""
+
+    rounds: int
+    peers: str  # "all", or names separated by commas
+    copy_speed: float  # bytes per µs
+    product_speed: float  # operations per µs
+
+
+def race(case, backward, settings):
+    """Time the kernel and its peers. Return one Markdown row for each."""
+    # As many copies of the inputs as the L2 cache cannot hold, so that every call reads from memory
     size = sum(x.nbytes for x in case.inputs())
-    count = max(1, min(50, 2 * torch.cuda.get_device_properties(0).L2_cache_size // size + 1))
-    copies = [[x.requires_grad_() for x in case.inputs()] for _ in range(count)]
-    fused = torch.compile(case.reference, dynamic=False)
-    contenders = {"kernel": case.kernel, "eager": case.reference, "torch.compile": fused, **(case.peers or {})}
-    contenders = {name: f for name, f in contenders.items() if peers == "all" or name.split(" with ")[0] in ("kernel", *peers.split(","))}
-    replays, failed = {}, []
-    for name, f in contenders.items():
+    l2_cache = torch.cuda.get_device_properties(0).L2_cache_size
+    n_copies = max(1, min(50, 2 * l2_cache // size + 1))
+    copies = [[x.requires_grad_() for x in case.inputs()] for _ in range(n_copies)]
+
+    replays = {}
+    failed = {}
+    for name, function in contenders(case, settings.peers).items():
         try:
-            replays[name] = graph_of(f, copies, backward)
-        except Exception as e:  # whatever a compiler of others may raise
+            replays[name] = capture(function, copies, backward)
+        except Exception as error:  # a peer's compiler may raise anything
             if name == "kernel":
                 raise
-            failed.append(f"{name}: did not run ({' '.join(str(e).split())[:80]})")
-    times = {name: [] for name in replays}
-    for _ in range(rounds):
+            failed[name] = " ".join(str(error).split())[:80]
+
+    # Take turns, so that a change of the GPU's clock meets all of them.
+    times = {name: [] for name in replays}  # µs of a call
+    for _ in range(settings.rounds):
         for name, replay in replays.items():
-            times[name].append(microseconds(replay) / count)
+            times[name].append(microseconds(replay) / n_copies)
+
+    direction = "forward + backward" if backward else "forward"
     lines = []
-    for name, t in times.items():
-        t = torch.tensor(t)
-        ratio = (t / torch.tensor(times["kernel"])).quantile(torch.tensor([0.1, 0.5, 0.9]))
-        us = float(t.median())
-        if case.product:
-            speed = case.product * (3 if backward else 1) / us
-            told = f"{speed / 1e6:.0f} TFLOP/s | {speed / product_speed:.0%}"
-        else:
-            speed = (case.moved + (case.moved_back if backward else 0)) / us
-            told = f"{speed / 1e3:.0f} GB/s | {speed / copy_speed:.0%}"
-        lines.append(f"| {case.name} | {'forward + backward' if backward else 'forward'} | {name} | {us:.1f} | {told} | "
-                     f"{ratio[1]:.2f} ({ratio[0]:.2f}–{ratio[2]:.2f}) |")
-    return lines + [f"| {case.name} | {'forward + backward' if backward else 'forward'} | {line} | | | | |" for line in failed]
+    for name, values in times.items():
+        time_us = torch.tensor(values)
+        median = float(time_us.median())
+        ratios = time_us / torch.tensor(times["kernel"])
+        p10, p50, p90 = ratios.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+        speed = describe_speed(case, backward, median, settings)
+        lines.append(
+            f"| {case.name} | {direction} | {name} | {median:.1f} | {speed} | "
+            f"{p50:.2f} ({p10:.2f}–{p90:.2f}) |"
+        )
+    for name, error in failed.items():
+        lines.append(f"| {case.name} | {direction} | {name}: did not run ({error}) | | | | |")
+    return lines
+
+
+def contenders(case, peers):
+    """Return {name: function}: the kernel, eager and compiled PyTorch, and the case's own peers."""
+    everyone = {
+        "kernel": case.kernel,
+        "eager": case.reference,
+        "torch.compile": torch.compile(case.reference, dynamic=False),
+        **case.peers,
+    }
+    if peers == "all":
+        return everyone
+
+    # "eager" chooses "eager with randn", too.
+    chosen = ("kernel", *peers.split(","))
+    return {name: f for name, f in everyone.items() if name.split(" with ")[0] in chosen}
+
+
+def describe_speed(case, backward, time_us, settings):
+    """Return two cells of a row: the speed, and its share of the ceiling."""
+    if case.product:
+        operations = case.product * (3 if backward else 1)
+        speed = operations / time_us
+        return f"{speed / 1e6:.0f} TFLOP/s | {speed / settings.product_speed:.0%}"
+    moved = case.forward_bytes + (case.backward_bytes if backward else 0)
+    speed = moved / time_us
+    return f"{speed / 1e3:.0f} GB/s | {speed / settings.copy_speed:.0%}"
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="turns of each contender [%(default)s]"
+    )
+    parser.add_argument(
+        "--peers",
+        default="all",
+        help=f"all, or some of {', '.join(PEERS)}, separated by commas; "
+        "those that compile take minutes [%(default)s]",
+    )
+    parser.add_argument(
+        "--out", default="kernels/RESULTS.md", help="written after each kernel [%(default)s]"
+    )
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU; python -m kernels.compile_report and the tests need none")
+    if unknown := set(args.peers.split(",")) - {"all", *PEERS}:
+        parser.error(f"--peers: there is no {', '.join(unknown)}")
+    return args
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="turns of each contender [%(default)s]")
-    parser.add_argument("--peers", default="all", help="all | some of eager, torch.compile, SDPA, FlexAttention, separated by commas; those that "
-                        "compile take minutes [%(default)s]")
-    parser.add_argument("--out", default="kernels/RESULTS.md", help="written after each kernel [%(default)s]")
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        parser.error("there is no GPU here; python -m kernels.compile_report and the tests need none")
-    if unknown := set(args.peers.split(",")) - {"all", "eager", "torch.compile", "SDPA", "FlexAttention"}:
-        parser.error(f"--peers: there is no {', '.join(unknown)}")
+    args = parse_arguments(argv)
     device = torch.device("cuda")
-    copy_speed, product_speed = ceilings(device)
-    checks, lines, wrong = [], [], []
+    settings = Race(args.rounds, args.peers, *ceilings(device))
+
+    checks = []
+    lines = []
+    failures = []
     for case in cases(device, torch.bfloat16):
+        # One kernel that fails leaves the others' figures worth having.
         try:
             ratio = verify(case)
             checks.append(f"| {case.name} | {ratio:.2f} |")
             if ratio > LIMIT:
-                wrong.append(f"{case.name}: its bf16 error is {ratio:.2f} × PyTorch's own, so it was not timed")
+                failures.append(
+                    f"{case.name}: its bf16 error is {ratio:.2f} × PyTorch's own, "
+                    "so it was not timed"
+                )
                 continue
             for backward in (False, True):
-                told = race(case, args.rounds, backward, copy_speed, product_speed, args.peers)
-                lines += told
-                print("\n".join(told), flush=True)
-        except Exception as e:  # the other kernels' figures are worth having
-            wrong.append(f"{case.name}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
+                timed = race(case, backward, settings)
+                lines += timed
+                print("\n".join(timed), flush=True)
+        except Exception as error:
+            message = " ".join(str(error).split())[:300]
+            failures.append(f"{case.name}: {type(error).__name__}: {message}")
         finally:
-            write(args.out, checks, lines, wrong, copy_speed, product_speed)
-    for line in wrong:
-        sys.stderr.write(line + "\n")
-    return 1 if wrong else 0
+            write_results(args.out, settings, checks, lines, failures)
+
+    for failure in failures:
+        sys.stderr.write(failure + "\n")
+    return 1 if failures else 0
 
 
-def write(path, checks, lines, wrong, copy_speed, product_speed):
-    """RESULTS.md, as far as it goes."""
-    Path(path).write_text("\n".join([
-        "# Kernels, measured", "",
-        f"`python -m kernels.bench` on {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}, "
-        f"{time.strftime('%Y-%m-%d')}. Ceilings of this run: copy {copy_speed / 1e3:.0f} GB/s (read + write), bf16 product "
-        f"{product_speed / 1e6:.0f} TFLOP/s.", "", "| | largest error over PyTorch's own, bf16 against float64 |", "|---|---|",
-        *checks, "", "| | pass | | µs | speed | share of the ceiling | its time over the kernel's (p10–p90) |", "|---|" + "---|" * 6,
-        *lines, "", *wrong]) + "\n")
+def write_results(path, settings, checks, lines, failures):
+    """Write RESULTS.md with what has been measured so far."""
+    heads = (
+        "| | pass | | µs | speed | share of the ceiling | its time over the kernel's (p10–p90) |"
+    )
+    text = [
+        "# Kernels, measured",
+        "",
+        f"`python -m kernels.bench` on {torch.cuda.get_device_name()}, "
+        f"PyTorch {torch.__version__}, "
+        f"Triton {triton.__version__}, {time.strftime('%Y-%m-%d')}. Ceilings of this run: "
+        f"copy {settings.copy_speed / 1e3:.0f} GB/s (read + write), "
+        f"bf16 product {settings.product_speed / 1e6:.0f} TFLOP/s.",
+        "",
+        "| | largest error over PyTorch's own, bf16 against float64 |",
+        "|---|---|",
+        *checks,
+        "",
+        heads,
+        "|---|" + "---|" * 6,
+        *lines,
+        "",
+        *failures,
+    ]
+    Path(path).write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

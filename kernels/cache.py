@@ -1,51 +1,78 @@
-"""The cache that the attention kernels read and write, with autograd through it; its interface is minatp's KVCache, and what minatp/chain.py
-needs: `fork`, `thread`, `n_own`.
+"""The cache that the attention kernels read and write, with autograd through it.
 
-The columns read first, left-padded, are the prefix: kept once, however many rows go on from it. What follows is a row's own. Both lie
-in memory that is written in place, which autograd cannot follow, so each operation on a layer's columns is a node of its own:
+It has the interface of minatp's KVCache (open, mask, attend, step, keep), and what the replayed
+chain needs besides (fork, threads, n_own). The first call's columns, left-padded, are the prefix:
+stored once, however many rows continue from it. The columns of later calls are a row's own.
 
-    Begin   the prefix is stored       backward: its keys and values receive what was added to the prefix's buffers
-    Step    kernels/attention.py       backward: adds to the buffers, and takes what later steps added to its own columns
-    Read    columns for a long pass    backward: adds the gradient of what was read
-    Append  columns of a long pass     backward: takes what was added to them
-    Keep    other rows go on           backward: adds the new rows' buffers to the old rows'
+Both lie in memory that is written in place, which autograd cannot follow. So each operation on a
+layer's columns is a node of its own:
 
-The nodes of a layer are threaded on a scalar that holds nothing: each takes the last one's and gives its own, so that autograd runs
-them in exactly the reverse order, whether or not a number flows from one to the next.
+    StorePrefix    store the prefix               backward: its keys and values receive what was
+                                                  added to the prefix's gradient buffers
+    AttendStep     kernels/attention.py           backward: adds to the buffers, and collects what
+                                                  later steps added to its own columns
+    ReadColumns    columns for a long pass        backward: adds the gradient of what was read
+    AppendColumns  columns of a long pass         backward: collects what was added to them
+    SelectRows     continue with other rows       backward: adds the new rows' buffers to the old
+
+Most of these nodes pass gradients through the buffers, where autograd does not see them. It must
+still run them in exactly the reverse order: a step may collect its columns' gradients only after
+every later step has added its share. A thread holds them in order. It is a dummy scalar, one per
+layer: each node takes the last node's scalar as an input and returns a new one, so autograd sees a
+dependency between any two nodes of a layer. No number is ever read from it.
 """
+
 from copy import copy
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from . import attention, graph
+from .attention import KV, Layout, StepInputs
 from .rows import Rotate
 
-FEW = 8  # new positions that the step's kernel takes; a longer pass is SDPA's
+MAX_STEP_COLUMNS = 8  # new positions that the step's kernel takes; SDPA serves a longer pass
 
 
 class Columns:
-    """Keys and values of some rows in one layer, and the float32 buffers of their gradients, made when first needed."""
-    def __init__(self, k, v):
-        self.kv, self.grad = (k, v), None
+    """Keys and values of some columns of one layer, and the float32 buffers of their gradients,
+    which are allocated when they are first needed.
+    """
 
-    def gradient(self):
+    def __init__(self, k, v):
+        self.kv = KV(k, v)
+        self.grad = None
+
+    def grad_buffers(self):
+        """What has been added to the gradients so far, a KV of float32; zeros at first."""
         if self.grad is None:
-            self.grad = tuple(torch.zeros_like(x, dtype=torch.float32) for x in self.kv)
+            zeros = [torch.zeros_like(x, dtype=torch.float32) for x in self.kv]
+            self.grad = KV(*zeros)
         return self.grad
 
-    def take(self, at):
-        """What was added to columns `at` (B, T; −1: none), which is cleared."""
-        index, real = at.clamp(min=0)[:, None, :, None].long(), (at >= 0)[:, None, :, None]
-        taken = []
-        for g in self.gradient():
-            i = index.expand(-1, g.shape[1], -1, g.shape[3])
-            taken.append(g.gather(2, i) * real)
-            g.scatter_add_(2, i, -taken[-1])
-        return taken
+    def collect(self, slot):
+        """Return what was added to the columns `slot` (B, T; −1: no column), and clear it:
+        (dk, dv), each (B, h_kv, T, hd), 0 where there is no column.
+        """
+        is_real = (slot >= 0)[:, None, :, None]
+        column = slot.clamp(min=0)[:, None, :, None].long()
+
+        collected = []
+        for buffer in self.grad_buffers():
+            index = column.expand(-1, buffer.shape[1], -1, buffer.shape[3])
+            added = buffer.gather(2, index) * is_real
+            # subtract instead of writing 0: columns that are not real share index 0 with a real one
+            buffer.scatter_add_(2, index, -added)
+            collected.append(added)
+        return collected
 
 
-class Begin(torch.autograd.Function):
+# ---- operations on a layer's columns, as nodes of autograd ---------------------------------------
+
+
+class StorePrefix(torch.autograd.Function):
+    """(columns, k, v) -> thread. `columns` holds k and v already."""
+
     @staticmethod
     def forward(ctx, columns, k, v):
         ctx.columns = columns
@@ -54,51 +81,81 @@ class Begin(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        gk, gv = (g.to(x.dtype) for g, x in zip(ctx.columns.gradient(), ctx.columns.kv))
-        ctx.columns.grad = None
-        return None, gk, gv
+        k, v = ctx.columns.kv
+        grad_k, grad_v = ctx.columns.grad_buffers()
+        ctx.columns.grad = None  # passed on: a second backward pass starts from zeros
+        return None, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-class Step(torch.autograd.Function):
+class AttendStep(torch.autograd.Function):
+    """(prefix, own, thread, q, k, v, cos, sin, layout) -> o (B, h, T, hd), thread. Appends k and v
+    to `own`.
+    """
+
     @staticmethod
-    def forward(ctx, prefix, own, thread, q, k, v, cos, sin, where):
-        o, lse = attention.run_forward(q, k, v, cos, sin, prefix.kv, own.kv, where)
-        ctx.save_for_backward(q, k, v, cos, sin, o, lse)
-        ctx.columns = prefix, own, where
+    def forward(ctx, prefix, own, thread, q, k, v, cos, sin, layout):
+        inputs = StepInputs(q, k, v, cos, sin)
+        o, lse = attention.run_forward(inputs, prefix.kv, own.kv, layout)
+        ctx.save_for_backward(*inputs, o, lse)
+        ctx.prefix = prefix
+        ctx.own = own
+        ctx.layout = layout
         return o, q.new_empty(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, thread):
-        (q, k, v, cos, sin, o, lse), (prefix, own, where) = ctx.saved_tensors, ctx.columns
-        do = do if do.stride(3) == 1 else do.contiguous()
-        dq, dk, dv = attention.run_backward(do, o, lse, q, k, v, cos, sin, prefix.kv, own.kv, prefix.gradient(), own.gradient(), where)
+        *inputs, o, lse = ctx.saved_tensors
+        prefix, own = ctx.prefix, ctx.own
+        if do.stride(3) != 1:  # the kernels take any strides but that of the last dimension
+            do = do.contiguous()
+        caches = (prefix.kv, own.kv)
+        grads = (prefix.grad_buffers(), own.grad_buffers())
+        dq, dk, dv = attention.run_backward(
+            do, o, lse, StepInputs(*inputs), caches, grads, ctx.layout
+        )
         return None, None, thread, dq, dk, dv, None, None, None
 
 
-class Read(torch.autograd.Function):
+class ReadColumns(torch.autograd.Function):
+    """(prefix, own, thread, owner, n_own) -> the keys and values of the prefix and of the first
+    n_own own columns, each (B, h_kv, P + n_own, hd), and thread.
+    """
+
     @staticmethod
-    def forward(ctx, prefix, own, thread, owner, n):
-        ctx.columns, ctx.owner, ctx.n = (prefix, own), owner, n
-        k, v = (torch.cat((p[owner], x[:, :, :n]), 2) for p, x in zip(prefix.kv, own.kv))
+    def forward(ctx, prefix, own, thread, owner, n_own):
+        ctx.prefix = prefix
+        ctx.own = own
+        ctx.owner = owner
+        ctx.n_own = n_own
+        k = torch.cat((prefix.kv.k[owner], own.kv.k[:, :, :n_own]), 2)
+        v = torch.cat((prefix.kv.v[owner], own.kv.v[:, :, :n_own]), 2)
         return k, v, k.new_empty(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dk, dv, thread):
-        prefix, own = ctx.columns
-        P = prefix.kv[0].shape[2]
-        for d, shared, mine in zip((dk.float(), dv.float()), prefix.gradient(), own.gradient()):
-            shared.index_add_(0, ctx.owner, d[:, :, :P])
-            mine[:, :, : ctx.n] += d[:, :, P:]
+        P = ctx.prefix.kv.k.shape[2]
+        prefix_grads = ctx.prefix.grad_buffers()
+        own_grads = ctx.own.grad_buffers()
+        for grad, prefix_grad, own_grad in zip((dk.float(), dv.float()), prefix_grads, own_grads):
+            prefix_grad.index_add_(0, ctx.owner, grad[:, :, :P])
+            own_grad[:, :, : ctx.n_own] += grad[:, :, P:]
         return None, None, thread, None, None
 
 
-class Append(torch.autograd.Function):
+class AppendColumns(torch.autograd.Function):
+    """(own, thread, k, v, slot, real) -> thread. Writes k and v (B, h_kv, T, hd) to the columns
+    `slot` (B, T); real: the indices (b, t) of the positions that are real.
+    """
+
     @staticmethod
     def forward(ctx, own, thread, k, v, slot, real):
-        ctx.own, ctx.slot, ctx.dtype = own, slot, k.dtype
+        ctx.own = own
+        ctx.slot = slot
+        ctx.dtype = k.dtype
         b, t = real
+        # only real positions: the others have no column
         for buffer, new in zip(own.kv, (k, v)):
             buffer[b, :, slot[b, t]] = new[b, :, t].to(buffer.dtype)
         return k.new_empty(())
@@ -106,113 +163,197 @@ class Append(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, thread):
-        dk, dv = ctx.own.take(ctx.slot)
+        dk, dv = ctx.own.collect(ctx.slot)
         return None, thread, dk.to(ctx.dtype), dv.to(ctx.dtype), None, None
 
 
-class Keep(torch.autograd.Function):
+class SelectRows(torch.autograd.Function):
+    """(old, new, thread, rows) -> thread. `new` holds rows `rows` of the columns `old` already."""
+
     @staticmethod
     def forward(ctx, old, new, thread, rows):
-        ctx.columns, ctx.rows = (old, new), rows
+        ctx.old = old
+        ctx.new = new
+        ctx.rows = rows
         return thread.new_empty(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, thread):
-        old, new = ctx.columns
-        for g, d in zip(old.gradient(), new.gradient()):
-            g.index_add_(0, ctx.rows, d)
-        new.grad = None
+        # a row that was repeated receives the sum; one that was dropped receives nothing
+        for old_grad, new_grad in zip(ctx.old.grad_buffers(), ctx.new.grad_buffers()):
+            old_grad.index_add_(0, ctx.rows, new_grad)
+        ctx.new.grad = None
         return None, None, thread, None
 
 
+# ---- the cache -----------------------------------------------------------------------------------
+
+
 class StepCache:
-    """Keys and values of every layer. The columns read first are left-padded (or, where nothing is read after them, padded
-    anywhere); those of later calls may be real or not, as they like."""
+    """Keys and values of every layer, for B rows and at most T columns.
+
+    The columns of the first call are left-padded (or, if nothing is read after them, padded
+    anywhere). Each column of a later call may be real or not.
+    """
+
     def __init__(self, cfg, B, T, device):
-        self.T, self.shape, self.rep = T, (cfg.n_kv_head, cfg.head_dim), cfg.n_head // cfg.n_kv_head
-        self.prefix, self.own, self.thread = ([None] * cfg.n_layer for _ in range(3))
-        self.start = self.slot = None                                     # start (N,): of each prefix; None before the first call
-        self.owner, self.group = torch.arange(B, device=device), 1        # prefix of each row; most rows of one
-        self.n_own = torch.zeros(B, dtype=torch.long, device=device)      # own columns, by row
-        self.P = self.used = 0                                            # columns of the prefix, and of the longest row of its own
-        self.replays, self.replayed = graph.serves(device), graph.Replayed()
+        self.T = T
+        self.n_kv_head = cfg.n_kv_head
+        self.head_dim = cfg.head_dim
+
+        # columns and thread of each layer
+        self.prefix = [None] * cfg.n_layer
+        self.own = [None] * cfg.n_layer
+        self.threads = [None] * cfg.n_layer
+
+        # where a row's columns lie
+        self.start = None  # (N,) first real column of each prefix; None before the first call
+        self.owner = torch.arange(B, device=device)  # (B,) prefix of each row
+        self.max_group = 1  # the most rows that share one prefix
+        self.n_own = torch.zeros(B, dtype=torch.long, device=device)  # (B,) own columns
+        self.slot = None  # (B, T) own column of each new position; None during the first call
+        self.P = 0  # columns of the prefix
+        self.n_opened = 0  # columns opened after the prefix; no row has more of its own
+
+        self.replays_steps = graph.use_graphs(device)
+        self.replayed_step = graph.ReplayedStep()
 
     def open(self, valid):
         """Make room for new columns, real where valid (B, T); returns their position ids (B, T)."""
-        T, rank = valid.shape[1], valid.long().cumsum(1) - 1
+        T = valid.shape[1]
+        rank = valid.long().cumsum(1) - 1  # how many real columns of this call come before
+
+        # the first call is the prefix
         if self.start is None:
-            self.start, self.P, self.valid = T - valid.sum(1), T, valid
-            self.regroup()
+            self.start = T - valid.sum(1)
+            self.P = T
+            self.valid = valid
+            self.group_rows()
+            t = torch.arange(T, device=valid.device)
+            itself = t == t[:, None]
+            self.mask = ((valid[:, None] & (t <= t[:, None])) | itself)[:, None]  # (B, 1, T, T)
             return rank.clamp(min=0)
-        before = self.n_own.clone()
-        self.slot = torch.where(valid, before[:, None] + rank, -1)
-        self.n_own += valid.sum(1)  # in place, where a replayed step finds it
-        self.used += T
-        self.real = valid.nonzero(as_tuple=True) if T > FEW else None  # the host waits once, not in every layer
-        self.where = attention.Where(*self.groups, self.group, before.int(), self.slot.int())
-        return ((self.behind + before)[:, None] + rank).clamp(min=0)
 
-    def regroup(self):
-        """Who goes on from which prefix."""
+        # later calls: a real column goes behind the row's own ones
+        n_before = self.n_own.clone()
+        self.slot = torch.where(valid, n_before[:, None] + rank, -1)
+        self.n_own += valid.sum(1)  # in place: a replayed step finds it at this address
+        self.n_opened += T
+        self.layout = Layout(
+            **self.groups, max_group=self.max_group, n_own=n_before.int(), slot=self.slot.int()
+        )
+
+        # a step's kernel needs no mask. A long pass needs one, and the indices of its real columns:
+        # nonzero() makes the host wait, but once and not in every layer
+        self.mask = self.real = None
+        if T > MAX_STEP_COLUMNS:
+            visible = attention.visible_mask(self.layout, self.P, self.n_opened - T)
+            self.mask = visible[:, None]  # (B, 1, T, columns)
+            self.real = valid.nonzero(as_tuple=True)
+        return ((self.n_prefix_real + n_before)[:, None] + rank).clamp(min=0)
+
+    def group_rows(self):
+        """Sort the rows by their prefix: the parts of a Layout that change only here."""
         members = self.owner.argsort(stable=True)
-        first = torch.searchsorted(self.owner[members], torch.arange(len(self.start) + 1, device=members.device))
-        self.groups = [x.int() for x in (self.start, self.owner, members, first)]
-        self.behind = self.P - self.start[self.owner]  # real columns of each row's prefix
+        prefix = torch.arange(len(self.start) + 1, device=members.device)
+        member_offsets = torch.searchsorted(self.owner[members], prefix)
+        self.groups = dict(
+            start=self.start.int(),
+            owner=self.owner.int(),
+            members=members.int(),
+            member_offsets=member_offsets.int(),
+        )
+        self.n_prefix_real = self.P - self.start[self.owner]  # (B,) real columns of its prefix
 
-    def mask(self, T):
-        """What each of T new columns sees of all, (B, 1, T, columns), for a long pass; None for a step, whose kernel knows."""
-        if self.slot is None:
-            t = torch.arange(T, device=self.valid.device)
-            return ((self.valid[:, None] & (t <= t[:, None])) | (t == t[:, None]))[:, None]
-        return None if T <= FEW else attention.visible(self.where, self.P, self.used - T)[:, None]
-
-    def attend(self, i, q, k, v, rope, mask):
-        """Append k, v (B, h_kv, T, hd) to layer i and attend to it: q (B, h, n, hd), of the last n of them -> (B, h, n, hd)."""
+    def attend(self, i, q, k, v, rope):
+        """Append k, v (B, h_kv, T, hd) to layer i and attend to it: q (B, h, n, hd), the queries of
+        the last n of them -> (B, h, n, hd). rope: (cos, sin), each (B, 1, T, hd/2).
+        """
         cos, sin = (x.float() for x in rope)
-        if self.slot is not None and mask is None:
-            o, self.thread[i] = Step.apply(self.prefix[i], self.room(i, k), self.thread[i], q, k, v, cos, sin, self.where)
+
+        # a step: the kernel rotates, appends and attends
+        if self.mask is None:
+            o, self.threads[i] = AttendStep.apply(
+                self.prefix[i],
+                self.own_columns(i, k),
+                self.threads[i],
+                q,
+                k,
+                v,
+                cos,
+                sin,
+                self.layout,
+            )
             return o
+
+        # a long pass: rotate, join all columns, SDPA
         n = q.shape[2]
-        q, k = Rotate.apply(q, *(x[:, :, -n:].contiguous() for x in (cos, sin))), Rotate.apply(k, cos, sin)
+        q = Rotate.apply(q, cos[:, :, -n:].contiguous(), sin[:, :, -n:].contiguous())
+        k = Rotate.apply(k, cos, sin)
         if self.slot is None:
-            self.prefix[i] = Columns(*(x.detach().contiguous() for x in (k, v)))
-            self.thread[i] = Begin.apply(self.prefix[i], k, v)
+            self.store_prefix(i, k, v)
         else:
-            own = self.room(i, k)
-            old_k, old_v, thread = Read.apply(self.prefix[i], own, self.thread[i], self.owner, self.used - k.shape[2])
-            self.thread[i] = Append.apply(own, thread, k, v, self.slot, self.real)
-            k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
-        return attention.masked_sdpa(q, k, v, mask[:, :, -n:])
+            k, v = self.append_long(i, k, v)
+        return attention.masked_sdpa(q, k, v, self.mask[:, :, -n:])
 
-    def step(self, work, *inputs):
-        """work(*inputs), which reads one column; where steps are graphs, a replay from the second step after a `keep` on."""
-        if not self.replays:
-            return work(*inputs)
-        used = self.used + 1  # a replay runs no Python
-        result = self.replayed(work, *inputs)
-        self.used = used
-        return result
+    def store_prefix(self, i, k, v):
+        """The first call's keys and values become layer i's prefix."""
+        self.prefix[i] = Columns(k.detach().contiguous(), v.detach().contiguous())
+        self.threads[i] = StorePrefix.apply(self.prefix[i], k, v)
 
-    def fork(self):
-        """A copy that later columns and `keep`s do not change, for the chain's backward pass; keys and values are shared."""
-        same = copy(self)
-        same.own, same.n_own, same.thread, same.replayed = list(self.own), self.n_own.clone(), [None] * len(self.own), None
-        return same
+    def append_long(self, i, k, v):
+        """Append a long pass to layer i; returns the keys and values of all columns, the prefix's,
+        the own ones before this call, and k and v.
+        """
+        own = self.own_columns(i, k)
+        n_before = self.n_opened - k.shape[2]
+        old_k, old_v, thread = ReadColumns.apply(
+            self.prefix[i], own, self.threads[i], self.owner, n_before
+        )
+        self.threads[i] = AppendColumns.apply(own, thread, k, v, self.slot, self.real)
+        return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
 
-    def room(self, i, k):
-        """Layer i's own columns, made at the first of them."""
+    def own_columns(self, i, k):
+        """Layer i's own columns, allocated at the first call after the prefix."""
         if self.own[i] is None:
-            shape = (len(self.owner), self.shape[0], self.T - self.P, self.shape[1])
-            self.own[i] = Columns(*(k.new_zeros(shape) for _ in range(2)))
+            shape = (len(self.owner), self.n_kv_head, self.T - self.P, self.head_dim)
+            self.own[i] = Columns(k.new_zeros(shape), k.new_zeros(shape))
         return self.own[i]
 
+    def step(self, work, *inputs):
+        """work(*inputs), which reads one column. If steps are CUDA graphs, the second step after a
+        `keep` is recorded, and from then on each is a replay.
+        """
+        if not self.replays_steps:
+            return work(*inputs)
+        n_opened = self.n_opened + 1
+        result = self.replayed_step(work, *inputs)
+        self.n_opened = n_opened  # a replay runs no Python, so `open` has not counted the column
+        return result
+
     def keep(self, rows, group=None):
-        """Go on with `rows` (a LongTensor) alone, `group` of each where they are repeated. The prefix stays where it is."""
-        self.group = group or self.group
-        self.owner, self.n_own, self.replayed = self.owner[rows], self.n_own[rows], graph.Replayed()
-        self.regroup()
+        """Continue with the rows `rows` (a LongTensor) alone; `group`: how often each is repeated,
+        if it is. The prefix stays where it is.
+        """
+        self.max_group = group or self.max_group
+        self.owner = self.owner[rows]
+        self.n_own = self.n_own[rows]
+        self.replayed_step = graph.ReplayedStep()  # other shapes: record anew
+        self.group_rows()
         for i, old in enumerate(self.own):
-            if old is not None:
-                self.own[i] = Columns(*(x[rows] for x in old.kv))
-                self.thread[i] = Keep.apply(old, self.own[i], self.thread[i], rows)
+            if old is None:
+                continue
+            self.own[i] = Columns(old.kv.k[rows], old.kv.v[rows])
+            self.threads[i] = SelectRows.apply(old, self.own[i], self.threads[i], rows)
+
+    def fork(self):
+        """A copy for the backward pass of a chain, which later columns and `keep`s do not change.
+        Keys, values and their gradient buffers are shared; the threads are not.
+        """
+        fork = copy(self)
+        fork.own = list(self.own)
+        fork.n_own = self.n_own.clone()
+        fork.threads = [None] * len(self.own)
+        fork.replayed_step = None
+        return fork

@@ -1,35 +1,89 @@
-"""What the kernel files share: Triton where it is installed, and the shapes that kernels take."""
+"""What the kernel files share: an optional Triton, and the dtypes and shapes that kernels take."""
+
 import types
+from contextlib import contextmanager
 
 import torch
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS and Windows have no wheel: the references beside the kernels serve, and no kernel is ever launched
-    triton = types.SimpleNamespace(jit=lambda kernel: kernel)
+except ImportError:
+    # Triton has no wheel for macOS and Windows. The PyTorch references run there. These stand-ins
+    # only let the files that define kernels be imported: no kernel is ever launched.
+    def leave_uncompiled(kernel):
+        return kernel
+
+    triton = types.SimpleNamespace(jit=leave_uncompiled)
     tl = types.SimpleNamespace(constexpr=None)
 
 HAS_TRITON = hasattr(triton, "__version__")
 
+# How a RuntimeError says that it is a failed allocation: on the CPU; in CUDA or Triton; in cuBLAS
+OUT_OF_MEMORY_MESSAGES = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+
 
 def is_out_of_memory(error):
-    """Whether an exception is a failed allocation: of Python, of PyTorch, or of CUDA, cuBLAS, Triton or the CPU, which only say so."""
-    said = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and any(s in str(error) for s in said)
+    """Return whether an exception is a failed allocation.
+
+    Python and PyTorch's CUDA allocator raise classes of their own. CUDA, cuBLAS, Triton and the CPU
+    allocator of PyTorch raise a plain RuntimeError, which only its message tells apart.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    message = str(error)
+    return any(fragment in message for fragment in OUT_OF_MEMORY_MESSAGES)
 
 
-def wide(x):
-    """x in float32; float64 stays, so that a test can ask for it."""
-    return x if x.dtype == torch.float64 else x.float()
+def upcast(x):
+    """Return x in float32. float64 stays float64, so that tests can compute in it."""
+    if x.dtype == torch.float64:
+        return x
+    return x.float()
 
 
 def as_rows(x):
-    """x (..., D) -> (rows, D) with neighbouring elements side by side; a view wherever the strides allow one."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    """Flatten x (..., D) to (rows, D), each row contiguous; a view where the strides allow it."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) == 1 or rows.shape[1] == 1:
+        return rows
+    return rows.contiguous()
 
 
-def power_of_2(n, least=1):
-    """The smallest power of two that is at least n and `least`."""
+def row_stride(x):
+    """Return the distance between two rows of x, in elements. 0 if x is None."""
+    return 0 if x is None else x.stride(0)
+
+
+def empty_contiguous(x):
+    """Return uninitialized memory of x's shape and dtype, contiguous whatever the strides of x."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def ceil_div(n, divisor):
+    """Return n / divisor, rounded up: how many blocks of size `divisor` cover n elements."""
+    return -(-n // divisor)
+
+
+def next_power_of_2(n, least=1):
+    """Return the smallest power of two that is at least n and at least `least` (a power of two)."""
     return max(least, 1 << (n - 1).bit_length())
+
+
+@contextmanager
+def cast_once(module):
+    """Inside, autocast keeps its low-precision copies of a frozen module's weights.
+
+    It caches them only for weights that require a gradient; otherwise each word would cast them all
+    again.
+    """
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)

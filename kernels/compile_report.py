@@ -1,11 +1,17 @@
-"""Compiles every kernel at the shapes of llama-1b, with no GPU, and prints what the compiler made of it.
+"""Compile every kernel at the shapes of llama-1b, without a GPU, and print what it needs.
 
     python -m kernels.compile_report [--sm 80,90,100] [--out FILE]
 
-Registers and shared memory are read from the cubin, spills from ptxas, the matrix instruction from the disassembly. The kernels are given
-the hints that a launch would derive: an integer that is a multiple of 16 is known to be one, 1 and None are constants. A stack
-without spills is the slow path of sin and cos. Exit code 1 where a kernel spills or does not compile.
+For each kernel and compute capability: registers and shared memory, from the cubin; bytes spilled
+because they do not fit into registers, from ptxas; the matrix instruction, from the disassembly. A
+stack without spills is the slow path of a library's sine and cosine.
+
+A kernel is compiled as its launch would compile it: an integer that is a multiple of 16 is known to
+be one, and 1 and None are constants.
+
+Exit code 1 if a kernel spills or does not compile.
 """
+
 import argparse
 import os
 import re
@@ -13,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -24,110 +31,289 @@ from . import attention, cross_entropy, rows, vae
 from .cache import FEW
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-H, H_KV, HD, D, INNER, V = 32, 8, 64, 2048, 8192, 128259  # llama-1b and the three added tokens
-B, G, P, C = 128, 8, 139, 37                              # 16 questions × 8 rollouts; prompt columns, own columns
-POINTERS = {"bf16": "*bf16", "fp32": "*fp32", "i32": "*i32", "i64": "*i64"}
+
+# llama-1b with the three tokens that latent reasoning adds
+N_HEAD = 32
+N_KV_HEAD = 8
+HEAD_DIM = 64
+D = 2048
+INNER = 8192  # of the MLP
+V = 128259
+
+# A batch of rollouts: 16 questions × 8
+B = 128
+GROUP = 8
+PREFIX_COLUMNS = 139  # of a question, in the KV cache
+OWN_COLUMNS = 37  # of a rollout
+
+
+class Case(NamedTuple):
+    """A kernel at one shape."""
+
+    name: str
+    kernel: object
+    arguments: (
+        dict  # name -> number, constexpr, None, or a pointer's dtype: "bf16", "fp32", "i32", "i64"
+    )
+
+
+# ---- cases: the arguments of a launch ------------------------------------------------------------
 
 
 def cases():
-    """[(name, kernel, {argument: value or pointer type}, options)]: a launch of each, as the launchers of these files would do it."""
-    heads = dict(cos="fp32", sin="fp32", scale=HD**-0.5, B=B, h=H, P=P, C=C, splits=2, width=96, start="i32", members="i32", first="i32",
-                 n_own="i32", slot="i32", part_o="fp32", part_lse="fp32", lse="fp32", part_dq="fp32", gK="fp32", gV="fp32",
-                 **{f"s_{x}{axis}": n for x, n in (("q", H), ("k", H_KV), ("v", H_KV), ("o", H))
-                    for axis, n in (("b", n * HD), ("h", HD), ("t", n * HD))},
-                 **dict.fromkeys(("q", "k", "v", "K", "V", "o", "do", "dq", "dk", "dv"), "bf16"))
-    step = lambda T, rows, columns, **more: {**heads, **attention.blocks(H, H_KV, HD, T, rows, columns), "BT": 16, **more}
-    row = dict(mu="bf16", logvar="bf16", dz="fp32", z="fp32", kl="fp32", logp="fp32", dkl="fp32", dlogp="fp32", dmu="bf16", dlogvar="bf16",
-               s_mu=2 * D, s_logvar=2 * D, s_given=D, s_dz=D, D=D, BLOCK=vae.BLOCK, HAS_DZ=True)
-    modes = {"draw": dict(given="i64", s_given=2, dgiven=None, MODE=vae.DRAW),
-             "given": dict(given="fp32", dgiven=None, MODE=vae.GIVEN),
-             "score": dict(given="fp32", dgiven="fp32", MODE=vae.SCORE, z=None, dz=None, HAS_DZ=False),
-             "mean": dict(given=None, dgiven=None, MODE=vae.MEAN, z=None, dz=None, HAS_DZ=False)}
-    norm = dict(x="fp32", a="bf16", weight="fp32", s="fp32", y="bf16", dy="bf16", g="fp32", ds="fp32", rstd="fp32", part_dw="fp32",
-                s_x=D, s_a=D, s_g=D, s_dy=D, s_s=D, rows=B * P, D=D, eps=1e-5, HAS_A=True, HAS_G=True, **rows.norm_blocks(D))
-    rope = dict(x="bf16", y="bf16", cos="fp32", sin="fp32", s_xb=P * H * HD, s_xh=HD, s_xt=H * HD, T=P, h=H, n=16 * P * H, sign=1.0,
-                H=HD // 2, BH=HD // 2, BM=32)
-    glu = dict(gate="bf16", up="bf16", y="bf16", dy="bf16", dgate="bf16", dup="bf16", s_g=INNER, s_u=INNER, s_dy=INNER, rows=B * P,
-               D=INNER, **rows.tiles(INNER))
-    head = dict(h="bf16", W="bf16", target="i64", top="fp32", total="fp32", at_target="fp32", lse="fp32", g="fp32", dl="bf16", R=6400,
-                V=V, D=D, s_h=D, s_W=D, s_dl=-(-V // 16) * 16, inverse=1.0, width=8064, **cross_entropy.HALF)
-    return [*((f"vae forward, {m}", vae.forward_kernel, {**row, **a}) for m, a in modes.items()),
-            *((f"vae backward, {m}", vae.backward_kernel, {**row, **a}) for m, a in modes.items()),
-            *((f"attention {way}, {T} new", kernel, step(T, *tile, **more))
-              for T, group in ((1, G), (FEW, 1))  # a tick of the rollouts; the answers of SFT
-              for way, kernel, tile, more in (
-                  ("forward, prefix", attention.prefix_forward, (group, 32), {}), ("forward, own", attention.own_forward, (1, 32), {}),
-                  ("backward, prefix", attention.prefix_backward, (group, 16), {}), ("backward, own", attention.own_backward, (1, 16), {"BM": 16}))),
-            ("add + RMSNorm forward", rows.norm_forward, norm), ("add + RMSNorm backward", rows.norm_backward, norm),
-            ("RoPE", rows.rotate_kernel, rope),
-            ("SwiGLU forward", rows.swiglu_forward_kernel, glu), ("SwiGLU backward", rows.swiglu_backward_kernel, glu),
-            ("linear cross-entropy forward", cross_entropy.forward_kernel, head),
-            ("linear cross-entropy backward", cross_entropy.backward_kernel, head)]
+    """Return a Case of every kernel, with the arguments that its launcher would pass."""
+    return [*vae_cases(), *attention_cases(), *row_cases(), *cross_entropy_cases()]
 
 
-def build(kernel, values, sm):
-    """Compile as a launch with these arguments would. Returns triton's compiled kernel."""
-    signature, constants, hints = {}, {}, {}
-    for i, p in enumerate(kernel.params):
-        x = values[p.name]
-        if p.is_constexpr or x is None or (isinstance(x, int) and x == 1):
-            signature[p.name], constants[(i,)] = "constexpr", x
+def vae_cases():
+    """Return the VAE's kernels, forward and backward, in each of their four modes."""
+    arguments = {
+        **pointers("bf16", "mu logvar dmu dlogvar"),
+        **pointers("fp32", "dz z kl logp dkl dlogp"),
+        "mu_row_stride": 2 * D,  # one projection gives both
+        "logvar_row_stride": 2 * D,
+        "source_row_stride": D,
+        "dz_row_stride": D,
+        "D": D,
+        "BLOCK": vae.BLOCK,
+        "HAS_DZ": True,
+        "source_ptr": "fp32",
+        "dsource_ptr": None,
+    }
+    no_new_z = {"z_ptr": None, "dz_ptr": None, "HAS_DZ": False}
+    modes = {
+        "draw": {"source_ptr": "i64", "source_row_stride": 2},
+        "given": {},
+        "score": {"dsource_ptr": "fp32", **no_new_z},
+        "mean": {"source_ptr": None, **no_new_z},
+    }
+    kernels = {
+        "forward": vae.reparameterise_forward_kernel,
+        "backward": vae.reparameterise_backward_kernel,
+    }
+    return [
+        Case(f"vae {direction}, {mode}", kernel, {**arguments, "MODE": mode, **changes})
+        for direction, kernel in kernels.items()
+        for mode, changes in modes.items()
+    ]
+
+
+def attention_cases():
+    """Return attention's kernels for one new position, and for as many as a step takes."""
+    arguments = {
+        **{name: "bf16" for name in "q k v K V o do dq dk dv".split()},
+        **{name: "fp32" for name in "cos sin part_o part_lse lse part_dq gK gV".split()},
+        **{name: "i32" for name in "start members first n_own slot".split()},
+        "scale": HEAD_DIM**-0.5,
+        "B": B,
+        "h": N_HEAD,
+        "P": PREFIX_COLUMNS,
+        "C": OWN_COLUMNS,
+        "splits": 2,
+        "width": 96,
+        "BT": 16,
+    }
+    for tensor, heads in {"q": N_HEAD, "k": N_KV_HEAD, "v": N_KV_HEAD, "o": N_HEAD}.items():
+        arguments[f"s_{tensor}b"] = heads * HEAD_DIM
+        arguments[f"s_{tensor}h"] = HEAD_DIM
+        arguments[f"s_{tensor}t"] = heads * HEAD_DIM
+
+    result = []
+    # One new position is a step of the rollouts, in groups. FEW positions are an answer in SFT.
+    for T, group in ((1, GROUP), (FEW, 1)):
+
+        def add(name, kernel, n_rows, columns, T=T, **changes):
+            sizes = attention.blocks(N_HEAD, N_KV_HEAD, HEAD_DIM, T, n_rows, columns)
+            case = Case(f"attention {name}, {T} new", kernel, {**arguments, **sizes, **changes})
+            result.append(case)
+
+        add("forward, prefix", attention.prefix_forward, group, 32)
+        add("forward, own", attention.own_forward, 1, 32)
+        add("backward, prefix", attention.prefix_backward, group, 16)
+        add("backward, own", attention.own_backward, 1, 16, BM=16)
+    return result
+
+
+def row_cases():
+    """Return the kernels of a layer's rows: RMSNorm, RoPE, SwiGLU."""
+    n_rows = B * PREFIX_COLUMNS
+    norm = {
+        **pointers("fp32", "x weight sum g ds rstd partial_dw"),
+        **pointers("bf16", "branch y dy"),
+        **dict.fromkeys(["x_row_stride", "branch_row_stride", "g_row_stride"], D),
+        **dict.fromkeys(["dy_row_stride", "sum_row_stride", "n_cols"], D),
+        "n_rows": n_rows,
+        "eps": 1e-5,
+        "HAS_BRANCH": True,
+        "HAS_G": True,
+        **rows.whole_row_blocks(D),
+    }
+    rope = {
+        **pointers("bf16", "x y"),
+        **pointers("fp32", "cos sin"),
+        "x_batch_stride": PREFIX_COLUMNS * N_HEAD * HEAD_DIM,
+        "x_head_stride": HEAD_DIM,
+        "x_time_stride": N_HEAD * HEAD_DIM,
+        "T": PREFIX_COLUMNS,
+        "n_head": N_HEAD,
+        "n_rows": 16 * PREFIX_COLUMNS * N_HEAD,
+        "sign": 1.0,
+        "H": HEAD_DIM // 2,
+        "BLOCK_H": HEAD_DIM // 2,
+        "BLOCK_ROWS": 32,
+    }
+    swiglu = {
+        **pointers("bf16", "gate up y dy dgate dup"),
+        **dict.fromkeys(["gate_row_stride", "up_row_stride", "dy_row_stride", "n_cols"], INNER),
+        "n_rows": n_rows,
+        **rows.elementwise_blocks(INNER),
+    }
+    return [
+        Case("add + RMSNorm forward", rows.add_rms_norm_forward_kernel, norm),
+        Case("add + RMSNorm backward", rows.add_rms_norm_backward_kernel, norm),
+        Case("RoPE", rows.rotate_kernel, rope),
+        Case("SwiGLU forward", rows.swiglu_forward_kernel, swiglu),
+        Case("SwiGLU backward", rows.swiglu_backward_kernel, swiglu),
+    ]
+
+
+def cross_entropy_cases():
+    """Return linear cross-entropy's kernels."""
+    arguments = {
+        **pointers("bf16", "h W dl"),
+        **pointers("fp32", "max sum target_logit lse g"),
+        "target_ptr": "i64",
+        "R": 6400,
+        "V": V,
+        "D": D,
+        "h_row_stride": D,
+        "W_row_stride": D,
+        "dl_row_stride": -(-V // 16) * 16,
+        "inverse_temperature": 1.0,
+        "share_size": 8064,
+        **cross_entropy.HALF_PRECISION_BLOCKS,
+    }
+    forward = cross_entropy.linear_nll_forward_kernel
+    backward = cross_entropy.linear_nll_backward_kernel
+    return [
+        Case("linear cross-entropy forward", forward, arguments),
+        Case("linear cross-entropy backward", backward, arguments),
+    ]
+
+
+def pointers(dtype, names):
+    """Return arguments that point at tensors: "x y" -> {"x_ptr": dtype, "y_ptr": dtype}."""
+    return {f"{name}_ptr": dtype for name in names.split()}
+
+
+# ---- compile and measure -------------------------------------------------------------------------
+
+
+def build(kernel, arguments, sm):
+    """Return triton's compiled kernel for compute capability sm, as a launch would compile it."""
+    signature = {}
+    constants = {}
+    hints = {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        value = arguments[name]
+        is_pointer = isinstance(value, str)
+        is_int = isinstance(value, int)
+
+        # A launch makes constants of None and 1, too.
+        if parameter.is_constexpr or value is None or (is_int and value == 1):
+            signature[name] = "constexpr"
+            constants[(i,)] = value
+            continue
+
+        if is_pointer:
+            signature[name] = "*" + value
+        elif is_int:
+            signature[name] = "i32"
         else:
-            signature[p.name] = POINTERS[x] if isinstance(x, str) else "fp32" if isinstance(x, float) else "i32"
-            if isinstance(x, str) or (isinstance(x, int) and x % 16 == 0):
-                hints[(i,)] = [["tt.divisibility", 16]]
-    options = {name: values[name] for name in ("num_warps", "num_stages") if name in values}
-    return triton.compile(ASTSource(kernel, signature, constants, hints), target=GPUTarget("cuda", sm, 32), options=options)
+            signature[name] = "fp32"
+        if is_pointer or (is_int and value % 16 == 0):
+            hints[(i,)] = [["tt.divisibility", 16]]
+
+    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    source = ASTSource(kernel, signature, constants, hints)
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
 def measure(compiled, sm):
-    """{column: value} of a compiled kernel."""
-    run = lambda *command: (lambda p: p.stdout + p.stderr)(subprocess.run(command, capture_output=True, text=True, check=True))
-    with tempfile.TemporaryDirectory() as d:
-        cubin, ptx = Path(d, "k.cubin"), Path(d, "k.ptx")
+    """Return {column of the table: value} of a compiled kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        ptx = Path(folder, "kernel.ptx")
         cubin.write_bytes(compiled.asm["cubin"])
         ptx.write_text(compiled.asm["ptx"])
-        usage, sass = run(BIN / "cuobjdump", "-res-usage", cubin), run(BIN / "nvdisasm", cubin)
-        log = run(get_ptxas(sm).path, "-v", f"--gpu-name={sm_arch_from_capability(sm)}", ptx, "-o", Path(d, "o"))
-    spilt = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    matrix = sorted(set(re.findall(r"\b(HGMMA|UTC\w*MMA|HMMA)\b", sass)))
-    return {"registers": int(re.search(r"\bREG:(\d+)", usage)[1]), "spilt": int(spilt[1]) + int(spilt[2]),
-            "stack": int(re.search(r"\bSTACK:(\d+)", usage)[1]), "shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps,
-            "matrix": "+".join(matrix) or "–"}
+        usage = output_of(BIN / "cuobjdump", "-res-usage", cubin)
+        disassembly = output_of(BIN / "nvdisasm", cubin)
+
+        # Only ptxas says what is spilled, and only while it compiles.
+        arch = f"--gpu-name={sm_arch_from_capability(sm)}"
+        log = output_of(get_ptxas(sm).path, "-v", arch, ptx, "-o", Path(folder, "again.cubin"))
+
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    matrix_instructions = set(re.findall(r"\b(HGMMA|UTC\w*MMA|HMMA)\b", disassembly))
+    return {
+        "registers": int(re.search(r"\bREG:(\d+)", usage)[1]),
+        "spilled": int(spills[1]) + int(spills[2]),
+        "stack": int(re.search(r"\bSTACK:(\d+)", usage)[1]),
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "matrix": "+".join(sorted(matrix_instructions)) or "–",
+    }
+
+
+def output_of(*command):
+    """Run a command and return what it prints. Raises CalledProcessError if it fails."""
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    return process.stdout + process.stderr
 
 
 def report(sms):
-    """(markdown table, kernels that failed or spill)."""
-    lines = ["| kernel | sm | registers | spilt, B | stack, B | shared, B | warps | matrix instruction |", "|---|" + "---|" * 7]
-    bad = []
-    for name, kernel, values in cases():
+    """Return a Markdown table, and a list of the kernels that spill or do not compile."""
+    heads = (
+        "kernel | sm | registers | spilled, B | stack, B | shared, B | warps | matrix instruction"
+    )
+    lines = [f"| {heads} |", "|---|" + "---|" * 7]
+    failures = []
+    for case in cases():
         for sm in sms:
             try:
-                m = measure(build(kernel, values, sm), sm)
-            except (TritonError, RuntimeError, subprocess.CalledProcessError) as e:
-                bad.append(f"{name}, sm_{sm}: does not compile: {' '.join(str(e).split())[-300:]}")
+                measured = measure(build(case.kernel, case.arguments, sm), sm)
+            except (TritonError, RuntimeError, subprocess.CalledProcessError) as error:
+                message = " ".join(str(error).split())[-300:]
+                failures.append(f"{case.name}, sm_{sm}: does not compile: {message}")
                 continue
-            lines.append(f"| {name} | {sm} | " + " | ".join(str(x) for x in m.values()) + " |")
-            if m["spilt"]:
-                bad.append(f"{name}, sm_{sm}: spills {m['spilt']} bytes")
-    return "\n".join(lines), bad
+            values = " | ".join(str(value) for value in measured.values())
+            lines.append(f"| {case.name} | {sm} | {values} |")
+            if measured["spilled"]:
+                failures.append(f"{case.name}, sm_{sm}: spills {measured['spilled']} bytes")
+    return "\n".join(lines), failures
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sm", default="80,90,100", help="compute capabilities, separated by commas [%(default)s]")
-    parser.add_argument("--out", help="write the table here, too")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sm", default="80,90,100", help="compute capabilities, separated by commas [%(default)s]"
+    )
+    parser.add_argument("--out", help="also write the table to this file")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
-    table, bad = report([int(sm) for sm in args.sm.split(",")])
+
+    table, failures = report([int(sm) for sm in args.sm.split(",")])
     text = f"Triton {triton.__version__}, shapes of llama-1b in bf16\n\n{table}\n"
     sys.stdout.write(text)
     if args.out:
         Path(args.out).write_text(text)
-    for line in bad:
-        sys.stderr.write(line + "\n")
-    return 1 if bad else 0
+    for failure in failures:
+        sys.stderr.write(failure + "\n")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,143 +1,287 @@
-"""Linear cross-entropy: −log p of each target from hidden states and the output matrix, without the logits ever being in memory.
+"""Linear cross-entropy: −log p of each target from hidden states, with the logits never in memory.
 
-    forward    l_v = τ·h·W_v,  lse = log Σ_v exp(l_v),  nll = lse − l_target                       τ: one over the temperature
-    backward   with g_r the gradient of row r's nll (any numbers: REINFORCE's are advantages):
+    forward    l_v = τ·h·W_v,  lse = log Σ_v exp(l_v),  nll = lse − l_target,  τ = 1/temperature
+    backward   with g the gradient of a row's nll (any number: in REINFORCE it is an advantage)
                dl_v = g·τ·(exp(l_v − lse) − [v = target]),  dh = dl·W,  dW = dlᵀ·h
 
-Forward: a program takes a block of rows and a share of the vocabulary, and leaves (largest, sum, the target's) of its share, 12 bytes.
-Backward: the logits' tiles are computed again and leave as dl, for CHUNK rows at a time; the two products are cuBLAS's. A row without a
-target (−100) costs nothing but its place: its nll, its dl and its dh are 0.
+With LLaMA's 128,259 tokens, the logits would be by far the largest tensor of a training step.
 
-Bytes: h and W once each where the L2 cache holds a block of rows; backward moreover 2·CHUNK·V of dl, written and read twice.
-Products: 2·R·V·D operations forward, 3 × as many backward.
+Forward: a program takes a block of rows and a share of the vocabulary. It walks its share tile by
+tile with a running maximum and a running sum of exponentials, so that nothing overflows. It leaves
+three numbers per row, 12 bytes: the maximum, the sum, and the target's logit (0 if the target is in
+another share). PyTorch then joins the shares.
+
+Backward: the tiles of logits are computed again and stored as dl, for CHUNK rows at a time. cuBLAS
+computes the two products with dl. A row without a target (IGNORE) has an nll, dl and dh of 0,
+whatever its hidden state holds.
+
+Bytes: h and W are read once each if the L2 cache holds a block of rows. The backward pass also
+moves dl, 2·CHUNK·V bytes for each chunk, written once and read twice.
+Operations for R rows: 2·R·V·D forward, three times as many backward.
 """
+
 import torch
 import torch.nn.functional as F
 
-from .common import as_rows, power_of_2, tl, triton, wide
+from .common import as_rows, ceil_div, empty_contiguous, next_power_of_2, tl, triton, upcast
 
-IGNORE = -100
-CHUNK = 1024  # rows whose dl is in memory at a time: enough for a product of full speed
-SHARES = 16   # of the vocabulary in the forward pass
-HALF = dict(BR=128, BV=128, BK=64, num_warps=8, num_stages=3)  # tiles of 16-bit inputs
+IGNORE = -100  # the target of a position that has none, as in PyTorch
+CHUNK = 1024  # rows whose dl is in memory at a time: enough for cuBLAS to run at full speed
+SHARES = 16  # of the vocabulary in the forward pass
+
+# Tiles for 16-bit inputs: rows and tokens of a tile, and columns of h multiplied at a time
+HALF_PRECISION_BLOCKS = {
+    "BLOCK_ROWS": 128,
+    "BLOCK_V": 128,
+    "BLOCK_D": 64,
+    "num_warps": 8,
+    "num_stages": 3,
+}
 
 
-# ---- PyTorch references -------------------------------------------------------------------------------------------------
+# ---- PyTorch references --------------------------------------------------------------------------
+
 
 def token_nll(logits, target):
-    """-log p of each target, float32: logits (..., V), target (...) -> (...); 0 where the target is IGNORE."""
+    """−log p of each target, float32, 0 at IGNORE: logits (..., V), target (...) -> (...)."""
     V = logits.shape[-1]
-    return F.cross_entropy(wide(logits).reshape(-1, V), target.reshape(-1), ignore_index=IGNORE,
-                           reduction="none").view(target.shape)
+    nll = F.cross_entropy(
+        upcast(logits).reshape(-1, V),
+        target.reshape(-1),
+        ignore_index=IGNORE,
+        reduction="none",
+    )
+    return nll.view(target.shape)
 
 
 def linear_nll(h, W, target, temperature=1.0):
-    """-log p of each target under softmax(h·Wᵀ/temperature): h (..., D), W (V, D), target (...) -> (...)."""
-    logits = F.linear(h, W)
-    return token_nll(logits if temperature == 1 else logits / temperature, target)
+    """Return −log p of each target under softmax(h·Wᵀ/temperature).
+
+    h (..., D), W (V, D), target (...) -> (...). 0 at IGNORE.
+    """
+    logits = F.linear(h, W)  # (..., V)
+    if temperature != 1:
+        logits = logits / temperature
+    return token_nll(logits, target)
 
 
-def backward(g, h, W, target, temperature):
-    """(dh, dW) of `linear_nll` on rows h (R, D), by hand."""
-    keep = (target != IGNORE)[:, None]
-    dl = (h @ W.T / temperature).softmax(1).scatter_add(1, target.clamp(min=0)[:, None], -keep.to(h.dtype))
-    dl = torch.where(keep, dl * g[:, None] / temperature, 0.0)
+def linear_nll_backward(g, h, W, target, temperature):
+    """Return (dh, dW) of `linear_nll` for h (R, D). g (R,) is the gradient of each row's nll."""
+    has_target = (target != IGNORE)[:, None]
+    p = (h @ W.T / temperature).softmax(1)  # (R, V)
+
+    # dl = g·τ·(p − one_hot(target)). A row without a target has none.
+    column = target.clamp(min=0)[:, None]
+    dl = p.scatter_add(1, column, -has_target.to(h.dtype))
+    dl = torch.where(has_target, dl * g[:, None] / temperature, 0.0)
     return dl @ W, dl.T @ h
 
 
-# ---- kernels ------------------------------------------------------------------------------------------------------------
-
-@triton.jit
-def tile(h, W, row, v, R, V, D, s_h, s_W, BR: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
-    """h[row]·W[v]ᵀ, (BR, BV) float32."""
-    acc = tl.zeros([BR, BV], tl.float32)
-    for k in range(0, D, BK):
-        i = k + tl.arange(0, BK)
-        b_h = tl.load(h + row[:, None] * s_h + i[None, :], (row < R)[:, None] & (i < D)[None, :], 0.0)
-        b_W = tl.load(W + v[:, None] * s_W + i[None, :], (v < V)[:, None] & (i < D)[None, :], 0.0)
-        acc = tl.dot(b_h, tl.trans(b_W), acc, input_precision="ieee")
-    return acc
+# ---- kernels -------------------------------------------------------------------------------------
 
 
 @triton.jit
-def forward_kernel(h, W, target, top, total, at_target, R, V, D, s_h, s_W, inverse, width, BR: tl.constexpr, BV: tl.constexpr,
-                   BK: tl.constexpr):
-    """Program (block of rows, share of the vocabulary)."""
-    row, share = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.program_id(1)
-    b_target = tl.load(target + row, row < R, -1)
-    b_top, b_total, found = tl.full([BR], -float("inf"), tl.float32), tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32)
-    for begin in range(share * width, tl.minimum((share + 1) * width, V), BV):
-        v = begin + tl.arange(0, BV).to(tl.int64)
-        logit = tl.where((v < V)[None, :], tile(h, W, row, v, R, V, D, s_h, s_W, BR, BV, BK) * inverse, -float("inf"))
-        new = tl.maximum(b_top, tl.max(logit, 1))
-        b_total = b_total * tl.exp(b_top - new) + tl.sum(tl.exp(logit - new[:, None]), 1)
-        b_top = new
-        found += tl.sum(tl.where(v[None, :] == b_target[:, None], logit, 0.0), 1)
-    out = share * R + row
-    tl.store(top + out, b_top, row < R)
-    tl.store(total + out, b_total, row < R)
-    tl.store(at_target + out, found, row < R)
+def logits_tile(
+    h_ptr, W_ptr,
+    row_offsets, v_offsets,
+    R, V, D,
+    h_row_stride, W_row_stride,
+    BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return h[row_offsets]·W[v_offsets]ᵀ, (BLOCK_ROWS, BLOCK_V) float32."""
+    logits = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        col_offsets = start + tl.arange(0, BLOCK_D)
+        h_ptrs = h_ptr + row_offsets[:, None] * h_row_stride + col_offsets[None, :]
+        h_mask = (row_offsets < R)[:, None] & (col_offsets < D)[None, :]
+        h = tl.load(h_ptrs, h_mask, other=0.0)  # (BLOCK_ROWS, BLOCK_D)
+        W_ptrs = W_ptr + v_offsets[:, None] * W_row_stride + col_offsets[None, :]
+        W_mask = (v_offsets < V)[:, None] & (col_offsets < D)[None, :]
+        W = tl.load(W_ptrs, W_mask, other=0.0)  # (BLOCK_V, BLOCK_D)
+
+        # "ieee": float32 inputs, which only tests have, are not rounded to TF32.
+        logits = tl.dot(h, tl.trans(W), logits, input_precision="ieee")
+    return logits
 
 
 @triton.jit
-def backward_kernel(h, W, target, lse, g, dl, R, V, D, s_h, s_W, s_dl, inverse, BR: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
-    """Program (block of rows, block of the vocabulary): one tile of dl."""
-    row, v = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.program_id(1).to(tl.int64) * BV + tl.arange(0, BV)
-    b_target = tl.load(target + row, row < R, -1)
-    logit = tile(h, W, row, v, R, V, D, s_h, s_W, BR, BV, BK) * inverse
-    p = tl.exp(logit - tl.load(lse + row, row < R, 0.0)[:, None])
-    p = tl.where(v[None, :] == b_target[:, None], p - 1.0, p)
-    b_g = tl.where(b_target >= 0, tl.load(g + row, row < R, 0.0) * inverse, 0.0)
-    b_dl = tl.where((b_target >= 0)[:, None], p * b_g[:, None], 0.0)  # a row without a target may hold anything
-    tl.store(dl + row[:, None] * s_dl + v[None, :], b_dl, (row < R)[:, None] & (v < V)[None, :])
+def linear_nll_forward_kernel(
+    h_ptr, W_ptr, target_ptr, max_ptr, sum_ptr, target_logit_ptr,
+    R, V, D,
+    h_row_stride, W_row_stride,
+    inverse_temperature, share_size,
+    BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: a block of rows and a share of the vocabulary, share_size tokens.
+
+    Writes the share's part of the softmax: max, sum and target_logit, each (shares, R) float32.
+    """
+    row_offsets = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = row_offsets < R
+    share = tl.program_id(1)
+    target = tl.load(target_ptr + row_offsets, row_mask, other=-1)
+
+    # Over the tiles so far: the largest logit, Σ exp(logit − largest), and the target's logit
+    running_max = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_ROWS], tl.float32)
+    target_logit = tl.zeros([BLOCK_ROWS], tl.float32)
+
+    # Walk the share. The last one may be shorter than the others.
+    share_start = share * share_size
+    share_end = tl.minimum((share + 1) * share_size, V)
+    for start in range(share_start, share_end, BLOCK_V):
+        v_offsets = start + tl.arange(0, BLOCK_V).to(tl.int64)
+        v_mask = (v_offsets < V)[None, :]  # (1, BLOCK_V)
+        logits = logits_tile(
+            h_ptr, W_ptr,
+            row_offsets, v_offsets,
+            R, V, D,
+            h_row_stride, W_row_stride,
+            BLOCK_ROWS, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        logits = tl.where(v_mask, logits * inverse_temperature, -float("inf"))
+
+        # A new maximum rescales the sum so far.
+        new_max = tl.maximum(running_max, tl.max(logits, 1))
+        rescale = tl.exp(running_max - new_max)
+        running_sum = running_sum * rescale + tl.sum(tl.exp(logits - new_max[:, None]), 1)
+        running_max = new_max
+
+        is_target = v_offsets[None, :] == target[:, None]
+        target_logit += tl.sum(tl.where(is_target, logits, 0.0), 1)
+
+    out_offsets = share * R + row_offsets
+    tl.store(max_ptr + out_offsets, running_max, row_mask)
+    tl.store(sum_ptr + out_offsets, running_sum, row_mask)
+    tl.store(target_logit_ptr + out_offsets, target_logit, row_mask)
 
 
-# ---- under autograd -----------------------------------------------------------------------------------------------------
+@triton.jit
+def linear_nll_backward_kernel(
+    h_ptr, W_ptr, target_ptr, lse_ptr, g_ptr, dl_ptr,
+    R, V, D,
+    h_row_stride, W_row_stride, dl_row_stride,
+    inverse_temperature,
+    BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile of dl, BLOCK_ROWS × BLOCK_V."""
+    row_offsets = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    v_offsets = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    row_mask = row_offsets < R
+    target = tl.load(target_ptr + row_offsets, row_mask, other=-1)
 
-def blocks(h, V):
-    """Tile sizes: a matrix instruction's for 16 bits; for float32, which is for tests, few programs."""
-    if h.element_size() > 2:
-        return dict(BR=power_of_2(min(h.shape[0], 32), 16), BV=power_of_2(min(V, 256), 16), BK=32)
-    return HALF
+    # The same logits as in the forward pass, and their softmax
+    logits = logits_tile(
+        h_ptr, W_ptr,
+        row_offsets, v_offsets,
+        R, V, D,
+        h_row_stride, W_row_stride,
+        BLOCK_ROWS, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    logits = logits * inverse_temperature
+    lse = tl.load(lse_ptr + row_offsets, row_mask, other=0.0)
+    p = tl.exp(logits - lse[:, None])  # (BLOCK_ROWS, BLOCK_V)
+
+    # dl = g·τ·(p − one_hot(target)), and 0 in a row without a target, even if it holds NaN
+    p_minus_one_hot = tl.where(v_offsets[None, :] == target[:, None], p - 1.0, p)
+    has_target = target >= 0
+    g = tl.load(g_ptr + row_offsets, row_mask, other=0.0) * inverse_temperature
+    g = tl.where(has_target, g, 0.0)
+    dl = tl.where(has_target[:, None], p_minus_one_hot * g[:, None], 0.0)
+
+    dl_ptrs = dl_ptr + row_offsets[:, None] * dl_row_stride + v_offsets[None, :]
+    tl.store(dl_ptrs, dl, row_mask[:, None] & (v_offsets < V)[None, :])
+
+
+# ---- launches, under autograd --------------------------------------------------------------------
+
+
+def product_blocks(h, V):
+    """Return the tile sizes for hidden states h (R, D) and V tokens.
+
+    16 bits: those of the matrix instruction. float32, which only tests use: few programs.
+    """
+    if h.element_size() <= 2:
+        return HALF_PRECISION_BLOCKS
+    return {
+        "BLOCK_ROWS": next_power_of_2(min(h.shape[0], 32), 16),
+        "BLOCK_V": next_power_of_2(min(V, 256), 16),
+        "BLOCK_D": 32,
+    }
 
 
 class LinearNLL(torch.autograd.Function):
-    """h (R, D), W (V, D) of one dtype, target (R,) -> −log p (R,) float32."""
+    """h (R, D) and W (V, D) of one dtype, target (R,) -> −log p (R,) float32."""
+
     @staticmethod
-    def forward(ctx, h, W, target, inverse):
-        (R, D), V, b = h.shape, W.shape[0], blocks(h, W.shape[0])
-        width = -(-(-(-V // SHARES)) // b["BV"]) * b["BV"]
-        shares = -(-V // width)
-        top, total, at_target = (h.new_empty(shares, R, dtype=torch.float32) for _ in range(3))
-        forward_kernel[(-(-R // b["BR"]), shares)](h, W, target, top, total, at_target, R, V, D, h.stride(0), W.stride(0), inverse,
-                                                   width, **b)
-        lse = (top + total.log()).logsumexp(0)
+    def forward(ctx, h, W, target, inverse_temperature):
+        R, D = h.shape
+        V = W.shape[0]
+        blocks = product_blocks(h, V)
+
+        # Each share is a whole number of tiles.
+        tiles_per_share = ceil_div(ceil_div(V, SHARES), blocks["BLOCK_V"])
+        share_size = tiles_per_share * blocks["BLOCK_V"]
+        shares = ceil_div(V, share_size)
+
+        share_max = h.new_empty(shares, R, dtype=torch.float32)
+        share_sum = h.new_empty(shares, R, dtype=torch.float32)
+        target_logit = h.new_empty(shares, R, dtype=torch.float32)
+        grid = (ceil_div(R, blocks["BLOCK_ROWS"]), shares)
+        linear_nll_forward_kernel[grid](
+            h, W, target, share_max, share_sum, target_logit,
+            R, V, D,
+            h.stride(0), W.stride(0),
+            inverse_temperature, share_size,
+            **blocks,
+        )  # fmt: skip
+
+        # Join the shares. One of them has the target's logit; the others have 0.
+        lse = (share_max + share_sum.log()).logsumexp(0)
         ctx.save_for_backward(h, W, target, lse)
-        ctx.inverse = inverse
-        return torch.where(target == IGNORE, 0.0, lse - at_target.sum(0))
+        ctx.inverse_temperature = inverse_temperature
+        return torch.where(target == IGNORE, 0.0, lse - target_logit.sum(0))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         h, W, target, lse = ctx.saved_tensors
-        (R, D), V, b, g = h.shape, W.shape[0], blocks(h, W.shape[0]), g.float().contiguous()
-        dh = torch.empty_like(h, memory_format=torch.contiguous_format)
+        R, D = h.shape
+        V = W.shape[0]
+        blocks = product_blocks(h, V)
+        g = g.float().contiguous()
+
+        dh = empty_contiguous(h)
         dW = W.new_zeros(V, D, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        dl = h.new_empty(min(CHUNK, R), -(-V // 16) * 16)[:, :V]  # rows begin at 32 bytes, which cuBLAS likes
-        for at in range(0, R, CHUNK):
-            part = slice(at, min(at + CHUNK, R))
-            n = part.stop - at
-            backward_kernel[(-(-n // b["BR"]), -(-V // b["BV"]))](h[part], W, target[part], lse[part], g[part], dl, n, V, D, h.stride(0),
-                                                                  W.stride(0), dl.stride(0), ctx.inverse, **b)
-            dh[part] = dl[:n] @ W
+
+        # dl of one chunk at a time. Its rows begin at multiples of 32 bytes, which cuBLAS likes.
+        dl = h.new_empty(min(CHUNK, R), ceil_div(V, 16) * 16)[:, :V]
+
+        for start in range(0, R, CHUNK):
+            chunk = slice(start, min(start + CHUNK, R))
+            n_rows = chunk.stop - chunk.start
+            grid = (ceil_div(n_rows, blocks["BLOCK_ROWS"]), ceil_div(V, blocks["BLOCK_V"]))
+            linear_nll_backward_kernel[grid](
+                h[chunk], W, target[chunk], lse[chunk], g[chunk], dl,
+                n_rows, V, D,
+                h.stride(0), W.stride(0), dl.stride(0),
+                ctx.inverse_temperature,
+                **blocks,
+            )  # fmt: skip
+            dh[chunk] = dl[:n_rows] @ W
             if dW is not None:
-                dW += dl[:n].T @ h[part]
+                dW += dl[:n_rows].T @ h[chunk]
+
         return dh, None if dW is None else dW.to(W.dtype), None, None
 
 
-def apply(h, W, target, temperature=1.0):
-    """LinearNLL on h (..., D), target (...), with h and W in one dtype."""
-    rows = as_rows(h)
-    if not len(rows):
-        return rows.sum(1).float().view(target.shape)
-    return LinearNLL.apply(rows, W, target.reshape(-1), 1.0 / temperature).view(target.shape)
+def fused_linear_nll(h, W, target, temperature=1.0):
+    """Return what `linear_nll` returns, from the kernels. h and W have one dtype."""
+    h_rows = as_rows(h)
+
+    # No rows: nothing to launch. The result still hangs on h, for autograd.
+    if len(h_rows) == 0:
+        return h_rows.sum(1).float().view(target.shape)
+
+    nll = LinearNLL.apply(h_rows, W, target.reshape(-1), 1.0 / temperature)
+    return nll.view(target.shape)

@@ -1,17 +1,22 @@
-"""Linear layers that are called again and again on a few rows, and whose weight gradient is computed once.
+"""Linear layers that are called many times on a few rows: one weight gradient for all calls.
 
-    y_t = x_t·Wᵀ + b        each call's backward:  dx_t = dy_t·W        once, after all of them:  dW = Σ_t dy_tᵀ·x_t,  db = Σ_t Σ_rows dy_t
+    y_t = x_t·Wᵀ + b
+    each call's backward pass          dx_t = dy_t·W
+    once, after all of them            dW = Σ_t dy_tᵀ·x_t,  db = Σ_t Σ_rows dy_t
 
-Autograd would make dW at every call and add it up: of 32 rows that is little arithmetic for gradients of the whole weight's
-size, written and read again. Here each call puts (x_t, dy_t) aside, and dW is one product over the rows of all calls. Two nodes do it:
+Autograd would compute a dW at every call and add it to the sum. With 32 rows a call that is little
+arithmetic for a gradient of the weight's full size, written and read again each time. Here each
+call stores its (x_t, dy_t), and dW is one product over the rows of all calls. Two nodes do it:
 
-    Call    one call of a layer                           backward: dx; puts x and dy aside
-    Gather  a scalar that holds nothing, read by the      backward: dW and db; autograd runs it when every Call's has run,
-            layer's calls and made of its weights         and adds what it returns to the gradients of W's other uses
+    LinearCall       one call of a layer                 backward: dx; stores (x, dy)
+    WeightGradient   a dummy scalar made from the        backward: dW and db. Autograd runs it when
+                     weights, an input of each call      every LinearCall has run, and adds its
+                                                         results to the gradients of W's other uses
 
-A CUDA graph cannot append to a list. Its calls write x_t and dy_t into row t of buffers (`Stacks`), and the chain asks these for dW and db
-at the end.
+A CUDA graph cannot append to a list. There the calls write x_t and dy_t to row t of preallocated
+buffers (CallBuffers), and the chain asks these for dW and db at the end.
 """
+
 from contextlib import contextmanager
 
 import torch
@@ -22,34 +27,48 @@ from torch.autograd.function import once_differentiable
 from .common import as_rows
 from .ops import compute_dtype
 
-LEAST = 2**17  # elements of a weight: a smaller one's products cost less than the Python of these nodes (measured on a CPU)
+# elements of a weight: for a smaller one, the products cost less than the Python of these nodes
+# (measured on a CPU)
+MIN_ELEMENTS = 2**17
 
 
-def products(x, dy, dtype, has_bias):
-    """dW and db (None without a bias) of all calls: x (..., in), dy (..., out)."""
-    x, dy = as_rows(x), as_rows(dy)
-    return (dy.t() @ x).to(dtype), dy.sum(0, dtype=dtype) if has_bias else None
+def weight_gradient(x, dy, dtype, has_bias):
+    """(dW, db) of all calls, db None without a bias: x (..., in), dy (..., out)."""
+    x = as_rows(x)
+    dy = as_rows(dy)
+    dW = (dy.t() @ x).to(dtype)
+    db = dy.sum(0, dtype=dtype) if has_bias else None
+    return dW, db
 
 
-class Gather(torch.autograd.Function):
+class WeightGradient(torch.autograd.Function):
+    """(calls, W, b) -> a dummy scalar. calls: the list of (x, dy) that LinearCall fills."""
+
     @staticmethod
-    def forward(ctx, aside, W, b):
-        ctx.aside, ctx.dtype, ctx.has_bias = aside, W.dtype, b is not None
+    def forward(ctx, calls, W, b):
+        ctx.calls = calls
+        ctx.dtype = W.dtype
+        ctx.has_bias = b is not None
         ctx.set_materialize_grads(False)
         return W.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        found = products(*map(torch.cat, zip(*ctx.aside)), ctx.dtype, ctx.has_bias)
-        ctx.aside.clear()
-        return None, *found
+        xs, dys = zip(*ctx.calls)
+        dW, db = weight_gradient(torch.cat(xs), torch.cat(dys), ctx.dtype, ctx.has_bias)
+        ctx.calls.clear()
+        return None, dW, db
 
 
-class Call(torch.autograd.Function):
+class LinearCall(torch.autograd.Function):
+    """(calls, dummy, x, W, b) -> x·Wᵀ + b. Without a gradient for W and b: backward appends (x, dy)
+    to `calls`. dummy: WeightGradient's scalar, which makes autograd run that node last.
+    """
+
     @staticmethod
-    def forward(ctx, aside, gather, x, W, b):
-        ctx.aside = aside
+    def forward(ctx, calls, dummy, x, W, b):
+        ctx.calls = calls
         ctx.save_for_backward(x, W)
         return F.linear(x, W, b)
 
@@ -57,76 +76,111 @@ class Call(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, W = ctx.saved_tensors
-        ctx.aside.append((x, dy))
+        ctx.calls.append((x, dy))
         return None, None, dy @ W, None, None
 
 
-class Deferred:
-    """The forward of a Linear while its weight gradient is deferred. Autocast's copy of the weights is made at the first call. aside: a Stack,
-    and its owner computes dW; None: Gather does."""
-    def __init__(self, linear, aside=None):
-        self.linear, self.aside, self.gather, self.W = linear, [] if aside is None else aside, None, None
+class DeferredLinear:
+    """The forward of a Linear whose weight gradient is deferred.
+
+    buffer: a CallBuffer whose owner computes dW; None: WeightGradient computes it.
+    """
+
+    def __init__(self, linear, buffer=None):
+        self.linear = linear
+        self.buffer = buffer
+        self.calls = [] if buffer is None else buffer
+        self.dummy = None
+        self.W = None  # until the first call
+
+    def prepare(self, dtype):
+        """Cast the weights once for all calls, as autocast would. Make the node that yields dW."""
+        W, b = self.linear.weight, self.linear.bias
+        if self.buffer is None:
+            self.dummy = WeightGradient.apply(self.calls, W, b)
+        self.W = W.detach().to(dtype)
+        self.b = None if b is None else b.detach().to(dtype)
 
     def __call__(self, x):
         """x (..., in) -> (..., out)."""
         if self.W is None:
-            W, b, dtype = self.linear.weight, self.linear.bias, compute_dtype(x)
-            if isinstance(self.aside, list):
-                self.gather = Gather.apply(self.aside, W, b)
-            self.W, self.b = W.detach().to(dtype), None if b is None else b.detach().to(dtype)
-        return Call.apply(self.aside, self.gather, x.to(self.W.dtype), self.W, self.b)
+            self.prepare(compute_dtype(x))
+        return LinearCall.apply(self.calls, self.dummy, x.to(self.W.dtype), self.W, self.b)
 
 
-def large(modules):
-    """Every Linear in them whose weight gradient is put off."""
-    return [m for module in modules for m in module.modules() if isinstance(m, nn.Linear) and m.weight.numel() >= LEAST]
+def large_linears(modules):
+    """Every Linear in `modules` whose weight gradient is worth deferring."""
+    return [
+        m
+        for module in modules
+        for m in module.modules()
+        if isinstance(m, nn.Linear) and m.weight.numel() >= MIN_ELEMENTS
+    ]
 
 
 @contextmanager
-def calls(forward):
-    """Inside, each Linear of {Linear: function} is that function."""
-    for m, f in forward.items():
-        m.forward = f
+def replaced_forwards(forwards):
+    """Inside, each module of {module: function} has the function as its forward."""
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        for m in forward:
-            del m.forward
+        for module in forwards:
+            del module.forward  # the class's own shows again
 
 
-def deferred(module):
-    """Inside, the calls of each large Linear of `module` share one computation of its weight gradient."""
-    return calls({m: Deferred(m) for m in large([module])})
+def deferred_weight_gradients(module):
+    """Inside, all calls of a large Linear of `module` share one weight-gradient product."""
+    return replaced_forwards({m: DeferredLinear(m) for m in large_linears([module])})
 
 
-class Stack:
-    """x and dy of one layer's calls, each in row `at` (1,) of n."""
-    def __init__(self, n, at):
-        self.n, self.at, self.pair = n, at, None
+class CallBuffer:
+    """x and dy of one layer's calls: call `index` (1,) writes row `index` of n_calls."""
 
-    def append(self, pair):
-        if self.pair is None:
-            self.pair = [x.new_zeros(self.n, *x.shape) for x in pair]
-        for rows, x in zip(self.pair, pair):
-            rows.index_copy_(0, self.at, x[None])
+    def __init__(self, n_calls, index):
+        self.n_calls = n_calls
+        self.index = index
+        self.x = None  # (n_calls, ..., in) after the first call
+        self.dy = None  # (n_calls, ..., out)
+
+    def append(self, call):
+        """Store (x, dy) of the current call."""
+        x, dy = call
+        if self.x is None:
+            self.x = x.new_zeros(self.n_calls, *x.shape)
+            self.dy = dy.new_zeros(self.n_calls, *dy.shape)
+        self.x.index_copy_(0, self.index, x[None])
+        self.dy.index_copy_(0, self.index, dy[None])
 
 
-class Stacks:
-    """x and dy of all large Linears of some modules. `at`: the row of those that are called next, (1,) on the device."""
-    def __init__(self, modules, n, device):
-        self.at = torch.zeros(1, dtype=torch.long, device=device)
-        self.layers = {m: Deferred(m, Stack(n, self.at)) for m in large(modules)}
+class CallBuffers:
+    """x and dy of every large Linear of some modules.
+
+    index (1,) on the device: the row that the next calls write.
+    """
+
+    def __init__(self, modules, n_calls, device):
+        self.index = torch.zeros(1, dtype=torch.long, device=device)
+        self.layers = {}  # {Linear: its DeferredLinear}
+        for m in large_linears(modules):
+            self.layers[m] = DeferredLinear(m, CallBuffer(n_calls, self.index))
         self.parameters = {p for m in self.layers for p in m.parameters()}
 
-    def calls(self):
-        """Inside, their calls are put aside here."""
-        return calls(self.layers)
+    def recording(self):
+        """Inside, the layers' calls are stored here."""
+        return replaced_forwards(self.layers)
 
     def gradients(self):
-        """{parameter: its gradient} of all calls."""
-        found = {}
+        """{parameter: its gradient} over all calls."""
+        gradients = {}
         for m, layer in self.layers.items():
-            if layer.aside.pair is not None:
-                dW, db = products(*layer.aside.pair, m.weight.dtype, m.bias is not None)
-                found |= {m.weight: dW} | ({} if db is None else {m.bias: db})
-        return found
+            calls = layer.buffer
+            if calls.x is None:  # never called
+                continue
+            has_bias = m.bias is not None
+            dW, db = weight_gradient(calls.x, calls.dy, m.weight.dtype, has_bias)
+            gradients[m.weight] = dW
+            if has_bias:
+                gradients[m.bias] = db
+        return gradients

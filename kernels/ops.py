@@ -1,9 +1,13 @@
-"""The one place that chooses kernels: Triton on a CUDA device, PyTorch elsewhere. The model calls these names and does not know.
+"""The one place that chooses kernels: Triton on a CUDA device, PyTorch elsewhere.
 
-    MINATP_KERNELS=auto | torch | triton        a choice that cannot be had is an error
-    MINATP_GRAPHS=0                             no CUDA graphs (kernels/graph.py)
-    TRITON_INTERPRET=1                          Triton's interpreter, which runs the kernels on a CPU: slow, for tests
+The model calls the functions below and does not know which of the two runs. Each states its
+formula. The file that it calls holds the kernel, the backward pass and the PyTorch reference.
+
+    MINATP_KERNELS=auto | torch | triton    auto is the default; triton is an error if unavailable
+    MINATP_GRAPHS=0                         no CUDA graphs (kernels/graph.py)
+    TRITON_INTERPRET=1                      Triton's interpreter: kernels on a CPU, slow, for tests
 """
+
 import math
 import os
 
@@ -17,83 +21,146 @@ CHOICES = ("auto", "torch", "triton")
 
 
 class Unavailable(Exception):
-    """The kernels asked for cannot be had here."""
+    """MINATP_KERNELS names kernels that cannot run here, or that do not exist."""
+
+
+# ---- the choice ----------------------------------------------------------------------------------
 
 
 def use_triton(device, dtype=torch.float32):
-    """Whether the kernels serve tensors of this device and dtype. Raises Unavailable where MINATP_KERNELS asks for what is not there."""
+    """Return whether tensors of this device and dtype are computed by the Triton kernels.
+
+    Raises Unavailable if MINATP_KERNELS=triton and they cannot be.
+    """
     choice = os.environ.get("MINATP_KERNELS", "auto")
     if choice not in CHOICES:
         raise Unavailable(f"MINATP_KERNELS must be one of {', '.join(CHOICES)}, not {choice!r}")
     if choice == "torch":
         return False
+
+    obstacle = obstacle_to_triton(device, dtype)
+    if choice == "triton" and obstacle:
+        raise Unavailable(f"MINATP_KERNELS=triton: {obstacle}")
+
+    # The interpreter is slow, so a CPU uses it only if it is asked to.
+    return not obstacle and (device.type == "cuda" or choice == "triton")
+
+
+def obstacle_to_triton(device, dtype):
+    """Return why no kernel can compute on this device and dtype. None if kernels can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    missing = ("triton is not installed" if not HAS_TRITON else
-               f"there is no kernel for {dtype}" if dtype == torch.float64 else
-               f"there is none for {device.type}, save under TRITON_INTERPRET=1" if device.type != "cuda" and not interpreted else "")
-    if choice == "triton" and missing:
-        raise Unavailable(f"MINATP_KERNELS=triton: {missing}")
-    return not missing and (device.type == "cuda" or choice == "triton")
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if dtype == torch.float64:
+        return f"there is no kernel for {dtype}"
+    if device.type != "cuda" and not interpreted:
+        return f"no kernel runs on {device.type} without TRITON_INTERPRET=1"
+    return None
 
 
-def serves(*tensors):
-    """Whether the kernels serve these tensors, which lie on one device."""
-    return use_triton(tensors[0].device, torch.float64 if any(x.dtype == torch.float64 for x in tensors) else tensors[0].dtype)
+def has_kernel(*tensors):
+    """Return whether these tensors, on one device, are computed by the Triton kernels."""
+    any_float64 = any(x.dtype == torch.float64 for x in tensors)
+    return use_triton(tensors[0].device, torch.float64 if any_float64 else tensors[0].dtype)
 
 
-# ---- the VAE ------------------------------------------------------------------------------------------------------------
+def compute_dtype(x):
+    """Return the dtype in which a product with x is computed: autocast's if it is on, else x's."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
 
-def noise(seed, *shape):
-    """ε not drawn yet: its seed and an offset of its own for each, (*shape, 2) int64 on the CPU."""
+
+# ---- the VAE -------------------------------------------------------------------------------------
+
+
+def noise_keys(seed, *shape):
+    """Return the keys of noise ε that is not drawn yet: int64 (*shape, 2) on the CPU.
+
+    A key is a seed and an offset. All have this seed, and each has an offset of its own.
+    """
     offset = torch.arange(math.prod(shape)).view(shape)
     return torch.stack((torch.full_like(offset, seed), offset), -1)
 
 
-def prepared(eps, D):
-    """ε for many calls of `reparameterise`: left to its kernel where that serves, else drawn here, all at once. None stays None."""
-    return eps if eps is None or use_triton(eps.device) else vae.drawn(eps, D)
+def prepare_noise(eps, D):
+    """Prepare eps for many calls of `reparameterise`. None stays None.
+
+    Where kernels run, each call draws its ε from the keys. Elsewhere ε is drawn here, all at once:
+    keys (..., 2) -> ε (..., D).
+    """
+    if eps is None or use_triton(eps.device):
+        return eps
+    return vae.draw_noise(eps, D)
 
 
 def reparameterise(mu, logvar, eps=None, z=None):
-    """z = μ + σε (..., D), its rows' KL(N(μ, σ²) ‖ N(0, I)), mean over the dimensions, and log N(z; μ, σ²), their sum (...). ε given or drawn
-    (kernels/vae.py). z given: that one; neither given: z = μ."""
-    return (vae.apply if serves(mu, logvar, *(() if z is None else (z,))) else vae.reparameterise)(mu, logvar, eps, z)
+    """Return z = μ + σε (..., D), and each row's KL(N(μ, σ²) ‖ N(0, I)) and log N(z; μ, σ²) (...).
+
+    The KL is a mean over the dimensions, the log-probability a sum. eps: ε (..., D), or its keys
+    (..., 2). With z given, that z is used; with neither, z = μ. Kernel: kernels/vae.py.
+    """
+    tensors = (mu, logvar) if z is None else (mu, logvar, z)
+    if has_kernel(*tensors):
+        return vae.fused_reparameterise(mu, logvar, eps, z)
+    return vae.reparameterise(mu, logvar, eps, z)
 
 
-# ---- a layer ------------------------------------------------------------------------------------------------------------
-
-def compute_dtype(x):
-    """What a product of x is computed in: autocast's dtype where that is on, else x's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+# ---- a layer -------------------------------------------------------------------------------------
 
 
-def add_rms_norm(x, a, weight, eps):
-    """(x + a, its RMSNorm) of (..., D), the norm in the dtype of the products that read it. a None: there is nothing to add."""
-    if not serves(x, weight):
-        return rows.add_rms_norm(x, a, weight, eps)
-    s, y = rows.AddRMSNorm.apply(as_rows(x), None if a is None else as_rows(a), weight, eps, compute_dtype(x))
-    return x if a is None else s.view(x.shape), y.view(x.shape)
+def add_rms_norm(x, branch, weight, eps):
+    """Return s = x + branch and y = weight·s / sqrt(mean(s²) + eps), both (..., D).
+
+    branch None: there is nothing to add, and s is x. The kernel writes y in the dtype of the
+    products that read it. Kernel: kernels/rows.py.
+    """
+    if not has_kernel(x, weight):
+        return rows.add_rms_norm(x, branch, weight, eps)
+
+    branch_rows = None if branch is None else as_rows(branch)
+    s, y = rows.AddRMSNorm.apply(as_rows(x), branch_rows, weight, eps, compute_dtype(x))
+    s = x if branch is None else s.view(x.shape)
+    return s, y.view(x.shape)
 
 
 def rotate(x, cos, sin):
-    """RoPE: rotate the pairs (x_i, x_{i+hd/2}) of x (B, h, T, hd) by the angles in cos, sin (B, 1, T, hd/2)."""
-    return rows.Rotate.apply(x, cos, sin) if serves(x, cos) else rows.rotate(x, cos, sin)
+    """RoPE: (x₁, x₂) -> (x₁·cos − x₂·sin, x₂·cos + x₁·sin), with x₁ and x₂ the halves of each head.
+
+    x (B, nh, T, hd), cos and sin (B, 1, T, hd/2). Kernel: kernels/rows.py.
+    """
+    if has_kernel(x, cos):
+        return rows.Rotate.apply(x, cos, sin)
+    return rows.rotate(x, cos, sin)
 
 
 def swiglu(gate, up):
-    """silu(gate)·up, (..., D)."""
-    return rows.SwiGLU.apply(as_rows(gate), as_rows(up)).view(gate.shape) if serves(gate, up) else rows.swiglu(gate, up)
-
-
-def cache(reference, cfg, B, T, weight):
-    """An empty cache for B rows and at most T columns, where `weight` lies: a StepCache where the kernels serve, else `reference(…)`."""
-    return (StepCache if serves(weight) else reference)(cfg, B, T, weight.device)
+    """Return silu(gate)·up (..., D). Kernel: kernels/rows.py."""
+    if has_kernel(gate, up):
+        return rows.SwiGLU.apply(as_rows(gate), as_rows(up)).view(gate.shape)
+    return rows.swiglu(gate, up)
 
 
 def linear_nll(h, W, target, temperature=1.0):
-    """-log p of each target under softmax(h·Wᵀ/temperature), float32, 0 where it is −100: h (..., D), W (V, D), target (...) -> (...)."""
-    if not serves(h, W):
+    """Return −log softmax(h·Wᵀ/temperature)[target], float32, 0 where the target is IGNORE (−100).
+
+    h (..., D), W (V, D), target (...) -> (...). Kernel: kernels/cross_entropy.py.
+    """
+    if not has_kernel(h, W):
         return cross_entropy.linear_nll(h, W, target, temperature)
     dtype = compute_dtype(h)
-    return cross_entropy.apply(h.to(dtype), W.to(dtype), target, temperature)
+    return cross_entropy.fused_linear_nll(h.to(dtype), W.to(dtype), target, temperature)
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def make_cache(reference, cfg, B, T, weight):
+    """Return an empty KV cache for B rows and at most T columns, on the device of `weight`.
+
+    Where kernels run it is a StepCache, which computes softmax(q·Kᵀ/√hd)·V of a few new positions
+    with kernels/attention.py. Elsewhere it is a `reference`, a class with the same interface.
+    """
+    cache_class = StepCache if has_kernel(weight) else reference
+    return cache_class(cfg, B, T, weight.device)

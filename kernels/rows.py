@@ -1,188 +1,387 @@
-"""The parts of a layer that are bound by memory: the residual's addition with RMSNorm, RoPE, and SwiGLU.
+"""The parts of a layer that memory bandwidth limits: residual addition with RMSNorm, RoPE, SwiGLU.
 
-    add + RMSNorm   s = x + a,  r = (mean(s²) + ε)^−½,  n = s·r,  y = n·w
-                    dn = dy·w,  ds = g + r·(dn − n·mean(dn·n)),  dx = da = ds,  dw = Σ_rows dy·n           (g: the gradient of s)
-    RoPE            y₁ = x₁cos − x₂sin,  y₂ = x₂cos + x₁sin; the gradient is the rotation by −sin
-    SwiGLU          y = g·σ(g)·u;  du = dy·g·σ(g),  dg = dy·u·σ(g)·(1 + g·(1 − σ(g)))
+    add + RMSNorm   s = x + branch,  rstd = (mean(s²) + eps)^−½,  n = s·rstd,  y = n·w
+                    dn = dy·w,  ds = g + rstd·(dn − n·mean(dn·n)),  dw = Σ_rows dy·n,
+                    dx = dbranch = ds, with g the gradient of s from its other uses
+    RoPE            y₁ = x₁·cos − x₂·sin,  y₂ = x₂·cos + x₁·sin
+                    The gradient is a rotation by the opposite angle: the same with −sin.
+    SwiGLU          y = silu(gate)·up = gate·σ(gate)·up
+                    dup = dy·gate·σ(gate),  dgate = dy·up·σ(gate)·(1 + gate·(1 − σ(gate)))
 
-Bytes an element, x in float32 and the rest in bf16 (training under autocast): add + RMSNorm forward 4 + 2 read, 4 + 2 written, backward
-2 + 4 + 4 read, 4 + 2 written; RoPE 2 + 2; SwiGLU forward 2·2 + 2, backward 3·2 + 2·2.
+Bytes per element, with x in float32 and the rest in bf16 (training under autocast):
+
+                    forward               backward
+    add + RMSNorm   6 read, 6 written     10 read, 6 written
+    RoPE            2 read, 2 written      2 read, 2 written
+    SwiGLU          4 read, 2 written      6 read, 4 written
+
+Kernels compute in float32, whatever the dtypes in memory. The order of this file: the PyTorch
+references; the kernels, the simplest first; the autograd functions that launch them.
 """
+
 import torch
 import torch.nn.functional as F
 
-from .common import as_rows, power_of_2, tl, triton, wide
+from .common import (
+    as_rows,
+    ceil_div,
+    empty_contiguous,
+    next_power_of_2,
+    row_stride,
+    tl,
+    triton,
+    upcast,
+)
+
+# ---- PyTorch references --------------------------------------------------------------------------
 
 
-# ---- PyTorch references -------------------------------------------------------------------------------------------------
+def add_rms_norm(x, branch, weight, eps):
+    """Return s = x + branch and its RMSNorm y = weight·s / sqrt(mean(s²) + eps), both (..., D).
 
-def add_rms_norm(x, a, weight, eps):
-    """(x + a, its RMSNorm) of (..., D); a None is nothing to add. The cast back comes before the weight, as in the published model."""
-    s = x if a is None else x + a
-    s32 = wide(s)
-    return s, (s32 * torch.rsqrt(s32.pow(2).mean(-1, keepdim=True) + eps)).to(s.dtype) * weight
+    x is the residual stream, and branch is what attention or the MLP adds to it (None: nothing).
+    s/rms is rounded to s's dtype before the product with weight, as in the published LLaMA.
+    """
+    s = x if branch is None else x + branch
+    s32 = upcast(s)
+    rstd = torch.rsqrt(s32.pow(2).mean(-1, keepdim=True) + eps)  # (..., 1)
+    return s, (s32 * rstd).to(s.dtype) * weight
 
 
 def add_rms_norm_backward(g, dy, s, weight, eps):
-    """(ds, dw) from the gradients of both results; the gradient of x and of a is ds."""
-    r = torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + eps)
-    n, dn = s * r, dy * weight
-    return g + r * (dn - n * (dn * n).mean(-1, keepdim=True)), (dy * n).flatten(0, -2).sum(0)
+    """Return (ds, dw) from g and dy, the gradients of s and y. ds is that of x and of branch."""
+    rstd = torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + eps)
+    n = s * rstd
+    dn = dy * weight
+    ds = g + rstd * (dn - n * (dn * n).mean(-1, keepdim=True))
+    dw = (dy * n).flatten(0, -2).sum(0)
+    return ds, dw
 
 
 def rotate(x, cos, sin):
-    """RoPE: rotate the pairs (x_i, x_{i+hd/2}) of x (B, h, T, hd) by the angles in cos, sin (B, 1, T, hd/2)."""
+    """RoPE: rotate each pair (x_i, x_{i+H}) of a head by the i-th angle of its position.
+
+    x (B, nh, T, 2H); cos and sin of the angles (B, 1, T, H).
+    """
     x1, x2 = x.chunk(2, -1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
 
 
 def swiglu(gate, up):
-    """silu(gate)·up."""
+    """Return silu(gate)·up."""
     return F.silu(gate) * up
 
 
 def swiglu_backward(dy, gate, up):
-    """(dgate, dup)."""
-    p = torch.sigmoid(gate)
-    return dy * up * p * (1 + gate * (1 - p)), dy * gate * p
+    """Return (dgate, dup)."""
+    sigmoid = torch.sigmoid(gate)
+    dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
+    dup = dy * gate * sigmoid
+    return dgate, dup
 
 
-# ---- kernels ------------------------------------------------------------------------------------------------------------
-
-@triton.jit
-def norm_forward(x, a, weight, s, y, rstd, s_x, s_a, rows, D, eps, HAS_A: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
-    """Program: BM rows."""
-    row, i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, BD)
-    m = (row < rows)[:, None] & (i < D)[None, :]
-    b_s = tl.load(x + row[:, None] * s_x + i[None, :], m, 0.0)
-    if HAS_A:
-        b_s = (b_s.to(tl.float32) + tl.load(a + row[:, None] * s_a + i[None, :], m, 0.0).to(tl.float32)).to(s.dtype.element_ty)
-        tl.store(s + row[:, None] * D + i[None, :], b_s, m)
-    b_s = b_s.to(tl.float32)
-    r = tl.rsqrt(tl.sum(b_s * b_s, 1) / D + eps)
-    n = (b_s * r[:, None]).to(s.dtype.element_ty).to(tl.float32)
-    b_w = tl.load(weight + i, i < D, 0.0).to(tl.float32)
-    tl.store(y + row[:, None] * D + i[None, :], n * b_w[None, :], m)
-    tl.store(rstd + row, r, row < rows)
+# ---- kernels: SwiGLU -----------------------------------------------------------------------------
 
 
 @triton.jit
-def norm_backward(g, dy, s, weight, rstd, ds, part_dw, s_g, s_dy, s_s, rows, D, HAS_G: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
-    """Program: every num_programs-th block of BM rows, and one row of dw's partial sums."""
-    i = tl.arange(0, BD)
-    b_w = tl.load(weight + i, i < D, 0.0).to(tl.float32)
-    dw = tl.zeros([BD], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BM), tl.num_programs(0)):
-        row = tl.full([], block, tl.int64) * BM + tl.arange(0, BM)
-        m = (row < rows)[:, None] & (i < D)[None, :]
-        r = tl.load(rstd + row, row < rows, 0.0)[:, None]
-        n = tl.load(s + row[:, None] * s_s + i[None, :], m, 0.0).to(tl.float32) * r
-        b_dy = tl.load(dy + row[:, None] * s_dy + i[None, :], m, 0.0).to(tl.float32)
-        dn = b_dy * b_w[None, :]
-        b_ds = r * (dn - n * (tl.sum(dn * n, 1) / D)[:, None])
+def swiglu_forward_kernel(
+    gate_ptr, up_ptr, y_ptr,
+    gate_row_stride, up_row_stride,
+    n_rows, n_cols,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """y = silu(gate)·up. One program computes one tile of BLOCK_ROWS × BLOCK_COLS elements."""
+    # Which rows and which columns are this program's? int64, because offsets can exceed 2³¹.
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    row_offsets = rows[:, None]  # (BLOCK_ROWS, 1)
+    col_offsets = cols[None, :]  # (1, BLOCK_COLS)
+
+    # The last tiles stick out of the matrix: there, loads give 0 and stores write nothing.
+    mask = (row_offsets < n_rows) & (col_offsets < n_cols)  # (BLOCK_ROWS, BLOCK_COLS)
+
+    # Read each input once. The rows of gate and up may be slices of wider rows.
+    gate_ptrs = gate_ptr + row_offsets * gate_row_stride + col_offsets
+    gate = tl.load(gate_ptrs, mask, other=0.0).to(tl.float32)
+    up_ptrs = up_ptr + row_offsets * up_row_stride + col_offsets
+    up = tl.load(up_ptrs, mask, other=0.0).to(tl.float32)
+
+    # silu(gate) stays in registers. y is contiguous; the store rounds to its dtype.
+    silu = gate * tl.sigmoid(gate)
+    y_ptrs = y_ptr + row_offsets * n_cols + col_offsets
+    tl.store(y_ptrs, silu * up, mask)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
+    dy_row_stride, gate_row_stride, up_row_stride,
+    n_rows, n_cols,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """dgate and dup of one tile. Computing σ(gate) again is cheaper than storing and reading it."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    row_offsets = rows[:, None]  # (BLOCK_ROWS, 1)
+    col_offsets = cols[None, :]  # (1, BLOCK_COLS)
+    mask = (row_offsets < n_rows) & (col_offsets < n_cols)  # (BLOCK_ROWS, BLOCK_COLS)
+
+    dy_ptrs = dy_ptr + row_offsets * dy_row_stride + col_offsets
+    dy = tl.load(dy_ptrs, mask, other=0.0).to(tl.float32)
+    gate_ptrs = gate_ptr + row_offsets * gate_row_stride + col_offsets
+    gate = tl.load(gate_ptrs, mask, other=0.0).to(tl.float32)
+    up_ptrs = up_ptr + row_offsets * up_row_stride + col_offsets
+    up = tl.load(up_ptrs, mask, other=0.0).to(tl.float32)
+
+    sigmoid = tl.sigmoid(gate)
+    dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    tl.store(dgate_ptr + row_offsets * n_cols + col_offsets, dgate, mask)
+    dup = dy * gate * sigmoid
+    tl.store(dup_ptr + row_offsets * n_cols + col_offsets, dup, mask)
+
+
+# ---- kernels: RoPE -------------------------------------------------------------------------------
+
+
+@triton.jit
+def rotate_kernel(
+    x_ptr, cos_ptr, sin_ptr, y_ptr,
+    x_batch_stride, x_head_stride, x_time_stride,
+    T, n_head, n_rows, sign,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rotate x (B, n_head, T, 2H) by its angles, or by their opposites where sign is −1.
+
+    A row is one head at one position, in the order of y, whose memory is (B, T, n_head, 2H). One
+    program rotates BLOCK_ROWS of the n_rows = B·T·n_head rows.
+    """
+    row_offsets = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col_offsets = tl.arange(0, BLOCK_H)
+    mask = (row_offsets < n_rows)[:, None] & (col_offsets < H)[None, :]  # (BLOCK_ROWS, BLOCK_H)
+
+    # All heads at a position share its angles. cos and sin are (B·T, H).
+    position = row_offsets // n_head  # b·T + t
+    cos_ptrs = cos_ptr + position[:, None] * H + col_offsets[None, :]
+    sin_ptrs = sin_ptr + position[:, None] * H + col_offsets[None, :]
+    cos = tl.load(cos_ptrs, mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptrs, mask, other=0.0).to(tl.float32) * sign
+
+    # Both halves of each head. x is a view of a projection, read at its strides without a copy.
+    batch_offsets = position // T * x_batch_stride
+    time_offsets = position % T * x_time_stride
+    head_offsets = row_offsets % n_head * x_head_stride
+    x_row_offsets = batch_offsets + time_offsets + head_offsets
+    x_ptrs = x_ptr + x_row_offsets[:, None] + col_offsets[None, :]
+    x1 = tl.load(x_ptrs, mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptrs + H, mask, other=0.0).to(tl.float32)
+
+    y_ptrs = y_ptr + row_offsets[:, None] * (2 * H) + col_offsets[None, :]
+    tl.store(y_ptrs, x1 * cos - x2 * sin, mask)
+    tl.store(y_ptrs + H, x2 * cos + x1 * sin, mask)
+
+
+# ---- kernels: residual addition with RMSNorm -----------------------------------------------------
+
+
+@triton.jit
+def add_rms_norm_forward_kernel(
+    x_ptr, branch_ptr, weight_ptr, sum_ptr, y_ptr, rstd_ptr,
+    x_row_stride, branch_row_stride,
+    n_rows, n_cols, eps,
+    HAS_BRANCH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """One program normalizes BLOCK_ROWS whole rows: BLOCK_COLS is at least n_cols.
+
+    sum, y and rstd are contiguous. Without a branch, sum is x itself and is not written.
+    """
+    row_offsets = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col_offsets = tl.arange(0, BLOCK_COLS)
+    row_mask = row_offsets < n_rows
+    col_mask = col_offsets < n_cols
+    mask = row_mask[:, None] & col_mask[None, :]  # (BLOCK_ROWS, BLOCK_COLS)
+
+    # s = x + branch, rounded to the dtype in which it is kept
+    x_ptrs = x_ptr + row_offsets[:, None] * x_row_stride + col_offsets[None, :]
+    s = tl.load(x_ptrs, mask, other=0.0)
+    if HAS_BRANCH:
+        branch_ptrs = branch_ptr + row_offsets[:, None] * branch_row_stride + col_offsets[None, :]
+        branch = tl.load(branch_ptrs, mask, other=0.0).to(tl.float32)
+        s = (s.to(tl.float32) + branch).to(sum_ptr.dtype.element_ty)
+        sum_ptrs = sum_ptr + row_offsets[:, None] * n_cols + col_offsets[None, :]
+        tl.store(sum_ptrs, s, mask)
+
+    # Columns that do not exist hold 0 and add nothing to the sum of squares.
+    s = s.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(s * s, 1) / n_cols + eps)  # (BLOCK_ROWS,)
+
+    # As in the reference, n is rounded to the dtype of s before the product with weight.
+    n = (s * rstd[:, None]).to(sum_ptr.dtype.element_ty).to(tl.float32)
+    weight = tl.load(weight_ptr + col_offsets, col_mask, other=0.0).to(tl.float32)
+    y_ptrs = y_ptr + row_offsets[:, None] * n_cols + col_offsets[None, :]
+    tl.store(y_ptrs, n * weight[None, :], mask)
+
+    # The backward pass needs only the row's statistic: it computes n again.
+    tl.store(rstd_ptr + row_offsets, rstd, row_mask)
+
+
+@triton.jit
+def add_rms_norm_backward_kernel(
+    g_ptr, dy_ptr, sum_ptr, weight_ptr, rstd_ptr, ds_ptr, partial_dw_ptr,
+    g_row_stride, dy_row_stride, sum_row_stride,
+    n_rows, n_cols,
+    HAS_G: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """One program computes ds of every num_programs-th block of rows, and the sum of their dw.
+
+    It leaves that sum in its own row of partial_dw (num_programs, n_cols). No two programs add to
+    the same address, so every run gives the same bits.
+    """
+    col_offsets = tl.arange(0, BLOCK_COLS)
+    col_mask = col_offsets < n_cols
+    weight = tl.load(weight_ptr + col_offsets, col_mask, other=0.0).to(tl.float32)
+    dw = tl.zeros([BLOCK_COLS], tl.float32)
+
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0)):
+        row_offsets = tl.full([], block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        row_mask = row_offsets < n_rows
+        mask = row_mask[:, None] & col_mask[None, :]  # (BLOCK_ROWS, BLOCK_COLS)
+
+        # n = s·rstd again, from what the forward pass saved
+        rstd = tl.load(rstd_ptr + row_offsets, row_mask, other=0.0)[:, None]  # (BLOCK_ROWS, 1)
+        sum_ptrs = sum_ptr + row_offsets[:, None] * sum_row_stride + col_offsets[None, :]
+        n = tl.load(sum_ptrs, mask, other=0.0).to(tl.float32) * rstd
+
+        # ds = g + rstd·(dn − n·mean(dn·n)). g is missing where the sum itself is not used.
+        dy_ptrs = dy_ptr + row_offsets[:, None] * dy_row_stride + col_offsets[None, :]
+        dy = tl.load(dy_ptrs, mask, other=0.0).to(tl.float32)
+        dn = dy * weight[None, :]
+        mean = tl.sum(dn * n, 1) / n_cols  # (BLOCK_ROWS,)
+        ds = rstd * (dn - n * mean[:, None])
         if HAS_G:
-            b_ds += tl.load(g + row[:, None] * s_g + i[None, :], m, 0.0).to(tl.float32)
-        tl.store(ds + row[:, None] * D + i[None, :], b_ds, m)
-        dw += tl.sum(b_dy * n, 0)
-    tl.store(part_dw + tl.program_id(0) * D + i, dw, i < D)
+            g_ptrs = g_ptr + row_offsets[:, None] * g_row_stride + col_offsets[None, :]
+            ds += tl.load(g_ptrs, mask, other=0.0).to(tl.float32)
+
+        ds_ptrs = ds_ptr + row_offsets[:, None] * n_cols + col_offsets[None, :]
+        tl.store(ds_ptrs, ds, mask)
+
+        # Rows that do not exist have dy = 0 and add nothing.
+        dw += tl.sum(dy * n, 0)
+
+    tl.store(partial_dw_ptr + tl.program_id(0) * n_cols + col_offsets, dw, col_mask)
 
 
-@triton.jit
-def rotate_kernel(x, cos, sin, y, s_xb, s_xh, s_xt, T, h, n, sign, H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr):
-    """Program: BM of the n heads of all positions; y is (B, T, h, d) in memory."""
-    head, i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, BH)
-    m, position = (head < n)[:, None] & (i < H)[None, :], head // h
-    c = tl.load(cos + position[:, None] * H + i[None, :], m, 0.0).to(tl.float32)
-    s = tl.load(sin + position[:, None] * H + i[None, :], m, 0.0).to(tl.float32) * sign
-    at = x + (position // T * s_xb + position % T * s_xt + head % h * s_xh)[:, None] + i[None, :]
-    x1, x2 = tl.load(at, m, 0.0).to(tl.float32), tl.load(at + H, m, 0.0).to(tl.float32)
-    out = y + head[:, None] * (2 * H) + i[None, :]
-    tl.store(out, x1 * c - x2 * s, m)
-    tl.store(out + H, x2 * c + x1 * s, m)
+# ---- launches, under autograd --------------------------------------------------------------------
+
+PROGRAMS = 264  # of RMSNorm's backward pass, at most: two for each of a large GPU's 132 processors
+BLOCK = 1024  # elements of a tile
 
 
-@triton.jit
-def swiglu_forward_kernel(gate, up, y, s_g, s_u, rows, D, BM: tl.constexpr, BD: tl.constexpr):
-    """Program: BM rows of BD columns."""
-    row, i = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None], (tl.program_id(1) * BD + tl.arange(0, BD))[None, :]
-    m = (row < rows) & (i < D)
-    g = tl.load(gate + row * s_g + i, m, 0.0).to(tl.float32)
-    u = tl.load(up + row * s_u + i, m, 0.0).to(tl.float32)
-    tl.store(y + row * D + i, g * tl.sigmoid(g) * u, m)
+def whole_row_blocks(n_cols):
+    """Return tile sizes for a kernel that sums over a row: one whole row, or several short ones."""
+    block_cols = next_power_of_2(n_cols)
+    return {
+        "BLOCK_ROWS": max(1, BLOCK // block_cols),
+        "BLOCK_COLS": block_cols,
+        "num_warps": 4 if block_cols <= 4096 else 8,
+    }
 
 
-@triton.jit
-def swiglu_backward_kernel(dy, gate, up, dgate, dup, s_dy, s_g, s_u, rows, D, BM: tl.constexpr, BD: tl.constexpr):
-    row, i = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None], (tl.program_id(1) * BD + tl.arange(0, BD))[None, :]
-    m = (row < rows) & (i < D)
-    b_dy = tl.load(dy + row * s_dy + i, m, 0.0).to(tl.float32)
-    g = tl.load(gate + row * s_g + i, m, 0.0).to(tl.float32)
-    u = tl.load(up + row * s_u + i, m, 0.0).to(tl.float32)
-    p = tl.sigmoid(g)
-    tl.store(dgate + row * D + i, b_dy * u * p * (1.0 + g * (1.0 - p)), m)
-    tl.store(dup + row * D + i, b_dy * g * p, m)
-
-
-# ---- under autograd -----------------------------------------------------------------------------------------------------
-
-PROGRAMS = 264  # of the norm's backward pass: each leaves one row of dw to be added up
-BLOCK = 1024    # elements in a program
-
-
-def norm_blocks(D):
-    """Whole rows, several where they are short."""
-    BD = power_of_2(D)
-    return dict(BM=max(1, BLOCK // BD), BD=BD, num_warps=4 if BD <= 4096 else 8)
-
-
-def tiles(D):
-    """Part of a row, or several rows where they are short."""
-    BD = min(BLOCK, power_of_2(D))
-    return dict(BM=BLOCK // BD, BD=BD)
+def elementwise_blocks(n_cols):
+    """Return tile sizes for an elementwise kernel: part of a row, or several short rows."""
+    block_cols = min(BLOCK, next_power_of_2(n_cols))
+    return {"BLOCK_ROWS": BLOCK // block_cols, "BLOCK_COLS": block_cols}
 
 
 class AddRMSNorm(torch.autograd.Function):
-    """x, a (rows, D), weight (D,) -> s = x + a in x's dtype, y in `dtype`. a None: s is x itself."""
+    """x, branch (rows, D), weight (D,) -> s = x + branch in x's dtype and its RMSNorm y in `dtype`.
+
+    Without a branch, s is x itself, and None is returned in its place.
+    """
+
     @staticmethod
-    def forward(ctx, x, a, weight, eps, dtype):
-        rows, D = x.shape
-        s = x if a is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        y, rstd, block = x.new_empty(rows, D, dtype=dtype), x.new_empty(rows, dtype=torch.float32), norm_blocks(D)
-        norm_forward[(-(-rows // block["BM"]),)](x, a, weight, s, y, rstd, x.stride(0), 0 if a is None else a.stride(0), rows, D, eps,
-                                                 HAS_A=a is not None, **block)
+    def forward(ctx, x, branch, weight, eps, dtype):
+        n_rows, n_cols = x.shape
+
+        # With nothing to add, s is x, and the kernel does not write it.
+        s = x if branch is None else empty_contiguous(x)
+        y = x.new_empty(n_rows, n_cols, dtype=dtype)
+        rstd = x.new_empty(n_rows, dtype=torch.float32)
+
+        blocks = whole_row_blocks(n_cols)
+        grid = (ceil_div(n_rows, blocks["BLOCK_ROWS"]),)
+        add_rms_norm_forward_kernel[grid](
+            x, branch, weight, s, y, rstd,
+            row_stride(x), row_stride(branch),
+            n_rows, n_cols, eps,
+            HAS_BRANCH=branch is not None, **blocks,
+        )  # fmt: skip
+
         ctx.save_for_backward(s, weight, rstd)
-        ctx.a_dtype = None if a is None else a.dtype
+        ctx.branch_dtype = None if branch is None else branch.dtype
+
+        # A result that the loss does not use has gradient None, not zeros that must be read.
         ctx.set_materialize_grads(False)
-        return s if a is not None else None, y
+        return (None if branch is None else s), y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, dy):
         s, weight, rstd = ctx.saved_tensors
-        (rows, D), block = s.shape, norm_blocks(s.shape[1])
-        if dy is None:  # only the sum was used
-            return g, None if ctx.a_dtype is None else g.to(ctx.a_dtype), None, None, None
-        programs = min(PROGRAMS, -(-rows // block["BM"]))
-        dy, g = as_rows(dy), None if g is None else as_rows(g)
-        ds, part_dw = torch.empty_like(s, memory_format=torch.contiguous_format), s.new_empty(programs, D, dtype=torch.float32)
-        norm_backward[(programs,)](g, dy, s, weight, rstd, ds, part_dw, 0 if g is None else g.stride(0), dy.stride(0),
-                                   s.stride(0), rows, D, HAS_G=g is not None, **block)
-        return ds, None if ctx.a_dtype is None else ds.to(ctx.a_dtype), part_dw.sum(0).to(weight.dtype), None, None
+        n_rows, n_cols = s.shape
+
+        # The loss uses the sum and not its norm: the gradient passes through.
+        if dy is None:
+            dbranch = None if ctx.branch_dtype is None else g.to(ctx.branch_dtype)
+            return g, dbranch, None, None, None
+
+        # The programs share the blocks of rows, so that there are few rows of partial_dw to add up.
+        dy = as_rows(dy)
+        g = None if g is None else as_rows(g)
+        blocks = whole_row_blocks(n_cols)
+        programs = min(PROGRAMS, ceil_div(n_rows, blocks["BLOCK_ROWS"]))
+        ds = empty_contiguous(s)
+        partial_dw = s.new_empty(programs, n_cols, dtype=torch.float32)
+        add_rms_norm_backward_kernel[(programs,)](
+            g, dy, s, weight, rstd, ds, partial_dw,
+            row_stride(g), row_stride(dy), row_stride(s),
+            n_rows, n_cols,
+            HAS_G=g is not None, **blocks,
+        )  # fmt: skip
+
+        # x and branch have the same gradient, each in its own dtype.
+        dbranch = None if ctx.branch_dtype is None else ds.to(ctx.branch_dtype)
+        dweight = partial_dw.sum(0).to(weight.dtype)
+        return ds, dbranch, dweight, None, None
 
 
 def run_rotate(x, cos, sin, sign):
-    """RoPE of x (B, h, T, d) at any stride but the last dimension's -> the same shape, (B, T, h, d) in memory. sign −1 rotates back."""
-    B, h, T, d = x.shape
-    x = x if x.stride(3) == 1 else x.contiguous()
-    y = x.new_empty(B, T, h, d)
-    BH, n = power_of_2(d // 2), B * T * h
-    BM = max(1, BLOCK // BH)
-    rotate_kernel[(-(-n // BM),)](x, cos, sin, y, *x.stride()[:3], T, h, n, sign, H=d // 2, BH=BH, BM=BM)
-    return y.transpose(1, 2)
+    """Rotate x (B, nh, T, hd) by its angles (sign 1), or back (sign −1).
+
+    x may have any strides; only its last dimension has to be contiguous, and is made so. The result
+    has the shape of x and lies in memory as (B, T, nh, hd), ready to be flattened.
+    """
+    B, n_head, T, head_dim = x.shape
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    y = x.new_empty(B, T, n_head, head_dim)
+
+    # A row of the kernel is one head at one position.
+    H = head_dim // 2
+    n_rows = B * T * n_head
+    block_h = next_power_of_2(H)
+    block_rows = max(1, BLOCK // block_h)
+    rotate_kernel[(ceil_div(n_rows, block_rows),)](
+        x, cos, sin, y,
+        *x.stride()[:3],
+        T, n_head, n_rows, sign,
+        H=H, BLOCK_H=block_h, BLOCK_ROWS=block_rows,
+    )  # fmt: skip
+    return y.transpose(1, 2)  # (B, nh, T, hd)
 
 
 class Rotate(torch.autograd.Function):
-    """RoPE: x (B, h, T, d), cos and sin (B, 1, T, d/2), without a gradient."""
+    """RoPE of x (B, nh, T, 2H) with cos and sin (B, 1, T, H), which get no gradient."""
+
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
@@ -191,26 +390,47 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return run_rotate(dy, *ctx.saved_tensors, -1.0), None, None
+        cos, sin = ctx.saved_tensors
+        return run_rotate(dy, cos, sin, -1.0), None, None
 
 
 class SwiGLU(torch.autograd.Function):
-    """gate, up (rows, D), rows at any stride -> silu(gate)·up."""
+    """gate, up (rows, D), contiguous within a row -> silu(gate)·up (rows, D)."""
+
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        (rows, D), y = gate.shape, torch.empty_like(gate, memory_format=torch.contiguous_format)
-        t = tiles(D)
-        swiglu_forward_kernel[(-(-rows // t["BM"]), -(-D // t["BD"]))](gate, up, y, gate.stride(0), up.stride(0), rows, D, **t)
+        n_rows, n_cols = gate.shape
+        y = empty_contiguous(gate)
+
+        # One program for each tile
+        blocks = elementwise_blocks(n_cols)
+        row_tiles = ceil_div(n_rows, blocks["BLOCK_ROWS"])
+        col_tiles = ceil_div(n_cols, blocks["BLOCK_COLS"])
+        swiglu_forward_kernel[(row_tiles, col_tiles)](
+            gate, up, y,
+            row_stride(gate), row_stride(up),
+            n_rows, n_cols,
+            **blocks,
+        )  # fmt: skip
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        (rows, D), dy = gate.shape, as_rows(dy)
-        dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
-        t = tiles(D)
-        grid = -(-rows // t["BM"]), -(-D // t["BD"])
-        swiglu_backward_kernel[grid](dy, gate, up, dgate, dup, dy.stride(0), gate.stride(0), up.stride(0), rows, D, **t)
+        n_rows, n_cols = gate.shape
+        dy = as_rows(dy)
+        dgate = empty_contiguous(gate)
+        dup = empty_contiguous(up)
+
+        blocks = elementwise_blocks(n_cols)
+        row_tiles = ceil_div(n_rows, blocks["BLOCK_ROWS"])
+        col_tiles = ceil_div(n_cols, blocks["BLOCK_COLS"])
+        swiglu_backward_kernel[(row_tiles, col_tiles)](
+            dy, gate, up, dgate, dup,
+            row_stride(dy), row_stride(gate), row_stride(up),
+            n_rows, n_cols,
+            **blocks,
+        )  # fmt: skip
         return dgate, dup

@@ -9,14 +9,13 @@ as_text          a whole Rollout in words -> a list of Chain
 """
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from kernels.common import wide
+from kernels.common import cast_once, upcast
 from kernels.cross_entropy import IGNORE
-from kernels.graph import Late, left
+from kernels.graph import DelayedCount, unfinished_rows
 
 from . import reward
 
@@ -53,7 +52,7 @@ def read_thoughts(decoder, z, eos, max_new):
 
     # Steps that have ended leave the batch, at once or, with CUDA graphs, when they are half of it
     cache = decoder.cache(N, c + max_new)
-    fixed_shape = cache.replays
+    fixed_shape = cache.replays_steps
     rows = torch.arange(N, device=z.device)  # the step that each row of the batch is
     writing = torch.ones(N, dtype=torch.bool, device=z.device)
     word = rows.new_full((N,), eos)
@@ -70,7 +69,7 @@ def read_thoughts(decoder, z, eos, max_new):
         text[rows, t.expand_as(rows)] = word
         writing.copy_(word != eos)
 
-    count_done = Late(fixed_shape)
+    count_done = DelayedCount(fixed_shape)
     with cast_once(decoder):
         all_real = torch.ones(N, c, dtype=torch.bool, device=z.device)
         h = decoder(z, all_real, cache, 1)[:, 0]
@@ -79,30 +78,13 @@ def read_thoughts(decoder, z, eos, max_new):
             n_done = count_done(~writing)
             if n_done == len(rows):
                 break
-            keep = left(~writing, n_done, fixed_shape)
+            keep = unfinished_rows(~writing, n_done, fixed_shape)
             if keep is not None:
                 rows, writing, word = rows[keep], writing[keep], word[keep]
                 cache.keep(keep)
-                count_done = Late(fixed_shape)
+                count_done = DelayedCount(fixed_shape)
             cache.step(tick, torch.full_like(rows[0], t))
     return [ids[: ids.index(eos)] if eos in ids else ids for ids in text.tolist()]
-
-
-@contextmanager
-def cast_once(module):
-    """Inside, autocast keeps its low-precision copies of a frozen module's weights.
-
-    It caches them only for weights that require a gradient; otherwise each word would cast them all
-    again.
-    """
-    frozen = [p for p in module.parameters() if not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -125,7 +107,7 @@ def top_readings(decoder, z, eos, n, max_new):
     ids = [[[]] for _ in range(N)]  # of each step and beam: its words so far
     for _ in range(max_new):
         n_beam = total.shape[1]
-        logp = total[..., None] + wide(decoder.logits(h)).log_softmax(-1).view(
+        logp = total[..., None] + upcast(decoder.logits(h)).log_softmax(-1).view(
             N, n_beam, -1
         )  # (N, n_beam, V)
 

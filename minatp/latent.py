@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from kernels import ops
-from kernels.common import wide
+from kernels.common import upcast
 
 from .llama import Block, Llama
 
@@ -47,7 +47,7 @@ class LatentHead(nn.Module):
         nn.init.constant_(self.gaussian.bias[D:], init_logvar)
 
     def forward(self, h):
-        mu, logvar = wide(self.gaussian(self.fc(h))).chunk(2, -1)
+        mu, logvar = upcast(self.gaussian(self.fc(h))).chunk(2, -1)
         return mu, logvar
 
 
@@ -99,7 +99,7 @@ class ATP(nn.Module):
         logvar stay the head's.
         """
         if not self.vae:
-            return Latent(wide(h) if z is None else z, wide(h), None, None, None)
+            return Latent(upcast(h) if z is None else z, upcast(h), None, None, None)
         mu, logvar = self.latent_head(h)
         spread_logvar = logvar if spread == 1 else logvar + 2 * math.log(spread)
         # z = μ + exp(½ log σ²)·ε,  KL(N(μ, σ²) ‖ N(0, I)),  log N(z; μ, σ²)

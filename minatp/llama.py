@@ -73,7 +73,9 @@ class KVCache:
     later columns flows back into earlier ones.
     """
 
-    replays = False  # whether `step` is a CUDA graph; kernels/cache.py has a cache where it is
+    replays_steps = (
+        False  # whether `step` is a CUDA graph; kernels/cache.py has a cache where it is
+    )
 
     def __init__(self, cfg, B, T, device):
         self.length = 0
@@ -88,21 +90,17 @@ class KVCache:
         Returns their position ids (B, T_new).
         """
         position = self.count + valid.long().cumsum(1) - 1
-        end = self.length + valid.shape[1]
-        self.valid[:, self.length : end] = valid
+        start, end = self.length, self.length + valid.shape[1]
+        self.valid[:, start:end] = valid
         self.count = self.count + valid.sum(1, keepdim=True)
         self.length = end
+
+        # Each new column sees the real columns up to itself; always itself, so that no row is empty
+        column = torch.arange(end, device=valid.device)
+        own = column[start:, None]
+        visible = self.valid[:, None, :end] & (column <= own)
+        self.mask = (visible | (column == own))[:, None]  # (B, 1, T_new, length)
         return position.clamp(min=0)
-
-    def mask(self, T_new):
-        """What each new column may see, (B, 1, T_new, length): real columns up to itself.
-
-        It always sees itself, so that no row is empty.
-        """
-        column = torch.arange(self.length, device=self.valid.device)
-        own = column[-T_new:, None]
-        visible = self.valid[:, None, : self.length] & (column <= own)
-        return (visible | (column == own))[:, None]
 
     def append(self, i, k, v):
         """Add k, v (B, h_kv, T_new, hd) to layer i. Returns all of it, (B, h_kv, length, hd)."""
@@ -121,7 +119,7 @@ class KVCache:
             buffer[:, :, start : self.length] = new
         return tuple(buffer[:, :, : self.length] for buffer in self.kv[i])
 
-    def attend(self, i, q, k, v, rope, mask):
+    def attend(self, i, q, k, v, rope):
         """Append k, v (B, h_kv, T_new, hd) to layer i and attend to it.
 
         q (B, h, n, hd): of the last n of the new columns.
@@ -133,7 +131,7 @@ class KVCache:
         # RoPE: rotate each pair of dimensions by the angle of its position
         k, v = self.append(i, ops.rotate(k, cos, sin), v)
         q = ops.rotate(q, cos[:, :, -n:], sin[:, :, -n:])
-        mask = mask[:, :, -n:]
+        mask = self.mask[:, :, -n:]
 
         # softmax(q·kᵀ/√hd)·v
         if n > 1 or q.is_cuda:
@@ -180,7 +178,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(cfg.n_embd, self.h_kv * self.hd, bias=False)
         self.o_proj = nn.Linear(self.h * self.hd, cfg.n_embd, bias=False)
 
-    def forward(self, x, n, rope, cache, i, mask):
+    def forward(self, x, n, rope, cache, i):
         """Layer i: keys and values of all T columns of x (B, T, D), queries of the last n.
 
         Returns (B, n, D).
@@ -190,7 +188,7 @@ class Attention(nn.Module):
         q = self.q_proj(queried).view(B, n, self.h, self.hd).transpose(1, 2)  # (B, h, n, hd)
         k = self.k_proj(x).view(B, T, self.h_kv, self.hd).transpose(1, 2)  # (B, h_kv, T, hd)
         v = self.v_proj(x).view(B, T, self.h_kv, self.hd).transpose(1, 2)
-        y = cache.attend(i, q, k, v, rope, mask)  # (B, h, n, hd)
+        y = cache.attend(i, q, k, v, rope)  # (B, h, n, hd)
         return self.o_proj(y.transpose(1, 2).reshape(B, n, -1))
 
 
@@ -217,7 +215,7 @@ class Block(nn.Module):
             False  # the MLP in the backward pass: saves most activations for a fifth more work
         )
 
-    def forward(self, x, branch, n, rope, cache, i, mask):
+    def forward(self, x, branch, n, rope, cache, i):
         """x (B, T, D): the residual stream. branch: what the last block adds to it.
 
         Returns both after this block, of the last n columns.
@@ -225,7 +223,7 @@ class Block(nn.Module):
         Every norm first adds the branch before it, so that one kernel can do both.
         """
         x, y = self.input_layernorm(x, branch)
-        y = self.self_attn(y, n, rope, cache, i, mask)
+        y = self.self_attn(y, n, rope, cache, i)
         x, y = self.post_attention_layernorm(x if n == x.shape[1] else x[:, -n:], y)
         # not for a single column: a step of the chain of latents keeps its inputs for the weight
         # gradient
@@ -290,7 +288,7 @@ class Llama(nn.Module):
 
     def cache(self, B, T):
         """An empty cache for B rows and at most T columns."""
-        return ops.cache(KVCache, self.cfg, B, T, self.model.embed_tokens.weight)
+        return ops.make_cache(KVCache, self.cfg, B, T, self.model.embed_tokens.weight)
 
     def embed(self, ids):
         """ids (...) -> input embeddings (..., D)."""
@@ -307,13 +305,12 @@ class Llama(nn.Module):
         position = cache.open(valid)  # (B, T)
         angle = position[:, None, :, None] * self.freq  # (B, 1, T, hd/2)
         rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        mask = cache.mask(T)
 
         branch = None
         top = len(self.model.layers) - 1
         for i, block in enumerate(self.model.layers):
             n_out = n if n and i == top else T
-            x, branch = block(x, branch, n_out, rope, cache, i, mask)
+            x, branch = block(x, branch, n_out, rope, cache, i)
         _, h = self.model.norm(x, branch)
         return h
 

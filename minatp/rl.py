@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 
 from kernels import ops
-from kernels.common import wide
+from kernels.common import upcast
 from kernels.cross_entropy import IGNORE
 
-from .chain import read_prompt, walk
+from .chain import Plan, read_prompt, walk
 
 
 def advantages(reward, baseline="mean", normalise=False):
@@ -98,16 +98,15 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
         if model.vae:
             logp_z = torch.where(candidate, latent.logp, 0.0)
     else:
-        eps = ops.prepared(eps, rollout.z.shape[-1])
-        latent, _ = walk(
-            model, h_prompt, cache, rollout.n_latent, longest, L, eps, spread=rollout.spread
-        )
+        eps = ops.prepare_noise(eps, rollout.z.shape[-1])
+        plan = Plan(rollout.n_latent, longest, L, eps, spread=rollout.spread)
+        latent, _ = walk(model, h_prompt, cache, plan)
         h_text = policy(text, written, cache)
 
     # The stop head decided at the first latent of each step
     logp_stop = rollout.logp_stop.new_zeros(B, model.K)
     if model.stop:
-        logp = wide(model.stop_head(latent.z[:, ::c])).log_softmax(-1)  # (B, K, 2)
+        logp = upcast(model.stop_head(latent.z[:, ::c])).log_softmax(-1)  # (B, K, 2)
         taken = torch.where(used[:, ::c], logp[..., 0], logp[..., 1])
         logp_stop = torch.where(candidate[:, ::c], taken, 0.0)
 

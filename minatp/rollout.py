@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from kernels import ops
-from kernels.common import wide
-from kernels.graph import Late, left, put, some
+from kernels.common import upcast
+from kernels.graph import DelayedCount, rows_where, unfinished_rows, write_where
 
 from .chain import read_prompt
 
@@ -35,7 +35,7 @@ class Noise:
         """spread: defaults to the temperature. greedy: sample the latents, but not the words."""
         g = torch.Generator().manual_seed(seed)
         return Noise(
-            eps=ops.noise(seed, B, model.c * model.K),
+            eps=ops.noise_keys(seed, B, model.c * model.K),
             stop=torch.rand(B, model.K, generator=g),
             token=None if greedy else torch.rand(B, max_new, generator=g),
             spread=temperature if spread is None else spread,
@@ -142,7 +142,7 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
     h, cache = read_prompt(policy, prompt, prompt_mask, cK + 1 + max_new, group)
     B, D = h.shape
     out = Rollout.empty(model, B, max_new, noise, device)
-    eps = noise and ops.prepared(noise.eps, D)
+    eps = noise and ops.prepare_noise(noise.eps, D)
 
     # How many latents each row may have
     limit = torch.full((B,), cK, device=device)
@@ -150,7 +150,7 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         limit = torch.where(forced.ends, forced.n, cK).clamp(max=cK)
 
     # In a CUDA graph shapes are fixed: every row is computed, and only what is due is stored
-    fixed_shape = cache.replays
+    fixed_shape = cache.replays_steps
 
     # The state of the batch, written in place
     rows = torch.arange(B, device=device)  # the chain that each row is
@@ -159,7 +159,7 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
 
     def write_words(h, writes):
         """Where writes (rows,): choose the next word from hidden states h (rows, D)."""
-        b = some(writes, fixed_shape)
+        b = rows_where(writes, fixed_shape)
         if not len(b):
             return
         chain, due = rows[b], writes[b]
@@ -167,18 +167,18 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         # The n-th word of each chain, greedy or sampled
         n = out.n_token[chain].clamp(max=max_new - 1)
         token, logp = choose_token(policy.logits(h[b]), noise, chain, n)
-        put(out.token, (chain, n), token, due)
-        put(out.logp_token, (chain, n), logp, due)
+        write_where(out.token, (chain, n), token, due)
+        write_where(out.logp_token, (chain, n), logp, due)
         out.n_token[chain] += due
 
         # It is read next, unless it ends the answer
-        put(x, b, policy.embed(token), due)
+        write_where(x, b, policy.embed(token), due)
         ended = (token[:, None] == eos).any(1) | (n + 1 == max_new)
-        put(doing, b, torch.where(ended, DONE, WRITES), due)
+        write_where(doing, b, torch.where(ended, DONE, WRITES), due)
 
     def think(h, t, thinks):
         """Where thinks (rows,): propose latent t from h (rows, D), and stop there or keep it."""
-        b = some(thinks, fixed_shape)
+        b = rows_where(thinks, fixed_shape)
         if not len(b):
             return
         chain, due = rows[b], thinks[b]
@@ -190,16 +190,16 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         if forced is not None:
             is_forced = t < forced.n[chain]
             z = torch.where(is_forced[:, None], forced.z[chain, column], z)
-        put(out.z, (chain, column), z, due)
+        write_where(out.z, (chain, column), z, due)
         if model.vae:
-            put(out.logvar, (chain, column), latent.logvar, due)
-            put(out.logp_z, (chain, column), latent.logp, due)
+            write_where(out.logvar, (chain, column), latent.logvar, due)
+            write_where(out.logp_z, (chain, column), latent.logp, due)
 
         # At the first latent of a step the stop head reads the candidate: stop drops it
         stop = torch.zeros_like(due)
         if model.stop:
             asked = due & (t % c == 0)
-            logp = wide(model.stop_head(z)).log_softmax(-1)  # (rows, 2): continue, stop
+            logp = upcast(model.stop_head(z)).log_softmax(-1)  # (rows, 2): continue, stop
             if noise is None:
                 stop = logp[:, 1] > logp[:, 0]
             else:
@@ -208,14 +208,14 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
             if forced is not None:
                 stop = stop & ~is_forced
             step = chain, column // c
-            put(out.stop_prob, step, logp[:, 1].exp(), asked)
-            put(out.logp_stop, step, torch.where(stop, logp[:, 1], logp[:, 0]), asked)
-            put(out.stopped, chain, stop, due)
+            write_where(out.stop_prob, step, logp[:, 1].exp(), asked)
+            write_where(out.logp_stop, step, torch.where(stop, logp[:, 1], logp[:, 0]), asked)
+            write_where(out.stopped, chain, stop, due)
 
         # A latent that is kept is read next; after a stop it is <|end-latent|>
         out.n_latent[chain] += due & ~stop
-        put(x, b, z, due & ~stop)
-        put(doing, b, torch.where(stop, WRITES, THINKS), due)
+        write_where(x, b, z, due & ~stop)
+        write_where(doing, b, torch.where(stop, WRITES, THINKS), due)
 
     def tick(t, h=None):
         """Read one position of every row (or take h (rows, D) as read) and decide what comes next.
@@ -233,17 +233,17 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         think(h, t, thinks)
 
     # The first tick has read the prompt already. Rows that are done leave the batch
-    count_done = Late(fixed_shape)
+    count_done = DelayedCount(fixed_shape)
     tick(torch.zeros_like(rows[0]), h)
     for t in range(1, cK + max_new + 1):
         n_done = count_done(doing == DONE)
         if n_done == len(rows):
             break
-        keep = left(doing == DONE, n_done, fixed_shape)
+        keep = unfinished_rows(doing == DONE, n_done, fixed_shape)
         if keep is not None:
             rows, doing, x = rows[keep], doing[keep], x[keep]
             cache.keep(keep)
-            count_done = Late(fixed_shape)
+            count_done = DelayedCount(fixed_shape)
         cache.step(tick, torch.full_like(rows[0], t))
 
     # Trim to the longest answer
@@ -257,7 +257,7 @@ def choose_token(logits, noise, chain, n):
 
     Greedy, or by inverting the cumulative distribution at the uniform number drawn for that word.
     """
-    logits = wide(logits)
+    logits = upcast(logits)
     if noise and noise.temperature != 1:
         logits = logits / noise.temperature
     logp = logits.log_softmax(-1)

@@ -14,7 +14,7 @@ import torch
 from kernels import ops
 from kernels.cross_entropy import token_nll
 
-from .chain import read_prompt, walk
+from .chain import Plan, read_prompt, walk
 from .decoder import thought_nll
 
 
@@ -83,11 +83,10 @@ def think(model, batch, eps=None):
     """
     room = batch.L + batch.text.shape[1]
     h, cache = read_prompt(model.policy, batch.prompt, batch.prompt_mask, room)
-    eps = ops.prepared(eps, h.shape[-1])
+    eps = ops.prepare_noise(eps, h.shape[-1])
     answer_only = batch.answer_only if batch.counts["answer_only"] else None
-    latent, n_latent = walk(
-        model, h, cache, batch.n_latent, batch.L, batch.n_candidate, eps, answer_only
-    )
+    plan = Plan(batch.n_latent, batch.L, batch.n_candidate, eps, answer_only)
+    latent, n_latent = walk(model, h, cache, plan)
     return latent, n_latent, cache
 
 

@@ -1,3 +1,5 @@
+"""Fixtures of the tests, and the folders that they import from."""
+
 import os
 import sys
 from pathlib import Path
@@ -5,16 +7,19 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read at import of triton: the kernels' tests need no GPU
-sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and sample.py stand at the top
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: no GPU is needed
+
+sys.path.insert(0, str(Path(__file__).parent))  # runs.py, for the tests of all folders
+sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and sample.py
 
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Memory that is not written holds NaN; few columns and queries make several splits and turns."""
+    """Fill memory that is not written with NaN, and split small inputs as if they were large."""
     import torch
 
     from kernels import attention
+
     monkeypatch.setattr(attention, "COLUMNS", 16)
     monkeypatch.setattr(attention, "QUERIES", 16)
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills torch.empty
@@ -26,8 +31,9 @@ def poison(monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Folder of a run."""
+    """The folder of a run that has ended."""
     from runs import TINY, go
+
     out = tmp_path_factory.mktemp("finished") / "run"
     go(*TINY, "--out", out)
     return out
@@ -35,14 +41,20 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def refused(capsys, tmp_path, monkeypatch):
-    """refused(main, argv, start, reason): what stderr must hold."""
-    from minatp import config
+    """A function that asserts that a command line is refused: exit code 2, one line on stderr.
+
+    It runs in tmp_path.
+    """
+    from minatp.run.errors import guarded
+
     monkeypatch.chdir(tmp_path)
 
     def check(main, argv, start, reason):
         capsys.readouterr()
         assert guarded(main, [str(a) for a in argv]) == 2
         err = capsys.readouterr().err
-        assert err.startswith(start) and reason in err and err.count("\n") == 1, err
+        assert err.startswith(start), err
+        assert reason in err, err
+        assert err.count("\n") == 1, err
 
     return check

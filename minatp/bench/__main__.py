@@ -7,6 +7,7 @@ A side must compute the same losses, gradients, chains and log-probabilities, or
 that of two times of one round: median [p10, p90]. Counts (minatp/count.py) do not swing with load, so they
 are what is gated. Weights are untrained and shared by all sides; in what is timed no chain ends early.
 """
+
 import json
 import math
 import os
@@ -31,11 +32,16 @@ from ..sft import sft_losses, total_loss
 from ..tools import count
 from .cases import BETA, MAX_NEW, SIZES, Case, compare, paper_row, sides, works
 
-GATES = {("SFT, last stage", "ops"): 4, ("SFT, last stage", "bytes"): 8, ("rollouts", "flops"): 25}  # × fewer than the reference
-TARGETS = {"SFT, last stage": 2.5, "rollouts": 8}                                                    # × less wall time: shown
+GATES = {
+    ("SFT, last stage", "ops"): 4,
+    ("SFT, last stage", "bytes"): 8,
+    ("rollouts", "flops"): 25,
+}  # × fewer than the reference
+TARGETS = {"SFT, last stage": 2.5, "rollouts": 8}  # × less wall time: shown
 
 
 # ---- times --------------------------------------------------------------------------------------------------------------
+
 
 def seconds_of(work, device, bf16=True):
     """(seconds, peak bytes of a GPU or 0) of work()."""
@@ -54,7 +60,10 @@ def seconds_of(work, device, bf16=True):
 def counted(work, device, bf16=True):
     """Counts of work() under the autocast that its times have. PyTorch's operations stand in for the kernels, whose launches and
     products no count sees."""
-    with patch.dict(os.environ, MINATP_KERNELS="torch"), autocast(device) if bf16 else nullcontext():
+    with (
+        patch.dict(os.environ, MINATP_KERNELS="torch"),
+        autocast(device) if bf16 else nullcontext(),
+    ):
         return count.count(work)
 
 
@@ -69,7 +78,9 @@ def attempt(did, model):
     torch.cuda.empty_cache()
 
 
-UNCOUNTED = count.Counts(*[math.nan] * 4)  # PyTorch's operations, which are counted, can need memory that the kernels do not
+UNCOUNTED = count.Counts(
+    *[math.nan] * 4
+)  # PyTorch's operations, which are counted, can need memory that the kernels do not
 
 
 def warm_up(work, every, case):
@@ -78,7 +89,9 @@ def warm_up(work, every, case):
     for s, side in every.items():
         once = (partial(work, side), case.device, side.bf16)
         if attempt(lambda: seconds_of(*once), case.model):
-            told = not case.machine or s == "minatp"  # of a GPU's peers the times alone are: to count the reference takes minutes
+            told = (
+                not case.machine or s == "minatp"
+            )  # of a GPU's peers the times alone are: to count the reference takes minutes
             counts[s] = asdict(told and attempt(lambda: counted(*once), case.model) or UNCOUNTED)
     need_minatp(counts, case)
     return counts
@@ -86,7 +99,9 @@ def warm_up(work, every, case):
 
 def need_minatp(fits, case):
     if "minatp" not in fits:
-        raise OutOfMemory(f"minatp/bench.py:0: minatp itself runs out of memory on {case.device}; take a larger GPU")
+        raise OutOfMemory(
+            f"minatp/bench.py:0: minatp itself runs out of memory on {case.device}; take a larger GPU"
+        )
 
 
 def measure(case, every, rounds, save=lambda found: None, only=()):
@@ -99,14 +114,23 @@ def measure(case, every, rounds, save=lambda found: None, only=()):
         counts = warm_up(work, every, case)
         fits, times, peak = list(counts), {s: [] for s in counts}, dict.fromkeys(counts, 0)
         for i in range(rounds):
-            for s in fits[i % len(fits):] + fits[:i % len(fits)]:
-                if timed := attempt(lambda: seconds_of(partial(work, every[s]), case.device, every[s].bf16), case.model):
+            for s in fits[i % len(fits) :] + fits[: i % len(fits)]:
+                if timed := attempt(
+                    lambda: seconds_of(partial(work, every[s]), case.device, every[s].bf16),
+                    case.model,
+                ):
                     times[s].append(timed[0])
                     peak[s] = max(peak[s], timed[1])
                 else:
                     fits.remove(s)
             need_minatp(fits, case)
-        found.append({"work": name, "tokens": n_token, "sides": {s: {"seconds": times[s], "peak": peak[s], **counts[s]} for s in fits}})
+        found.append(
+            {
+                "work": name,
+                "tokens": n_token,
+                "sides": {s: {"seconds": times[s], "peak": peak[s], **counts[s]} for s in fits},
+            }
+        )
         describe(found[-1], case)
         save(found)
         for s in every.keys() - fits:
@@ -116,7 +140,10 @@ def measure(case, every, rounds, save=lambda found: None, only=()):
 
 def ratio(record, other):
     """(median, p10, p90) of the paired ratios of another side's seconds to minatp's."""
-    pairs = sorted(b / a for a, b in zip(record["sides"]["minatp"]["seconds"], record["sides"][other]["seconds"]))
+    pairs = sorted(
+        b / a
+        for a, b in zip(record["sides"]["minatp"]["seconds"], record["sides"][other]["seconds"])
+    )
     at = lambda q: pairs[round(q * (len(pairs) - 1))]
     return statistics.median(pairs), at(0.1), at(0.9)
 
@@ -130,16 +157,22 @@ def describe(record, case):
     """Print one work's times, ratios and counts."""
     own = record["sides"]["minatp"]
     seconds = statistics.median(own["seconds"])
-    text = (f"\n{record['work']:20}{1e3 * seconds:9.1f} ms {record['tokens'] / seconds:11,.0f} tokens/s   {own['ops']:,} operations, "
-            f"{own['bytes'] / 1e9:.2f} GB, {own['flops'] / 1e9:.2f} GFLOP")
+    text = (
+        f"\n{record['work']:20}{1e3 * seconds:9.1f} ms {record['tokens'] / seconds:11,.0f} tokens/s   {own['ops']:,} operations, "
+        f"{own['bytes'] / 1e9:.2f} GB, {own['flops'] / 1e9:.2f} GFLOP"
+    )
     if case.machine:
         least = floor(case, record["work"], own["flops"])
-        text += (f"\n{'':20}{own['flops'] / seconds / case.machine.flops:9.0%} of the product rate, {least / seconds:.0%} of the floor of "
-                 f"{1e3 * least:.1f} ms, peak {own['peak'] / 2**30:.1f} GiB")
+        text += (
+            f"\n{'':20}{own['flops'] / seconds / case.machine.flops:9.0%} of the product rate, {least / seconds:.0%} of the floor of "
+            f"{1e3 * least:.1f} ms, peak {own['peak'] / 2**30:.1f} GiB"
+        )
     for name in list(record["sides"])[1:]:
         middle, low, high = ratio(record, name)
-        text += (f"\n    {name:18}{middle:6.1f} × the time [{low:.1f}, {high:.1f}]   × operations {fewer(record, name, 'ops'):.1f}   "
-                 f"× bytes {fewer(record, name, 'bytes'):.1f}   × FLOPs {fewer(record, name, 'flops'):.1f}")
+        text += (
+            f"\n    {name:18}{middle:6.1f} × the time [{low:.1f}, {high:.1f}]   × operations {fewer(record, name, 'ops'):.1f}   "
+            f"× bytes {fewer(record, name, 'bytes'):.1f}   × FLOPs {fewer(record, name, 'flops'):.1f}"
+        )
     print0(text)
 
 
@@ -153,8 +186,10 @@ def floor(case, work, flops):
 
     def one_by_one(passes, rows, T, words):
         """Seconds of so many positions of each row, logits or not."""
-        return passes * max(count.pass_bytes(cfg, rows, T, words) / m.bandwidth,
-                            2 * rows * (layers + words * cfg.vocab_size * cfg.n_embd) / m.flops)
+        return passes * max(
+            count.pass_bytes(cfg, rows, T, words) / m.bandwidth,
+            2 * rows * (layers + words * cfg.vocab_size * cfg.n_embd) / m.flops,
+        )
 
     adamw = 28 * count_of(model) / m.bandwidth
     if work == "reading thoughts":
@@ -163,20 +198,32 @@ def floor(case, work, flops):
         return flops / m.flops + adamw - 28 * count_of(model.decoder) / m.bandwidth
     if work in ("rollouts", "evaluation"):
         asked, rows = (size["questions"], rows) if work == "rollouts" else (size["evaluated"],) * 2
-        return (2 * layers * asked * Tq / m.flops + one_by_one(n, rows, Tq + n, False) + one_by_one(MAX_NEW, rows, Tq + n + MAX_NEW, True))
+        return (
+            2 * layers * asked * Tq / m.flops
+            + one_by_one(n, rows, Tq + n, False)
+            + one_by_one(MAX_NEW, rows, Tq + n + MAX_NEW, True)
+        )
     n = {"SFT, first stage": 0, "SFT, middle stage": model.c * ((model.K + 1) // 2)}.get(work, n)
-    chain = 2 * one_by_one(n, size["batch"], Tq + n, False)  # forwards and backwards; weight gradients can wait (minatp/chain.py reads thrice)
-    return (flops - 4 * n * size["batch"] * layers) / m.flops + chain + adamw * work.startswith("SFT")
+    chain = 2 * one_by_one(
+        n, size["batch"], Tq + n, False
+    )  # forwards and backwards; weight gradients can wait (minatp/chain.py reads thrice)
+    return (
+        (flops - 4 * n * size["batch"] * layers) / m.flops + chain + adamw * work.startswith("SFT")
+    )
 
 
 def missed(found):
     """What to say of each gate that is not met."""
     by_name = {r["work"]: r for r in found}
-    return [f"{work}: only {got:.1f} × fewer {what} than the reference, and {least} × are asked for"
-            for (work, what), least in GATES.items() if (got := fewer(by_name[work], "reference", what)) < least]
+    return [
+        f"{work}: only {got:.1f} × fewer {what} than the reference, and {least} × are asked for"
+        for (work, what), least in GATES.items()
+        if (got := fewer(by_name[work], "reference", what)) < least
+    ]
 
 
 # ---- how time grows -----------------------------------------------------------------------------------------------------
+
 
 def fit(found):
     """Seconds per operation and per FLOP that explain minatp's times of `found` best, in relative error; neither is negative."""
@@ -195,27 +242,44 @@ def growth(case, per_op, per_flop, rounds):
     counts predict at the two prices. Returns the rows."""
     model, K, rows = case.model, case.model.K, []
     base = {"K": K, "batch": case.size["batch"] // 2, "question": 64}
-    vary = [(key, value) for key in base for value in (base[key] // 2, base[key], 2 * base[key], 4 * base[key])]
-    print0(f"\nSFT step of the last stage, forwards and backwards; base: K {K}, batch {base['batch']}, {base['question']} tokens of question"
-            f"\npredicted: {1e6 * per_op:.1f} µs an operation and {1e12 * per_flop:.1f} ms a GFLOP, fitted to the times above"
-            "\n                 operations     GFLOP   predicted ms   measured ms")
+    vary = [
+        (key, value)
+        for key in base
+        for value in (base[key] // 2, base[key], 2 * base[key], 4 * base[key])
+    ]
+    print0(
+        f"\nSFT step of the last stage, forwards and backwards; base: K {K}, batch {base['batch']}, {base['question']} tokens of question"
+        f"\npredicted: {1e6 * per_op:.1f} µs an operation and {1e12 * per_flop:.1f} ms a GFLOP, fitted to the times above"
+        "\n                 operations     GFLOP   predicted ms   measured ms"
+    )
     for key, value in vary:
         at = {**base, key: value}
         model.K = at["K"]
-        batch, eps = case.batch(at["K"] + 1, rows=[paper_row(256, at["question"], at["K"])] * at["batch"])
+        batch, eps = case.batch(
+            at["K"] + 1, rows=[paper_row(256, at["question"], at["K"])] * at["batch"]
+        )
 
         def step():
             total_loss(sft_losses(model, batch, eps), batch.counts, BETA).backward()
             model.zero_grad(set_to_none=True)
 
-        timed = [attempt(lambda: seconds_of(step, case.device), model) for _ in range(rounds + 1)][1:]  # kernels are compiled in the first
+        timed = [attempt(lambda: seconds_of(step, case.device), model) for _ in range(rounds + 1)][
+            1:
+        ]  # kernels are compiled in the first
         if None in timed:
             print0(f"{key:>9}{value:5}   out of memory")
             continue
-        c, seconds = attempt(lambda: counted(step, case.device), model) or UNCOUNTED, statistics.median(s for s, _ in timed)
+        c, seconds = (
+            attempt(lambda: counted(step, case.device), model) or UNCOUNTED,
+            statistics.median(s for s, _ in timed),
+        )
         predicted = per_op * c.ops + per_flop * c.flops
-        rows.append({"varied": key, "value": value, **asdict(c), "predicted": predicted, "seconds": seconds})
-        print0(f"{key:>9}{value:5}{c.ops:14,}{c.flops / 1e9:10.2f}{1e3 * predicted:15.1f}{1e3 * seconds:14.1f}")
+        rows.append(
+            {"varied": key, "value": value, **asdict(c), "predicted": predicted, "seconds": seconds}
+        )
+        print0(
+            f"{key:>9}{value:5}{c.ops:14,}{c.flops / 1e9:10.2f}{1e3 * predicted:15.1f}{1e3 * seconds:14.1f}"
+        )
     model.K = K
     return rows
 
@@ -224,26 +288,45 @@ def describe_memory():
     """Print what an SFT step of the paper's size needs. Returns the bytes by part."""
     cfg = Config(**{**PRESETS["llama-1b"], "epochs": "1"})
     row = paper_row(cfg.vocab_size)
-    parts = count.training_memory(llama_config(cfg, cfg.vocab_size + 3), cfg.K, cfg.c, cfg.batch_size, row)
-    lean = count.training_memory(llama_config(cfg, cfg.vocab_size + 3), cfg.K, cfg.c, cfg.batch_size, row, recompute=True)
+    parts = count.training_memory(
+        llama_config(cfg, cfg.vocab_size + 3), cfg.K, cfg.c, cfg.batch_size, row
+    )
+    lean = count.training_memory(
+        llama_config(cfg, cfg.vocab_size + 3), cfg.K, cfg.c, cfg.batch_size, row, recompute=True
+    )
     gb = lambda n: f"{n / 1e9:.1f} GB"
-    print0(f"\nmemory of an SFT step at Llama-3.2-1B's size, last stage, batch {cfg.batch_size}, K {cfg.K}, {len(row.prompt)} tokens of "
-            f"question (computed, not measured): {gb(sum(parts.values()))}\n    " + ", ".join(f"{k} {gb(v)}" for k, v in parts.items())
-            + f"\n    with --recompute {gb(sum(lean.values()))}: activations {gb(lean['activations'])}")
+    print0(
+        f"\nmemory of an SFT step at Llama-3.2-1B's size, last stage, batch {cfg.batch_size}, K {cfg.K}, {len(row.prompt)} tokens of "
+        f"question (computed, not measured): {gb(sum(parts.values()))}\n    "
+        + ", ".join(f"{k} {gb(v)}" for k, v in parts.items())
+        + f"\n    with --recompute {gb(sum(lean.values()))}: activations {gb(lean['activations'])}"
+    )
     return parts
 
 
 def main(argv=None):
     parser = Parser(__doc__, "minatp.bench")
     parser.add_argument("--preset", default="tiny", help="tiny | llama-1b [%(default)s]")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each is timed [%(default)s]")
-    parser.add_argument("--sides", default="", help="whom minatp is timed beside, separated by semicolons [all]")
-    parser.add_argument("--works", default="", help="what is timed, likewise; how time grows is told where it is all [all]")
-    parser.add_argument("--device", default="", help="cpu | cuda | cuda:N [tiny: cpu; llama-1b: cuda]")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="times that each is timed [%(default)s]"
+    )
+    parser.add_argument(
+        "--sides", default="", help="whom minatp is timed beside, separated by semicolons [all]"
+    )
+    parser.add_argument(
+        "--works",
+        default="",
+        help="what is timed, likewise; how time grows is told where it is all [all]",
+    )
+    parser.add_argument(
+        "--device", default="", help="cpu | cuda | cuda:N [tiny: cpu; llama-1b: cuda]"
+    )
     parser.add_argument("--out", default="", help="write every figure to this JSON file as well")
     args = parser.parse_args(argv)
     if args.preset not in SIZES:
-        raise UserError(f"command line: --preset must be one of {', '.join(SIZES)}, not {args.preset!r}")
+        raise UserError(
+            f"command line: --preset must be one of {', '.join(SIZES)}, not {args.preset!r}"
+        )
     if args.rounds < 1:
         raise UserError(f"command line: --rounds must be positive, not {args.rounds}")
     device = pick_device(args.device or {"tiny": "cpu", "llama-1b": "cuda"}[args.preset])
@@ -251,20 +334,32 @@ def main(argv=None):
     every = sides(case.model, device)
     chosen, only = among("--sides", args.sides, every), among("--works", args.works, works(case))
     every = {name: side for name, side in every.items() if name == "minatp" or name in chosen}
-    print0(f"{args.preset} on {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; {n_parameters(case.model):,} parameters")
+    print0(
+        f"{args.preset} on {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; {n_parameters(case.model):,} parameters"
+    )
     same = compare(case, every)
     record = {"preset": args.preset, "device": str(device), "torch": torch.__version__}
-    save = lambda **more: args.out and replace_file(args.out, json.dumps(record | more, indent=2) + "\n")
+    save = lambda **more: (
+        args.out and replace_file(args.out, json.dumps(record | more, indent=2) + "\n")
+    )
     found = measure(case, same, args.rounds, lambda found: save(work=found), only)
     rows = [] if args.works else growth(case, *fit(found), args.rounds)
     memory = describe_memory()
     gated = args.preset == "tiny" and "reference" in same and not args.works
-    misses = [f"{name} is not the same computation" for name in every if name not in same] + (missed(found) if gated else [])
+    misses = [f"{name} is not the same computation" for name in every if name not in same] + (
+        missed(found) if gated else []
+    )
     save(work=found, growth=rows, memory=memory, missed=misses)
-    shown = ", ".join(f"{work} {ratio(r, 'reference')[0]:.1f} × (target {TARGETS[work]})" for r in found
-                      if (work := r["work"]) in TARGETS and "reference" in r["sides"])
-    print0(f"\nwall time, shown and not gated: {shown}" + "".join(f"\ngate missed: {m}" for m in misses)
-            + ("\nall gates of counts met" if gated and not misses else ""))
+    shown = ", ".join(
+        f"{work} {ratio(r, 'reference')[0]:.1f} × (target {TARGETS[work]})"
+        for r in found
+        if (work := r["work"]) in TARGETS and "reference" in r["sides"]
+    )
+    print0(
+        f"\nwall time, shown and not gated: {shown}"
+        + "".join(f"\ngate missed: {m}" for m in misses)
+        + ("\nall gates of counts met" if gated and not misses else "")
+    )
     return int(bool(misses))
 
 

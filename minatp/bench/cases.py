@@ -1,4 +1,5 @@
 """What the benchmark (minatp/bench.py) compares: the sides, what they work on, and whether they compute the same."""
+
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,23 +32,38 @@ SIZES = {  # problems of an SFT step, questions and rollouts of each, problems o
 @dataclass
 class Side:
     """One way to compute the method. Each function has the signature of minatp's own."""
-    losses: callable    # (batch, eps) -> sums
+
+    losses: callable  # (batch, eps) -> sums
     thoughts: callable  # (batch, eps) -> z
-    rollout: callable   # (prompt, valid, max_new, noise, group) -> Rollout
-    score: callable     # (prompt, valid, rollout, group) -> log-probabilities of thoughts, stops, words
-    read: callable      # (z, eos, max_new) -> lists of ids
-    at_once: bool       # whether evaluation takes its problems in one batch
-    bf16: bool = True   # autocast, on a GPU
+    rollout: callable  # (prompt, valid, max_new, noise, group) -> Rollout
+    score: (
+        callable  # (prompt, valid, rollout, group) -> log-probabilities of thoughts, stops, words
+    )
+    read: callable  # (z, eos, max_new) -> lists of ids
+    at_once: bool  # whether evaluation takes its problems in one batch
+    bf16: bool = True  # autocast, on a GPU
 
 
 def sides(model, device):
     """{name: Side}, minatp first; all on the same parameters."""
     from . import peer
+
     reference, tuned = peer.Reference(model), peer.Tuned(model, static=device.type == "cuda")
-    of = lambda p, **switches: Side(p.losses, p.thoughts, p.rollout, p.score, p.read_thoughts, **switches)
-    found = {"minatp": Side(partial(sft_losses, model), lambda batch, eps: think(model, batch, eps)[0].z, partial(rollout, model),
-                            partial(log_probs, model), partial(read_thoughts, model.decoder), True),
-             "tuned": of(tuned, at_once=True), "reference": of(reference, at_once=False)}
+    of = lambda p, **switches: Side(
+        p.losses, p.thoughts, p.rollout, p.score, p.read_thoughts, **switches
+    )
+    found = {
+        "minatp": Side(
+            partial(sft_losses, model),
+            lambda batch, eps: think(model, batch, eps)[0].z,
+            partial(rollout, model),
+            partial(log_probs, model),
+            partial(read_thoughts, model.decoder),
+            True,
+        ),
+        "tuned": of(tuned, at_once=True),
+        "reference": of(reference, at_once=False),
+    }
     if device.type == "cuda":
         found["reference float32"] = of(reference, at_once=False, bf16=False)
     return found
@@ -55,11 +71,15 @@ def sides(model, device):
 
 # ---- what they work on --------------------------------------------------------------------------------------------------
 
+
 class Case:
     """A model, its problems, and a batch of each kind, of one preset on one device."""
+
     def __init__(self, preset, device):
         self.size, self.device = SIZES[preset], device
-        self.cfg = Config(**{**PRESETS[preset], "epochs": "1", "optimizer": "adamw"})  # as the others' code has it
+        self.cfg = Config(
+            **{**PRESETS[preset], "epochs": "1", "optimizer": "adamw"}
+        )  # as the others' code has it
         torch.manual_seed(0)
         if preset == "tiny":
             given = problems.generate("labelled", 400, 0)
@@ -68,13 +88,17 @@ class Case:
             self.eos = tokenizer.eos[0]
         else:  # neither weights nor a tokenizer are needed to be as slow as with them
             with device:
-                self.model = ATP(llama_config(self.cfg, self.cfg.vocab_size + 3), **self.cfg.switches)
+                self.model = ATP(
+                    llama_config(self.cfg, self.cfg.vocab_size + 3), **self.cfg.switches
+                )
             self.model.policy.init_weights()
             self.model.decoder.init_weights()
             self.model.end, self.eos = self.cfg.vocab_size + 2, 1
             self.rows = [paper_row(self.model.end) for _ in range(64)]
         place(self.model, device)
-        self.machine = count.Machine(*(1e6 * x for x in ceilings(device))) if device.type == "cuda" else None
+        self.machine = (
+            count.Machine(*(1e6 * x for x in ceilings(device))) if device.type == "cuda" else None
+        )
 
     def ragged(self, on):
         """Whether chains end at all lengths, by chance (for the comparison of results), or never before their full length (for
@@ -86,7 +110,9 @@ class Case:
             first.bias.zero_()
             last.weight.copy_(torch.randn(last.weight.shape, generator=g) * on)
             last.bias.copy_(torch.tensor([0.0, 0.0] if on else [50.0, 0.0]))
-        model.policy.cfg.eos = tuple(range(1, model.policy.cfg.vocab_size, 4)) if on else (-1,)  # <|end-latent|>, 4, is none
+        model.policy.cfg.eos = (
+            tuple(range(1, model.policy.cfg.vocab_size, 4)) if on else (-1,)
+        )  # <|end-latent|>, 4, is none
         self.eos_read = self.eos if on else -1
 
     def batch(self, stage, rows=None):
@@ -94,7 +120,12 @@ class Case:
         model = self.model
         model.stage = stage
         batch = data.collate(rows or self.rows[: self.size["batch"]], stage, model).to(self.device)
-        eps = torch.randn(len(batch.prompt), model.c * model.K, model.policy.cfg.n_embd, generator=torch.Generator().manual_seed(1))
+        eps = torch.randn(
+            len(batch.prompt),
+            model.c * model.K,
+            model.policy.cfg.n_embd,
+            generator=torch.Generator().manual_seed(1),
+        )
         return batch, eps.to(self.device)
 
     def prompts(self, n):
@@ -128,7 +159,12 @@ def works(case):
 
     for name, stage in (("first", 0), ("middle", (K + 1) // 2), ("last", K + 1)):
         batch, _ = case.batch(stage)
-        n = int(batch.prompt_mask.sum() + batch.n_latent.sum() + (batch.target >= 0).sum() + (batch.step_text >= 0).sum())
+        n = int(
+            batch.prompt_mask.sum()
+            + batch.n_latent.sum()
+            + (batch.target >= 0).sum()
+            + (batch.step_text >= 0).sum()
+        )
         found[f"SFT, {name} stage"] = partial(sft, stage=stage), n
 
     def latents(side):
@@ -141,7 +177,10 @@ def works(case):
     noise = Noise.draw(model, len(prompt) * G, MAX_NEW, 1).at(slice(None), device)
     r = rollout(model, prompt, valid, MAX_NEW, noise, G)
     z = r.z.unflatten(1, (K, -1)).flatten(0, 1)  # (N, c, D)
-    found["rollouts"] = lambda side: side.rollout(prompt, valid, MAX_NEW, noise, G), int(r.n_latent.sum() + r.n_token.sum())
+    found["rollouts"] = (
+        lambda side: side.rollout(prompt, valid, MAX_NEW, noise, G),
+        int(r.n_latent.sum() + r.n_token.sum()),
+    )
     found["reading thoughts"] = lambda side: side.read(z, case.eos_read, MAX_NEW), len(z) * MAX_NEW
     advantage = torch.randn(len(r.z), 1, generator=torch.Generator().manual_seed(2)).to(device)
 
@@ -162,6 +201,7 @@ def works(case):
 
 # ---- the same results ---------------------------------------------------------------------------------------------------
 
+
 def results(case, side, own):
     """What a side computes in float32, a piece at a time, for the gradients of three stages do not fit a GPU at the paper's size:
     (tensors, what has to be equal). own: the chains that everyone scores and reads, minatp's."""
@@ -172,7 +212,9 @@ def results(case, side, own):
         batch, eps = case.batch(stage, case.rows[: size["check"]])
         sums = side.losses(batch, eps)
         total_loss(sums, batch.counts, BETA).backward()
-        found = [sums[k].detach().view(1) for k in sorted(sums)] + [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found = [sums[k].detach().view(1) for k in sorted(sums)] + [
+            p.grad.flatten() for p in model.parameters() if p.grad is not None
+        ]
         model.zero_grad(set_to_none=True)
         return found
 
@@ -180,16 +222,34 @@ def results(case, side, own):
         yield learned(stage), None
     for chance in (None, chances(case)):
         r = side.rollout(prompt, valid, MAX_NEW, chance, 2)
-        yield [], (r.n_latent.tolist(), [row[:n] for row, n in zip(r.token.tolist(), r.n_token.tolist())])
+        yield (
+            [],
+            (
+                r.n_latent.tolist(),
+                [row[:n] for row, n in zip(r.token.tolist(), r.n_token.tolist())],
+            ),
+        )
     z = torch.cat([r.z for r in own]).unflatten(1, (model.K, -1))
-    z = z[torch.arange(model.K, device=z.device) * model.c < torch.cat([r.n_latent for r in own])[:, None]]
-    yield [v.detach().flatten() for r in own for v in side.score(prompt, valid, r, 2)[:3]], side.read(z, case.eos_read, MAX_NEW)
+    z = z[
+        torch.arange(model.K, device=z.device) * model.c
+        < torch.cat([r.n_latent for r in own])[:, None]
+    ]
+    yield (
+        [v.detach().flatten() for r in own for v in side.score(prompt, valid, r, 2)[:3]],
+        side.read(z, case.eos_read, MAX_NEW),
+    )
 
 
 def chances(case):
     """Noise of the compared chains. Words of a large vocabulary are greedy: untrained, all have about the same probability, less than a
     hundred times float32's rounding of their sum, so that now and then two sides would draw neighbours."""
-    noise = Noise.draw(case.model, 2 * case.size["check"], MAX_NEW, 3, greedy=case.model.policy.cfg.vocab_size > 10**4)
+    noise = Noise.draw(
+        case.model,
+        2 * case.size["check"],
+        MAX_NEW,
+        3,
+        greedy=case.model.policy.cfg.vocab_size > 10**4,
+    )
     return noise.at(slice(None), case.device)
 
 
@@ -197,21 +257,40 @@ def compare(case, every):
     """{name: side} without those whose losses, gradients, chains, thoughts or log-probabilities are not minatp's, in float32."""
     case.ragged(True)
     case.model.stage = case.model.K + 1
-    own = [every["minatp"].rollout(*case.prompts(case.size["check"]), MAX_NEW, chance, 2) for chance in (None, chances(case))]
+    own = [
+        every["minatp"].rollout(*case.prompts(case.size["check"]), MAX_NEW, chance, 2)
+        for chance in (None, chances(case))
+    ]
     same = dict(every)
     for name, side in every.items():
         if not side.bf16:  # the reference once more
             continue
         worst, alike = 0.0, True
-        for (values, exact), (want, want_exact) in zip(results(case, side, own), results(case, every["minatp"], own)):
+        for (values, exact), (want, want_exact) in zip(
+            results(case, side, own), results(case, every["minatp"], own)
+        ):
             alike = alike and exact == want_exact
-            errors = [float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(values, want) if len(b)]
-            worst = max(worst, *errors, 0.0, key=lambda e: (e != e, e)) if len(values) == len(want) else float("inf")  # NaN is the worst
+            errors = [
+                float((a - b).norm() / b.norm().clamp(min=1e-12))
+                for a, b in zip(values, want)
+                if len(b)
+            ]
+            worst = (
+                max(worst, *errors, 0.0, key=lambda e: (e != e, e))
+                if len(values) == len(want)
+                else float("inf")
+            )  # NaN is the worst
         if worst <= 1e-3 and alike:
-            print0(f"{name:18} same losses, gradients, log-probabilities (to {worst:.0e}), chains and thoughts")
+            print0(
+                f"{name:18} same losses, gradients, log-probabilities (to {worst:.0e}), chains and thoughts"
+            )
         else:
-            print0(f"{name:18} DIFFERS from minatp (by {worst:.1e}, {'the same' if alike else 'other'} chains): it is not timed; report it")
+            print0(
+                f"{name:18} DIFFERS from minatp (by {worst:.1e}, {'the same' if alike else 'other'} chains): it is not timed; report it"
+            )
             same = {k: s for k, s in same.items() if not k.startswith(name)}  # nor in float32
     if "minatp" not in same:
-        raise UserError("minatp/bench.py:0: minatp does not compute the same twice, so there is nothing to time; report it")
+        raise UserError(
+            "minatp/bench.py:0: minatp does not compute the same twice, so there is nothing to time; report it"
+        )
     return same

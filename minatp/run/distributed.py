@@ -1,10 +1,12 @@
-"""Several GPUs and machines through torchrun: each process works on its rows of every batch, and the gradients are summed.
+"""Several GPUs and machines: each rank works on its rows of every batch; gradients are summed.
 
     torchrun --nproc-per-node 8 train.py --stage sft …
 
-Losses are divided by counts of the whole batch and every row has its own noise, so that the sum over processes is the gradient
-that one process computes. Without torchrun every function here does nothing. Rank 0 alone writes (Log, run.say, checkpoints).
+Losses are divided by counts of the whole batch, and every row has noise of its own. So the sum over
+the ranks is the gradient that a single process would compute. Without torchrun there is one rank,
+and each function here returns its argument. Only rank 0 prints and writes files.
 """
+
 import os
 from datetime import timedelta
 
@@ -13,113 +15,152 @@ import torch.distributed as dist
 
 from .errors import UserError
 
-BUCKET = 2**24  # gradient elements that travel together
+BUCKET = 2**24  # gradient elements that are sent together
+
+RANK, WORLD_SIZE = 0, 1  # this process's number, and how many there are; `start` sets them
+
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
 def start(device):
-    """Join the processes that torchrun started; returns this one's device, the GPU of its local rank. `device` where there are none."""
+    """Join the processes that torchrun has started. Returns the device of this rank.
+
+    That is `device`, or with several GPUs the one that belongs to this rank. Raises UserError if
+    this machine has more ranks than GPUs.
+    """
+    global RANK, WORLD_SIZE
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
+    backend = "gloo"
     if device.type == "cuda":
+        backend = "nccl"
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"command line: process {device.index} of this machine has no GPU of its own; start torchrun with "
-                            f"--nproc-per-node {torch.cuda.device_count()}")
+        n_gpu = torch.cuda.device_count()
+        if device.index >= n_gpu:
+            raise UserError(
+                f"command line: process {device.index} of this machine has no GPU of its own; "
+                f"start torchrun with --nproc-per-node {n_gpu}"
+            )
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    dist.init_process_group(backend, timeout=timedelta(hours=1))
+    RANK, WORLD_SIZE = dist.get_rank(), dist.get_world_size()
     return device
 
 
 def stop():
+    """Leave the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def world_size():
-    """How many processes work together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def check_batch_size(batch_size):
-    """Raises UserError where a batch cannot be shared out evenly."""
-    if batch_size % world_size():
-        raise UserError(f"command line: --batch-size {batch_size} must be a multiple of the {world_size()} processes")
+    """Raise UserError if a batch cannot be split evenly among the ranks."""
+    if batch_size % WORLD_SIZE:
+        raise UserError(
+            f"command line: --batch-size {batch_size} must be a multiple of the {WORLD_SIZE} "
+            "processes"
+        )
+
+
+# ---- rows ----------------------------------------------------------------------------------------
 
 
 def shard(rows):
-    """This process's share of a list or of a tensor's rows: every world-th, so that shares of a sorted list are alike."""
-    return rows[rank()::world_size()]
+    """This rank's share of a list or of a tensor's rows: every WORLD_SIZE-th one.
 
-
-def all_reduce(values, device):
-    """{name: number or scalar tensor}, summed over the processes; a process may lack some names. Numbers come back as numbers."""
-    if world_size() == 1:
-        return values
-    shares = [None] * world_size()
-    dist.all_gather_object(shares, {k: type(v) for k, v in values.items()})
-    kinds = {k: kind for share in shares for k, kind in share.items()}
-    summed = torch.stack([torch.as_tensor(values.get(k, 0), dtype=torch.float64).detach().to(device) for k in kinds])
-    dist.all_reduce(summed)
-    return {k: s if kind is torch.Tensor else kind(s) for (k, kind), s in zip(kinds.items(), summed)}
-
-
-def weighted_mean(values, weight, device):
-    """{name: scalar tensor}, averaged over the processes with their weights; where the weight is 0 there may be no values."""
-    if world_size() == 1:
-        return values
-    summed = all_reduce({**{k: v * weight for k, v in values.items()}, "weight": weight}, device)
-    n = summed.pop("weight")
-    return {k: v / max(1, n) for k, v in summed.items()}
+    Neighbours go to different ranks, so shares of rows sorted by length take similar time.
+    """
+    return rows[RANK::WORLD_SIZE]
 
 
 def all_gather(rows):
-    """The tensor whose rows `mine` shared out, from everyone's share."""
-    if world_size() == 1:
+    """The tensor that `shard` has shared out, on all ranks. rows: this rank's share."""
+    if WORLD_SIZE == 1:
         return rows
-    shares = [None] * world_size()
-    dist.all_gather_object(shares, rows.cpu())
+    shares = gather_objects(rows.cpu())
     return torch.stack(shares, 1).flatten(0, 1).to(rows.device)
 
 
-def broadcast(value):
-    """Rank 0's value, for all."""
-    if world_size() == 1:
-        return value
-    shared = [value]
-    dist.broadcast_object_list(shared)
-    return shared[0]
-
-
-def any_rank(flag, device):
-    """Whether the flag is up in any process."""
-    return bool(all_reduce({"up": int(flag)}, device)["up"])
-
-
-def merge(found):
-    """Lists of equal length in which each process filled in some entries, the others being None -> one list without gaps."""
-    if world_size() == 1:
-        return found
-    shares = [None] * world_size()
-    dist.all_gather_object(shares, [(i, f) for i, f in enumerate(found) if f is not None])
+def merge(rows):
+    """Merge lists of equal length, one per rank. Each entry is None on all ranks but one."""
+    if WORLD_SIZE == 1:
+        return rows
+    shares = gather_objects([(i, row) for i, row in enumerate(rows) if row is not None])
     for share in shares:
-        for i, f in share:
-            found[i] = f
-    return found
+        for i, row in share:
+            rows[i] = row
+    return rows
+
+
+def gather_objects(value):
+    """[the value of each rank], anything that can be pickled."""
+    values = [None] * WORLD_SIZE
+    dist.all_gather_object(values, value)
+    return values
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def all_reduce(values, device, weight=None):
+    """{name: number or scalar tensor}, summed over the ranks. Numbers come back as numbers.
+
+    weight: average instead, by the weight of each rank. A rank may lack some names.
+    """
+    if WORLD_SIZE == 1:
+        return values
+    if weight is not None:
+        weighted = {name: value * weight for name, value in values.items()}
+        summed = all_reduce({**weighted, "weight": weight}, device)
+        total_weight = max(1, summed.pop("weight"))
+        return {name: value / total_weight for name, value in summed.items()}
+
+    # The names of all ranks, in the same order on each
+    types = {}
+    for share in gather_objects({name: type(value) for name, value in values.items()}):
+        types |= share
+
+    # One message for all, in float64, which holds counts exactly
+    numbers = []
+    for name in types:
+        number = torch.as_tensor(values.get(name, 0), dtype=torch.float64)
+        numbers.append(number.detach().to(device))
+    totals = torch.stack(numbers)
+    dist.all_reduce(totals)
+
+    summed = {}
+    for (name, kind), total in zip(types.items(), totals):
+        summed[name] = total if kind is torch.Tensor else kind(total)
+    return summed
+
+
+def broadcast(value):
+    """Rank 0's value, on all ranks."""
+    if WORLD_SIZE == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+# ---- gradients -----------------------------------------------------------------------------------
 
 
 def all_reduce_gradients(model):
-    """Every parameter's gradient becomes the sum over the processes; None stays None where it is None for all."""
-    if world_size() == 1:
+    """Sum every parameter's gradient over the ranks. It stays None if it is None on all of them."""
+    if WORLD_SIZE == 1:
         return
+
+    # A rank may lack a gradient that others have: RL may leave it without an informative group
     parameters = [p for p in model.parameters() if p.requires_grad]
-    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device)
-    dist.all_reduce(there, dist.ReduceOp.MAX)
+    has_gradient = torch.tensor(
+        [p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device
+    )
+    dist.all_reduce(has_gradient, dist.ReduceOp.MAX)
+
+    # Few large messages are faster than many small ones
     bucket, size = [], 0
-    for p, any_has in zip(parameters, there.tolist()):
+    for p, any_has in zip(parameters, has_gradient.tolist()):
         if any_has:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -133,8 +174,9 @@ def all_reduce_gradients(model):
 
 
 def all_reduce_bucket(tensors):
-    """all_reduce of a few tensors, in place, as one."""
+    """Sum each of some tensors over the ranks, in place, in one message."""
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
-    for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+    parts = flat.split([t.numel() for t in tensors])
+    for t, part in zip(tensors, parts):
         t.copy_(part.view_as(t))

@@ -76,7 +76,7 @@ def solve(
                 chain.z = result.z[b, : chain.n_latent].cpu()
         if after_batch:
             after_batch()
-    graph.release()
+    graph.release_memory()
     return distributed.merge(chains)
 
 
@@ -259,7 +259,7 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     prompt, prompt_mask = left_pad(prompts, run.tokenizer.end, run.device)
     all_rows = noise.at(slice(None), run.device)
     result = rollout(model, prompt, prompt_mask, run.max_new, all_rows, n)
-    graph.release()
+    graph.release_memory()
     chains = as_text(model, run.tokenizer, result)
     R = torch.tensor(
         [reward.of_chain(cfg, chain, problems[i // n].answer)[0] for i, chain in enumerate(chains)]

@@ -1,4 +1,12 @@
-"""A run's folder: who owns it, and what is written into it as the run goes."""
+"""A run's folder: which process owns it, and what is recorded in it during training.
+
+    config.json      the options (options.py)
+    metrics.jsonl    a record a line: averages of the training steps, and validations
+    summary.json     the tests, at the end
+
+saved.py and checkpoint.py write the models beside them.
+"""
+
 import hashlib
 import json
 import os
@@ -19,85 +27,146 @@ from .errors import NotWritten, UserError
 from .options import write_config
 from .saved import checkpoints, replace_file
 
+# ---- who owns it ---------------------------------------------------------------------------------
+
 
 @contextmanager
 def claim_folder(cfg):
-    """Inside, the folder of a run is there and no other process writes into it; one that was made here and stays empty is removed again. A dry
-    run needs none. Raises UserError, in every process, where it cannot be had, or holds a run that is not to be gone on with."""
-    folder, lock, made, wrong = Path(cfg.out), None, False, None
+    """Inside, the run's folder exists and no other process writes into it. A dry run needs none.
+
+    A folder that is made here and stays empty is removed at the end. Raises UserError, on every
+    rank, if the folder cannot be used or holds another run.
+    """
+    folder = Path(cfg.out)
+    lock, is_new, refusal = None, False, None
     try:
-        if distributed.rank() == 0 and not cfg.dry_run:
+        if distributed.RANK == 0 and not cfg.dry_run:
+            is_new = not os.path.exists(folder)  # Path.exists raises for too long a name
             try:
-                made = not os.path.exists(folder)
-                lock = take(folder)
-                if not cfg.resume and ((folder / "summary.json").exists() or checkpoints(folder)):
-                    raise UserError(f"{folder}:0: holds a run already; add --resume to go on with it, or choose another --out")
+                lock = lock_folder(folder)
+                check_unused(cfg, folder)
             except UserError as e:
-                wrong = e
-        if wrong := distributed.broadcast(wrong):
-            raise wrong
+                refusal = e
+
+        # What rank 0 refuses, all ranks refuse, or they would wait for it
+        refusal = distributed.broadcast(refusal)
+        if refusal:
+            raise refusal
         yield
     finally:
-        if made and lock is not None:
-            with suppress(OSError):  # it is not empty
-                folder.rmdir()
         if lock is not None:
+            if is_new:
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
             os.close(lock)
 
 
-def take(folder):
-    """Make a run's folder and take its lock: the descriptor that holds it, None where there are no locks. Raises UserError."""
+def lock_folder(folder):
+    """Make a folder and lock it. Returns the descriptor that holds the lock. Raises UserError.
+
+    The system releases the lock when the process ends, however it ends. Windows has no such locks;
+    there it returns None.
+    """
+    lock = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY) if fcntl else None
-    except OSError as e:
-        raise UserError(f"{folder}:0: cannot be written ({e.strerror}); choose another --out")
-    try:
         if fcntl:
+            lock = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        raise not_writable(folder, e) from None
+    if fcntl:
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UserError(f"{folder}:0: another process is writing into this folder; wait for it or end it, or choose another --out")
-    except OSError:  # a file system without locks
-        pass
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(
+                f"{folder}:0: another process is writing into this folder; wait for it, end it, or "
+                "choose another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
     return lock
 
 
-class Log:
-    """config.json, metrics.jsonl (one record a line, flushed) and summary.json.
+def check_unused(cfg, folder):
+    """Raise UserError if a new run would overwrite an earlier one."""
+    holds_run = (folder / "summary.json").exists() or checkpoints(folder)
+    if holds_run and not cfg.resume:
+        raise UserError(
+            f"{folder}:0: already holds a run; add --resume to continue it, or choose another --out"
+        )
 
-    Rank 0's alone writes. Its methods raise NotWritten where the disk is full."""
+
+def not_writable(folder, e):
+    """The UserError for an OSError."""
+    return UserError(f"{folder}:0: cannot be written ({e.strerror}); choose another --out")
+
+
+# ---- what is written into it ---------------------------------------------------------------------
+
+
+class Log:
+    """config.json, metrics.jsonl (flushed after every record) and summary.json.
+
+    Only rank 0 writes. Methods raise NotWritten if the disk is full.
+    """
+
     def __init__(self, cfg, state):
-        """state: the step and the seconds that a resumed run has behind it; records of later steps, lost with the crash, are
-        removed. The folder is there (`own`). Raises UserError where it cannot be written, or a record cannot be read."""
-        self.out, self.before, self.began = Path(cfg.out), state["seconds"], time.perf_counter()
+        """state: the "step" and "seconds" of the checkpoint that the run resumes from, or zeros.
+
+        Records of later steps are removed: they will be computed again. The folder has to exist
+        (`claim_folder`). Raises UserError if it cannot be written, or a record cannot be read.
+        """
+        self.out = Path(cfg.out)
         self.path = self.out / "metrics.jsonl"
-        if distributed.rank():
-            self.file, self.validated = None, distributed.broadcast(None)
-            return
+        self.seconds_before = state["seconds"]
+        self.start = time.perf_counter()
+        self.file = None  # metrics.jsonl, open for writing; None on other ranks
+        self.send = None  # of --sink
+        self.validated = 0  # the step of the last validation
+        if distributed.RANK == 0:
+            self.open(cfg, state)
+        self.validated = distributed.broadcast(self.validated)
+
+    def open(self, cfg, state):
+        """Write config.json, and open metrics.jsonl without the records of later steps."""
         try:
-            self.sink = sink(cfg, self.out, state)
+            self.send = open_sink(cfg, self.out, state)
             self.path.open("a").close()
         except OSError as e:
-            raise UserError(f"{self.out}:0: cannot be written ({e.strerror}); choose another --out")
+            raise not_writable(self.out, e) from None
         write_config(cfg, self.out / "config.json")
-        old = [(line, r) for line, r in self.records() if r["step"] <= state["step"]]
-        replace_file(self.path, "".join(line for line, _ in old))
+
+        # A resumed run takes the steps after its checkpoint again, and records them again
+        kept = []
+        for line, record in self.records():
+            if record["step"] <= state["step"]:
+                kept.append(line)
+                if "validation" in record:
+                    self.validated = max(self.validated, record["step"])
+        replace_file(self.path, "".join(kept))
         self.file = self.path.open("a")
-        self.validated = distributed.broadcast(max((r["step"] for _, r in old if "validation" in r), default=0))  # the step of the last one
 
     def records(self):
-        """(line, record) of metrics.jsonl; the last line may be half a line, where a crash cut it, and is left out then."""
-        for i, line in enumerate(self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
-            if line.endswith("\n"):
-                try:
-                    record = json.loads(line)
-                    record["step"] + 0
-                except (ValueError, LookupError, TypeError, RecursionError):
-                    raise UserError(f"{self.path}:{i}: is not a record with a step; remove that line")
-                yield line, record
+        """Yield (line, record) of metrics.jsonl, without a line that a crash has cut short.
+
+        Raises UserError if a line is not a record.
+        """
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        for i, line in enumerate(text.splitlines(keepends=True), 1):
+            if not line.endswith("\n"):
+                continue
+            try:
+                record = json.loads(line)
+                record["step"] + 0  # must be a number
+            except (ValueError, LookupError, TypeError, RecursionError):
+                raise UserError(
+                    f"{self.path}:{i}: is not a record with a step; remove that line"
+                ) from None
+            yield line, record
 
     def write(self, record):
+        """Add a record to metrics.jsonl, and send its numbers to --sink."""
         if self.file is None:
             return
         line = json.dumps(record) + "\n"
@@ -105,46 +174,92 @@ class Log:
             self.file.write(line)
             self.file.flush()
         except OSError as e:
-            raise NotWritten(self.path, e, len(line))
-        if self.sink:
-            self.sink(scalars(record), record["step"])
+            raise NotWritten(self.path, e, len(line)) from e
+        if self.send:
+            self.send(scalars(record), record["step"])
 
     def seconds(self):
-        """Of the run so far, the time before a resume included."""
-        return self.before + time.perf_counter() - self.began
+        """Seconds of the run so far, including those before it was resumed."""
+        return self.seconds_before + time.perf_counter() - self.start
 
     def summary(self, cfg, tests, seconds, device, **more):
-        """summary.json: the first test set's measurement at the top, all of them under "tests"."""
-        record = {"stage": cfg.stage, "method": cfg.method, "seed": cfg.seed, **next(iter(tests.values())), "tests": tests,
-                  "seconds": seconds, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", **more}
-        if self.file:
-            replace_file(self.out / "summary.json", json.dumps(record, indent=2) + "\n")
+        """Write summary.json: the options that matter, the tests, the time and the device.
+
+        tests: {name: measurement}. The first also stands at the top level of the file.
+        """
+        if self.file is None:
+            return
+        device_name = "cpu"
+        if device.type == "cuda":
+            device_name = torch.cuda.get_device_name(device)
+        first_test = next(iter(tests.values()))
+        record = {
+            "stage": cfg.stage,
+            "method": cfg.method,
+            "seed": cfg.seed,
+            **first_test,
+            "tests": tests,
+            "seconds": seconds,
+            "device": device_name,
+            **more,
+        }
+        replace_file(self.out / "summary.json", json.dumps(record, indent=2) + "\n")
 
 
-def sink(cfg, out, state):
-    """write(scalars, step) of --sink; None where there is none. Raises UserError where its package is not installed."""
+# ---- sink ----------------------------------------------------------------------------------------
+
+
+def open_sink(cfg, out, state):
+    """The function send(scalars, step) of --sink; None without --sink.
+
+    state: that of the checkpoint that the run resumes from.
+    Raises UserError if the package is not installed.
+    """
     try:
         if cfg.sink == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(out / "tensorboard", purge_step=state["step"] + 1)
-
-            def write(values, step):
-                for name, value in values.items():
-                    writer.add_scalar(name, value, step)
-                writer.flush()
-            return write
+            return tensorboard_sink(out, state["step"])
         if cfg.sink == "wandb":
-            import wandb
-            # a resumed run goes on under the id of its folder
-            wandb.init(project="minatp", name=out.name, id=hashlib.sha1(str(out.resolve()).encode()).hexdigest()[:16], dir=out,
-                       config=asdict(cfg), resume="allow")
-            return lambda values, step: wandb.log(values, step=step)
+            return wandb_sink(cfg, out)
     except ImportError as e:
-        raise UserError(f"command line: --sink {cfg.sink} needs the package {cfg.sink} ({e}); pip install {cfg.sink}, or leave --sink away")
+        raise UserError(
+            f"command line: --sink {cfg.sink} needs the package {cfg.sink} ({e}); pip install "
+            f"{cfg.sink}, or drop --sink"
+        ) from None
+    return None
+
+
+def tensorboard_sink(out, step):
+    """send(scalars, step) to TensorBoard. What it has from steps after `step` is removed."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
+
+    def send(values, step):
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return send
+
+
+def wandb_sink(cfg, out):
+    """send(scalars, step) to Weights & Biases."""
+    import wandb
+
+    # The id follows from the folder, so a resumed run continues its own curves
+    run_id = hashlib.sha1(str(out.resolve()).encode()).hexdigest()[:16]
+    wandb.init(
+        project="minatp", name=out.name, id=run_id, dir=out, config=asdict(cfg), resume="allow"
+    )
+
+    def send(values, step):
+        wandb.log(values, step=step)
+
+    return send
 
 
 def scalars(record, prefix=""):
-    """The numbers of a record, nested ones as "validation/accuracy", lists as "…/0"."""
+    """The numbers of a record, {name: number}. Nested names are joined: "validation/accuracy"."""
     out = {}
     for name, value in record.items():
         if isinstance(value, list):

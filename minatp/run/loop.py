@@ -80,8 +80,7 @@ class Run:
         if cfg.stage == "rl":
             self.load_start_model()
         self.log = Log(cfg, self.state)
-        self.meter = Meter(self.state.get("meter"))
-        self.n_silent = self.state.get("silent", 0)  # batches in a row with next to no signal
+        self.meter = Meter(self.state.get("meter"), self.state.get("silent", 0))
         self.encode()
 
     def load_start_model(self):
@@ -197,7 +196,7 @@ class Run:
         rows = sorted(rows, key=lambda row: len(row.prompt))
         keys = None
         if model.vae:
-            keys = ops.noise(self.seed_at(step), len(rows), model.c * model.K)
+            keys = ops.noise_keys(self.seed_at(step), len(rows), model.c * model.K)
             keys = distributed.shard(keys)
         rows = distributed.shard(rows)
 
@@ -214,21 +213,6 @@ class Run:
             what = f"sft, stage {stage}, step {step + 1}"
             self.doing = Doing(what, len(batch.prompt), length, "--micro-batch or --batch-size")
             yield batch.to(self.device), eps, counts
-
-    def record(self, sums, counts=None, n_token=0):
-        """Add to the averages of the next log line.
-
-        sums: scalar tensors. counts: what each is a mean over; 1 if missing. n_token: positions.
-        """
-        self.meter.add(sums, counts or {}, n_token)
-        if "signal" in sums:
-            self.n_silent = self.n_silent + 1 if sums["signal"] < 0.05 else 0
-            if self.n_silent == 50:
-                print0(
-                    "warning: for 50 batches fewer than 5 % of the groups had rewards that differ, "
-                    "so there is little to learn from: look at acc (all right or all wrong?), fmt "
-                    "(0: answers do not end), sigma and --spread (do the thoughts differ at all?)"
-                )
 
     def memory_guard(self):
         """Inside, running out of memory is OutOfMemory, which says what was being computed."""
@@ -273,7 +257,7 @@ class Run:
         self.optimizer.check()
         self.state |= {"step": n_done, "seconds": self.log.seconds(), "meter": self.meter.state()}
         if self.cfg.stage == "rl":
-            self.state["silent"] = self.n_silent
+            self.state["silent"] = self.meter.n_silent
         checkpoint.save_checkpoint(
             self.cfg.out, self.state, self.model, self.tokenizer, self.optimizer.optimizer
         )
@@ -310,7 +294,7 @@ class Run:
             noise = Noise.draw(model, len(prompts), self.max_new, seed, cfg.temperature)
 
         def stop_if_requested():  # of several ranks, each would stop at another batch
-            stop.check(cfg, stop.requested and distributed.world_size() == 1)
+            stop.check(cfg, stop.requested and distributed.WORLD_SIZE == 1)
 
         guard = solving_guard(prompts, model, self.max_new, cfg.eval_batch, "--eval-batch")
         with guard, self.autocast:
@@ -396,10 +380,14 @@ class GuardedOptimizer:
 
 
 class Meter:
-    """Sums since the last log line, and the speed."""
+    """Averages since the last log line, and the speed."""
 
-    def __init__(self, state=None):
-        """state: from `state`, so that the next line after a resume is what it would have been."""
+    def __init__(self, state=None, n_silent=0):
+        """state: from `state`, so that the next line after a resume is what it would have been.
+
+        n_silent: how many batches in a row have had next to no signal.
+        """
+        self.n_silent = n_silent
         self.reset()
         if state:
             self.total = {name: torch.tensor(value) for name, value in state["total"].items()}
@@ -438,6 +426,16 @@ class Meter:
             self.count[name] = self.count.get(name, 0) + counts.get(name, 1)
         self.n_token += n_token
         self.n_step += 1
+
+        # RL: the share of groups whose rewards differ
+        if "signal" in sums:
+            self.n_silent = self.n_silent + 1 if sums["signal"] < 0.05 else 0
+            if self.n_silent == 50:
+                print0(
+                    "warning: for 50 batches fewer than 5 % of the groups had rewards that differ, "
+                    "so there is little to learn from: look at acc (all right or all wrong?), fmt "
+                    "(0: answers do not end), sigma and --spread (do the thoughts differ at all?)"
+                )
 
     def read(self, n_left):
         """(means, tokens per second, time left for n_left more steps) since the last read."""

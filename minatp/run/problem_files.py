@@ -1,6 +1,15 @@
-"""Problem files: JSON, JSONL and iCoT text."""
+"""Problem files: JSON, JSONL and iCoT text. The first character decides which of them it is.
+
+    [     JSON     a list of {"question": "…", "steps": ["<<1+1=2>>", …], "answer": "…"}
+    {     JSONL    one such object a line
+    …     iCoT     a line each: question||<<1+1=2>> <<2*3=6>> #### answer
+
+JSON is Coconut's format. Any mistake in a file raises UserError, with its line and what to do.
+"""
+
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..problems import Problem
@@ -8,108 +17,213 @@ from .errors import UserError
 
 
 def read_problems(path, answers=True):
-    """Problems of a file. Coconut's JSON list or JSONL of {"question", "steps", "answer"}, or iCoT's `question||steps #### answer`.
+    """The Problems of a file. Raises UserError.
 
-    answers False: an answer may be empty, and in JSON left away. Raises UserError with file, line and reason.
+    answers: whether every problem needs an answer. If not, it may be empty, and missing in JSON.
     """
     path = Path(path)
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        return read_json_list(path, text, answers)
+
+    parse_line = parse_icot
+    if text.lstrip().startswith("{"):
+        parse_line = parse_json
+    problems = []
+    for i, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+        if line.strip():
+            problems.append(parse_line(f"{path}:{i}", line, answers))
+    return problems
+
+
+def read_text(path):
+    """The text of a file, which must not be blank. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as e:
-        raise UserError(f"{path}:0: cannot be read ({e.strerror}); give a problem file")
+        raise UserError(f"{path}:0: cannot be read ({e.strerror}); give a problem file") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}:0: is not UTF-8 text (byte {e.start}); give JSON, JSONL or iCoT text")
+        raise UserError(
+            f"{path}:0: is not UTF-8 text (byte {e.start}); give JSON, JSONL or iCoT text"
+        ) from None
     if not text.strip():
         raise UserError(f"{path}:1: is empty; it needs at least one problem")
-    if text.lstrip().startswith("["):
-        return list(_json_list(path, text, answers))
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # U+2028 may stand inside a JSON string
-    read = _json_line if lines[0][1].lstrip().startswith("{") else _icot_line
-    return [read(f"{path}:{i}", line, answers) for i, line in lines]
+    return text
 
 
-def _json_list(path, text, answers):
-    """Problems of a JSON list, one record at a time, so that an error knows the line that its record begins on."""
-    decoder, blank = json.JSONDecoder(object_pairs_hook=_once), re.compile(r"[ \t\r\n]*")
-    line, at = 1, 0
+# ---- a JSON list ---------------------------------------------------------------------------------
 
-    def skip(to):  # over blanks from `to`
-        nonlocal line, at
-        end = blank.match(text, to).end()
-        line, at = line + text.count("\n", at, end), end
-        return text[at:at + 1]
 
-    if skip(text.index("[") + 1) == "]":
+def read_json_list(path, text, answers):
+    """The Problems of a JSON list.
+
+    The records are decoded one by one, so that an error names the line its record begins on.
+    """
+    cursor = Cursor(text)
+    cursor.move(text.index("[") + 1)
+    if cursor.character == "]":
         raise UserError(f"{path}:1: the list is empty; it needs at least one problem")
+
+    # A record, then a comma and the next one, or the end of the list
+    problems = []
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
     while True:
-        record, end = _json(f"{path}:{line}", lambda: decoder.raw_decode(text, at), "the file may be truncated")
-        yield _record(f"{path}:{line}", record, answers)
-        after = skip(end)
-        if after == "]":
+        where = f"{path}:{cursor.line}"
+        with json_errors(where, "the file may be truncated"):
+            record, end = decoder.raw_decode(text, cursor.position)
+        problems.append(parse_record(where, record, answers))
+        cursor.move(end)
+        if cursor.character == "]":
             break
-        if after != ",":
-            raise UserError(f"{path}:{line}: expected ',' or ']' after a problem; the file may be truncated")
-        skip(at + 1)
-    if skip(at + 1):
-        raise UserError(f"{path}:{line}: text after the end of the list; give one list a file")
+        if cursor.character != ",":
+            raise UserError(
+                f"{path}:{cursor.line}: expected ',' or ']' after a problem; the file may be "
+                "truncated"
+            )
+        cursor.move(cursor.position + 1)
+
+    # Nothing may follow
+    cursor.move(cursor.position + 1)
+    if cursor.character:
+        raise UserError(
+            f"{path}:{cursor.line}: there is text after the end of the list; put one list in a file"
+        )
+    return problems
 
 
-def _json_line(where, line, answers):
-    return _record(where, _json(where, lambda: json.loads(line, object_pairs_hook=_once), "each line must be one object"), answers)
+class Cursor:
+    """A position in a JSON text, always on a character that is not blank, and its line."""
+
+    blanks = re.compile(r"[ \t\r\n]*")
+
+    def __init__(self, text):
+        self.text = text
+        self.position, self.line = 0, 1
+
+    def move(self, position):
+        """Move forward to `position`, then over the blanks that are there."""
+        position = self.blanks.match(self.text, position).end()
+        self.line += self.text.count("\n", self.position, position)
+        self.position = position
+
+    @property
+    def character(self):
+        """The character at the position; "" at the end of the text."""
+        return self.text[self.position : self.position + 1]
 
 
-def _json(where, read, hint):
-    """read(), a JSON value. Raises UserError where it is none, or one that Python refuses: nested too deep, a number too long."""
-    try:
-        return read()
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: is not valid JSON ({getattr(e, 'msg', e)}); {hint}")
+# ---- a line --------------------------------------------------------------------------------------
 
 
-def _once(pairs):
-    """The object of a JSON object's pairs. Raises ValueError where a key comes twice: which one counts is anyone's guess."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"{next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))!r} stands twice in one object")
-    return found
-
-
-def _record(where, r, answers):
-    if not isinstance(r, dict):
-        raise UserError(f"{where}: a problem must be an object, not {type(r).__name__}; give question, steps and answer")
-    if not answers:
-        r = {"answer": "", **r}
-    for key, kind, name in (("question", str, "a string"), ("steps", list, "a list of strings"), ("answer", str, "a string")):
-        if key not in r:
-            raise UserError(f'{where}: "{key}" is missing; a problem has question, steps and answer')
-        if not isinstance(r[key], kind):
-            raise UserError(f'{where}: "{key}" must be {name}, not {type(r[key]).__name__}')
-    for step in r["steps"]:
-        if not isinstance(step, str) or not step.strip():
-            raise UserError(f'{where}: "steps" must hold non-empty strings, not {step!r}')
-    for key in ("question", "answer")[: 1 + answers]:
-        if not r[key].strip():
-            raise UserError(f'{where}: "{key}" is empty; write it or leave the problem out')
-    if any("### " in text for text in (*r["steps"], r["answer"])):
-        raise UserError(f'{where}: a step or the answer holds "### ", which begins an answer; write it in another way')
-    check_text(where, r["question"], *r["steps"], r["answer"])
-    return Problem(r["question"].strip(), [s.strip() for s in r["steps"]], r["answer"].strip(), where)
-
-
-def check_text(where, *texts):
-    """Raises UserError where one holds half a character: what no tokenizer can read."""
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as e:
-        raise UserError(f"{where}: {e.object[e.start]!r} is half of a surrogate pair and no text; write the whole character in UTF-8")
+def parse_json(where, line, answers):
+    """A line of JSONL -> Problem. where: "path:line"."""
+    with json_errors(where, "each line must be one object"):
+        record = json.loads(line, object_pairs_hook=unique_keys)
+    return parse_record(where, record, answers)
 
 
 ICOT_STEP = re.compile("<<.*?>>")
 
 
-def _icot_line(where, line, answers):
-    question, bar, rest = line.partition("||")
-    steps, hashes, answer = rest.partition("####")
-    if not bar or not hashes or ICOT_STEP.sub("", steps).strip():
-        raise UserError(f"{where}: is not `question||<<…>> <<…>> #### answer`; see README, Llama-3.2-1B and GSM8k-Aug")
-    return _record(where, {"question": question, "steps": ICOT_STEP.findall(steps), "answer": answer}, answers)
+def parse_icot(where, line, answers):
+    """A line of iCoT text -> Problem. where: "path:line"."""
+    question, bars, solution = line.partition("||")
+    steps, hashes, answer = solution.partition("####")
+    words_between_steps = ICOT_STEP.sub("", steps).strip()
+    if not bars or not hashes or words_between_steps:
+        raise UserError(f"{where}: is not `question||<<…>> <<…>> #### answer`; see docs/scaling.md")
+    record = {"question": question, "steps": ICOT_STEP.findall(steps), "answer": answer}
+    return parse_record(where, record, answers)
+
+
+# ---- a record ------------------------------------------------------------------------------------
+
+
+FIELDS = (
+    ("question", str, "a string"),
+    ("steps", list, "a list of strings"),
+    ("answer", str, "a string"),
+)
+
+
+def parse_record(where, record, answers):
+    """{"question", "steps", "answer"} -> Problem. Raises UserError for anything else."""
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{where}: a problem must be an object, not {type(record).__name__}; give question, "
+            "steps and answer"
+        )
+    if not answers:
+        record = {"answer": "", **record}
+    check_fields(where, record)
+    question, steps, answer = record["question"], record["steps"], record["answer"]
+    check_not_empty(where, question, steps, answer if answers else None)
+
+    # The policy writes "### " before its answer, so nothing else may contain it
+    if any("### " in text for text in (*steps, answer)):
+        raise UserError(
+            f'{where}: a step or the answer contains "### ", which begins an answer; write it '
+            "differently"
+        )
+    check_text(where, question, *steps, answer)
+    return Problem(question.strip(), [step.strip() for step in steps], answer.strip(), where)
+
+
+def check_fields(where, record):
+    """Raise UserError if a record lacks a field, or has one of the wrong type."""
+    for name, kind, description in FIELDS:
+        if name not in record:
+            raise UserError(
+                f'{where}: "{name}" is missing; a problem has question, steps and answer'
+            )
+        value = record[name]
+        if not isinstance(value, kind):
+            raise UserError(f'{where}: "{name}" must be {description}, not {type(value).__name__}')
+
+
+def check_not_empty(where, question, steps, answer):
+    """Raise UserError if a part of a problem is blank. answer: None if it may be."""
+    for step in steps:
+        if not isinstance(step, str) or not step.strip():
+            raise UserError(f'{where}: "steps" must hold non-empty strings, not {step!r}')
+    if not question.strip():
+        raise UserError(f'{where}: "question" is empty; fill it in or remove the problem')
+    if answer is not None and not answer.strip():
+        raise UserError(f'{where}: "answer" is empty; fill it in or remove the problem')
+
+
+def check_text(where, *texts):
+    """Raise UserError if a text holds half a character, which no tokenizer can encode."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"{where}: {e.object[e.start]!r} is half of a surrogate pair, not text; write the "
+            "whole character in UTF-8"
+        ) from None
+
+
+# ---- JSON ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def json_errors(where, hint):
+    """Inside, invalid JSON raises UserError. hint: what may be wrong.
+
+    So does JSON that Python cannot read: nested too deeply, or a number of thousands of digits.
+    """
+    try:
+        yield
+    except (ValueError, RecursionError) as e:
+        reason = getattr(e, "msg", e)
+        raise UserError(f"{where}: is not valid JSON ({reason}); {hint}") from None
+
+
+def unique_keys(pairs):
+    """The dict of a JSON object. Raises ValueError if a key appears twice: which one is meant?"""
+    record = {}
+    for key, value in pairs:
+        if key in record:
+            raise ValueError(f"{key!r} appears twice in one object")
+        record[key] = value
+    return record

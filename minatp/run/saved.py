@@ -1,4 +1,14 @@
-"""Files and folders that are written whole or not at all, and where a run keeps its models."""
+"""Files and folders that are written completely or not at all, and where a run keeps its models.
+
+A crash, a power cut or a full disk leaves the old file or the new one, never half of one:
+
+    1. write everything under a temporary name
+    2. fsync it, so that the disk holds it
+    3. rename it, which the file system does in one step
+
+What a checkpoint holds is in checkpoint.py, what a saved model holds in huggingface.py.
+"""
+
 import hashlib
 import json
 import os
@@ -10,59 +20,95 @@ from safetensors import SafetensorError
 
 from .errors import NotWritten, UserError
 
+# ---- files and folders, all or nothing -----------------------------------------------------------
+
 
 def replace_file(path, text):
-    """Write a whole file or nothing: a crash leaves the old one or the new one. A link stays a link. Raises NotWritten."""
-    tmp = Path(os.path.realpath(path) + ".tmp")
+    """Write a text file. If that fails, the old one is intact. Raises NotWritten.
+
+    If `path` is a link, the file that it points to is replaced.
+    """
+    target = os.path.realpath(path)
+    tmp = Path(target + ".tmp")
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe, /dev/stdout
+        # Nothing can be renamed onto a pipe or /dev/stdout
+        if os.path.exists(path) and not os.path.isfile(path):
             Path(path).write_text(text, encoding="utf-8")
             return
         with tmp.open("w", encoding="utf-8") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
-        tmp.replace(os.path.realpath(path))
+        tmp.replace(target)
     except OSError as e:
         tmp.unlink(missing_ok=True)
-        raise NotWritten(path, e, len(text.encode()))
+        raise NotWritten(path, e, len(text.encode())) from e
 
 
 def write_folder(path, write, needed):
-    """Make the folder `path` all at once: write(tmp) fills a temporary one, which gets manifest.json (the SHA-256 of every file), is
-    fsynced and renamed. An older folder of that name is replaced only then.
+    """Make the folder `path`, which may replace an older one, in one step.
 
-    Raises NotWritten where that fails, which tells the `needed` bytes; what was there before is still there.
+    write: a function that is given a temporary folder to fill.
+    needed: the bytes that it writes, for the message if it fails.
+
+    A manifest.json with the SHA-256 of every file is added, so that `fault` can later tell whether
+    the folder is intact. Raises NotWritten; the older folder is then still there.
     """
     path = Path(path)
-    tmp, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    tmp = path.with_name(path.name + ".tmp")
+    old = path.with_name(path.name + ".old")
     try:
+        # Fill the temporary folder, and wait until the disk holds it
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         write(tmp)
-        hashes = {str(file.relative_to(tmp)): sha256(file) for file in sorted(tmp.rglob("*")) if file.is_file()}
-        (tmp / "manifest.json").write_text(json.dumps({"sha256": hashes}, indent=2) + "\n")
+        write_manifest(tmp)
         for file in [*tmp.rglob("*"), tmp]:
             fsync(file)
+
+        # Put it in the place of the older folder
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
         tmp.rename(path)
-        for parent in (path.parent, path.parent.parent):  # the names, too, must outlive a power cut
-            fsync(parent)
+
+        # The new names must survive a power cut too
+        fsync(path.parent)
+        fsync(path.parent.parent)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(tmp, ignore_errors=True)
-        raise NotWritten(path, e, needed)
+        raise NotWritten(path, e, needed) from e
     shutil.rmtree(old, ignore_errors=True)
 
 
+def write_manifest(folder):
+    """Write manifest.json: {"sha256": {file: hash}} of all files in the folder."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    hashes = {str(file.relative_to(folder)): sha256(file) for file in files}
+    (folder / "manifest.json").write_text(json.dumps({"sha256": hashes}, indent=2) + "\n")
+
+
+def fault(folder):
+    """Say what is wrong with a folder that write_folder has made; None if it is intact."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        changed = [name for name, h in manifest["sha256"].items() if sha256(folder / name) != h]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        return f"its manifest or one of its files cannot be read: {e}"
+    if changed:
+        return f"{changed[0]} has changed since it was written"
+    return None
+
+
 def fsync(path):
+    """Wait until the disk holds a file, or the names in a folder."""
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
 
 
 def sha256(path):
+    """The SHA-256 of a file, read in pieces of 1 MiB."""
     h = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
@@ -70,43 +116,50 @@ def sha256(path):
     return h.hexdigest()
 
 
-def fault(folder):
-    """What is wrong with a folder that write_folder made, in words; None where it is whole."""
-    try:
-        hashes = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["sha256"]
-        changed = [name for name, h in hashes.items() if sha256(folder / name) != h]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        return f"its manifest or a file of it cannot be read: {e}"
-    return f"{changed[0]} is not what was written" if changed else None
+# ---- where a run keeps its models ----------------------------------------------------------------
 
 
 def checkpoints(out):
-    """Folders of a run's checkpoints, oldest first."""
+    """The folders of a run's checkpoints, oldest first. Their names are steps, in eight digits."""
     return sorted((Path(out) / "checkpoints").glob("[0-9]" * 8))
 
 
 def newest_checkpoint(out):
-    """Folder of a run's newest whole checkpoint; of each broken one there is a warning on stderr. Raises UserError where none is."""
-    found = checkpoints(out)
-    for folder in reversed(found):
-        wrong = fault(folder)
-        if not wrong:
+    """The folder of a run's newest intact checkpoint. Raises UserError if there is none.
+
+    Prints a warning on stderr for each broken one.
+    """
+    folders = checkpoints(out)
+    if not folders:
+        raise UserError(
+            f"{out}/checkpoints:0: holds no checkpoint to resume from; start without --resume"
+        )
+    for folder in reversed(folders):
+        damage = fault(folder)
+        if not damage:
             return folder
-        sys.stderr.write(f"warning: {folder}: is broken ({wrong}); the one before it is used\n")
-    if found:
-        raise UserError(f"{out}/checkpoints:0: no checkpoint is whole; start anew in another --out")
-    raise UserError(f"{out}/checkpoints:0: holds no checkpoint to resume from; start without --resume")
+        sys.stderr.write(f"warning: {folder}: is broken ({damage}); trying the one before it\n")
+    raise UserError(f"{out}/checkpoints:0: no checkpoint is intact; start again in another --out")
 
 
 def locate(directory):
-    """Where the model of a directory lies: in a run's folder its final/, or its newest checkpoint. Raises UserError."""
+    """The directory of the model: a run's final/, else its newest checkpoint.
+
+    A directory that is not a run's is returned unchanged. Raises UserError.
+    """
     directory = Path(directory)
     if (directory / "final").is_dir():
         return directory / "final"
     if checkpoints(directory):
         return newest_checkpoint(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory}:0: is not a directory; give a Hugging Face directory or the folder of a run, which --stage sft makes")
+        raise UserError(
+            f"{directory}:0: is not a directory; give a Hugging Face directory, or the folder of a "
+            "run (--stage sft makes one)"
+        )
     if (directory / "metrics.jsonl").exists():
-        raise UserError(f"{directory}:0: is a run that has saved nothing yet; wait for its first checkpoint, or start it again")
+        raise UserError(
+            f"{directory}:0: is a run that has saved nothing yet; wait for its first checkpoint, "
+            "or start it again"
+        )
     return directory

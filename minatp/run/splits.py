@@ -1,4 +1,11 @@
-"""Which problems a run learns from and is judged on: no question of the validation and test sets is in training."""
+"""Which problems a run learns from, and which it is judged on.
+
+    load_splits     training, validation and test problems, of the built-in task or from files
+    test_set        the test problems of a run, to measure it again
+
+No question of the validation and test sets is in training, nor in the training of --init.
+"""
+
 import hashlib
 import json
 import random
@@ -13,127 +20,232 @@ from .problem_files import read_problems
 
 @dataclass
 class Splits:
-    train: list
-    answers: list  # problems with an answer and no steps; where RL looks at no answer, all that lack one of the two
-    val: list
-    tests: dict   # name -> problems
-    note: str     # what was left out, or ""
+    """All problems of a run, by use."""
 
-    @property
-    def fingerprint(self):
-        """A short hash of every problem, in order."""
-        told = [[(p.question, p.steps, p.answer) for p in part] for part in (self.train, self.answers, self.held_out)]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    train: list  # problems with steps and an answer
+    answers: list  # problems without steps; with RL's --no-answers, also those without an answer
+    val: list
+    tests: dict  # name -> problems
+    note: str = ""  # what was left out, for the user
 
     @property
     def held_out(self):
+        """All problems that the run must not learn from."""
         return [*self.val, *(p for problems in self.tests.values() for p in problems)]
 
+    @property
+    def fingerprint(self):
+        """A short hash of every problem, in order. A resumed run must have the same."""
+        contents = []
+        for part in (self.train, self.answers, self.held_out):
+            contents.append([(p.question, p.steps, p.answer) for p in part])
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
+
     def describe(self):
-        """Counts in one line."""
-        bare = "with answers alone" if all(p.answer for p in self.answers) else "without answers or steps"
-        parts = [("training", self.train), (bare, self.answers), ("validation", self.val)]
-        parts += [(f"test ({name})", p) for name, p in self.tests.items()]
-        return "  ".join(f"{len(p):,} {name}" for name, p in parts if p) + (f"   {self.note}" if self.note else "")
+        """The number of problems of each kind, in one line."""
+        incomplete = "with answers alone"
+        if not all(p.answer for p in self.answers):
+            incomplete = "without answers or steps"
+        parts = {"training": self.train, incomplete: self.answers, "validation": self.val}
+        for name, part in self.tests.items():
+            parts[f"test ({name})"] = part
+        line = "  ".join(f"{len(part):,} {name}" for name, part in parts.items() if part)
+        return f"{line}   {self.note}" if self.note else line
+
+
+# ---- the problems of a run -----------------------------------------------------------------------
 
 
 def load_splits(cfg):
-    """Training, validation and test problems; no question of the last two is in the first, nor in what --init has learned from."""
+    """The Splits of a Config. Raises UserError if --init was trained on a held-out question."""
     splits = split(cfg)
     if cfg.data and cfg.init:
-        taught, untold = taught_to(cfg.init)
-        held_out = {p.question for p in splits.held_out}
-        if leaked := held_out & taught:
-            raise UserError(f"{cfg.init}:0: has learned from {len(leaked)} of the {len(held_out)} questions that are held out here; give --val, "
-                            "--test and --val-size as its config.json has them, or other files")
-        if untold:
-            splits.note += "; " * bool(splits.note) + f"whether {cfg.init} has learned from questions held out here cannot be told: {untold}"
+        check_init(cfg, splits)
     return splits
 
 
-def split(cfg):
-    """`load_splits`, without a look at --init."""
-    if not cfg.data:
-        n_answers = cfg.answers if cfg.stage == "rl" or cfg.answers_share else 0
-        return Splits(generate("labelled", cfg.labelled, 0), generate("answers", n_answers, 0),
-                      generate("validation", cfg.val_size, 0),
-                      {"built-in": generate("test", cfg.test_size, 0)}, "")
-    rl = cfg.stage == "rl"
-    train = read_problems(cfg.data, answers=not (rl and cfg.no_answers))
-    random.Random(0).shuffle(train)  # the same split for every seed of a run
-    train.sort(key=lambda p: not p.answer)  # what is held out needs an answer
-    held = []
-    for option, given in (("--val", cfg.val), ("--test", cfg.test)):
-        if given:
-            held.append({Path(f).name: read_problems(f) for f in given.split(",")})
-            if len(held[-1]) < 1 + given.count(","):
-                raise UserError(f"command line: {option}: two files of the same name could not be told apart: {given}")
-        else:
-            if (n := sum(bool(p.answer) for p in train)) <= cfg.val_size:
-                lacking = f" with an answer; give {option}" * (n < len(train))
-                raise UserError(f"{cfg.data}:1: has {n} problems{lacking}, too few to hold out --val-size {cfg.val_size}")
-            held.append({"held out": train[:cfg.val_size]})
-            train = train[cfg.val_size:]
-    val = [p for part in held[0].values() for p in part]
-    unseen = {p.question for p in val} | {p.question for part in held[1].values() for p in part}
-    kept = [p for p in train if p.question not in unseen]
-    taught = kept if cfg.method == "no-cot" else [p for p in kept if p.steps and p.answer]
-    if not taught and not (rl and kept and not cfg.anchor):
-        raise UserError(f"{cfg.data}:1: no problem with steps is left to learn from" + "; RL can do without by --anchor 0" * rl)
-    if cfg.answers_share and not rl and all(p.steps for p in kept):
-        raise UserError(f"{cfg.data}:1: has no problem without steps for --answers-share {cfg.answers_share}; leave it away")
-    left_out = [f"{len(train) - len(kept)} in the validation or test set"] * (len(kept) < len(train)) + \
-               [f"{len(kept) - len(taught)} without steps (see --answers-share)"] * (len(taught) < len(kept) and not cfg.answers_share and not rl)
-    note = "left out of training: " + ", ".join(left_out) if left_out else ""
-    return Splits(taught, [p for p in kept if not (p.steps and p.answer)], val, held[1], note)
+def check_init(cfg, splits):
+    """Raise UserError if --init was trained on a held-out question; add a note if it is unknown."""
+    learned, why_unknown = learned_questions(cfg.init)
+    held_out = {p.question for p in splits.held_out}
+    leaked = held_out & learned
+    if leaked:
+        raise UserError(
+            f"{cfg.init}:0: was trained on {len(leaked)} of the {len(held_out)} questions that are "
+            "held out here; give --val, --test and --val-size as in its config.json, or other files"
+        )
+    if why_unknown:
+        note = f"unknown whether {cfg.init} was trained on questions held out here: {why_unknown}"
+        splits.note = f"{splits.note}; {note}" if splits.note else note
 
 
-def options_of(folder):
-    """The Config of the run that a folder is of, or its final/, or a checkpoint; None where it is no run's."""
-    home = next((d for d in [Path(folder).absolute(), *Path(folder).absolute().parents][:3] if (d / "metrics.jsonl").exists()), None)
-    return of_run(home / "config.json") if home else None
+def learned_questions(folder):
+    """The questions that a run was trained on, with those of the run that it started from.
 
-
-def taught_to(folder):
-    """(the questions that a run has learned from, and the run that it began from; why that cannot be told, or "")."""
+    Returns (set of questions, why some are unknown or ""). If the folder is not a run's, for
+    example Llama's, there are none.
+    """
     cfg = options_of(folder)
     if not cfg:
         return set(), ""
-    taught, gone = taught_to(cfg.init) if cfg.init else (set(), "")
+    questions, why_unknown = set(), ""
+    if cfg.init:
+        questions, why_unknown = learned_questions(cfg.init)
     try:
         splits = split(cfg)
-    except UserError as e:  # moved, or changed since
-        return taught, str(e)
-    return taught | {p.question for p in splits.train + splits.answers * (cfg.stage == "rl" or cfg.answers_share > 0)}, gone
+    except UserError as e:  # its files have been moved or changed
+        return questions, str(e)
+    questions |= {p.question for p in splits.train}
+    if cfg.stage == "rl" or cfg.answers_share > 0:
+        questions |= {p.question for p in splits.answers}
+    return questions, why_unknown
+
+
+def split(cfg):
+    """`load_splits` without the check of --init."""
+    if cfg.data:
+        return split_files(cfg)
+    needs_answers = cfg.stage == "rl" or cfg.answers_share
+    return Splits(
+        train=generate("labelled", cfg.labelled, seed=0),
+        answers=generate("answers", cfg.answers if needs_answers else 0, seed=0),
+        val=generate("validation", cfg.val_size, seed=0),
+        tests={"built-in": generate("test", cfg.test_size, seed=0)},
+    )
+
+
+def split_files(cfg):
+    """The Splits of --data, --val and --test."""
+    is_rl = cfg.stage == "rl"
+    given = read_problems(cfg.data, answers=not (is_rl and cfg.no_answers))
+    random.Random(0).shuffle(given)  # the same split for every seed of a run
+    given.sort(key=lambda p: not p.answer)  # first those with an answer: what is held out needs one
+
+    # Hold out validation and test problems, unless they have files of their own
+    val_sets, given = hold_out(cfg, "--val", cfg.val, given)
+    tests, given = hold_out(cfg, "--test", cfg.test, given)
+    val = [p for part in val_sets.values() for p in part]
+
+    # Leave out of training what is also in those files
+    splits = Splits(train=[], answers=[], val=val, tests=tests)
+    held_out = {p.question for p in splits.held_out}
+    kept = [p for p in given if p.question not in held_out]
+
+    # no-cot drops the steps, so it learns from problems without any as well
+    splits.train = [p for p in kept if p.steps and p.answer]
+    splits.answers = [p for p in kept if not (p.steps and p.answer)]
+    if cfg.method == "no-cot":
+        splits.train = kept
+    check_training(cfg, splits, kept)
+    splits.note = describe_omissions(cfg, given, kept, splits.train)
+    return splits
+
+
+def hold_out(cfg, option, files, given):
+    """({name: problems}, the problems that are left to train on), for --val or --test.
+
+    files: the option's value. Without any, --val-size of the given problems are held out.
+    """
+    if files:
+        paths = files.split(",")
+        sets = {Path(path).name: read_problems(path) for path in paths}
+        if len(sets) < len(paths):
+            raise UserError(
+                f"command line: {option}: two files of the same name cannot be told apart: {files}"
+            )
+        return sets, given
+
+    n_with_answer = sum(bool(p.answer) for p in given)
+    if n_with_answer <= cfg.val_size:
+        lacking = "" if n_with_answer == len(given) else f" with an answer; give {option}"
+        raise UserError(
+            f"{cfg.data}:1: has {n_with_answer} problems{lacking}, too few to hold out --val-size "
+            f"{cfg.val_size}"
+        )
+    return {"held out": given[: cfg.val_size]}, given[cfg.val_size :]
+
+
+def check_training(cfg, splits, kept):
+    """Raise UserError if nothing is left to learn from. kept: all problems not held out."""
+    is_rl = cfg.stage == "rl"
+    needs_steps = not is_rl or cfg.anchor or not kept
+    if needs_steps and not splits.train:
+        remedy = "; RL can do without them with --anchor 0" if is_rl else ""
+        raise UserError(f"{cfg.data}:1: no problem with steps is left to learn from{remedy}")
+    if cfg.answers_share and not is_rl and all(p.steps for p in kept):
+        raise UserError(
+            f"{cfg.data}:1: has no problem without steps for --answers-share {cfg.answers_share}; "
+            "drop the option"
+        )
+
+
+def describe_omissions(cfg, given, kept, train):
+    """What was left out of training, and why; "" if nothing was."""
+    omissions = []
+    if len(kept) < len(given):
+        omissions.append(f"{len(given) - len(kept)} in the validation or test set")
+    if len(train) < len(kept) and not cfg.answers_share and cfg.stage != "rl":
+        omissions.append(f"{len(kept) - len(train)} without steps (see --answers-share)")
+    return "left out of training: " + ", ".join(omissions) if omissions else ""
+
+
+# ---- the problems of a run that has been trained -------------------------------------------------
+
+
+def options_of(folder):
+    """The Config of a run, from its folder, its final/ or a checkpoint; None for other folders."""
+    folder = Path(folder).absolute()
+    for candidate in [folder, *folder.parents][:3]:
+        if (candidate / "metrics.jsonl").exists():
+            return of_run(candidate / "config.json")
+    return None
 
 
 def test_set(folder, n=0, seed=0):
-    """The first n problems (0: all) of a run's test sets; for a folder that is no run's, of the built-in task's, and of that for another seed
-    others."""
-    trained = options_of(folder) or Config()
-    if not trained.data:
-        return generate("test", n or trained.test_size, seed)
-    tests = [read_problems(f) for f in trained.test.split(",")] if trained.test else split(trained).tests.values()
-    return [p for found in tests for p in found][: n or None]
+    """The first n problems (0: all) of a run's test sets.
+
+    A folder that is not a run's gets those of the built-in task. seed: another one generates other
+    problems of that task.
+    """
+    cfg = options_of(folder) or Config()
+    if not cfg.data:
+        return generate("test", n or cfg.test_size, seed)
+    if cfg.test:
+        tests = [read_problems(path) for path in cfg.test.split(",")]
+    else:
+        tests = split(cfg).tests.values()
+    every_problem = [p for part in tests for p in part]
+    return every_problem[:n] if n else every_problem
+
+
+# ---- the method's functions, with a UserError for the user ---------------------------------------
 
 
 def encode_prompts(problems, tokenizer, model, max_new):
-    """The prompts of problems, lists of ids. Raises UserError if one leaves no room for latents and an answer."""
+    """Problems -> prompts, lists of ids.
+
+    Raises UserError if one leaves no room for the latents, <|end-latent|> and max_new tokens.
+    """
     prompts = tokenizer.prompts([p.question for p in problems])
     room = model.policy.cfg.block_size - model.c * model.K - max_new - 1
     for p, prompt in zip(problems, prompts):
         if len(prompt) > room:
             raise UserError(
-                f"{p.source}: the question {p.question[:40]!r} … is {len(prompt)} tokens long and there is room for {room}; "
-                "shorten it or lower --max-new"
+                f"{p.source}: the question {p.question[:40]!r} … is {len(prompt)} tokens long but "
+                f"there is room for only {room}; shorten it or lower --max-new"
             )
     return prompts
 
 
 def encode_problems(cfg, problems, tokenizer, model, answer_only=False):
-    """Problems as the method reads them -> a list of data.Encoded. Raises UserError if one is too long."""
+    """Problems -> rows of data.Encoded, for the method of cfg. Raises UserError if one is too long.
+
+    answer_only: the steps of the problems are unknown.
+    """
     if cfg.method == "no-cot":
         problems = [replace(p, steps=[]) for p in problems]
+
+    # Without labels for the steps, or without a stop head, each problem takes as many as it may
     always_K = answer_only or (cfg.latent and not model.stop)
     try:
         return data.encode(problems, tokenizer, model, answer_only, always_K)

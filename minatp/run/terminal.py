@@ -56,7 +56,7 @@ def print0(text):
 
     If stdout is closed, training continues: its files hold everything.
     """
-    if distributed.rank() == 0:
+    if distributed.RANK == 0:
         try:
             sys.stdout.write(text + "\n")
             sys.stdout.flush()

@@ -5,6 +5,7 @@
 Losses and rewards of training, accuracy by curriculum stage (SFT) or by update (RL) with its 95 % interval, and latents used.
 Needs matplotlib, which minatp itself does not.
 """
+
 import json
 from pathlib import Path
 
@@ -12,10 +13,20 @@ from ..run.errors import UserError
 from ..run.options import Parser
 
 TITLES = {  # record key -> title of its panel, in the order of the panels
-    "enc": "loss: words of the policy", "dec": "loss: φ reads the thoughts", "stop": "loss: stop head", "kl.sft": "loss: KL to N(0, I)",
-    "accuracy.stage": "validation accuracy by curriculum stage", "accuracy.step": "validation accuracy by update",
-    "reward": "reward", "acc": "reward: right answers", "coh": "reward: coherence", "fmt": "reward: format",
-    "latents": "latents used", "coherence": "validation coherence", "sigma": "σ of the thoughts", "signal": "groups with a signal",
+    "enc": "loss: words of the policy",
+    "dec": "loss: φ reads the thoughts",
+    "stop": "loss: stop head",
+    "kl.sft": "loss: KL to N(0, I)",
+    "accuracy.stage": "validation accuracy by curriculum stage",
+    "accuracy.step": "validation accuracy by update",
+    "reward": "reward",
+    "acc": "reward: right answers",
+    "coh": "reward: coherence",
+    "fmt": "reward: format",
+    "latents": "latents used",
+    "coherence": "validation coherence",
+    "sigma": "σ of the thoughts",
+    "signal": "groups with a signal",
     "kl.rl": "KL to the start",
 }
 LOGARITHMIC = {"enc", "dec", "stop"}
@@ -24,17 +35,26 @@ LOGARITHMIC = {"enc", "dec", "stop"}
 def main(argv=None):
     parser = Parser(__doc__, "minatp.plot")
     parser.add_argument("files", nargs="+", help="metrics.jsonl of runs, or their folders")
-    parser.add_argument("-o", "--out", default="curves.png", help="picture to write: .png, .svg or .pdf [%(default)s]")
+    parser.add_argument(
+        "-o",
+        "--out",
+        default="curves.png",
+        help="picture to write: .png, .svg or .pdf [%(default)s]",
+    )
     args = parser.parse_args(argv)
     try:
         import matplotlib
     except ImportError:
-        raise UserError("command line: minatp.plot needs matplotlib, which is not installed; pip install matplotlib")
+        raise UserError(
+            "command line: minatp.plot needs matplotlib, which is not installed; pip install matplotlib"
+        )
     matplotlib.use("Agg")
     paths = [p / "metrics.jsonl" if (p := Path(f)).is_dir() else p for f in args.files]
     runs = {name: read(path) for name, path in zip(names(paths), paths)}
     if not any(runs.values()):
-        raise UserError(f"{paths[0]}:1: has no losses and no validation yet; wait for the run's first lines")
+        raise UserError(
+            f"{paths[0]}:1: has no losses and no validation yet; wait for the run's first lines"
+        )
     args.out = args.out if Path(args.out).suffix else args.out + ".png"
     try:
         figure(runs).savefig(args.out, dpi=130)
@@ -57,7 +77,9 @@ def read(path):
         except (ValueError, RecursionError) as e:
             if records and i == len(lines) and not text.endswith("\n"):
                 break  # a run that is writing, or was cut, can end in half a line
-            raise UserError(f"{path}:{i}: is not valid JSON ({getattr(e, 'msg', e)}); is it the metrics.jsonl of a run?")
+            raise UserError(
+                f"{path}:{i}: is not valid JSON ({getattr(e, 'msg', e)}); is it the metrics.jsonl of a run?"
+            )
         if not isinstance(records[-1], dict) or "step" not in records[-1]:
             raise UserError(f'{path}:{i}: has no "step"; is it the metrics.jsonl of a run?')
     if not records:
@@ -65,7 +87,9 @@ def read(path):
     try:
         return curves(records)
     except (LookupError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}:0: has a record that no run wrote ({type(e).__name__}: {e}); is it the metrics.jsonl of a run?")
+        raise UserError(
+            f"{path}:0: has a record that no run wrote ({type(e).__name__}: {e}); is it the metrics.jsonl of a run?"
+        )
 
 
 def names(paths):
@@ -83,14 +107,18 @@ def curves(records):
         if "validation" in r:
             m = r["validation"]
             by = "accuracy.stage" if kind == "sft" else "accuracy.step"
-            out.setdefault(by, []).append((r["stage"] if kind == "sft" else r["step"], m["accuracy"], *m["accuracy_ci95"]))
+            out.setdefault(by, []).append(
+                (r["stage"] if kind == "sft" else r["step"], m["accuracy"], *m["accuracy_ci95"])
+            )
             for key in ("latents", "coherence"):
                 if m.get(key) is not None:
                     out.setdefault(key, []).append((r["step"], m[key], None, None))
         else:
             for key, value in r.items():
                 panel = f"{key}.{kind}" if key == "kl" else key
-                if panel in TITLES and panel != "latents":  # as the validations have it: the mean policy's
+                if (
+                    panel in TITLES and panel != "latents"
+                ):  # as the validations have it: the mean policy's
                     out.setdefault(panel, []).append((r["step"], value, None, None))
     return out
 
@@ -100,6 +128,7 @@ def figure(runs):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
+
     panels = [key for key in TITLES if any(key in c for c in runs.values())]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
@@ -115,7 +144,9 @@ def figure(runs):
                     axis.fill_between(x, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
         axis.set_title(TITLES[key], fontsize=9.5, loc="left")
         axis.set_yscale("log" if key in LOGARITHMIC else "linear")
-        axis.set_xlabel("stage" if key == "accuracy.stage" else "step", fontsize=8, loc="right", labelpad=1)
+        axis.set_xlabel(
+            "stage" if key == "accuracy.stage" else "step", fontsize=8, loc="right", labelpad=1
+        )
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25, linewidth=0.6)
@@ -123,5 +154,7 @@ def figure(runs):
     for axis in axes:  # those left over
         axis.set_axis_off()
     colours = [Line2D([], [], color=f"C{i}") for i in range(len(runs))]
-    picture.legend(colours, list(runs), loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+    picture.legend(
+        colours, list(runs), loc="outside upper left", ncols=6, frameon=False, fontsize=9
+    )
     return picture

@@ -1,4 +1,5 @@
-"""Weight gradients of the chain of latents, computed once: equal to autograd's own, in one product for each weight."""
+"""Weight gradients of the chain of latents: equal to autograd's, in one product for each weight."""
+
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -9,96 +10,154 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear
-from kernels.linear import Deferred, deferred
-from minatp import chain, data, rollout
+from kernels.linear import DeferredLinear, deferred_weight_gradients
+from minatp import chain, data, sft
 from minatp.latent import ATP
 from minatp.llama import LlamaConfig
-from minatp.loss import total_loss
 
-CFG = LlamaConfig(vocab_size=64, n_layer=2, n_head=4, n_kv_head=2, n_embd=16, n_inner=24, head_dim=4, bos=0, eos=(1,))
-LINES = [[7, 8], [9], [10, 4]]
+CFG = LlamaConfig(
+    vocab_size=64,
+    n_layer=2,
+    n_head=4,
+    n_kv_head=2,
+    n_embd=16,
+    n_inner=24,
+    head_dim=4,
+    bos=0,
+    eos=(1,),
+)
+STEPS = [[7, 8], [9], [10, 4]]  # ids of each step's text
+EOS = 1
 
 
 @pytest.fixture
 def model(monkeypatch):
-    monkeypatch.setattr(linear, "LEAST", 0)
+    """A tiny model in float64, all of whose Linears are deferred."""
+    monkeypatch.setattr(linear, "MIN_ELEMENTS", 0)
     torch.manual_seed(0)
     model = ATP(CFG, c=2, K=3).double()
     model.end = 3
     for p in model.parameters():
-        nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)  # so that no gradient is nothing
+        nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)  # so that no gradient is 0
     return model
 
 
-def gradients(model, dtype=None, plain=None):
-    """{name: gradient} of an SFT loss: chains of 6, 2 and 4 latents behind prompts of unequal length, and one that the model ends."""
-    rows = [data.Encoded([5 + n] * (2 + n), LINES[:n], [line + [1] for line in LINES[:n]], [], [6, 5, 1], "", free=not n) for n in (3, 1, 2, 0)]
-    batch = data.collate(rows, model.K + 1, model)
-    assert batch.n_latent.tolist() == [6, 2, 4, 6] and batch.free.tolist() == [False] * 3 + [True]
-    eps = torch.randn(4, batch.n_candidate, CFG.n_embd, generator=torch.Generator().manual_seed(1)).to(model.policy.head.dtype)
+def problem(n_steps):
+    """n_steps labelled steps, behind a prompt whose length depends on n_steps. Without a step:
+    answer only, and the model decides when to stop.
+    """
+    steps = STEPS[:n_steps]
+    prompt = [5 + n_steps] * (2 + n_steps)
+    return data.Encoded(
+        prompt=prompt,
+        lines=steps,
+        texts=[step + [EOS] for step in steps],
+        rest=[],
+        answer=[6, 5, EOS],
+        source="",
+        answer_only=n_steps == 0,
+    )
+
+
+def gradients(model, dtype=None, plain=False):
+    """{name: gradient} of an SFT loss: chains of 6, 2 and 4 latents, and one that the model ends.
+
+    dtype: autocast's. plain: without deferred gradients.
+    """
+    batch = data.collate([problem(n) for n in (3, 1, 2, 0)], model.K + 1, model)
+    assert batch.n_latent.tolist() == [6, 2, 4, 6]
+    assert batch.answer_only.tolist() == [False, False, False, True]
+
+    generator = torch.Generator().manual_seed(1)
+    eps = torch.randn(4, batch.n_candidate, CFG.n_embd, generator=generator)
+    eps = eps.to(model.policy.head.dtype)
+
     model.zero_grad()
-    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype, enabled=dtype is not None):
+    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+    with pytest.MonkeyPatch.context() as patch, autocast:
         if plain:
-            patch.setattr(chain, "deferred", lambda model: nullcontext())
-        loss = total_loss(rollout.sft_losses(model, batch, eps), batch.counts, 0.1)
+            patch.setattr(chain, "deferred_weight_gradients", lambda model: nullcontext())
+        loss = sft.total_loss(sft.sft_losses(model, batch, eps), batch.counts, beta=0.1)
     loss.backward()
-    assert not any("forward" in vars(m) for m in model.modules())
-    return {n: p.grad.clone() for n, p in model.named_parameters()}
+    assert not has_replaced_forwards(model)
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def error(got, want):
-    return {n: float((got[n].double() - g).norm() / g.norm()) for n, g in want.items()}
+def has_replaced_forwards(model):
+    return any("forward" in vars(m) for m in model.modules())
+
+
+def errors(got, want):
+    """The relative L2 error of each gradient."""
+    return {name: float((got[name].double() - g).norm() / g.norm()) for name, g in want.items()}
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_are_autograds(model, recompute):
     want = gradients(model, plain=True)
-    assert max(error(gradients(model.set_recompute(recompute)), want).values()) < 1e-10
+    got = gradients(model.set_recompute(recompute))
+    assert max(errors(got, want).values()) < 1e-10
 
 
 def test_gradients_under_autocast_are_no_worse_than_autograds(model):
+    def rms_error(got):
+        error = errors(got, want).values()
+        return (sum(e * e for e in error) / len(error)) ** 0.5
+
     want = gradients(model, plain=True)
-    mine, theirs = (error(gradients(model.float(), torch.bfloat16, plain), want) for plain in (False, True))
-    rms = lambda e: sum(x * x for x in e.values()) ** 0.5 / len(e) ** 0.5
-    assert 1e-3 < rms(mine) < 1.2 * rms(theirs) < 0.2, (rms(mine), rms(theirs))
+    model.float()
+    deferred_error = rms_error(gradients(model, torch.bfloat16))
+    plain_error = rms_error(gradients(model, torch.bfloat16, plain=True))
+    assert 1e-3 < deferred_error < 1.2 * plain_error < 0.2, (deferred_error, plain_error)
 
 
 class WeightProducts(TorchDispatchMode):
-    """Counts the products that have the shape of a weight."""
+    """Counts the matrix products whose result has the shape of a weight."""
+
     def __init__(self, module):
         super().__init__()
-        self.shapes, self.n = {tuple(m.weight.shape) for m in module.modules() if isinstance(m, nn.Linear)}, 0
+        linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+        self.shapes = {tuple(m.weight.shape) for m in linears}
+        self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.n += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm) and tuple(out.shape) in self.shapes
+        is_product = func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        if is_product and tuple(out.shape) in self.shapes:
+            self.count += 1
         return out
 
 
 @pytest.mark.parametrize("L", [1, 5])
 def test_each_weight_gradient_is_one_product(model, L):
-    h, eps = torch.randn(2, 3, 16, dtype=torch.float64)[0], torch.randn(3, L + 1, 16, dtype=torch.float64)
-    thought, _ = chain.walk(model, h, model.policy.cache(3, L), torch.tensor([L, 1, L]), L, L + 1, eps)
+    h = torch.randn(3, 16, dtype=torch.float64)
+    eps = torch.randn(3, L + 1, 16, dtype=torch.float64)
+    plan = chain.Plan(torch.tensor([L, 1, L]), L, n_candidate=L + 1, eps=eps)
+    thought, _ = chain.walk(model, h, model.policy.cache(3, L), plan)
     with WeightProducts(model) as products:
         thought.z.sum().backward()
-    assert products.n == 7 * CFG.n_layer + 3
-    unused = {n for n, p in model.named_parameters() if p.grad is None}
-    assert all(n.startswith(("decoder", "stop_head", "policy.model.embed")) for n in unused)
+
+    # 7 Linears a layer, and 3 of the latent head
+    assert products.count == 7 * CFG.n_layer + 3
+    without_gradient = {name for name, p in model.named_parameters() if p.grad is None}
+    not_in_the_chain = ("decoder", "stop_head", "policy.model.embed")
+    assert all(name.startswith(not_in_the_chain) for name in without_gradient)
 
 
 def test_gradcheck():
-    def chain(x, W, b):
-        layer = Deferred(SimpleNamespace(weight=W, bias=b))
+    def three_calls(x, W, b):
+        layer = DeferredLinear(SimpleNamespace(weight=W, bias=b))
         for _ in range(3):
             x = layer(x).tanh()
         return x + F.linear(x, W)  # another use of W
 
-    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 1, 3), (3, 3), (3,))]
-    assert torch.autograd.gradcheck(chain, inputs)
-    assert torch.autograd.gradcheck(chain, [x.detach().requires_grad_(i != 1) for i, x in enumerate(inputs)])  # W is frozen
+    shapes = [(2, 1, 3), (3, 3), (3,)]
+    x, W, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    assert torch.autograd.gradcheck(three_calls, [x, W, b])
+    assert torch.autograd.gradcheck(three_calls, [x, W.detach(), b])  # W is frozen
 
 
 def test_a_chain_that_fails_leaves_the_model_as_it_was(model):
-    with pytest.raises(RuntimeError), deferred(model):
+    with pytest.raises(RuntimeError), deferred_weight_gradients(model):
         model.stop_head(torch.zeros(1, 3))
-    assert not any("forward" in vars(m) for m in model.modules())
+    assert not has_replaced_forwards(model)

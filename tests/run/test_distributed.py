@@ -1,4 +1,9 @@
-"""Two processes under torchrun compute what one does: the same losses, weights, chains and files, for SFT and RL; resume works."""
+"""Two ranks under torchrun compute what a single process does.
+
+The losses, weights, chains and files are the same, for SFT and RL, and two ranks can resume a run
+that a single process began. This file is also the program of each rank: see `worker`.
+"""
+
 import json
 import os
 import socket
@@ -12,116 +17,216 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from minatp import config
+from minatp.run.errors import guarded
 
-ROOT = Path(__file__).parents[1]
-SMALL = ("--n-layer 1 --n-embd 32 --n-inner 48 --labelled 160 --answers 40 --val-size 6 --test-size 12 --batch-size 8 --K 2 "
-         "--decoder-layers 1 --log-every 1 --device cpu").split()
-SFT = [*SMALL, "--epochs", "0.1", "--answers-share", "0.25", "--votes", "2", "--micro-batch", "3"]
-RL = [*SMALL, "--stage", "rl", "--batch-size", "4", "--G", "4", "--updates", "4", "--val-every", "4", "--save-every", "2",
-      "--anchor", "0.5", "--kl", "0.01", "--placebo"]
+ROOT = Path(__file__).parents[2]
 
-
-def judge(cfg, chains, golds):
-    """Rewards that differ within a group, which those of an untrained model do not."""
-    R = torch.tensor([zlib.crc32(c.text.encode()) % 3 / 2 for c in chains]).view(len(golds), cfg.G)
-    return R, {"acc": R.mean()}
-
-
-def alone(*argv):
-    assert guarded(train.main, [str(a) for a in argv]) == 0
+SMALL = (
+    "--n-layer 1 --n-embd 32 --n-inner 48 --decoder-layers 1 --K 2 --labelled 160 --answers 40 "
+    "--val-size 6 --test-size 12 --batch-size 8 --log-every 1 --device cpu"
+).split()
+SFT = [*SMALL, *"--epochs 0.1 --answers-share 0.25 --votes 2 --micro-batch 3".split()]
+RL = [
+    *SMALL,
+    *"--stage rl --batch-size 4 --G 4 --updates 4 --val-every 4 --save-every 2".split(),
+    *"--anchor 0.5 --kl 0.01 --placebo".split(),
+]
 
 
-def worker(runs):
-    """What each of the two processes does: train.py for every [port, code, argv] of runs."""
-    train.judge = judge
-    for port, code, argv in runs:
+# ---- runs of one process and of two --------------------------------------------------------------
+
+
+def reward_by_hash(cfg, chain, answer):
+    """In place of reward.of_chain: rewards that differ within a group, as a trained model's do."""
+    reward = zlib.crc32(chain.text.encode()) % 3 / 2
+    return reward, {"acc": reward, "coh": reward / 2, "fmt": 1 - reward}
+
+
+def strings(argv):
+    return [str(a) for a in argv]
+
+
+def run_alone(*argv):
+    """Run train.py in this process."""
+    assert guarded(train.main, strings(argv)) == 0
+
+
+def run_interrupted(patch, *argv):
+    """Run train.py with --stage rl in this process until the rewards of its fourth step."""
+    judge = train.judge
+    n_step = 0
+
+    def interrupted(*args):
+        nonlocal n_step
+        n_step += 1
+        if n_step > 3:
+            raise KeyboardInterrupt
+        return judge(*args)
+
+    patch.setattr(train, "judge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(strings(argv))
+
+
+def run_together(*runs):
+    """Run train.py with each (exit code, argv) on two ranks -> [(stdout, stderr) of each rank]."""
+    # The ranks of each run meet at a port of its own
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in runs]
+    jobs = []
+    for s, (code, argv) in zip(sockets, runs):
+        jobs.append((str(s.getsockname()[1]), code, strings(argv)))
+    for s in sockets:
+        s.close()
+
+    # The environment that torchrun makes
+    env = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    ranks = []
+    for rank in ("0", "1"):
+        process = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(jobs)],
+            cwd=ROOT,
+            env={**env, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        ranks.append(process)
+    outputs = [process.communicate(timeout=300) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    return outputs
+
+
+def worker(jobs):
+    """The program of a rank: train.py with each (port, exit code, argv)."""
+    train.of_chain = reward_by_hash
+    for port, code, argv in jobs:
         os.environ["MASTER_PORT"] = port
         assert guarded(train.main, argv) == code, argv
 
 
-def together(*runs):
-    """Run every (code, argv) with train.py in two processes; returns (stdout, stderr) of each."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in runs]
-    jobs = json.dumps([[str(s.getsockname()[1]), code, [str(a) for a in argv]] for s, (code, argv) in zip(sockets, runs)])
-    for s in sockets:
-        s.close()
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    running = [subprocess.Popen([sys.executable, __file__, jobs], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
-    told = [p.communicate(timeout=300) for p in running]
-    assert [p.returncode for p in running] == [0, 0], told
-    return told
-
-
-def same(one, two):
-    """Two runs' folders: losses, validations and summary, then the weights."""
-    drop = ("seconds", "tokens_per_second", "test_seconds")
-    records = [[{k: v for k, v in json.loads(line).items() if k not in drop} for line in (d / "metrics.jsonl").read_text().splitlines()]
-               for d in (one, two)]
-    assert len(records[0]) == len(records[1]) > 3
-    for a, b in zip(*records):
-        assert a.keys() == b.keys() and a["step"] == b["step"]
-        assert a.get("validation", {}).get("accuracy") == b.get("validation", {}).get("accuracy")
-        for k in a.keys() - {"validation"}:
-            # later steps drift by what rounding does to AdamW, and the KL is nothing but what AdamW did;
-            # sigma and clamped are averaged by chains there, by thoughts here
-            rel = 1e-2 if k in ("sigma", "clamped") else 1e-6 if a["step"] == 1 else 1e-3 if k == "kl" else 1e-5
-            assert a[k] == pytest.approx(b[k], rel=rel, abs=1e-6), (a["step"], k)
-    summaries = [json.loads((d / "summary.json").read_text()) for d in (one, two)]
-    assert all(summaries[0][k] == summaries[1][k] for k in ("accuracy", "tokens", "n_problems", "training_problems"))
-    for file in ("model.safetensors", "minatp/heads.safetensors", "minatp/decoder.safetensors"):
-        a, b = load_file(one / "final" / file), load_file(two / "final" / file)
-        for k in a:
-            torch.testing.assert_close(b[k], a[k], rtol=1e-4, atol=1e-5, msg=lambda m: f"{file} {k}: {m}")
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """(folder, what each process printed): one.sft, two.sft, one.rl, two.rl, and cut.rl: begun alone and resumed by two."""
+    """(folder of the runs, [(stdout, stderr) of each rank]).
+
+    one.sft and one.rl are runs of one process, two.sft and two.rl of two ranks; cut.rl was begun by
+    one process and resumed by two ranks.
+    """
     root = tmp_path_factory.mktemp("ranks")
+    rl = [*RL, "--init", root / "one.sft"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "judge", judge)
-        alone(*SFT, "--out", root / "one.sft")
-        rl = [*RL, "--init", root / "one.sft"]
-        alone(*rl, "--out", root / "one.rl")
-        seen = []
-
-        def interrupted(*a):
-            seen.append(0)
-            if len(seen) > 3:
-                raise KeyboardInterrupt
-            return judge(*a)
-
-        patch.setattr(train, "judge", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train.main([str(a) for a in (*rl, "--out", root / "cut.rl")])
-    told = together((0, [*SFT, "--out", root / "two.sft"]), (0, [*rl, "--out", root / "two.rl"]),
-                    (0, ["--stage", "rl", "--out", root / "cut.rl", "--resume"]),
-                    (2, [*SMALL, "--batch-size", 9, "--out", root / "never"]))
-    return root, told
+        patch.setattr(train, "of_chain", reward_by_hash)
+        run_alone(*SFT, "--out", root / "one.sft")
+        run_alone(*rl, "--out", root / "one.rl")
+        run_interrupted(patch, *rl, "--out", root / "cut.rl")
+    outputs = run_together(
+        (0, [*SFT, "--out", root / "two.sft"]),
+        (0, [*rl, "--out", root / "two.rl"]),
+        (0, ["--stage", "rl", "--out", root / "cut.rl", "--resume"]),
+        (2, [*SMALL, "--batch-size", 9, "--out", root / "never"]),
+    )
+    return root, outputs
 
 
-def test_sft_is_the_same_in_two_processes(runs):
+# ---- what must be the same -----------------------------------------------------------------------
+
+
+def read_records(folder):
+    """The records of metrics.jsonl, without times."""
+    records = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for name in ("seconds", "tokens_per_second", "test_seconds"):
+            record.pop(name, None)
+        records.append(record)
+    return records
+
+
+def read_summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def tolerance(name, step):
+    """How much a logged value may differ, relatively."""
+    if name in ("sigma", "clamped"):
+        return 1e-2  # one process averages them over latents, two ranks average by chains
+    if step == 1:
+        return 1e-6
+    # Rounding grows through AdamW from step to step, and the KL is due to AdamW's steps alone
+    return 1e-3 if name == "kl" else 1e-5
+
+
+def assert_same_records(one, two):
+    records_one, records_two = read_records(one), read_records(two)
+    assert len(records_one) == len(records_two) > 3
+    for a, b in zip(records_one, records_two):
+        assert a.keys() == b.keys()
+        assert a["step"] == b["step"]
+        validation_a = a.pop("validation", {})
+        validation_b = b.pop("validation", {})
+        assert validation_a.get("accuracy") == validation_b.get("accuracy")
+        for name in a:
+            expected = pytest.approx(b[name], rel=tolerance(name, a["step"]), abs=1e-6)
+            assert a[name] == expected, (a["step"], name)
+
+
+def assert_same_summaries(one, two):
+    for name in ("accuracy", "tokens", "n_problems", "training_problems"):
+        assert read_summary(one)[name] == read_summary(two)[name]
+
+
+def assert_same_weights(one, two):
+    for file in ("model", "minatp/heads", "minatp/decoder"):
+        a = load_file(one / "final" / f"{file}.safetensors")
+        b = load_file(two / "final" / f"{file}.safetensors")
+        assert a.keys() == b.keys()
+        for name in a:
+            label = f"{file} {name}: "
+            torch.testing.assert_close(
+                b[name], a[name], rtol=1e-4, atol=1e-5, msg=lambda m, label=label: label + m
+            )
+
+
+def assert_same_run(one, two):
+    assert_same_records(one, two)
+    assert_same_summaries(one, two)
+    assert_same_weights(one, two)
+
+
+# ---- tests ---------------------------------------------------------------------------------------
+
+
+def test_sft_is_the_same_on_two_ranks(runs):
     root, _ = runs
-    same(root / "one.sft", root / "two.sft")
-    votes = [json.loads((root / d / "summary.json").read_text())["sampled"] for d in ("one.sft", "two.sft")]
-    assert votes[0] == votes[1]
+    assert_same_run(root / "one.sft", root / "two.sft")
+    votes_of_one = read_summary(root / "one.sft")["sampled"]
+    votes_of_two = read_summary(root / "two.sft")["sampled"]
+    assert votes_of_one == votes_of_two
 
 
-@pytest.mark.parametrize("other", ["two.rl", "cut.rl"])
-def test_rl_is_the_same_in_two_processes_and_resumes_in_them(runs, other):
+@pytest.mark.parametrize("name", ["two.rl", "cut.rl"])
+def test_rl_is_the_same_on_two_ranks_and_can_be_resumed_on_them(runs, name):
     root, _ = runs
-    same(root / "one.rl", root / other)
-    records = [json.loads(line) for line in (root / other / "metrics.jsonl").read_text().splitlines()]
-    assert all(r["signal"] > 0 for r in records if "signal" in r)  # or there was nothing to learn
+    assert_same_run(root / "one.rl", root / name)
+    signals = [r["signal"] for r in read_records(root / name) if "signal" in r]
+    assert min(signals) > 0  # otherwise there was nothing to learn
 
 
-def test_rank_0_alone_speaks_and_a_batch_that_cannot_be_shared_is_refused(runs):
-    root, ((first, first_err), (second, second_err)) = runs
-    assert "stage 3" in first and not second
-    for err in (first_err, second_err):
-        assert err == "command line: --batch-size 9 must be a multiple of the 2 processes\n"
+def test_only_rank_0_prints(runs):
+    _, ((stdout_0, _), (stdout_1, _)) = runs
+    assert "stage 3" in stdout_0
+    assert not stdout_1
+
+
+def test_a_batch_that_cannot_be_split_evenly_is_refused(runs):
+    root, outputs = runs
+    for _, stderr in outputs:
+        assert stderr == ("command line: --batch-size 9 must be a multiple of the 2 processes\n")
     assert not (root / "never").exists()
 
 

@@ -1,24 +1,29 @@
-"""What is wrong in files and folders that users give: exit code 2 and one line on stderr that names the file and the place."""
+"""What can be wrong in the files and folders that users give.
+
+Each case ends with exit code 2 and one line on stderr that names the file and the place.
+"""
+
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from runs import GOOD, MODEL, TINY, TINY_RL, go
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import sample
 import train
-from minatp import checkpoint, config, folder, sets
-from runs import GOOD, MODEL, TINY, TINY_RL, go
+from minatp.run import options, splits
+from minatp.run.folder import claim_folder
+from minatp.run.huggingface import load_model
+from minatp.run.saved import checkpoints
 
+# ---- problem files -------------------------------------------------------------------------------
 
-# ---- problems -----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("text, line, reason", [
-    ("", 1, "is empty"),
-    ("\n \n", 1, "is empty"),
+# (contents, line, reason)
+# fmt: off
+BAD_JSON_LISTS = [
     ("[]", 1, "the list is empty"),
     ("[\n{}]", 2, '"question" is missing'),
     (f"[{GOOD},\n\n 7]", 3, "must be an object, not int"),
@@ -31,297 +36,563 @@ from runs import GOOD, MODEL, TINY, TINY_RL, go
     (f"[{GOOD}]\n[{GOOD}]", 2, "after the end of the list"),
     ("[" * 100_000, 1, "is not valid JSON"),
     (f'[{GOOD},\n{{"question": {"7" * 5000}}}]', 2, "is not valid JSON"),
+    (
+        f'[{GOOD},\n{{"question": "q", "question": "p", "steps": [], "answer": "2"}}]', 2,
+        "'question' appears twice in one object",
+    ),
+]
+BAD_JSON_LINES = [
     (f'{GOOD}\n{{"question": "q"', 2, "is not valid JSON"),
     (f"{GOOD}\n\n{GOOD[:-1]}", 3, "is not valid JSON"),
     (f'{GOOD}\n{{"question": {"7" * 5000}}}', 2, "is not valid JSON"),
     ('{"a":' * 100_000, 1, "is not valid JSON"),
     (f"{GOOD}\nq||<<1+1=2>> #### 2", 2, "each line must be one object"),
+    (
+        f'{GOOD}\n{{"question": "q", "answer": "1", "steps": [], "answer": "2"}}', 2,
+        "'answer' appears twice in one object",
+    ),
+]
+BAD_RECORDS = [
     ('{"question": "q", "steps": "s", "answer": "1"}', 1, '"steps" must be a list'),
     ('{"question": "q", "steps": [""], "answer": "1"}', 1, "non-empty strings"),
     ('{"question": "q", "steps": [3], "answer": "1"}', 1, "non-empty strings, not 3"),
-    ('{"question": "q", "steps": null, "answer": "1"}', 1, '"steps" must be a list of strings, not NoneType'),
+    (
+        '{"question": "q", "steps": null, "answer": "1"}', 1,
+        '"steps" must be a list of strings, not NoneType',
+    ),
     ('{"question": "q", "steps": [], "answer": 1}', 1, '"answer" must be a string, not int'),
     ('{"question": ["q"], "steps": [], "answer": "1"}', 1, '"question" must be a string, not list'),
     ('{"question": "q", "steps": []}', 1, '"answer" is missing'),
     ('{"question": " ", "steps": [], "answer": "1"}', 1, '"question" is empty'),
-    (f'{GOOD}\n{{"question": "q\\ud800", "steps": [], "answer": "1"}}', 2, "half of a surrogate pair"),
+    (
+        f'{GOOD}\n{{"question": "q\\ud800", "steps": [], "answer": "1"}}', 2,
+        "half of a surrogate pair",
+    ),
+    (
+        '{"question": "q", "steps": ["### 7"], "answer": "2"}', 1,
+        'contains "### ", which begins an answer',
+    ),
+]
+BAD_ICOT_LINES = [
     ("q||<<1+1=2>> #### 2\nno bars #### 3", 2, "is not `question||"),
     ("q||<<1+1=2>> 2", 1, "is not `question||"),
     ("q||Ann has <<1+1=2>>2 pens #### 2", 1, "is not `question||"),
     ("q||<<1+1=2>> #### ", 1, '"answer" is empty'),
     ("||<<1+1=2>> #### 2", 1, '"question" is empty'),
-    ("q||<<1+1=2>> #### 2 #### 3", 1, 'holds "### ", which begins an answer'),
-    ('{"question": "q", "steps": ["### 7"], "answer": "2"}', 1, 'holds "### ", which begins an answer'),
-    (f'{GOOD}\n{{"question": "q", "answer": "1", "steps": [], "answer": "2"}}', 2, "'answer' stands twice in one object"),
-    (f'[{GOOD},\n{{"question": "q", "question": "p", "steps": [], "answer": "2"}}]', 2, "'question' stands twice in one object"),
+    ("q||<<1+1=2>> #### 2 #### 3", 1, 'contains "### ", which begins an answer'),
+]
+BAD_TEXTS = [
+    ("", 1, "is empty"),
+    ("\n \n", 1, "is empty"),
     (GOOD.encode("utf-16"), 0, "is not UTF-8 text (byte 0)"),
     (b"q||<<1+1=2>> #### 2\n\xff\xfe", 0, "is not UTF-8 text (byte 20)"),
     (b"PK\x03\x04\x99\x00", 0, "is not UTF-8 text"),
+]
+TOO_FEW_PROBLEMS = [
     (f"{GOOD}\n" * 3, 1, "has 3 problems, too few to hold out --val-size 4"),
-    ('{"question": "a", "steps": [], "answer": "1"}\n' * 20, 1, "no problem with steps is left to learn from"),
-])
-def test_problem_files(text, line, reason, refused, tmp_path):
-    (tmp_path / "bad").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (
+        '{"question": "a", "steps": [], "answer": "1"}\n' * 20, 1,
+        "no problem with steps is left to learn from",
+    ),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    "contents, line, reason",
+    [
+        *BAD_JSON_LISTS,
+        *BAD_JSON_LINES,
+        *BAD_RECORDS,
+        *BAD_ICOT_LINES,
+        *BAD_TEXTS,
+        *TOO_FEW_PROBLEMS,
+    ],
+)
+def test_problem_files(contents, line, reason, refused, tmp_path):
+    if isinstance(contents, str):
+        contents = contents.encode()
+    (tmp_path / "bad").write_bytes(contents)
     refused(train.main, [*TINY, "--data", "bad"], f"bad:{line}: ", reason)
 
 
-@pytest.mark.parametrize("option, path, reason", [
-    ("--data", "nowhere.json", "cannot be read (No such file or directory)"), ("--data", ".", "cannot be read (Is a directory)"),
-    ("--val", "nowhere.json", "cannot be read"), ("--test", "nowhere.json", "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "option, path, reason",
+    [
+        ("--data", "nowhere.json", "cannot be read (No such file or directory)"),
+        ("--data", ".", "cannot be read (Is a directory)"),
+        ("--val", "nowhere.json", "cannot be read"),
+        ("--test", "nowhere.json", "cannot be read"),
+    ],
+)
 def test_missing_problem_files(option, path, reason, refused, tmp_path):
     (tmp_path / "good").write_text(f"{GOOD}\n" * 9)
     refused(train.main, [*TINY, "--data", "good", option, path], f"{path}:0: ", reason)
 
 
+def problems_with_a_long_one(question, n_word):
+    """Four problems as JSONL; the second has n_word words."""
+    lines = []
+    for i in range(1, 5):
+        words = " word" * (n_word if i == 2 else 1)
+        problem = {"question": f"{question} {i}{words}", "steps": ["<<1+1=2>>"], "answer": "2"}
+        lines.append(json.dumps(problem) + "\n")
+    return "".join(lines)
+
+
 @pytest.mark.parametrize("option", ["--data", "--val", "--test"])
-def test_a_problem_longer_than_the_context_is_named_before_the_training(option, refused, tmp_path):
-    for name, question in (("--data", "a"), ("--val", "b"), ("--test", "c")):
-        words = "word " * 500 if name == option else "word"
-        lines = "".join(json.dumps({"question": f"{question} {i} {words if i == 2 else ''}", "steps": ["<<1+1=2>>"], "answer": "2"}) + "\n"
-                        for i in range(1, 5))
-        (tmp_path / name).write_text(lines)
-    files = [a for name in ("--data", "--val", "--test") for a in (name, tmp_path / name)]
-    sizes = ("--vocab-size", 300, "--block-size", 200)
-    refused(train.main, [*TINY, *files, *sizes, "--out", "run"], f"{tmp_path / option}:2: is ", "shorten it")
+def test_a_problem_longer_than_the_context_is_named_before_training(option, refused, tmp_path):
+    argv = [*TINY, "--vocab-size", 300, "--block-size", 200, "--out", "run"]
+    for name in ("--data", "--val", "--test"):
+        n_word = 500 if name == option else 1
+        (tmp_path / name).write_text(problems_with_a_long_one(f"a question of {name[2:]}", n_word))
+        argv += [name, tmp_path / name]
+    refused(train.main, argv, f"{tmp_path / option}:2: the problem is ", "shorten it")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_chain_longer_than_the_context_is_named_though_its_words_are_not(refused, tmp_path):
-    (tmp_path / "d").write_text("".join(f"q{i}||<<1+1=2>> <<2+2=4>> #### 4\n" for i in range(9)))
-    refused(train.main, [*TINY, "--data", "d", "--c", 40, "--block-size", 85, "--vocab-size", 300], "d:", "the model's context is 85")
-    (tmp_path / "s").write_text("".join(f"q{i}||<<1+1=2>> #### 2\n" for i in range(9)))
-    refused(train.main, [*TINY, "--data", "s", "--c", 40, "--block-size", 85, "--vocab-size", 300, "--no-stop"], "s:", "context is 85")
-    refused(train.main, [*TINY, "--data", "d", "--c", 40, "--block-size", 95, "--vocab-size", 300], "d:", "tokens long and there is room for")
+@pytest.mark.parametrize(
+    "steps, sizes, reason",
+    [
+        ("<<1+1=2>> <<2+2=4>>", ("--block-size", 85), "the model's context is 85"),
+        ("<<1+1=2>>", ("--block-size", 85, "--no-stop"), "context is 85"),
+        ("<<1+1=2>> <<2+2=4>>", ("--block-size", 95), "tokens long but there is room for"),
+    ],
+)
+def test_latents_count_towards_the_context(steps, sizes, reason, refused, tmp_path):
+    """40 latents a step are too many for it, though the written problem would fit."""
+    lines = [f"q{i}||{steps} #### 4\n" for i in range(9)]
+    (tmp_path / "d").write_text("".join(lines))
+    argv = [*TINY, "--data", "d", "--c", 40, "--vocab-size", 300, *sizes]
+    refused(train.main, argv, "d:", reason)
+
+
+# ---- training and held-out problems --------------------------------------------------------------
+
+
+def icot_problems(first, n):
+    lines = []
+    for i in range(first, first + n):
+        lines.append(f"q {i} and {i}||<<{i}+{i}={2 * i}>> #### {2 * i}\n")
+    return "".join(lines)
 
 
 @pytest.fixture(scope="module")
 def own_data(tmp_path_factory):
-    """A folder with a run, `a`, on a file of one's own, `d`, tested on others, `t`."""
+    """A folder with a run, `a`, that was trained on the file `d` and tested on the file `t`."""
     home = tmp_path_factory.mktemp("own")
-    for name, first, n in (("d", 0, 40), ("t", 900, 3)):
-        (home / name).write_text("".join(f"q {i} and {i}||<<{i}+{i}={2 * i}>> #### {2 * i}\n" for i in range(first, first + n)))
+    (home / "d").write_text(icot_problems(0, 40))
+    (home / "t").write_text(icot_problems(900, 3))
     go(*TINY, "--data", home / "d", "--test", home / "t", "--out", home / "a")
     return home
 
 
-def test_what_a_run_has_learned_from_is_not_held_out_later(own_data, refused, capsys):
-    again = [*TINY_RL, "--data", own_data / "d", "--init", own_data / "a", "--out", own_data / "b", "--dry-run"]
-    refused(train.main, again, f"{own_data / 'a'}:0: ", "has learned from 4 of the 8 questions that are held out here")
-    refused(train.main, [*again, "--test", own_data / "t", "--val-size", 6], f"{own_data / 'a'}:0: ", "has learned from 2 of the 9 questions")
-    go(*again, "--test", own_data / "t")
-    assert "cannot be told" not in capsys.readouterr().out
+def test_what_init_was_trained_on_cannot_be_held_out(own_data, refused):
+    argv = [*TINY_RL, "--data", own_data / "d", "--init", own_data / "a", "--dry-run"]
+    start = f"{own_data / 'a'}:0: "
+    refused(train.main, argv, start, "was trained on 4 of the 8 questions that are held out here")
+    argv += ["--test", own_data / "t"]
+    refused(train.main, [*argv, "--val-size", 6], start, "was trained on 2 of the 9 questions")
+
+
+def test_a_note_says_if_it_is_unknown_what_init_was_trained_on(own_data, capsys):
+    argv = [*TINY_RL, "--data", own_data / "d", "--test", own_data / "t", "--dry-run"]
+    go(*argv, "--init", own_data / "a")
+    assert "unknown whether" not in capsys.readouterr().out
+
     shutil.copytree(own_data / "a", own_data / "moved")
-    edit("config.json", data=str(own_data / "gone"))(own_data / "moved")
-    go(*again[:-5], "--init", own_data / "moved", *again[-3:])
-    assert f"cannot be told: {own_data / 'gone'}:0: cannot be read" in capsys.readouterr().out
+    gone = own_data / "gone"
+    edit_json("config.json", data=str(gone))(own_data / "moved")
+    go(*argv, "--init", own_data / "moved")
+    out = capsys.readouterr().out
+    assert f"unknown whether {own_data / 'moved'} was trained on" in out
+    assert f"held out here: {gone}:0: cannot be read" in out
 
 
-def test_a_run_goes_on_with_its_own_problems_wherever_they_lie(own_data, refused, capsys, tmp_path):
+def test_a_run_resumes_with_its_own_problems_wherever_they_are(own_data, refused, tmp_path):
     shutil.copytree(own_data / "a", tmp_path / "run")
-    (tmp_path / "other").write_text((own_data / "d").read_text().replace("q 7 and", "q 7 or"))
-    refused(train.main, ["--resume", "--out", "run", "--data", "other"], "other:0: ", "the problems are not those that this run began with")
+    resume = ["--resume", "--out", "run"]
+
+    # Not with others
+    text = (own_data / "d").read_text().replace("q 7 and", "q 7 or")
+    (tmp_path / "other").write_text(text)
+    reason = "the problems are not those that this run started with"
+    refused(train.main, [*resume, "--data", "other"], "other:0: ", reason)
+    refused(train.main, [*resume, "--data", "other", "--dry-run"], "other:0: ", reason)
+    refused(
+        train.main,
+        [*resume, "--init", "run"],
+        "run/config.json:1: ",
+        "the run was started without --init, not with --init run",
+    )
+
+    # With a copy of the file
     shutil.copy(own_data / "d", tmp_path / "moved")
-    refused(train.main, ["--resume", "--out", "run", "--data", "other", "--dry-run"], "other:0: ", "the problems are not those")
-    refused(train.main, ["--resume", "--out", "run", "--init", "run"], "run/config.json:1: ", "the run has --init , not run")
-    go("--resume", "--out", tmp_path / "run", "--data", tmp_path / "moved", "--dry-run")
-    go("--resume", "--out", tmp_path / "run", "--data", tmp_path / "moved")
+    go(*resume, "--data", tmp_path / "moved", "--dry-run")
+    go(*resume, "--data", tmp_path / "moved")
 
 
-def test_a_run_is_measured_on_what_it_held_out(tmp_path, own_data):
+def test_a_run_is_measured_on_what_it_has_held_out(tmp_path, own_data):
     go(*TINY, "--data", own_data / "d", "--out", tmp_path / "run")
     cfg = options.of_run(tmp_path / "run" / "config.json")
-    assert test_set(tmp_path / "run") == load_splits(cfg).tests["held out"] != []
+    held_out = splits.load_splits(cfg).tests["held out"]
+    assert held_out
+    assert splits.test_set(tmp_path / "run") == held_out
+
+
+def test_a_run_with_a_test_file_can_be_measured_without_its_training_file(tmp_path, own_data):
     shutil.copytree(own_data / "a", tmp_path / "a")
-    edit("config.json", data="gone")(tmp_path / "a")
-    assert len(test_set(tmp_path / "a")) == 3  # its test file is enough
+    edit_json("config.json", data="gone")(tmp_path / "a")
+    assert len(splits.test_set(tmp_path / "a")) == 3
 
 
-# ---- models -------------------------------------------------------------------------------------------------------------
-
-def edit(name, **changes):
-    """Change a JSON file of a directory; None leaves a name out."""
-    def change(directory):
-        old = json.loads((directory / name).read_text())
-        (directory / name).write_text(json.dumps({k: v for k, v in {**old, **changes}.items() if v is not None}))
-    return change
+# ---- ways to damage a directory ------------------------------------------------------------------
 
 
-def text(name, content):
-    return lambda directory: (directory / name).write_bytes(content)
+def edit_json(name, **changes):
+    """Change fields of a JSON file; None removes a field."""
+
+    def damage(directory):
+        fields = json.loads((directory / name).read_text()) | changes
+        kept = {key: value for key, value in fields.items() if value is not None}
+        (directory / name).write_text(json.dumps(kept))
+
+    return damage
 
 
-def tensors(change, name="model.safetensors"):
-    def rewrite(directory):
-        found = load_file(directory / name)
-        change(found)
-        save_file(found, directory / name)
-    return rewrite
+def overwrite(name, content):
+    def damage(directory):
+        (directory / name).write_bytes(content)
+
+    return damage
 
 
-def cut(name):
-    return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:-100])
+def truncate(name):
+    def damage(directory):
+        content = (directory / name).read_bytes()
+        (directory / name).write_bytes(content[:-100])
+
+    return damage
 
 
-def without(name):
-    return lambda directory: (directory / name).unlink()
+def remove(name):
+    def damage(directory):
+        (directory / name).unlink()
+
+    return damage
 
 
-def index(content):
-    """A sharded model whose index holds `content`."""
-    def change(directory):
+def set_tensor(name, value, file="model.safetensors"):
+    """Replace or add a tensor; None removes it."""
+
+    def damage(directory):
+        tensors = load_file(directory / file)
+        tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = value
+        save_file(tensors, directory / file)
+
+    return damage
+
+
+def remove_latent_head(directory):
+    file = directory / "minatp" / "heads.safetensors"
+    tensors = load_file(file)
+    kept = {name: t for name, t in tensors.items() if not name.startswith("latent")}
+    assert len(kept) < len(tensors)
+    save_file(kept, file)
+
+
+def make_index(content):
+    """Turn the model into a sharded one with this index."""
+
+    def damage(directory):
         (directory / "model.safetensors").rename(directory / "a.safetensors")
         (directory / "model.safetensors.index.json").write_text(content)
-    return change
+
+    return damage
 
 
-CONFIG, WEIGHTS, TOKENIZER, INDEX = "config.json", "model.safetensors", "tokenizer.json", "model.safetensors.index.json"
+# ---- models --------------------------------------------------------------------------------------
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+NORM = "model.norm.weight"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
+# (damage, file, reason)
+# fmt: off
+BAD_CONFIGS = [
+    (remove(CONFIG), f"{CONFIG}:0", "cannot be read"),
+    (overwrite(CONFIG, b""), f"{CONFIG}:1", "is not valid JSON"),
+    (overwrite(CONFIG, b'{\n"vocab_size": 3,\n'), f"{CONFIG}:3", "is not valid JSON"),
+    (overwrite(CONFIG, b"\xff"), f"{CONFIG}:1", "is not valid JSON"),
+    (overwrite(CONFIG, b"[1]"), f"{CONFIG}:1", "must be a JSON object, not list"),
+    (overwrite(CONFIG, b"[" * 100_000), f"{CONFIG}:1", "is not valid JSON"),
+    (edit_json(CONFIG, model_type="gpt2"), f"{CONFIG}:1", "only llama can be loaded"),
+    (edit_json(CONFIG, attention_bias=True), f"{CONFIG}:1", '"attention_bias" is True'),
+    (edit_json(CONFIG, hidden_act="gelu"), f"{CONFIG}:1", "only 'silu' is supported"),
+    (edit_json(CONFIG, vocab_size=None), f"{CONFIG}:1", '"vocab_size" is missing'),
+    (edit_json(CONFIG, vocab_size="many"), f"{CONFIG}:1", '"vocab_size" must be int'),
+    (edit_json(CONFIG, hidden_size=True), f"{CONFIG}:1", '"hidden_size" must be int'),
+    (edit_json(CONFIG, num_hidden_layers=0), f"{CONFIG}:1", '"num_hidden_layers" must be positive'),
+    (
+        edit_json(CONFIG, hidden_size=10**30), f"{CONFIG}:1",
+        '"hidden_size" must be positive, and below 2^31',
+    ),
+    (
+        edit_json(CONFIG, rms_norm_eps=10**400), f"{CONFIG}:1",
+        '"rms_norm_eps" must be positive, and below 2^31',
+    ),
+    (
+        edit_json(CONFIG, rope_theta=10**400), f"{CONFIG}:1",
+        '"rope_theta" must be a positive number',
+    ),
+    (
+        edit_json(CONFIG, rms_norm_eps=float("nan")), f"{CONFIG}:1",
+        '"rms_norm_eps" must be positive',
+    ),
+    (edit_json(CONFIG, num_key_value_heads=3), f"{CONFIG}:1", "4 heads cannot share 3"),
+    (edit_json(CONFIG, head_dim=15), f"{CONFIG}:1", "head_dim 15 is odd"),
+    (edit_json(CONFIG, bos_token_id=99999), f"{CONFIG}:1", "outside the vocabulary"),
+    (edit_json(CONFIG, eos_token_id=[]), f"{CONFIG}:1", '"eos_token_id" one or a list of them'),
+    (
+        edit_json(CONFIG, eos_token_id=["</s>"]), f"{CONFIG}:1",
+        '"eos_token_id" one or a list of them',
+    ),
+    (edit_json(CONFIG, eos_token_id=None), f"{CONFIG}:1", '"eos_token_id" one or a list of them'),
+    (
+        edit_json(CONFIG, rope_parameters="yarn"), f"{CONFIG}:1",
+        "must be an object, not 'yarn'",
+    ),
+    (
+        edit_json(CONFIG, rope_parameters={"rope_type": "yarn"}), f"{CONFIG}:1",
+        "RoPE of type 'yarn'",
+    ),
+    (
+        edit_json(CONFIG, rope_parameters=LLAMA3), f"{CONFIG}:1",
+        'needs a positive number "original_max_position_embeddings"',
+    ),
+    (
+        edit_json(CONFIG, rope_parameters={"rope_theta": "big"}), f"{CONFIG}:1",
+        '"rope_theta" must be a positive number',
+    ),
+]
+BAD_WEIGHTS = [
+    (remove(WEIGHTS), f"{WEIGHTS}:0", "cannot be read"),
+    (overwrite(WEIGHTS, b""), f"{WEIGHTS}:0", "is not a complete safetensors file"),
+    (
+        overwrite(WEIGHTS, b"<html>404</html>"), f"{WEIGHTS}:0",
+        "is not a complete safetensors file",
+    ),
+    (truncate(WEIGHTS), f"{WEIGHTS}:0", "is not a complete safetensors file"),
+    (
+        edit_json(CONFIG, intermediate_size=161), f"{WEIGHTS}:0",
+        "has shape (160, 64), but the config asks for (161, 64)",
+    ),
+    (set_tensor(NORM, None), f"{WEIGHTS}:0", f"tensor {NORM} (64,) is missing"),
+    (
+        set_tensor("extra", torch.zeros(3)), f"{WEIGHTS}:0",
+        "tensor extra (3,) is not part of this model",
+    ),
+    (set_tensor(NORM, torch.zeros(5)), f"{WEIGHTS}:0", f"{NORM} has shape (5,)"),
+    (
+        set_tensor(NORM, torch.full((64,), float("nan"))), f"{WEIGHTS}:0",
+        f"tensor {NORM} holds NaN",
+    ),
+    (make_index("{"), f"{INDEX}:1", "is not valid JSON"),
+    (make_index('{"weight_map": {}}'), f"{INDEX}:1", '"weight_map" must map'),
+    (make_index(f'{{"weight_map": {{"{NORM}": 7}}}}'), f"{INDEX}:1", '"weight_map" must map'),
+    (
+        make_index(f'{{"weight_map": {{"{NORM}": "b.safetensors"}}}}'), "b.safetensors:0",
+        "cannot be read",
+    ),
+]
+BAD_TOKENIZERS = [
+    (remove(TOKENIZER), f"{TOKENIZER}:0", "is missing"),
+    (overwrite(TOKENIZER, b""), f"{TOKENIZER}:1", "is not a tokenizer"),
+    (overwrite(TOKENIZER, b'{"model": {}}'), f"{TOKENIZER}:1", "is not a tokenizer"),
+    (truncate(TOKENIZER), f"{TOKENIZER}:1", "is not a tokenizer"),
+    (
+        edit_json(CONFIG, vocab_size=380, bos_token_id=1, eos_token_id=2), f"{TOKENIZER}:1",
+        "but the embedding has only 380 rows",
+    ),
+    (
+        edit_json(TOKENIZER, added_tokens=[]), f"{TOKENIZER}:1",
+        "has no token 384, which config.json calls bos or eos",
+    ),
+]
+# fmt: on
 
-@pytest.mark.parametrize("harm, file, reason", [
-    (without(CONFIG), f"{CONFIG}:0", "cannot be read"),
-    (text(CONFIG, b""), f"{CONFIG}:1", "is not valid JSON"),
-    (text(CONFIG, b'{\n"vocab_size": 3,\n'), f"{CONFIG}:3", "is not valid JSON"),
-    (text(CONFIG, b"\xff"), f"{CONFIG}:1", "is not valid JSON"),
-    (text(CONFIG, b"[1]"), f"{CONFIG}:1", "must be a JSON object, not list"),
-    (text(CONFIG, b"[" * 100_000), f"{CONFIG}:1", "is not valid JSON"),
-    (edit(CONFIG, model_type="gpt2"), f"{CONFIG}:1", "only llama can be loaded"),
-    (edit(CONFIG, attention_bias=True), f"{CONFIG}:1", '"attention_bias" is True'),
-    (edit(CONFIG, hidden_act="gelu"), f"{CONFIG}:1", "only 'silu' is supported"),
-    (edit(CONFIG, vocab_size=None), f"{CONFIG}:1", '"vocab_size" is missing'),
-    (edit(CONFIG, vocab_size="many"), f"{CONFIG}:1", '"vocab_size" must be int'),
-    (edit(CONFIG, hidden_size=True), f"{CONFIG}:1", '"hidden_size" must be int'),
-    (edit(CONFIG, num_hidden_layers=0), f"{CONFIG}:1", '"num_hidden_layers" must be positive'),
-    (edit(CONFIG, hidden_size=10**30), f"{CONFIG}:1", '"hidden_size" must be positive, and below 2^31'),
-    (edit(CONFIG, rms_norm_eps=10**400), f"{CONFIG}:1", '"rms_norm_eps" must be positive, and below 2^31'),
-    (edit(CONFIG, rope_theta=10**400), f"{CONFIG}:1", '"rope_theta" must be a positive number'),
-    (edit(CONFIG, rms_norm_eps=float("nan")), f"{CONFIG}:1", '"rms_norm_eps" must be positive'),
-    (edit(CONFIG, num_key_value_heads=3), f"{CONFIG}:1", "4 heads cannot share 3"),
-    (edit(CONFIG, head_dim=15), f"{CONFIG}:1", "head_dim 15 is odd"),
-    (edit(CONFIG, bos_token_id=99999), f"{CONFIG}:1", "outside the vocabulary"),
-    (edit(CONFIG, eos_token_id=[]), f"{CONFIG}:1", '"eos_token_id" one or a list of them'),
-    (edit(CONFIG, eos_token_id=["</s>"]), f"{CONFIG}:1", '"eos_token_id" one or a list of them'),
-    (edit(CONFIG, eos_token_id=None), f"{CONFIG}:1", '"eos_token_id" one or a list of them'),
-    (edit(CONFIG, rope_parameters="yarn"), f"{CONFIG}:1", "must be an object, not 'yarn'"),
-    (edit(CONFIG, rope_parameters={"rope_type": "yarn"}), f"{CONFIG}:1", "RoPE of type 'yarn'"),
-    (edit(CONFIG, rope_parameters=LLAMA3), f"{CONFIG}:1", 'lacks a positive number "original_max_position_embeddings"'),
-    (edit(CONFIG, rope_parameters={"rope_theta": "big"}), f"{CONFIG}:1", '"rope_theta" must be a positive number'),
-    (without(WEIGHTS), f"{WEIGHTS}:0", "cannot be read"),
-    (text(WEIGHTS, b""), f"{WEIGHTS}:0", "is not a whole safetensors file"),
-    (text(WEIGHTS, b"<html>404</html>"), f"{WEIGHTS}:0", "is not a whole safetensors file"),
-    (cut(WEIGHTS), f"{WEIGHTS}:0", "is not a whole safetensors file"),
-    (edit(CONFIG, intermediate_size=161), f"{WEIGHTS}:0", "has shape (160, 64), but the config asks for (161, 64)"),
-    (tensors(lambda t: t.pop("model.norm.weight")), f"{WEIGHTS}:0", "tensor model.norm.weight (64,) is missing"),
-    (tensors(lambda t: t.update(extra=torch.zeros(3))), f"{WEIGHTS}:0", "tensor extra (3,) is not one of this model's"),
-    (tensors(lambda t: t.update({"model.norm.weight": torch.zeros(5)})), f"{WEIGHTS}:0", "model.norm.weight has shape (5,)"),
-    (tensors(lambda t: t["model.norm.weight"].fill_(float("nan"))), f"{WEIGHTS}:0", "tensor model.norm.weight holds NaN"),
-    (index("{"), f"{INDEX}:1", "is not valid JSON"),
-    (index('{"weight_map": {}}'), f"{INDEX}:1", '"weight_map" must map'),
-    (index('{"weight_map": {"model.norm.weight": 7}}'), f"{INDEX}:1", '"weight_map" must map'),
-    (index('{"weight_map": {"model.norm.weight": "b.safetensors"}}'), "b.safetensors:0", "cannot be read"),
-    (without(TOKENIZER), f"{TOKENIZER}:0", "is missing"),
-    (text(TOKENIZER, b""), f"{TOKENIZER}:1", "is not a tokenizer"),
-    (text(TOKENIZER, b'{"model": {}}'), f"{TOKENIZER}:1", "is not a tokenizer"),
-    (cut(TOKENIZER), f"{TOKENIZER}:1", "is not a tokenizer"),
-    (edit(CONFIG, vocab_size=380, bos_token_id=1, eos_token_id=2), f"{TOKENIZER}:1", "but the embedding has only 380 rows"),
-    (edit(TOKENIZER, added_tokens=[]), f"{TOKENIZER}:1", "has no token 384, which config.json calls bos or eos"),
-])
-def test_hugging_face_directories(harm, file, reason, refused, tmp_path):
+
+@pytest.mark.parametrize("damage, file, reason", [*BAD_CONFIGS, *BAD_WEIGHTS, *BAD_TOKENIZERS])
+def test_hugging_face_directories(damage, file, reason, refused, tmp_path):
     shutil.copytree(MODEL, tmp_path / "hf")
-    harm(tmp_path / "hf")
+    damage(tmp_path / "hf")
     refused(sample.main, ["--run", tmp_path / "hf", "Q?"], f"{tmp_path}/hf/{file}: ", reason)
 
 
-@pytest.mark.parametrize("harm, file, reason", [
-    (edit("minatp/config.json", c=0), "minatp/config.json:1", '"c" is 0'),
-    (edit("minatp/config.json", K="four"), "minatp/config.json:1", "\"K\" is 'four'"),
-    (edit("minatp/config.json", vae=None), "minatp/config.json:1", '"vae" is None'),
-    (edit("minatp/config.json", colour=1), "minatp/config.json:1", '"colour" is 1'),
-    (edit("minatp/config.json", decoder_layers=2), "minatp/decoder.safetensors:0", "is missing"),
-    (without("minatp/heads.safetensors"), "minatp/heads.safetensors:0", "cannot be read"),
-    (without("minatp/decoder.safetensors"), "minatp/decoder.safetensors:0", "cannot be read"),
-    (tensors(lambda t: [t.pop(k) for k in list(t) if k.startswith("latent")], "minatp/heads.safetensors"), "minatp/heads.safetensors:0",
-     "is missing"),
-])
-def test_saved_models(harm, file, reason, finished, refused, tmp_path):
+SWITCHES = "minatp/config.json"
+HEADS = "minatp/heads.safetensors"
+DECODER = "minatp/decoder.safetensors"
+
+
+@pytest.mark.parametrize(
+    "damage, file, reason",
+    [
+        (edit_json(SWITCHES, c=0), f"{SWITCHES}:1", '"c" is 0'),
+        (edit_json(SWITCHES, K="four"), f"{SWITCHES}:1", "\"K\" is 'four'"),
+        (edit_json(SWITCHES, vae=None), f"{SWITCHES}:1", '"vae" is None'),
+        (edit_json(SWITCHES, colour=1), f"{SWITCHES}:1", '"colour" is 1'),
+        (edit_json(SWITCHES, decoder_layers=2), f"{DECODER}:0", "is missing"),
+        (remove(HEADS), f"{HEADS}:0", "cannot be read"),
+        (remove(DECODER), f"{DECODER}:0", "cannot be read"),
+        (remove_latent_head, f"{HEADS}:0", "is missing"),
+    ],
+)
+def test_saved_models(damage, file, reason, finished, refused, tmp_path):
     shutil.copytree(finished / "final", tmp_path / "saved")
-    harm(tmp_path / "saved")
-    refused(train.main, [*TINY_RL, "--init", tmp_path / "saved", "--out", "rl"], f"{tmp_path}/saved/{file}: ", reason)
+    damage(tmp_path / "saved")
+    argv = [*TINY_RL, "--init", tmp_path / "saved", "--out", "rl"]
+    refused(train.main, argv, f"{tmp_path}/saved/{file}: ", reason)
 
 
-# ---- a run's folder -----------------------------------------------------------------------------------------------------
+def test_padding_and_truncation_of_a_tokenizer_file_are_ignored(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    backend = Tokenizer.from_file(str(MODEL / TOKENIZER))
+    backend.enable_padding(length=50)
+    backend.enable_truncation(3)
+    backend.save(str(tmp_path / "model" / TOKENIZER))
 
-def all_checkpoints(harm):
-    return lambda out: [harm(c) for c in checkpoint.checkpoints(out)]
+    text = "Ann has 5 pens. Ann buys 7."
+    _, padding_tokenizer = load_model(tmp_path / "model")
+    _, tokenizer = load_model(MODEL)
+    assert padding_tokenizer.encode(text) == tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("harm, options, file, reason", [
-    (without("config.json"), "", "config.json:0", "is missing, so no run is here"),
-    (text("config.json", b"{"), "", "config.json:1", "is not the config.json of a run"),
-    (text("config.json", b"[]"), "", "config.json:1", "is not the config.json of a run"),
-    (edit("config.json", lr="fast"), "", "config.json:1", "\"lr\" must be float, not 'fast'"),
-    (edit("config.json", K=2.5), "", "config.json:1", '"K" must be int, not 2.5'),
-    (edit("config.json", lr=10**400), "", "config.json:1", "int too large"),
-    (edit("config.json", colour="red"), "", "config.json:1", "unexpected keyword argument 'colour'"),
-    (edit("config.json", batch_size=-3), "", "config.json:1", "--batch-size must be positive, not -3"),
-    (lambda out: None, "--lr 7", "config.json:1", "the run has --lr 0.002, not 7.0"),
-    (lambda out: None, "--stage rl", "config.json:1", "the run has --stage sft, not rl"),
-    (lambda out: shutil.rmtree(out / "checkpoints"), "", "checkpoints:0", "holds no checkpoint to resume from"),
-    (text("metrics.jsonl", b'{"step": 1}\n{"st\n{"step": 2}\n'), "", "metrics.jsonl:2", "is not a record with a step"),
-    (text("metrics.jsonl", b'{"loss": 1}\n'), "", "metrics.jsonl:1", "is not a record with a step"),
-    (text("metrics.jsonl", b"[" * 100_000 + b"\n"), "", "metrics.jsonl:1", "is not a record with a step"),
-    (text("metrics.jsonl", b"7\n"), "", "metrics.jsonl:1", "is not a record with a step"),
-])
-def test_folders_to_resume_from(harm, options, file, reason, finished, refused, tmp_path):
+# ---- a run's folder ------------------------------------------------------------------------------
+
+
+def remove_checkpoints(out):
+    shutil.rmtree(out / "checkpoints")
+
+
+def do_nothing(out):
+    pass
+
+
+# (damage, options, file, reason)
+# fmt: off
+METRICS = "metrics.jsonl"
+NOT_A_RECORD = "is not a record with a step"
+BAD_FOLDERS = [
+    (remove(CONFIG), "", f"{CONFIG}:0", "is missing, so there is no run here"),
+    (overwrite(CONFIG, b"{"), "", f"{CONFIG}:1", "is not the config.json of a run"),
+    (overwrite(CONFIG, b"[]"), "", f"{CONFIG}:1", "is not the config.json of a run"),
+    (edit_json(CONFIG, lr="fast"), "", f"{CONFIG}:1", "\"lr\" must be float, not 'fast'"),
+    (edit_json(CONFIG, K=2.5), "", f"{CONFIG}:1", '"K" must be int, not 2.5'),
+    (edit_json(CONFIG, lr=10**400), "", f"{CONFIG}:1", "int too large"),
+    (
+        edit_json(CONFIG, colour="red"), "", f"{CONFIG}:1",
+        "unexpected keyword argument 'colour'",
+    ),
+    (
+        edit_json(CONFIG, batch_size=-3), "", f"{CONFIG}:1",
+        "--batch-size must be positive, not -3",
+    ),
+    (
+        do_nothing, "--lr 7", f"{CONFIG}:1",
+        "the run was started with --lr 0.002, not with --lr 7.0",
+    ),
+    (
+        do_nothing, "--stage rl", f"{CONFIG}:1",
+        "the run was started with --stage sft, not with --stage rl",
+    ),
+    (remove_checkpoints, "", "checkpoints:0", "holds no checkpoint to resume from"),
+    (overwrite(METRICS, b'{"step": 1}\n{"st\n{"step": 2}\n'), "", f"{METRICS}:2", NOT_A_RECORD),
+    (overwrite(METRICS, b'{"loss": 1}\n'), "", f"{METRICS}:1", NOT_A_RECORD),
+    (overwrite(METRICS, b"[" * 100_000 + b"\n"), "", f"{METRICS}:1", NOT_A_RECORD),
+    (overwrite(METRICS, b"7\n"), "", f"{METRICS}:1", NOT_A_RECORD),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("damage, options, file, reason", BAD_FOLDERS)
+def test_folders_to_resume_from(damage, options, file, reason, finished, refused, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    harm(tmp_path / "run")
-    refused(train.main, ["--resume", "--out", "run", *options.split()], f"run/{file}: ", reason)
+    damage(tmp_path / "run")
+    argv = ["--resume", "--out", "run", *options.split()]
+    refused(train.main, argv, f"run/{file}: ", reason)
 
 
-def test_a_run_of_which_no_checkpoint_is_whole(finished, tmp_path, capsys):
+def test_a_run_without_an_intact_checkpoint(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
-    all_checkpoints(without("model.safetensors"))(tmp_path / "run")
+    for folder in checkpoints(tmp_path / "run"):
+        (folder / WEIGHTS).unlink()
     go("--resume", "--out", tmp_path / "run", expect=2)
     *warnings, error = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 2 and error == f"{tmp_path}/run/checkpoints:0: no checkpoint is whole; start anew in another --out"
+    assert len(warnings) == 2
+    assert error == (
+        f"{tmp_path}/run/checkpoints:0: no checkpoint is intact; start again in another --out"
+    )
 
 
 def test_half_a_last_line_of_metrics_is_what_a_crash_leaves(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as f:
+    metrics = tmp_path / "run" / METRICS
+    with metrics.open("a") as f:
         f.write('{"step": 16, "lo')
     go("--resume", "--out", tmp_path / "run")
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    assert metrics.read_text() == (finished / METRICS).read_text()
 
 
-def test_folders_that_cannot_be_used(finished, refused, tmp_path):
-    refused(train.main, [*TINY, "--out", finished], f"{finished}:0: ", "holds a run already; add --resume")
+def test_a_folder_that_holds_a_run_is_not_overwritten(finished, refused):
+    argv = [*TINY, "--out", finished]
+    refused(train.main, argv, f"{finished}:0: ", "already holds a run; add --resume")
+
+
+@pytest.mark.parametrize(
+    "out, reason",
+    [
+        ("file", "cannot be written (File exists)"),
+        ("x" * 300, "cannot be written (File name too long)"),
+        ("file/below", "cannot be written (Not a directory)"),
+    ],
+)
+def test_paths_that_cannot_be_a_folder(out, reason, refused, tmp_path):
     (tmp_path / "file").write_text("")
-    refused(train.main, [*TINY, "--out", "file"], "file:0: ", "cannot be written (File exists)")
-    refused(train.main, [*TINY, "--out", "x" * 300], "x" * 300, "cannot be written (File name too long)")
-    refused(sample.main, ["--run", "x" * 300, "Q"], "x" * 300, "cannot be used (File name too long)")
-    refused(train.main, [*TINY, "--out", "file/below"], "file/below:0: ", "cannot be written (Not a directory)")
-    cfg = options.parse(["--out", "shared"], "")
+    refused(train.main, [*TINY, "--out", out], f"{out}:0: ", reason)
+
+
+def test_a_path_too_long_for_sample(refused):
+    path = "x" * 300
+    refused(sample.main, ["--run", path, "Q"], path, "cannot be used (File name too long)")
+
+
+def test_one_process_at_a_time_writes_into_a_folder(refused, tmp_path):
+    shared = tmp_path / "shared"
+    cfg = options.parse(["--out", str(shared)], "")
     for _ in range(2):
-        with folder.claim(cfg):
-            assert Path("shared").is_dir()
-            refused(train.main, [*TINY, "--out", "shared"], "shared:0: ", "another process is writing into this folder")
-            assert Path("shared").is_dir()
-        assert not Path("shared").exists()
-    Path("mine").mkdir()
-    refused(train.main, [*TINY, "--data", "nowhere", "--out", "mine"], "nowhere:0: ", "cannot be read")
-    assert Path("mine").is_dir()
+        with claim_folder(cfg):
+            assert shared.is_dir()
+            argv = [*TINY, "--out", "shared"]
+            refused(train.main, argv, "shared:0: ", "another process is writing into this folder")
+            assert shared.is_dir()
+        assert not shared.exists()  # nothing was written into it
+
+
+def test_an_empty_folder_that_the_user_made_stays(refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    argv = [*TINY, "--data", "nowhere", "--out", "mine"]
+    refused(train.main, argv, "nowhere:0: ", "cannot be read")
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_rl_needs_a_model_that_thinks_in_latents(refused, tmp_path):
     go(*TINY, "--method", "cot", "--out", tmp_path / "cot")
     for init in ("cot", MODEL):
-        refused(train.main, [*TINY_RL, "--init", init, "--out", "rl"], f"{init}:0: ", "start --stage rl from an SFT run of --method atp")
-
-
-def test_padding_and_truncation_that_a_tokenizer_file_asks_for_are_not_ours(tmp_path):
-    shutil.copytree(MODEL, tmp_path / "model")
-    raw = Tokenizer.from_file(str(MODEL / TOKENIZER))
-    raw.enable_padding(length=50)
-    raw.enable_truncation(3)
-    raw.save(str(tmp_path / "model" / TOKENIZER))
-    text = "Ann has 5 pens. Ann buys 7."
-    assert load_model(tmp_path / "model")[1].encode(text) == load_model(MODEL)[1].encode(text)
+        argv = [*TINY_RL, "--init", init, "--out", "rl"]
+        reason = "start --stage rl from an SFT run of --method atp"
+        refused(train.main, argv, f"{init}:0: ", reason)

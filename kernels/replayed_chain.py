@@ -1,0 +1,245 @@
+"""The chain of latents (minatp/chain.py) on a GPU: one CUDA graph forward, one backward.
+
+With autograd, a GPU would wait for Python most of the time that the chain takes. Here
+
+    forward    runs the same loop without autograd. Each latent is read by a replay of one graph
+               (kernels/graph.py). h_t is kept for every t; the cache keeps the keys and values.
+    backward   for t = n−1 … 0 computes latent t once more from h_t, with autograd, and sends the
+               gradient back through it. This too is one graph, replayed for every t.
+
+The price is reading the weights once more for each latent: 2N bytes forward and 4N backward (bf16,
+N weights), where autograd reads 2N and 2N.
+
+The loop is passed in, so nothing here imports minatp. Of the model it needs `propose`, and `policy`
+with its `step`.
+"""
+
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .graph import ReplayedStep
+from .linear import CallBuffers
+
+
+class Chain(NamedTuple):
+    """What is to run: `loop` and its arguments, except h."""
+
+    loop: Any  # (model, h, plan, feed) -> hidden states, latent, n_latent: chain.latent_loop
+    model: Any
+    cache: Any  # a StepCache, which holds the prompt
+    plan: Any  # minatp.chain.Plan
+
+
+def run(loop, model, h, cache, plan):
+    """Walk the chain from h (B, D), with the gradients that `loop` has under autograd.
+
+    Returns the fields of its Latent, each (B, n_candidate, …) or None, and n_latent (B,).
+    """
+    n_layer = len(cache.threads)
+    chain = Chain(loop, model, cache, plan)
+    outputs = ReplayedChain.apply(chain, h, *cache.threads, *chain_weights(model))
+    *fields, n_latent = outputs[:-n_layer]
+    cache.threads = list(outputs[-n_layer:])
+    return fields, n_latent
+
+
+# ---- the part of the model that a latent passes through ------------------------------------------
+
+
+def chain_modules(model):
+    """π's layers and final norm, and whatever lies between its hidden state and z."""
+    not_passed = ("policy", "decoder", "stop_head")
+    heads = [module for name, module in model.named_children() if name not in not_passed]
+    return [*model.policy.model["layers"], model.policy.model["norm"], *heads]
+
+
+def chain_weights(model):
+    return [p for module in chain_modules(model) for p in module.parameters()]
+
+
+@contextmanager
+def replaced_parameters(modules, replacements):
+    """Inside, the parameters in {parameter: tensor} are the tensors."""
+    places = []
+    for root in modules:
+        for module in root.modules():
+            for name, p in module._parameters.items():
+                if p in replacements:
+                    places.append((module._parameters, name, p))
+
+    for parameters, name, p in places:
+        parameters[name] = replacements[p]
+    try:
+        yield
+    finally:
+        for parameters, name, p in places:
+            parameters[name] = p
+
+
+# ---- the chain as one node of autograd -----------------------------------------------------------
+
+
+class ReplayedChain(torch.autograd.Function):
+    """(chain, h, threads of the cache, weights) -> the latent's fields, n_latent, threads.
+
+    The threads pass through this node, so autograd runs it in order with the nodes of the columns
+    before and after the chain (kernels/cache.py).
+    """
+
+    @staticmethod
+    def forward(ctx, chain, h, *threads_and_weights):
+        loop, model, cache, plan = chain
+        n_own = cache.n_own.clone()  # before the chain
+
+        def read_column(z, is_fed):
+            return model.policy.step(z, is_fed, cache)
+
+        def feed(z, is_fed):
+            return cache.step(read_column, z, is_fed).clone()  # the next replay overwrites it
+
+        hidden, latent, n_latent = loop(model, h, plan, feed)
+
+        # what the backward pass needs, besides the columns in the cache
+        n_latent = n_latent.clone()
+        ctx.mark_non_differentiable(n_latent)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(torch.stack(hidden), n_latent, n_own, plan.eps)
+        ctx.model = model
+        ctx.cache = cache.fork()
+        ctx.L = plan.L
+        ctx.spread = plan.spread
+        ctx.autocast = autocast_state(h.device)
+        threads = [h.new_empty(()) for _ in cache.threads]
+        return *latent, n_latent, *threads
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        hidden, n_latent, n_own, eps = ctx.saved_tensors  # hidden (n_candidate, B, D)
+        n_layer = len(ctx.cache.threads)
+        d_threads = upstream[-n_layer:]
+        d_latent = upstream[: -n_layer - 1]  # in between is n_latent's, None
+
+        # for every column: gradients of the fields that a loss used (z, and in SFT the KL), then ε
+        used = [i for i, grad in enumerate(d_latent) if grad is not None]
+        per_column = [d_latent[i] for i in used]
+        if eps is not None:
+            per_column.append(eps)
+        per_column = [x.transpose(0, 1).contiguous() for x in per_column]  # (n_candidate, B, …)
+
+        # one latent at a time, the last one first
+        again = RecomputedLatent(ctx.model, ctx.cache, ctx.spread, used, n_candidate=len(hidden))
+        replayed = ReplayedStep()
+        dh = torch.zeros_like(hidden[0])
+        with torch.autocast(**ctx.autocast):
+            for t in reversed(range(len(hidden))):
+                again.buffers.index.fill_(t)
+                column = [x[t] for x in per_column]
+                if t < ctx.L:
+                    is_fed = t < n_latent
+                    n_before = n_own + n_latent.clamp(max=t)
+                    dh = replayed(again.fed, hidden[t], dh, is_fed, n_before, *column)
+                elif used:
+                    dh = again.proposed(hidden[t], dh, *column)
+
+        weights = chain_weights(ctx.model)
+        gradients = again.weight_gradients()
+        return None, dh, *d_threads, *(gradients.get(p) for p in weights)
+
+
+def autocast_state(device):
+    """The arguments of torch.autocast that restore its present state."""
+    kind = device.type
+    dtype = torch.get_autocast_dtype(kind)
+    return dict(device_type=kind, dtype=dtype, enabled=torch.is_autocast_enabled(kind))
+
+
+class RecomputedLatent:
+    """The backward pass of one latent, which computes the latent once more.
+
+    Serves every latent of a chain; the gradients of the weights add up here.
+    """
+
+    def __init__(self, model, cache, spread, used, n_candidate):
+        """used: the indices of the latent's fields that have a gradient."""
+        self.model = model
+        self.cache = cache
+        self.spread = spread
+        self.used = used
+        self.modules = chain_modules(model)
+
+        # large weights: x and dy of every latent are stored, for one product at the end
+        self.buffers = CallBuffers(self.modules, n_candidate, cache.n_own.device)
+        # all other weights: summed latent by latent
+        self.sums = {}
+        for p in chain_weights(model):
+            if p.requires_grad and p not in self.buffers.parameters:
+                self.sums[p] = torch.zeros_like(p)
+
+    def fed(self, h, dh_next, is_fed, n_own, *column):
+        """The gradient of h_t (B, D), for a latent that was fed.
+
+        dh_next (B, D): the gradient of h_{t+1}. is_fed (B,): the rows that read z_t. n_own (B,):
+        own columns before it. column: the used fields' gradients (B, …), then ε_t if there is.
+        """
+        return self.gradient(h, column, (dh_next, is_fed, n_own))
+
+    def proposed(self, h, dh_next, *column):
+        """The same for a candidate that was not fed: the loop's next h is h_t itself."""
+        return self.gradient(h, column) + dh_next
+
+    def gradient(self, h, column, fed=None):
+        """Compute latent t once more, and send its gradients back -> the gradient of h_t.
+
+        fed: the arguments of `feed` after z, if z_t was fed.
+        """
+        n_used = len(self.used)
+        grads = list(column[:n_used])
+        noise = column[n_used:]
+
+        # fresh leaves: a parameter's own node in autograd runs on the stream of the forward pass,
+        # and leaving this stream would break the recording
+        h = h.detach().requires_grad_()
+        leaves = {p: p.detach().requires_grad_() for p in self.sums}
+
+        with (
+            torch.enable_grad(),
+            self.buffers.recording(),
+            replaced_parameters(self.modules, leaves),
+        ):
+            latent = self.model.propose(h, *noise, spread=self.spread)
+            outputs = [latent[i] for i in self.used]
+            if fed is not None:
+                next_outputs, next_grads = self.feed(latent.z, *fed)
+                outputs += next_outputs
+                grads += next_grads
+            inputs = [h, *leaves.values()]
+            dh, *d_leaves = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
+
+        for total, grad in zip(self.sums.values(), d_leaves):
+            if grad is not None:
+                total += grad
+        return dh
+
+    def feed(self, z, dh_next, is_fed, n_own):
+        """Feed z_t as the forward pass did -> h_{t+1} and the threads, and their gradients."""
+        # n_own goes back to where it stood before column t, so that the column's keys and values
+        # are computed and written once more. Later columns have had their backward pass by now,
+        # and a step reads earlier columns only.
+        cache = self.cache
+        cache.n_own.copy_(n_own)
+        cache.threads = [dh_next.new_empty((), requires_grad=True) for _ in cache.threads]
+        h_next = self.model.policy.step(z, is_fed, cache)
+
+        # a thread's gradient holds no number, but its path makes autograd run the cache's nodes
+        d_threads = [torch.empty_like(thread) for thread in cache.threads]
+        return [h_next, *cache.threads], [dh_next, *d_threads]
+
+    def weight_gradients(self):
+        """{parameter: its gradient} over all latents."""
+        # the threads hold the graph of the last latent, and so all of the buffers
+        self.cache.threads = [None] * len(self.cache.threads)
+        return self.sums | self.buffers.gradients()
