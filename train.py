@@ -297,6 +297,7 @@ def policy_gradients(run, explored, advantage, informative, old):
                     loss = loss + cfg.kl * kl / n_informative
             old = old_logp, start
         loss.backward()
+        run.doing = run.between_batches
     total = distributed.all_reduce({"loss": loss.detach()}, device)["loss"]
     return total, old, distributed.all_reduce(metrics, device, weight=len(rows))
 

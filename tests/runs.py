@@ -1,4 +1,5 @@
-"""Small runs for tests: in this process, or in one that can be killed; and what of a run must be the same after any accident."""
+"""Small runs for the tests: options, what two runs must agree on, and processes to kill."""
+
 import json
 import multiprocessing
 import os
@@ -8,90 +9,141 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 import train
-from minatp import checkpoint, config
+from minatp.run import checkpoint
+from minatp.run.errors import guarded
+from minatp.run.huggingface import load_model
+from minatp.run.saved import checkpoints, newest_checkpoint
 
-MODEL = Path(__file__).parent / "fixtures" / "conformance" / "policy"  # of Hugging Face's kind
+# A small model that another program has saved
+MODEL = Path(__file__).parent / "fixtures" / "conformance" / "policy"
+
+# A problem in a file
 GOOD = '{"question": "q", "steps": ["<<1+1=2>>"], "answer": "2"}'
-TINY = ("--n-layer 1 --n-head 2 --n-kv-head 1 --n-embd 16 --n-inner 24 --decoder-layers 1 --K 2 --labelled 60 --answers 20 --val-size 4 --test-size 6 "
-        "--batch-size 4 --epochs .27 --log-every 2 --save-every 1 --device cpu").split()
-TAUGHT = [*TINY, *"--lr .02 --warmup 5 --epochs .2,.2,.2,2 --save-every 100".split()]  # writes answers, some in form: RL has a signal
-TINY_RL = ("--stage rl --labelled 60 --answers 20 --val-size 4 --test-size 6 --batch-size 4 --G 4 --updates 12 --log-every 5 "
-           "--save-every 1 --val-every 4 --lr .003 --anchor 0.5 --kl 0.01 --device cpu").split()
+
+# SFT: 4 stages of 4 steps, one checkpoint a step
+TINY = (
+    "--n-layer 1 --n-head 2 --n-kv-head 1 --n-embd 16 --n-inner 24 --decoder-layers 1 --K 2 "
+    "--labelled 60 --answers 20 --val-size 4 --test-size 6 --batch-size 4 "
+    "--epochs .27 --log-every 2 --save-every 1 --device cpu"
+).split()
+
+# SFT until some of the model's answers have the right form, so that RL finds rewards that differ
+TAUGHT = [*TINY, *"--lr .02 --warmup 5 --epochs .2,.2,.2,2 --save-every 100".split()]
+
+# RL: 12 steps, one checkpoint a step; needs --init
+TINY_RL = (
+    "--stage rl --labelled 60 --answers 20 --val-size 4 --test-size 6 --batch-size 4 "
+    "--G 4 --updates 12 --log-every 5 --save-every 1 --val-every 4 "
+    "--lr .003 --anchor 0.5 --kl 0.01 --device cpu"
+).split()
 
 
 def go(*argv, expect=0):
-    """train.py in this process."""
+    """Run train.py in this process and check its exit code."""
     assert guarded(train.main, [str(a) for a in argv]) == expect
 
 
+# ---- what a run must end with --------------------------------------------------------------------
+
+TIMED = ("seconds", "tokens_per_second", "test_seconds")
+
+
 def facts(out):
-    """What a run of the same options must end with, to the bit: every file of the model and of AdamW, every number told."""
-    timed = ("seconds", "tokens_per_second", "test_seconds")
+    """What two runs with the same options must agree on, to the bit.
 
-    def exact(x):
-        if isinstance(x, dict):
-            return {k: exact(v) for k, v in x.items() if k not in timed}
-        return [exact(v) for v in x] if isinstance(x, list) else x.hex() if isinstance(x, float) else x
+    These are the hash of every file of the model and of the optimizer, and every number in
+    state.json, summary.json and metrics.jsonl, except for times.
+    """
+    last = f"checkpoints/{checkpoints(out)[-1].name}"
+    files = {}
+    for folder in ("final", last):
+        for name, digest in read_json(out / folder / "manifest.json")["sha256"].items():
+            files[folder, name] = digest
+    assert (last, "optimizer.safetensors") in files
+    del files[last, "state.json"]  # its hash depends on times
 
-    read = lambda path: json.loads((out / path).read_text())
-    last = checkpoint.checkpoints(out)[-1].name
-    files = {(d, name): h for d in ("final", f"checkpoints/{last}") for name, h in read(f"{d}/manifest.json")["sha256"].items()}
-    assert (f"checkpoints/{last}", "optimizer.safetensors") in files
-    del files[f"checkpoints/{last}", "state.json"]  # it holds seconds
-    return {"files": files, "state": exact(read(f"checkpoints/{last}/state.json")), "summary": exact(read("summary.json")),
-            "metrics": [exact(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()]}
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "files": files,
+        "state": exact(read_json(out / last / "state.json")),
+        "summary": exact(read_json(out / "summary.json")),
+        "metrics": [exact(record) for record in records],
+    }
 
 
-# ---- processes ----------------------------------------------------------------------------------------------------------
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def exact(value):
+    """A JSON value without times, and with every bit of its floats."""
+    if isinstance(value, dict):
+        return {name: exact(inner) for name, inner in value.items() if name not in TIMED}
+    if isinstance(value, list):
+        return [exact(inner) for inner in value]
+    if isinstance(value, float):
+        return value.hex()
+    return value
+
+
+# ---- what each training step works on ------------------------------------------------------------
+
+
+@contextmanager
+def watched(stage):
+    """Yield a list to which each training step appends its problems, curriculum stage and chance.
+
+    No step may use the global random generator: chance follows from the seed and the number of the
+    step, so that a resumed run has the same.
+    """
+    name, describe = {
+        "sft": ("sft_gradients", describe_sft_step),
+        "rl": (
+            "rollout",
+            describe_rl_step,
+        ),  # validations have a rollout of their own, in evaluate.py
+    }[stage]
+    real = getattr(train, name)
+    steps, global_states = [], []
+
+    def watch(*args):
+        steps.append(describe(*args))
+        global_states.append(torch.get_rng_state())
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, name, watch)
+        yield steps
+    assert all(torch.equal(state, global_states[0]) for state in global_states)
+
+
+def describe_sft_step(run, problems, stage, step):
+    """The noise follows from the number of the step."""
+    return [row.source for row in problems], stage, step
+
+
+def describe_rl_step(model, prompt, prompt_mask, max_new, noise, group):
+    return prompt.tolist(), model.stage, float(noise.eps.sum()).hex()
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
 
 def processes():
-    """Where processes come from: a server that has imported everything once and forks."""
+    """The multiprocessing context of the tests: a server imports everything once, then forks."""
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["runs", "torch._dynamo"])
     return context
 
 
-def into(log):
-    """Send what this process writes to a file."""
-    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-
-
-def training(argv, log, largest_file=None, pause=0.0):
-    """The body of a process: train.py with argv. largest_file: bytes, as a full disk would refuse more; pause: seconds a step."""
-    into(log)
-    if largest_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-    gradients = train.sft_gradients
-    train.sft_gradients = lambda *a, **k: (time.sleep(pause), gradients(*a, **k))[1]
-    sys.exit(guarded(train.main, [str(a) for a in argv]))
-
-
-def writing(start, out, log, acknowledge):
-    """The body of a process that does nothing but save: step n fills the first parameter with n. It tells (n, seconds it took)."""
-    into(log)
-    model, tokenizer = load_model(start)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    found = checkpoint.checkpoints(out) and checkpoint.newest_checkpoint(out)
-    step = checkpoint.restore(found, model, optimizer)["step"] if found else 0
-    p = next(model.parameters())
-    while True:
-        step += 1
-        with torch.no_grad():
-            p.fill_(float(step))
-        began = time.perf_counter()
-        checkpoint.save_checkpoint(out, {"step": step}, model, tokenizer, optimizer)
-        acknowledge.send((step, time.perf_counter() - began))
-
-
 @contextmanager
 def process(context, body, *args):
-    """A running process; killed at the end, if it still runs."""
+    """Run body(*args) in a process of its own, which is killed at the end if it still runs."""
     p = context.Process(target=body, args=args)
     p.start()
     try:
@@ -99,3 +151,50 @@ def process(context, body, *args):
     finally:
         p.kill()
         p.join()
+
+
+def into(log):
+    """Redirect stdout and stderr of this process to a file."""
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+
+
+def training(argv, log, largest_file=None, pause=0.0):
+    """Body of a process: train.py.
+
+    largest_file: bytes; writing a larger file fails, as on a full disk. pause: seconds a step.
+    """
+    into(log)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    real_gradients = train.sft_gradients
+
+    def slow_gradients(*args, **kwargs):
+        time.sleep(pause)
+        return real_gradients(*args, **kwargs)
+
+    train.sft_gradients = slow_gradients
+    sys.exit(guarded(train.main, [str(a) for a in argv]))
+
+
+def writing(start, out, log, acknowledge):
+    """Body of a process: save checkpoints without end, and send (step, seconds) after each.
+
+    In the checkpoint of step n every number of the first parameter is n. The steps continue from
+    the newest checkpoint in `out`, if there is one. start: folder of the model.
+    """
+    into(log)
+    model, tokenizer = load_model(start)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    step = 0
+    if checkpoints(out):
+        step = checkpoint.restore(newest_checkpoint(out), model, optimizer)["step"]
+    first_parameter = next(model.parameters())
+    while True:
+        step += 1
+        with torch.no_grad():
+            first_parameter.fill_(float(step))
+        start_time = time.perf_counter()
+        checkpoint.save_checkpoint(out, {"step": step}, model, tokenizer, optimizer)
+        acknowledge.send((step, time.perf_counter() - start_time))

@@ -1,4 +1,13 @@
-"""Checkpoints."""
+"""A run's models on disk: final/, and the checkpoints that a stopped run resumes from.
+
+    OUT/final                    the trained model, as huggingface.save_model writes it
+    OUT/checkpoints/00000500     the same after 500 steps, and also
+        optimizer.safetensors      the optimizer's moments
+        state.json                 the step, the seconds so far, the unfinished averages of the log
+
+A checkpoint is a model too: --init and sample.py accept it. Only rank 0 writes, and saved.py makes
+each folder appear all at once.
+"""
 
 import json
 import re
@@ -12,72 +21,93 @@ from .errors import UserError
 from .huggingface import read_json, read_tensors, save_model
 from .saved import checkpoints, write_folder
 
-
-def n_bytes(model, optimizer=None):
-    """Bytes on disk of a model's parameters and of the optimizer's moments, with a MiB for the tokenizer, JSON and half-filled blocks."""
-    moments = (v for state in optimizer.state.values() for v in state.values()) if optimizer else ()
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *moments)) + 2**20
+KEEP = 2  # checkpoints
 
 
 def save_final(out, model, tokenizer):
-    """out/final: the directory that `save` writes, by rank 0 alone. Raises NotWritten."""
-    if distributed.RANK:
+    """Write out/final. Raises NotWritten."""
+    if distributed.RANK > 0:
         return
-    write_folder(Path(out) / "final", lambda tmp: save_model(tmp, model, tokenizer), n_bytes(model))
+
+    def write(folder):
+        save_model(folder, model, tokenizer)
+
+    write_folder(Path(out) / "final", write, bytes_on_disk(model))
 
 
-def save_checkpoint(out, state, model, tokenizer, optimizer, keep=2):
-    """out/checkpoints/{step}: the directory that `save` writes, the optimizer's moments and `state` (JSON: step, seconds …).
+def save_checkpoint(out, state, model, tokenizer, optimizer):
+    """Write out/checkpoints/{step} and remove all but the last KEEP checkpoints.
 
-    The last `keep` are kept; older ones are removed, and newer ones, which a resume has found broken; what has another name, say a
-    copy that a user made, stays. A checkpoint serves --init and sample.py as well as --resume. Rank 0 alone writes. Raises NotWritten.
+    state: what else a resumed run needs, as JSON: "step" and more. Raises NotWritten.
     """
-    if distributed.RANK:
+    if distributed.RANK > 0:
         return
 
-    def write(tmp):
-        save_model(tmp, model, tokenizer)
-        save_file(
-            {
-                f"{n}/{k}": v.cpu().contiguous()
-                for n, p in model.named_parameters()
-                for k, v in optimizer.state.get(p, {}).items()
-            },
-            tmp / "optimizer.safetensors",
-        )
-        (tmp / "state.json").write_text(json.dumps(state) + "\n")
+    def write(folder):
+        save_model(folder, model, tokenizer)
+        save_file(named_moments(model, optimizer), folder / "optimizer.safetensors")
+        (folder / "state.json").write_text(json.dumps(state) + "\n")
 
     new = Path(out) / "checkpoints" / f"{state['step']:08d}"
-    write_folder(new, write, n_bytes(model, optimizer))
-    kept = [c for c in checkpoints(out) if c <= new][-keep:]
-    ours = {
-        c
-        for c in new.parent.iterdir()
-        if re.fullmatch(r"\d{8}(\.tmp|\.old)?", c.name) and c.is_dir()
-    }
-    for other in sorted(
-        ours - set(kept), reverse=True
-    ):  # what a crash left of a name, then the name
-        shutil.rmtree(
-            other if other.suffix else other.rename(other.with_suffix(".old"))
-        )  # never half a checkpoint
+    write_folder(new, write, bytes_on_disk(model, optimizer))
+    remove_other_checkpoints(new)
+
+
+def named_moments(model, optimizer):
+    """Return {"parameter/moment": tensor on the CPU} of the optimizer's state."""
+    moments = {}
+    for name, p in model.named_parameters():
+        for moment, value in optimizer.state.get(p, {}).items():
+            moments[f"{name}/{moment}"] = value.cpu().contiguous()
+    return moments
+
+
+def bytes_on_disk(model, optimizer=None):
+    """Estimate the size of a saved model, with the optimizer's moments if there is one."""
+    tensors = list(model.parameters())
+    if optimizer:
+        for state in optimizer.state.values():
+            tensors += state.values()
+    rest = 2**20  # the tokenizer, JSON and partly filled blocks
+    return sum(t.numel() * t.element_size() for t in tensors) + rest
+
+
+def remove_other_checkpoints(new):
+    """Remove all but the last KEEP checkpoints up to `new`, and the remains of interrupted writes.
+
+    Newer checkpoints are removed as well: they are broken, or the run would have resumed from them.
+    """
+    # A user's own folders and files are neither counted nor removed
+    kept = [folder for folder in checkpoints(new.parents[1]) if folder <= new][-KEEP:]
+    others = []
+    for folder in new.parent.iterdir():
+        is_ours = re.fullmatch(r"\d{8}(\.tmp|\.old)?", folder.name) and folder.is_dir()
+        if is_ours and folder not in kept:
+            others.append(folder)
+
+    # Rename before removing, so that after a kill no half-removed folder has a checkpoint's name.
+    # NAME.old and NAME.tmp come before NAME, which then takes the free name NAME.old
+    for folder in sorted(others, reverse=True):
+        if not folder.suffix:
+            folder = folder.rename(folder.with_suffix(".old"))
+        shutil.rmtree(folder)
 
 
 def restore(folder, model, optimizer):
-    """Put the moments of a checkpoint's folder into optimizer; returns the checkpoint's state. Raises UserError."""
+    """Load a checkpoint's moments into the optimizer; return its state.json. Raises UserError."""
     moments, file = read_tensors(folder, "optimizer")
-    for n, p in model.named_parameters():
-        mine = {
-            k: moments.pop(f"{n}/{k}")
-            for k in ("step", "exp_avg", "exp_avg_sq", "momentum")
-            if f"{n}/{k}" in moments
-        }
-        if mine:
-            optimizer.state[p] = {
-                k: v.to(p.device) for k, v in mine.items()
-            }  # the step as well: fused AdamW counts on the device
+    for name, p in model.named_parameters():
+        state = {}
+        for moment in ("step", "exp_avg", "exp_avg_sq", "momentum"):
+            key = f"{name}/{moment}"
+            if key in moments:
+                # also AdamW's step, which the fused version counts on the device
+                state[moment] = moments.pop(key).to(p.device)
+        if state:
+            optimizer.state[p] = state
     if moments:
         raise UserError(
-            f"{file}:0: tensor {min(moments)} belongs to no parameter of this model; the checkpoint is of another run"
+            f"{file}:0: tensor {min(moments)} belongs to no parameter of this model; the "
+            "checkpoint is from another run"
         )
     return read_json(Path(folder) / "state.json")

@@ -1,12 +1,23 @@
-"""Hugging Face directories."""
+"""Models in and out of Hugging Face directories: safetensors and JSON only, never a pickle.
+
+A saved model is a directory that other programs can load. The parts that they do not know, the
+heads and the decoder, are in minatp/:
+
+    DIR/           config.json  model.safetensors  tokenizer.json
+                   tokenizer_config.json  generation_config.json
+    DIR/minatp/    config.json  heads.safetensors  decoder.safetensors
+
+A directory without minatp/ is a plain LLaMA, which gets new heads. saved.py writes such directories
+safely; checkpoint.py adds the state of the optimizer.
+"""
 
 import json
 from pathlib import Path
 
+import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-import tokenizers
 
 from ..latent import ATP
 from ..llama import LlamaConfig
@@ -14,125 +25,213 @@ from ..tokenizer import START, Tokenizer
 from .errors import UserError
 from .saved import locate
 
-KEPT = (
-    "tokenizer_config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-)  # come with a tokenizer and go where it goes
+# Files that belong to a tokenizer: a model that is saved again keeps them unchanged
+TOKENIZER_FILES = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 
 
 def read_json(path):
-    """The object in a JSON file. Raises UserError naming file and line."""
+    """Return the object in a JSON file. Raises UserError with file and line."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(
-            f"{path}:0: cannot be read ({e.strerror}); is this a Hugging Face directory or a run's folder?"
-        )
-    except (
-        ValueError,
-        RecursionError,
-    ) as e:  # also bytes that are no text, and nesting without end
+            f"{path}:0: cannot be read ({e.strerror}); is this a Hugging Face directory or a run's "
+            "folder?"
+        ) from None
+    except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or nested too deeply
+        line = getattr(e, "lineno", 1)
         raise UserError(
-            f"{path}:{getattr(e, 'lineno', 1)}: is not valid JSON ({e}); the file may be truncated"
-        )
+            f"{path}:{line}: is not valid JSON ({e}); the file may be truncated"
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path}:1: must be a JSON object, not {type(value).__name__}")
     return value
 
 
-# ---- config.json --------------------------------------------------------------------------------------------------------
+# ---- config.json ---------------------------------------------------------------------------------
+
+
+class ConfigFile:
+    """A config.json whose fields are checked when they are read. The methods raise UserError."""
+
+    def __init__(self, path):
+        self.path = path
+        self.fields = read_json(path)
+
+    def error(self, text):
+        """A UserError about this file."""
+        return UserError(f"{self.path}:1: {text}")
+
+    def field(self, name, default):
+        """The value of a field, whatever its type. A field without a default must be there."""
+        value = self.fields.get(name, default)
+        if value is None and default is None:
+            raise self.error(f'"{name}" is missing; this does not look like a LLaMA\'s config.json')
+        return value
+
+    def require(self, name, value, types):
+        """Check the type of a value. To Python True is an int; here it is not."""
+        is_wrong_bool = isinstance(value, bool) and bool not in types
+        if is_wrong_bool or not isinstance(value, types):
+            names = " or ".join(t.__name__ for t in types)
+            raise self.error(f'"{name}" must be {names}, not {value!r}')
+
+    def require_positive(self, name, value):
+        if not 0 < value < 2**31:
+            raise self.error(f'"{name}" must be positive, and below 2^31, not {value!r}')
+
+    def boolean(self, name, default):
+        value = self.field(name, default)
+        self.require(name, value, (bool,))
+        return value
+
+    def size(self, name, default=None):
+        """A positive int."""
+        value = self.field(name, default)
+        self.require(name, value, (int,))
+        self.require_positive(name, value)
+        return value
+
+    def number(self, name, default):
+        """A positive float; an int will do."""
+        value = self.field(name, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            self.require(name, value, (float,))
+        self.require_positive(name, value)
+        return float(value)
+
+    def token_id(self, name):
+        value = self.field(name, None)
+        self.require(name, value, (int,))
+        return value
+
+    def token_ids(self, name):
+        """One id or a list of ids -> tuple."""
+        value = self.field(name, -1)
+        self.require(name, value, (int, list))
+        return tuple(value) if isinstance(value, list) else (value,)
 
 
 def read_config(path):
-    """A LLaMA config.json, either spelling of RoPE (rope_theta + rope_scaling, or rope_parameters) -> LlamaConfig."""
-    j = read_json(path)
+    """Read a LLaMA's config.json -> LlamaConfig. Raises UserError if llama.py cannot compute it."""
+    file = ConfigFile(path)
+    check_architecture(file)
+    rope_theta, rope_scaling = read_rope(file)
 
-    def get(name, kind, default=None):
-        value = j.get(name, default)
-        if value is None and default is None:
-            raise UserError(
-                f'{path}:1: "{name}" is missing; this does not look like a LLaMA\'s config.json'
-            )
-        if not isinstance(value, (int, float) if kind is float else kind) or (
-            kind is not bool and isinstance(value, bool)
-        ):
-            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise UserError(f'{path}:1: "{name}" must be {names}, not {value!r}')
-        if kind in (int, float) and not 0 < value < 2**31 and not name.endswith("token_id"):
-            raise UserError(f'{path}:1: "{name}" must be positive, and below 2^31, not {value!r}')
-        return float(value) if kind is float else value
-
-    if j.get("model_type", "llama") != "llama":
-        raise UserError(f'{path}:1: "model_type" is {j["model_type"]!r}; only llama can be loaded')
-    for name, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if j.get(name, expected) != expected:
-            raise UserError(f'{path}:1: "{name}" is {j[name]!r}; only {expected!r} is supported')
-    rope = j.get("rope_parameters") or j.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}:1: the parameters of RoPE must be an object, not {rope!r}")
-    rope = dict(rope)
-    theta = rope.pop("rope_theta", None) or j.get("rope_theta") or 10000.0
-    if type(theta) not in (int, float) or not 0 < theta < 2**63:
-        raise UserError(f'{path}:1: "rope_theta" must be a positive number, not {theta!r}')
-    kind = rope.get("rope_type", rope.pop("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(
-            f"{path}:1: RoPE of type {kind!r} is not supported; only default and llama3"
-        )
-    missing = [
-        k
-        for k in (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        )
-        if kind == "llama3" and not (type(rope.get(k)) in (int, float) and 0 < rope[k] < 2**63)
-    ]
-    if missing:
-        raise UserError(f'{path}:1: the llama3 RoPE scaling lacks a positive number "{missing[0]}"')
-    n_head, D = get("num_attention_heads", int), get("hidden_size", int)
-    eos = get("eos_token_id", (int, list), -1)
+    # Optional fields have the defaults of transformers
+    n_head = file.size("num_attention_heads")
+    n_embd = file.size("hidden_size")
+    eos = file.token_ids("eos_token_id")
     cfg = LlamaConfig(
-        vocab_size=get("vocab_size", int),
-        n_layer=get("num_hidden_layers", int),
+        vocab_size=file.size("vocab_size"),
+        n_layer=file.size("num_hidden_layers"),
         n_head=n_head,
-        n_kv_head=get("num_key_value_heads", int, n_head),
-        n_embd=D,
-        n_inner=get("intermediate_size", int),
-        head_dim=get("head_dim", int, D // n_head),
-        block_size=get("max_position_embeddings", int, 2048),
-        norm_eps=get("rms_norm_eps", float, 1e-6),
-        rope_theta=float(theta),
-        rope_scaling=rope if kind == "llama3" else None,
-        tied=get("tie_word_embeddings", bool, False),
-        bos=get("bos_token_id", int),
-        eos=tuple(eos) if isinstance(eos, list) else (eos,),
+        n_kv_head=file.size("num_key_value_heads", n_head),
+        n_embd=n_embd,
+        n_inner=file.size("intermediate_size"),
+        head_dim=file.size("head_dim", n_embd // n_head),
+        block_size=file.size("max_position_embeddings", 2048),
+        norm_eps=file.number("rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        tied=file.boolean("tie_word_embeddings", False),
+        bos=file.token_id("bos_token_id"),
+        eos=eos,
     )
-    if not cfg.eos or not all(type(e) is int and 0 <= e for e in (cfg.bos, *cfg.eos)):
-        raise UserError(
-            f'{path}:1: "bos_token_id" must be a token id and "eos_token_id" one or a list of them, not {j["bos_token_id"]!r} '
-            f"and {j.get('eos_token_id')!r}"
-        )
-    if max(cfg.bos, *cfg.eos) >= cfg.vocab_size:
-        raise UserError(f"{path}:1: a bos or eos id is outside the vocabulary of {cfg.vocab_size}")
-    if cfg.n_head % cfg.n_kv_head or cfg.head_dim % 2 or not cfg.head_dim:
-        raise UserError(
-            f"{path}:1: {cfg.n_head} heads cannot share {cfg.n_kv_head} key/value heads, or head_dim {cfg.head_dim} is odd"
-        )
+
+    # Fields that are valid each by itself must also fit together
+    check_token_ids(file, cfg)
+    check_heads(file, cfg)
     return cfg
 
 
+def check_architecture(file):
+    """Raise UserError if the model is no LLaMA, or one with parts that llama.py lacks."""
+    model_type = file.fields.get("model_type", "llama")
+    if model_type != "llama":
+        raise file.error(f'"model_type" is {model_type!r}; only llama can be loaded')
+    supported = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    for name, expected in supported.items():
+        value = file.fields.get(name, expected)
+        if value != expected:
+            raise file.error(f'"{name}" is {value!r}; only {expected!r} is supported')
+
+
+def read_rope(file):
+    """Return (theta, the parameters of the llama3 scaling or None) of RoPE."""
+    # Older files have rope_theta and rope_scaling; since transformers 5 rope_parameters holds both
+    rope = file.fields.get("rope_parameters") or file.fields.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise file.error(f"the parameters of RoPE must be an object, not {rope!r}")
+    rope = dict(rope)  # to remove fields from
+
+    theta = rope.pop("rope_theta", None) or file.fields.get("rope_theta") or 10000.0
+    if not is_positive_number(theta):
+        raise file.error(f'"rope_theta" must be a positive number, not {theta!r}')
+
+    # The type has an older name, too
+    type_by_older_name = rope.pop("type", "default")
+    rope_type = rope.get("rope_type", type_by_older_name)
+    if rope_type not in ("default", "llama3"):
+        raise file.error(
+            f"RoPE of type {rope_type!r} is not supported; only default and llama3 are"
+        )
+    if rope_type == "default":
+        return float(theta), None
+
+    # rope_frequencies in llama.py divides by all of these
+    required = (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    )
+    for name in required:
+        if not is_positive_number(rope.get(name)):
+            raise file.error(f'the llama3 scaling of RoPE needs a positive number "{name}"')
+    return float(theta), rope
+
+
+def is_positive_number(value):
+    return type(value) in (int, float) and 0 < value < 2**63
+
+
+def check_token_ids(file, cfg):
+    """Raise UserError if bos or eos is not in the vocabulary."""
+    ids = (cfg.bos, *cfg.eos)
+    all_valid = all(type(token) is int and token >= 0 for token in ids)
+    if not cfg.eos or not all_valid:
+        bos, eos = file.fields["bos_token_id"], file.fields.get("eos_token_id")
+        raise file.error(
+            '"bos_token_id" must be a token id and "eos_token_id" one or a list of them, '
+            f"not {bos!r} and {eos!r}"
+        )
+    if max(ids) >= cfg.vocab_size:
+        raise file.error(f"a bos or eos id is outside the vocabulary of {cfg.vocab_size}")
+
+
+def check_heads(file, cfg):
+    """Raise UserError if the attention heads cannot be grouped, or RoPE cannot rotate them."""
+    has_equal_groups = cfg.n_head % cfg.n_kv_head == 0
+    has_even_dim = cfg.head_dim > 0 and cfg.head_dim % 2 == 0  # RoPE rotates pairs
+    if not has_equal_groups or not has_even_dim:
+        raise file.error(
+            f"{cfg.n_head} heads cannot share {cfg.n_kv_head} key/value heads, or head_dim "
+            f"{cfg.head_dim} is odd"
+        )
+
+
 def hf_config(cfg):
-    """LlamaConfig -> the dict of a config.json in the spelling that every version of transformers and vLLM reads."""
+    """LlamaConfig -> the dict of a config.json."""
     return {
+        # What the architecture fixes
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
+        # Sizes
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.n_embd,
         "intermediate_size": cfg.n_inner,
@@ -141,7 +240,9 @@ def hf_config(cfg):
         "num_key_value_heads": cfg.n_kv_head,
         "head_dim": cfg.head_dim,
         "max_position_embeddings": cfg.block_size,
+        # Details
         "rms_norm_eps": cfg.norm_eps,
+        # the older spelling of RoPE, which all versions of transformers and vLLM can read
         "rope_theta": cfg.rope_theta,
         "rope_scaling": cfg.rope_scaling,
         "tie_word_embeddings": cfg.tied,
@@ -149,90 +250,124 @@ def hf_config(cfg):
         "use_cache": True,
         "torch_dtype": "float32",
         "bos_token_id": cfg.bos,
-        "eos_token_id": list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0],
+        "eos_token_id": one_or_list(cfg.eos),
     }
 
 
-# ---- tensors ------------------------------------------------------------------------------------------------------------
+def one_or_list(ids):
+    """A tuple of ids as Hugging Face writes it: a single id stands alone."""
+    return list(ids) if len(ids) > 1 else ids[0]
+
+
+# ---- tensors -------------------------------------------------------------------------------------
 
 
 def read_tensors(directory, name="model"):
-    """(tensors, file of each) of `name`.safetensors, or of the shards that `name`.safetensors.index.json lists."""
-    directory = Path(directory)
-    index = directory / f"{name}.safetensors.index.json"
-    if (directory / f"{name}.safetensors").exists() or not index.exists():
-        files = [directory / f"{name}.safetensors"]
-    else:
-        weight_map = read_json(index).get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(f, str) for f in weight_map.values())
-        ):
-            raise UserError(f'{index}:1: "weight_map" must map tensor names to files')
-        files = [directory / Path(f).name for f in sorted(set(weight_map.values()))]
-    tensors, home = {}, {}
+    """Read `name`.safetensors, or its shards -> ({tensor name: tensor}, path of the first file).
+
+    Raises UserError if a file is missing or damaged, or a weight is not finite.
+    """
+    files = tensor_files(Path(directory), name)
+    tensors, file_of = {}, {}
     for file in files:
-        try:
-            with safe_open(file, "pt") as f:
-                for key in f.keys():
-                    tensors[key], home[key] = f.get_tensor(key), file
-        except OSError as e:
-            raise UserError(
-                f"{file}:0: cannot be read ({e.strerror or e}); is the download complete?"
-            )
-        except SafetensorError as e:
-            raise UserError(
-                f"{file}:0: is not a whole safetensors file ({e}); is the download complete?"
-            )
+        for key, value in read_tensor_file(file).items():
+            tensors[key] = value
+            file_of[key] = file
+
     for key, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(
-                f"{home[key]}:0: tensor {key} holds NaN or infinity; the weights are broken"
+                f"{file_of[key]}:0: tensor {key} holds NaN or infinity; the weights are broken"
             )
     return tensors, files[0]
 
 
+def tensor_files(directory, name):
+    """Return the paths of `name`.safetensors, or of its shards if there is no such file."""
+    single_file = directory / f"{name}.safetensors"
+    index = directory / f"{name}.safetensors.index.json"
+    if single_file.exists() or not index.exists():
+        return [single_file]
+
+    weight_map = read_json(index).get("weight_map")
+    is_map = isinstance(weight_map, dict) and len(weight_map) > 0
+    if not is_map or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise UserError(f'{index}:1: "weight_map" must map tensor names to files')
+    shards = sorted(set(weight_map.values()))
+    return [directory / Path(shard).name for shard in shards]  # never outside the directory
+
+
+def read_tensor_file(file):
+    """Read one safetensors file -> {tensor name: tensor}."""
+    tensors = {}
+    try:
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():
+                tensors[key] = opened.get_tensor(key)
+    except OSError as e:
+        raise UserError(
+            f"{file}:0: cannot be read ({e.strerror or e}); is the download complete?"
+        ) from None
+    except SafetensorError as e:
+        raise UserError(
+            f"{file}:0: is not a complete safetensors file ({e}); is the download complete?"
+        ) from None
+    return tensors
+
+
 def fill(module, tensors, file):
-    """Copy tensors into a module's parameters. A missing, extra or misshapen one is a UserError with name, shapes and file."""
-    own = dict(module.named_parameters())
-    for name, p in own.items():
+    """Copy tensors into a module's parameters. Names and shapes must be the same on both sides.
+
+    file: where the tensors are from, for messages. Raises UserError.
+    """
+    parameters = dict(module.named_parameters())
+    for name, p in parameters.items():
         if name not in tensors:
             raise UserError(f"{file}:0: tensor {name} {tuple(p.shape)} is missing")
         if tensors[name].shape != p.shape:
             raise UserError(
-                f"{file}:0: tensor {name} has shape {tuple(tensors[name].shape)}, but the config asks for {tuple(p.shape)}"
+                f"{file}:0: tensor {name} has shape {tuple(tensors[name].shape)}, but the config "
+                f"asks for {tuple(p.shape)}"
             )
-    if extra := sorted(set(tensors) - set(own)):
+
+    extra = sorted(set(tensors) - set(parameters))
+    if extra:
+        shape = tuple(tensors[extra[0]].shape)
         raise UserError(
-            f"{file}:0: tensor {extra[0]} {tuple(tensors[extra[0]].shape)} is not one of this model's ({len(extra)} such)"
+            f"{file}:0: tensor {extra[0]} {shape} is not part of this model "
+            f"(such tensors: {len(extra)})"
         )
+
     with torch.no_grad():
-        for name, p in own.items():
+        for name, p in parameters.items():
             p.copy_(tensors[name])
 
 
 def fill_llama(llama, directory, name="model"):
+    """Copy the weights of `name`.safetensors, or of its shards, into a Llama."""
     tensors, file = read_tensors(directory, name)
-    tensors = {
-        k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")
-    }  # old files store what is computed
+
+    # Old files store RoPE's frequencies, which llama.py computes
+    for key in list(tensors):
+        if key.endswith("rotary_emb.inv_freq"):
+            del tensors[key]
     if llama.cfg.tied:
-        tensors.pop("lm_head.weight", None)
+        tensors.pop("lm_head.weight", None)  # it is the embedding
     fill(llama, tensors, file)
 
 
+# ---- tokenizer -----------------------------------------------------------------------------------
+
+
 def read_tokenizer(directory, cfg):
-    """The tokenizer.json of a directory as Tokens, with the three added tokens."""
+    """Read the tokenizer of a directory -> Tokenizer, which adds the control tokens.
+
+    cfg: the model's LlamaConfig. Raises UserError if the two do not fit together.
+    """
     path = Path(directory) / "tokenizer.json"
-    if not path.exists():
-        raise UserError(f"{path}:0: is missing; a model needs its tokenizer.json")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as e:  # tokenizers raises no narrower type
-        raise UserError(f"{path}:1: is not a tokenizer ({e})")
-    backend.no_padding()  # a fine-tuned model's file can hold either
-    backend.no_truncation()
+    backend = read_backend(path)
+
+    # Every id needs a row of the embedding, and bos and eos must be tokens
     last = max(backend.get_vocab().values(), default=-1)
     if last >= cfg.vocab_size:
         raise UserError(
@@ -241,125 +376,154 @@ def read_tokenizer(directory, cfg):
     for token in (cfg.bos, *cfg.eos):
         if backend.id_to_token(token) is None:
             raise UserError(f"{path}:1: has no token {token}, which config.json calls bos or eos")
-    return Tokenizer(
-        backend,
-        cfg.bos,
-        cfg.eos,
-        {n: (path.parent / n).read_bytes() for n in KEPT if (path.parent / n).is_file()},
-    )
+
+    # Keep the files that belong to it, to save them with the model
+    files = {}
+    for name in TOKENIZER_FILES:
+        file = path.parent / name
+        if file.is_file():
+            files[name] = file.read_bytes()
+    return Tokenizer(backend, cfg.bos, cfg.eos, files)
 
 
-# ---- models -------------------------------------------------------------------------------------------------------------
+def read_backend(path):
+    """Read a tokenizer.json -> tokenizers.Tokenizer. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"{path}:0: is missing; a model needs its tokenizer.json")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as e:  # tokenizers raises no narrower type
+        raise UserError(f"{path}:1: is not a tokenizer ({e})") from None
+
+    # A fine-tuned model's file may ask for these
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def has_control_tokens(directory):
+    """Whether the tokenizer of a directory had the control tokens when it was saved."""
+    return START in (directory / "tokenizer.json").read_text(encoding="utf-8")
 
 
 def add_control_tokens(model, tokenizer):
-    """Give `model` (ATP) the three control tokens: a new row of the embeddings starts as a copy of the row of `<<`, or as the
-    mean row if that is not one token."""
-    source = tokenizer.encode("<<")
-    source = source if len(source) == 1 else slice(None)
-    for llama in [model.policy] + ([model.decoder] if model.decode else []):
-        llama.add_rows([tokenizer.start, tokenizer.latent, tokenizer.end], source)
+    """Add the rows of the three control tokens to the embeddings of a model (ATP).
+
+    A new row starts as a copy of the row of `<<`, which begins a written step, or as the mean row
+    if that is not one token.
+    """
+    ids = tokenizer.encode("<<")
+    source = ids if len(ids) == 1 else slice(None)
+    control_tokens = [tokenizer.start, tokenizer.latent, tokenizer.end]
+    model.policy.add_rows(control_tokens, source)
+    if model.decode:
+        model.decoder.add_rows(control_tokens, source)
     model.end = tokenizer.end
+
+
+# ---- models --------------------------------------------------------------------------------------
 
 
 def load_model(directory, **switches):
-    """(model, tokens) of a Hugging Face directory, of a directory saved by `save`, or of a run's folder: its final/, or the newest
-    checkpoint of a run that has not ended.
+    """Load a model -> (ATP, Tokenizer).
 
-    switches (ATP's keyword arguments) win over what was saved with the heads. What a switch asks for and the directory lacks
-    starts fresh: heads at their initial values, φ from π's weights. Raises UserError naming the file that is wrong.
+    directory: a Hugging Face directory, one that `save_model` wrote, or a run's folder, which
+    stands for its final/, or for its newest checkpoint if the run has not ended.
+    switches: keyword arguments of ATP; they override the saved ones. A part that they ask for and
+    the directory lacks starts untrained: heads at their initial values, φ from the weights of π.
+    Raises UserError naming the file that is wrong.
     """
-    directory, saved = locate(directory), read_switches(directory)
+    directory = locate(directory)
+    saved = read_switches(directory)
     cfg = read_config(directory / "config.json")
     tokenizer = read_tokenizer(directory, cfg)
-    ours = directory / "minatp"
-    later = {k: saved.pop(k) for k in ("stage", "longest") if k in saved}
+
+    # Build the model. The stage that training has reached is an attribute, not an argument
+    reached = {name: saved.pop(name) for name in ("stage", "longest") if name in saved}
     model = ATP(cfg, **saved | switches)
-    for name, value in later.items():
+    for name, value in reached.items():
         setattr(model, name, value)
     model.end = tokenizer.end
+
+    # Load the weights of π, of φ and of the heads
     fill_llama(model.policy, directory)
     if model.decode:
         if saved.get("decode"):
-            fill_llama(model.decoder, ours, "decoder")
+            fill_llama(model.decoder, directory / "minatp", "decoder")
         else:
             model.decoder.start_from(model.policy)
     if saved:
-        tensors, file = read_tensors(ours, "heads")
-        switch = {"latent_head": "vae", "stop_head": "stop"}  # those of a reader's own have none
-        for name, head in model.named_children():
-            part = {
-                k.removeprefix(name + "."): v
-                for k, v in tensors.items()
-                if k.startswith(name + ".")
-            }
-            if name not in ("policy", "decoder") and saved.get(switch.get(name), part):
-                fill(head, part, file)
+        fill_heads(model, directory / "minatp", saved)
+
+    # A model that is new to this project lacks the rows of the control tokens
     if not has_control_tokens(directory):
         add_control_tokens(model, tokenizer)
     return model, tokenizer
 
 
 def read_switches(directory):
-    """ATP's keyword arguments, the stage and the longest thought, as `save` wrote them into minatp/config.json; {} of a model that is not ours.
-    Raises UserError."""
+    """Read minatp/config.json -> dict; {} if the model is a plain LLaMA. Raises UserError.
+
+    It holds keyword arguments of ATP, the stage that training has reached and `longest`, the most
+    tokens that φ writes for a step.
+    """
     path = locate(directory) / "minatp" / "config.json"
     if not path.parent.is_dir():
         return {}
-    kinds = {
-        "c": int,
-        "K": int,
-        "vae": bool,
-        "stop": bool,
-        "decode": bool,
-        "stage": int,
-        "longest": int,
-        "decoder_layers": int,
-    }
-    found = read_json(path)
-    for name in kinds.keys() - {"longest", "decoder_layers"} | found.keys():
-        if type(found.get(name)) is not kinds.get(name) or found[name] < (
-            name in ("c", "K", "longest", "decoder_layers")
-        ):
+    saved = read_json(path)
+
+    required = {"c": int, "K": int, "vae": bool, "stop": bool, "decode": bool, "stage": int}
+    types = {**required, "longest": int, "decoder_layers": int}
+    at_least_1 = {"c", "K", "longest", "decoder_layers"}
+    for name in required.keys() | saved.keys():
+        value = saved.get(name)
+        minimum = 1 if name in at_least_1 else 0
+        if type(value) is not types.get(name) or value < minimum:
             raise UserError(
-                f'{path}:1: "{name}" is {found.get(name)!r}; this file is written with the model and not by hand'
+                f'{path}:1: "{name}" is {value!r}; this file is written with the model, '
+                "do not edit it by hand"
             )
-    return found
+    return saved
 
 
-def has_control_tokens(directory):
-    """Whether the directory's tokenizer had the control tokens already."""
-    return START in (directory / "tokenizer.json").read_text(encoding="utf-8")
+def heads_of(model):
+    """Return {name: module} of the parts of an ATP besides the two language models."""
+    modules = dict(model.named_children())
+    return {name: m for name, m in modules.items() if name not in ("policy", "decoder")}
+
+
+def fill_heads(model, directory, saved):
+    """Copy the saved weights into the heads. saved: what `read_switches` returned."""
+    tensors, file = read_tensors(directory, "heads")
+    switch_of = {"latent_head": "vae", "stop_head": "stop"}
+    for name, head in heads_of(model).items():
+        prefix = name + "."
+        of_head = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        # A head that was not saved keeps its initial values. One that someone has added to ATP has
+        # no switch
+        if name in switch_of:
+            was_saved = saved[switch_of[name]]
+        else:
+            was_saved = len(of_head) > 0
+        if was_saved:
+            fill(head, of_head, file)
 
 
 def save_model(directory, model, tokenizer):
-    """Write the directory described above."""
-    directory, ours = Path(directory), Path(directory) / "minatp"
+    """Write a model (ATP) and its tokenizer as the directory described at the head of this file."""
+    directory = Path(directory)
+    ours = directory / "minatp"
     ours.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(hf_config(model.policy.cfg), indent=2) + "\n")
-    cpu = lambda m, prefix="": {
-        prefix + k: p.detach().cpu().contiguous() for k, p in m.named_parameters()
-    }
-    save_file(cpu(model.policy), directory / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.backend.save(str(directory / "tokenizer.json"))
-    for name, content in tokenizer.files.items():
-        (directory / name).write_bytes(content)
-    eos = list(tokenizer.eos) if len(tokenizer.eos) > 1 else tokenizer.eos[0]
-    for name, text in (
-        (
-            "tokenizer_config.json",
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "clean_up_tokenization_spaces": False,
-                "bos_token": tokenizer.backend.id_to_token(tokenizer.bos),
-                "eos_token": tokenizer.backend.id_to_token(tokenizer.eos[0]),
-            },
-        ),
-        ("generation_config.json", {"bos_token_id": tokenizer.bos, "eos_token_id": eos}),
-    ):
-        if name not in tokenizer.files:
-            (directory / name).write_text(json.dumps(text, indent=2) + "\n")
-    ours_config = {
+
+    # What other programs load: π and the tokenizer
+    write_json(directory / "config.json", hf_config(model.policy.cfg))
+    policy = cpu_parameters(model.policy)
+    save_file(policy, directory / "model.safetensors", metadata={"format": "pt"})
+    save_tokenizer(directory, tokenizer)
+
+    # What only this project loads: φ, the heads and the switches
+    switches = {
         "c": model.c,
         "K": model.K,
         "vae": model.vae,
@@ -369,12 +533,42 @@ def save_model(directory, model, tokenizer):
         "longest": model.longest,
     }
     if model.decode:
-        ours_config["decoder_layers"] = model.decoder.cfg.n_layer
-        save_file(cpu(model.decoder), ours / "decoder.safetensors")
-    (ours / "config.json").write_text(json.dumps(ours_config, indent=2) + "\n")
-    heads = [
-        cpu(m, name + ".")
-        for name, m in model.named_children()
-        if name not in ("policy", "decoder")
-    ]
-    save_file({k: v for head in heads for k, v in head.items()}, ours / "heads.safetensors")
+        switches["decoder_layers"] = model.decoder.cfg.n_layer
+        save_file(cpu_parameters(model.decoder), ours / "decoder.safetensors")
+    write_json(ours / "config.json", switches)
+    heads = {}
+    for name, head in heads_of(model).items():
+        heads |= cpu_parameters(head, name + ".")
+    save_file(heads, ours / "heads.safetensors")
+
+
+def save_tokenizer(directory, tokenizer):
+    """Write tokenizer.json and the files that belong to it."""
+    tokenizer.backend.save(str(directory / "tokenizer.json"))
+    for name, content in tokenizer.files.items():
+        (directory / name).write_bytes(content)
+
+    # transformers needs these two, and a tokenizer trained here comes without them
+    if "tokenizer_config.json" not in tokenizer.files:
+        tokenizer_config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "bos_token": tokenizer.backend.id_to_token(tokenizer.bos),
+            "eos_token": tokenizer.backend.id_to_token(tokenizer.eos[0]),
+        }
+        write_json(directory / "tokenizer_config.json", tokenizer_config)
+    if "generation_config.json" not in tokenizer.files:
+        generation = {"bos_token_id": tokenizer.bos, "eos_token_id": one_or_list(tokenizer.eos)}
+        write_json(directory / "generation_config.json", generation)
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def cpu_parameters(module, prefix=""):
+    """Return {prefix + name: tensor on the CPU} of a module's parameters."""
+    tensors = {}
+    for name, p in module.named_parameters():
+        tensors[prefix + name] = p.detach().cpu().contiguous()
+    return tensors

@@ -49,13 +49,10 @@ class Run:
         self.step = 0
         self.is_log_due = True
 
-        # what is being computed, for the message when memory runs out
-        self.doing = Doing(
-            f"--stage {cfg.stage}",
-            cfg.batch_size,
-            cfg.block_size,
-            "--batch-size or the size of the model",
-        )
+        # What is being computed, for the message when memory runs out
+        remedy = "--batch-size or the size of the model"
+        self.between_batches = Doing(f"--stage {cfg.stage}", cfg.batch_size, cfg.block_size, remedy)
+        self.doing = self.between_batches
 
     # ---- before the first step -------------------------------------------------------------------
 
@@ -166,6 +163,7 @@ class Run:
             self.optimizer.lr = learning_rate(cfg, i, n_step)
             self.is_log_due = n_done % cfg.log_every == 0 or is_last
             yield step, batch
+            self.doing = self.between_batches
 
             # After the step: log, save, stop, validate. A validation comes after a checkpoint
             if self.is_log_due:
@@ -213,6 +211,7 @@ class Run:
             what = f"sft, stage {stage}, step {step + 1}"
             self.doing = Doing(what, len(batch.prompt), length, "--micro-batch or --batch-size")
             yield batch.to(self.device), eps, counts
+        self.doing = self.between_batches
 
     def memory_guard(self):
         """Inside, running out of memory is OutOfMemory, which says what was being computed."""

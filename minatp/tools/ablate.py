@@ -1,9 +1,10 @@
-"""Every comparison of the README by one command: trains each arm that has no summary.json yet, then prints the tables.
+"""Every comparison of the README in one command: train each arm that is not finished, print tables.
 
     python -m minatp.ablate --out out/ablate --seeds 0,1,2 --jobs 2
-    python -m minatp.ablate --out out/fewer --options "--labelled 4000" --arms "RL; control: more SFT"
+    python -m minatp.ablate --options "--labelled 4000" --arms "RL; control: more SFT" --out out/few
 
-Stage 1: the methods. Stage 2: RL and its controls, all from the same SFT run and, where they say so, for the same seconds or steps.
+Stage 1: the methods. Stage 2: RL and its controls, all from the same SFT run, and the controls for
+the same seconds or steps where they say so. An arm with a summary.json is not trained again.
 """
 
 import json
@@ -22,7 +23,10 @@ from ..run.terminal import print0
 
 TRAIN = str(Path(__file__).parents[2] / "train.py")
 
-METHODS = {  # name -> options of train.py --stage sft
+# ---- the arms: name -> options of train.py -------------------------------------------------------
+
+# Stage 1, from scratch
+METHODS = {
     "no-CoT": ["--method", "no-cot"],
     "CoT": ["--method", "cot"],
     "Coconut": ["--method", "coconut"],
@@ -33,211 +37,298 @@ METHODS = {  # name -> options of train.py --stage sft
     "ATP, no decoder": ["--no-decoder"],
     "ATP, β × 10": ["--beta", "1e-2"],
 }
-MORE = ["--stage", "sft", "--epochs", "{seconds}"]  # of the last stage
-AFTER = {  # name -> options of the run that goes on from ATP; {seconds}, {steps}: epochs of the last stage that take as many as "RL"
-    "RL": ["--stage", "rl"],
-    "RL, placebo (permuted rewards)": ["--stage", "rl", "--placebo"],
-    "the anchor alone": ["--stage", "sft", "--epochs", "{steps}"],
-    "RL, no coherence": ["--stage", "rl", "--w-coh", "0"],
-    "RL, coherence only (sees no answer)": ["--stage", "rl", "--no-answers", "--w-coh", "1"],
-    "RL, σ × 1": ["--stage", "rl", "--spread", "1"],
-    "RL, σ × 8": ["--stage", "rl", "--spread", "8"],
-    "RL, thoughts scored": ["--stage", "rl", "--estimator", "score"],
-    "RL, thoughts scored, greedy words": ["--stage", "rl", "--estimator", "score", "--greedy"],
-    "RL, normalised": ["--stage", "rl", "--normalise"],
-    "RL, leave one out": ["--stage", "rl", "--baseline", "rloo"],
-    "RL, KL 0.01": ["--stage", "rl", "--kl", "0.01"],
-    "RL, 4 updates a batch (GRPO)": [
-        "--stage",
-        "rl",
-        "--updates-per-batch",
-        "4",
-        "--updates",
-        "400",
-    ],
-    "RL, lr 3e-4": ["--stage", "rl", "--lr", "3e-4"],
-    "RL, no anchor": ["--stage", "rl", "--anchor", "0"],
-    "RL, no anchor, lr 3e-4": ["--stage", "rl", "--anchor", "0", "--lr", "3e-4"],
-    "RL, no anchor, lr 3e-4, placebo": [
-        "--stage",
-        "rl",
-        "--anchor",
-        "0",
-        "--lr",
-        "3e-4",
-        "--placebo",
-    ],
-    "control: more SFT": MORE,
-    "SFT on answers alone": [*MORE, "--answers-share", "0.75"],
+
+RL = ["--stage", "rl"]
+
+# More SFT, of the last stage alone. {seconds}: as many epochs as take the time of the arm "RL";
+# {steps}: as many as have its number of optimizer steps
+MORE_SFT = ["--stage", "sft", "--epochs", "{seconds}"]
+MORE_SFT_ON_ANSWERS = [*MORE_SFT, "--answers-share", "0.75"]
+
+# Stage 2, from the run "ATP"
+# fmt: off
+AFTER_ATP = {
+    "RL":                                   RL,
+    "RL, placebo (permuted rewards)":       [*RL, "--placebo"],
+    "the anchor alone":                     ["--stage", "sft", "--epochs", "{steps}"],
+    "RL, no coherence":                     [*RL, "--w-coh", "0"],
+    "RL, coherence only (sees no answer)":  [*RL, "--no-answers", "--w-coh", "1"],
+    "RL, σ × 1":                            [*RL, "--spread", "1"],
+    "RL, σ × 8":                            [*RL, "--spread", "8"],
+    "RL, thoughts scored":                  [*RL, "--estimator", "score"],
+    "RL, thoughts scored, greedy words":    [*RL, "--estimator", "score", "--greedy"],
+    "RL, normalised":                       [*RL, "--normalise"],
+    "RL, leave one out":                    [*RL, "--baseline", "rloo"],
+    "RL, KL 0.01":                          [*RL, "--kl", "0.01"],
+    "RL, 4 updates a batch (GRPO)":         [*RL, "--updates-per-batch", "4", "--updates", "400"],
+    "RL, lr 3e-4":                          [*RL, "--lr", "3e-4"],
+    "RL, no anchor":                        [*RL, "--anchor", "0"],
+    "RL, no anchor, lr 3e-4":               [*RL, "--anchor", "0", "--lr", "3e-4"],
+    "RL, no anchor, lr 3e-4, placebo":      [*RL, "--anchor", "0", "--lr", "3e-4", "--placebo"],
+    "control: more SFT":                    MORE_SFT,
+    "SFT on answers alone":                 MORE_SFT_ON_ANSWERS,
 }
-THEN = {
-    "SFT on answers alone, then RL": ("SFT on answers alone", ["--stage", "rl"]),
-    "SFT on answers alone, twice": ("SFT on answers alone", AFTER["SFT on answers alone"]),
-    "ATP, β × 10, then RL": ("ATP, β × 10", AFTER["RL"]),
+
+# Stage 2, from another run: name -> (that run, options)
+AFTER_OTHERS = {
+    "SFT on answers alone, then RL":        ("SFT on answers alone", RL),
+    "SFT on answers alone, twice":          ("SFT on answers alone", MORE_SFT_ON_ANSWERS),
+    "ATP, β × 10, then RL":                 ("ATP, β × 10", RL),
 }
+# fmt: on
+
+
+def start_of(arm):
+    """The run that an arm of stage 2 starts from."""
+    return AFTER_OTHERS[arm][0] if arm in AFTER_OTHERS else "ATP"
+
+
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def main(argv=None):
+    args = parse(argv)
+    study = Study(Path(args.out).absolute(), args.options.split())
+    stage_1, stage_2 = plan(args.arms)
+
+    def train(job):
+        study.train_arm(*job)
+
+    # The runs of a group go side by side; a group waits for those before it, from which it starts
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for group in [stage_1, *stage_2]:
+            list(pool.map(train, [(arm, seed) for arm in group for seed in args.seeds]))
+
+    methods = [arm for arm in METHODS if arm in stage_1]
+    after = [arm for arm in arms_after() if arm in args.arms]
+    tables = [table(study, arms, args.seeds) for arms in (methods, after) if arms]
+    print0("\n\n".join(tables))
+
+
+def parse(argv):
+    """The command line, checked. Raises UserError."""
     parser = Parser(__doc__, "minatp.ablate")
-    parser.add_argument("--out", default="out/ablate", help="folder of the runs [%(default)s]")
-    parser.add_argument("--seeds", default="0", help="separated by commas [%(default)s]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side [%(default)s]")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out", default="out/ablate", help="folder of the runs [%(default)s]")
+    add("--seeds", default="0", help="separated by commas [%(default)s]")
+    add("--jobs", type=int, default=1, help="runs side by side [%(default)s]")
+    add(
         "--arms",
         default="",
-        help="only these, by name, separated by semicolons; ATP and RL come with what needs them [all]",
+        help="only these, by name, separated by semicolons, and the runs that they need [all]",
     )
-    parser.add_argument(
-        "--options", default="", help="given to every run of train.py, in one string"
-    )
+    add("--options", default="", help="passed to every run of train.py, in one string")
     args = parser.parse_args(argv)
-    arms = options.among("--arms", args.arms, [*METHODS, *AFTER, *THEN])
+
+    args.arms = options.among("--arms", args.arms, [*METHODS, *arms_after()])
     try:
-        seeds = [int(s) for s in args.seeds.split(",")]
+        args.seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         raise UserError(
             f"command line: --seeds must be whole numbers separated by commas, not {args.seeds!r}"
-        )
+        ) from None
     if args.jobs < 1:
         raise UserError(f"command line: --jobs must be positive, not {args.jobs}")
-    study = Study(Path(args.out).absolute(), args.options.split())
-    with ThreadPoolExecutor(
-        args.jobs
-    ) as pool:  # a seed's later arms wait for its earlier ones; seeds and methods run side by side
-        late = [a for a in (*AFTER, *THEN) if a in arms]
-        bases = {THEN[a][0] for a in late if a in THEN}
-        first = [a for a in METHODS if a in arms or a in bases or late and a == "ATP"]
-        list(
-            pool.map(
-                lambda job: study.method(*job),
-                [(a, s) for a in sorted(first, key=lambda a: a != "ATP") for s in seeds],
-            )
-        )
-        if late:
-            for arms in (
-                ["RL"],
-                [a for a in AFTER if a in late or a in bases],
-                [a for a in THEN if a in late],
-            ):
-                list(pool.map(lambda job: study.after(*job), [(a, s) for a in arms for s in seeds]))
-    print0("\n\n".join(table(study, some, seeds) for some in (first, late) if some))
+    return args
+
+
+def arms_after():
+    """All arms of stage 2, in the order of the table."""
+    return [*AFTER_ATP, *AFTER_OTHERS]
+
+
+def plan(arms):
+    """What to train for these arms -> (arms of stage 1, groups of arms of stage 2, in order)."""
+    after = [arm for arm in arms_after() if arm in arms]
+    starts = {start_of(arm) for arm in after}
+
+    # ATP comes first, as most others wait for it
+    stage_1 = [arm for arm in METHODS if arm in arms or arm in starts or (after and arm == "ATP")]
+    if "ATP" in stage_1:
+        stage_1 = ["ATP", *(arm for arm in stage_1 if arm != "ATP")]
+    if not after:
+        return stage_1, []
+
+    # RL comes first, as its controls take as many seconds or steps
+    stage_2 = [
+        ["RL"],
+        [arm for arm in AFTER_ATP if arm in after or arm in starts],
+        [arm for arm in AFTER_OTHERS if arm in after],
+    ]
+    return stage_1, stage_2
+
+
+# ---- the runs ------------------------------------------------------------------------------------
 
 
 class Study:
     """Runs of train.py in one folder."""
 
-    def __init__(self, out, options):
-        self.out, self.options = out, options
+    def __init__(self, out, common):
+        """common: options of every run."""
+        self.out = out
+        self.common = common
 
     def folder(self, arm, seed):
-        return self.out / f"{''.join(c if c.isalnum() else '-' for c in arm).strip('-')}.{seed}"
-
-    def train(self, arm, seed, options):
-        """Run train.py unless it has run; returns its folder. Raises UserError where it fails, or has run with other options."""
-        out = self.folder(arm, seed)
-        options = [*self.options, *options, "--seed", str(seed), "--out", str(out)]
-        begun = checkpoints(out)
-        if begun or (out / "summary.json").exists():
-            asked, had = (
-                asdict(c) for c in (options.parse(options, ""), options.of_run(out / "config.json"))
-            )
-            if other := [
-                options.flag(name)
-                for name in asked
-                if asked[name] != had[name] and name not in ("device", "resume", "out", "init")
-            ]:
-                raise UserError(
-                    f"{out}/config.json:1: ran with another {', '.join(other)} than is asked for now; give another --out"
-                )
-        if not (out / "summary.json").exists():
-            out.mkdir(parents=True, exist_ok=True)
-            command = [TRAIN, *(["--resume", "--out", str(out)] if begun else options)]
-            print0(f"{arm}, seed {seed}: {' '.join(command)}")
-            with (out / "log.txt").open("a") as log:
-                code = subprocess.run([sys.executable, *command], stdout=log, stderr=log).returncode
-            if code:
-                raise UserError(
-                    f"{out}/log.txt:0: {arm}, seed {seed}, ended with code {code}; its last lines say why"
-                )
-        return out
-
-    def method(self, arm, seed):
-        return self.train(arm, seed, ["--stage", "sft", *METHODS[arm]])
-
-    def after(self, arm, seed):
-        base, options = THEN[arm] if arm in THEN else ("ATP", AFTER[arm])
-        start = self.after(base, seed) if base in AFTER else self.method(base, seed)
-        epochs = self.epochs(seed) if any("{" in o for o in options) else {}
-        return self.train(
-            arm, seed, [o.format(**epochs) for o in options] + ["--init", str(start.resolve())]
-        )
-
-    def epochs(self, seed):
-        """--epochs with the last SFT stage alone: as many as take RL's "steps", and as take its "seconds" by the speeds of the two runs."""
-        sft = [
-            json.loads(line)
-            for line in (self.folder("ATP", seed) / "metrics.jsonl").read_text().splitlines()
-        ]
-        last = [r for r in sft if r["stage"] == sft[-1]["stage"] and "seconds" in r]
-        last = last if len(last) > 1 else [{"step": 0, "seconds": 0.0}, *last]
-        per_step = (last[-1]["seconds"] - last[0]["seconds"]) / (last[-1]["step"] - last[0]["step"])
-        cfg = json.loads((self.folder("ATP", seed) / "config.json").read_text())
-        updates = json.loads((self.folder("RL", seed) / "config.json").read_text())["updates"]
-        one = (
-            self.summary("ATP", seed)["training_problems"] / cfg["batch_size"]
-        )  # steps of an epoch
-        found = {
-            "steps": updates / one,
-            "seconds": self.summary("RL", seed)["seconds"] / per_step / one,
-        }
-        return {name: "0," * (cfg["K"] + 1) + str(round(n, 3)) for name, n in found.items()}
+        name = "".join(c if c.isalnum() else "-" for c in arm).strip("-")
+        return self.out / f"{name}.{seed}"
 
     def summary(self, arm, seed):
         return json.loads((self.folder(arm, seed) / "summary.json").read_text())
 
+    def config(self, arm, seed):
+        return json.loads((self.folder(arm, seed) / "config.json").read_text())
+
+    def train_arm(self, arm, seed):
+        """Train an arm, after the run that it starts from, unless they are finished; its folder."""
+        if arm in METHODS:
+            return self.train(arm, seed, ["--stage", "sft", *METHODS[arm]])
+
+        # Stage 2. Some controls depend on how long RL took
+        start = self.train_arm(start_of(arm), seed)
+        template = AFTER_ATP[arm] if arm in AFTER_ATP else AFTER_OTHERS[arm][1]
+        needs_epochs = any("{" in option for option in template)
+        epochs = self.epochs_like_rl(seed) if needs_epochs else {}
+        chosen = [option.format(**epochs) for option in template]
+        return self.train(arm, seed, [*chosen, "--init", str(start.resolve())])
+
+    def train(self, arm, seed, chosen):
+        """Run train.py, unless the run is finished; its folder.
+
+        Raises UserError if training fails, or if the folder has a run with other options.
+        """
+        # Was it started, or even finished, by an earlier command?
+        out = self.folder(arm, seed)
+        arguments = [*self.common, *chosen, "--seed", str(seed), "--out", str(out)]
+        started = bool(checkpoints(out))
+        finished = (out / "summary.json").exists()
+        if started or finished:
+            check_same_options(out, arguments)
+        if finished:
+            return out
+
+        # Start or resume it
+        out.mkdir(parents=True, exist_ok=True)
+        command = [TRAIN, *(["--resume", "--out", str(out)] if started else arguments)]
+        print0(f"{arm}, seed {seed}: {' '.join(command)}")
+        with (out / "log.txt").open("a") as log:
+            code = subprocess.run([sys.executable, *command], stdout=log, stderr=log).returncode
+        if code:
+            raise UserError(
+                f"{out}/log.txt:0: {arm}, seed {seed}, ended with code {code}; "
+                "its last lines say why"
+            )
+        return out
+
+    def epochs_like_rl(self, seed):
+        """What --epochs must be for the last SFT stage alone to cost as much as "RL".
+
+        {"steps"}: as many optimizer steps. {"seconds"}: as much time, at the speed of the last
+        stage.
+        """
+        cfg = self.config("ATP", seed)
+        steps_per_epoch = self.summary("ATP", seed)["training_problems"] / cfg["batch_size"]
+        n_step = {
+            "steps": self.config("RL", seed)["updates"],
+            "seconds": self.summary("RL", seed)["seconds"] / self.seconds_per_step(seed),
+        }
+        n_epoch = {name: n / steps_per_epoch for name, n in n_step.items()}
+
+        # Stages 0 … K get no epochs
+        earlier_stages = "0," * (cfg["K"] + 1)
+        return {name: earlier_stages + str(round(n, 3)) for name, n in n_epoch.items()}
+
+    def seconds_per_step(self, seed):
+        """Of the last stage of the run "ATP"."""
+        text = (self.folder("ATP", seed) / "metrics.jsonl").read_text()
+        records = [json.loads(line) for line in text.splitlines()]
+        last_stage = records[-1]["stage"]
+        timed = [r for r in records if r["stage"] == last_stage and "seconds" in r]
+
+        # With a single record, take the time from the start of the run
+        first = timed[0] if len(timed) > 1 else {"step": 0, "seconds": 0.0}
+        last = timed[-1]
+        return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+
+
+def check_same_options(out, arguments):
+    """Raise UserError if the run in `out` has other options than these arguments of train.py."""
+    wanted = asdict(options.parse(arguments, ""))
+    had = asdict(options.of_run(out / "config.json"))
+    free = ("device", "resume", "out", "init")  # these may differ: where it runs, not what it is
+    different = [
+        options.flag(name) for name in wanted if wanted[name] != had[name] and name not in free
+    ]
+    if different:
+        raise UserError(
+            f"{out}/config.json:1: ran with another {', '.join(different)} than is asked for now; "
+            "give another --out"
+        )
+
+
+# ---- the tables ----------------------------------------------------------------------------------
+
 
 def table(study, arms, seeds):
-    """Markdown: means over the seeds, with the 95 % interval of one seed or the accuracies of several, and what was gained over the
-    run that an arm goes on from (± its standard error: of paired problems for one seed, over the seeds of several)."""
-    follows = arms[-1] not in METHODS
-    lines = [
-        "| | accuracy | on new numbers | coherence | latents + tokens | seconds |"
-        + (" gained |" if follows else ""),
-        "|---|---|---|---|---|---|" + ("---|" if follows else ""),
-    ]
+    """Markdown: a row for each arm, with means over the seeds.
+
+    One seed: accuracy with its 95 % interval. Several: with the accuracy of each. Arms of stage 2
+    also have the points gained over the run that they start from.
+    """
+    after = arms[-1] not in METHODS
+    header = "| | accuracy | on new numbers | coherence | latents + tokens | seconds |"
+    rule = "|---|---|---|---|---|---|"
+    if after:
+        header += " gained |"
+        rule += "---|"
+    lines = [header, rule]
     for arm in arms:
-        runs = [study.summary(arm, s) for s in seeds]
-        mean = lambda get: statistics.fmean(map(get, runs))
-        low, high = runs[0]["accuracy_ci95"]
-        each = (
-            ", ".join(f"{100 * r['accuracy']:.1f}" for r in runs)
-            if len(runs) > 1
-            else f"{100 * low:.1f}–{100 * high:.1f}"
-        )
-        new = (
-            f"{100 * mean(lambda r: r['new_numbers']['accuracy']):.1f} %"
-            if "new_numbers" in runs[0]
-            else "–"
-        )
-        coherence = (
-            "–" if runs[0]["coherence"] is None else f"{100 * mean(lambda r: r['coherence']):.1f} %"
-        )
-        lines.append(
-            f"| {arm} | {100 * mean(lambda r: r['accuracy']):.1f} % ({each}) | {new} | {coherence} | {mean(lambda r: r['latents']):.1f} + "
-            f"{mean(lambda r: r['answer_tokens']):.1f} | {mean(lambda r: r['seconds']):.0f} |"
-            + (gained(study, arm, runs, seeds) if follows else "")
-        )
+        runs = [study.summary(arm, seed) for seed in seeds]
+        line = table_row(arm, runs)
+        if after:
+            starts = [study.summary(start_of(arm), seed) for seed in seeds]
+            line += f" {gained(runs, starts)} |"
+        lines.append(line)
     return "\n".join(lines)
 
 
-def gained(study, arm, runs, seeds):
-    """Points over the start, as a cell of the table."""
-    start = [study.summary(THEN[arm][0] if arm in THEN else "ATP", s) for s in seeds]
-    gains = [100 * (r["accuracy"] - b["accuracy"]) for r, b in zip(runs, start)]
-    if len(gains) > 1:
-        return (
-            f" {statistics.fmean(gains):+.1f} ± {statistics.stdev(gains) / len(gains) ** 0.5:.1f} |"
-        )
-    return f" {gains[0]:+.1f}" + (
-        f" ± {100 * runs[0]['gain_se']:.1f} |" if runs[0].get("gain_se") is not None else " |"
+def table_row(arm, runs):
+    """One arm's row. runs: the summaries of its seeds."""
+
+    def mean(name):
+        return statistics.fmean(run[name] for run in runs)
+
+    # Beside the mean accuracy: that of each seed, or one seed's interval
+    if len(runs) > 1:
+        spread = ", ".join(f"{100 * run['accuracy']:.1f}" for run in runs)
+    else:
+        low, high = runs[0]["accuracy_ci95"]
+        spread = f"{100 * low:.1f}–{100 * high:.1f}"
+
+    # Thoughts without words have no coherence, and only the built-in task has new numbers
+    new_numbers = coherence = "–"
+    if "new_numbers" in runs[0]:
+        accuracy = statistics.fmean(run["new_numbers"]["accuracy"] for run in runs)
+        new_numbers = f"{100 * accuracy:.1f} %"
+    if runs[0]["coherence"] is not None:
+        coherence = f"{100 * mean('coherence'):.1f} %"
+    return (
+        f"| {arm} | {100 * mean('accuracy'):.1f} % ({spread}) | {new_numbers} | {coherence} | "
+        f"{mean('latents'):.1f} + {mean('answer_tokens'):.1f} | {mean('seconds'):.0f} |"
     )
+
+
+def gained(runs, starts):
+    """Points of accuracy gained over the start, with the standard error.
+
+    One seed: that of the differences on the same problems, if it is known. Several: that of the
+    mean.
+    """
+    gains = [100 * (run["accuracy"] - start["accuracy"]) for run, start in zip(runs, starts)]
+    if len(gains) > 1:
+        error = statistics.stdev(gains) / len(gains) ** 0.5
+        return f"{statistics.fmean(gains):+.1f} ± {error:.1f}"
+    text = f"{gains[0]:+.1f}"
+    if runs[0].get("gain_se") is not None:
+        text += f" ± {100 * runs[0]['gain_se']:.1f}"
+    return text

@@ -1,5 +1,12 @@
-"""What a computation costs, counted and not timed: operations, bytes, floating-point operations, waits of the host, memory kept
-for the backward pass. Counts do not swing with the load of a machine."""
+"""What a computation costs, counted and not timed: counts do not vary with the load of a machine.
+
+    count             operations, bytes, floating-point operations, and waits of the host
+    pass_bytes        the least that one position of a rollout has to read: the floor of a GPU
+    kept_bytes        memory that a forward pass keeps for its backward pass
+    training_memory   memory of a training step of any size, computed without running it
+
+Used by the benchmark and by `train.py --dry-run`.
+"""
 
 import os
 from dataclasses import dataclass, replace
@@ -16,6 +23,7 @@ from ..llama import LlamaConfig
 from ..sft import sft_losses, total_loss
 
 aten = torch.ops.aten
+# Operations that allocate and do no work
 FREE = {
     aten.empty,
     aten.empty_like,
@@ -24,50 +32,57 @@ FREE = {
     aten.new_empty_strided,
     aten.lift_fresh,
 }
-WAITS = {
-    aten._local_scalar_dense,
-    aten.nonzero,
-    aten.masked_select,
-}  # a GPU's host has to wait for these …
-INDEXED = {
-    aten.index,
-    aten.index_put,
-    aten.index_put_,
-}  # … and for these, where a mask of booleans is the index
+# The host has to wait for the GPU's result of these …
+WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select}
+# … and of these if the index is a mask of booleans
+INDEXED = {aten.index, aten.index_put, aten.index_put_}
+
+
+# ---- operations ----------------------------------------------------------------------------------
 
 
 @dataclass
 class Counts:
-    ops: int = 0  # calls that do work: no views, no bare allocations
-    bytes: int = 0  # read and written by them, each tensor once a call
-    flops: int = 0  # of products, two for a multiply and add
-    waits: int = 0  # for values that the host asks a GPU for
+    ops: int = 0  # calls that do work: neither views nor bare allocations
+    bytes: int = 0  # that they read and write, each tensor once per call
+    flops: int = 0  # of matrix products, two for a multiply and add
+    waits: int = 0  # of the host for values on the GPU
 
 
 class Counter(TorchDispatchMode):
+    """Counts the operations that run inside, but for `flops`."""
+
     def __init__(self):
         super().__init__()
         self.counts = Counts()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        returns, packet = func._schema.returns, func.overloadpacket
-        is_view = bool(returns) and all(
-            r.alias_info is not None and not r.alias_info.is_write for r in returns
-        )
-        if not is_view and packet not in FREE:
-            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        operation = func.overloadpacket
+        if not is_view(func) and operation not in FREE:
+            leaves = tree_leaves((args, kwargs, out))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             self.counts.ops += 1
-            self.counts.bytes += sum(map(stored, tensors))
-            masked = packet in INDEXED and any(
-                isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1]
-            )
-            self.counts.waits += masked or packet in WAITS
+            self.counts.bytes += sum(stored(t) for t in tensors)
+            by_mask = operation in INDEXED and any(is_mask(index) for index in args[1])
+            self.counts.waits += by_mask or operation in WAITS
         return out
 
 
+def is_view(func):
+    """Whether an operator returns views of its arguments, which it does not write."""
+    returns = func._schema.returns
+    aliases = [r.alias_info for r in returns]
+    return bool(returns) and all(a is not None and not a.is_write for a in aliases)
+
+
+def is_mask(index):
+    return isinstance(index, torch.Tensor) and index.dtype == torch.bool
+
+
 def stored(t):
-    """Bytes of a tensor's elements, those of an expanded dimension once."""
+    """Bytes of a tensor's elements; an expanded dimension counts once."""
     n = t.element_size()
     for size, stride in zip(t.shape, t.stride()):
         n *= size if stride or size == 0 else 1
@@ -75,49 +90,53 @@ def stored(t):
 
 
 def count(work):
-    """Counts of work(), which is called once."""
+    """The Counts of work(), which is called once."""
+    counter = Counter()
+    tolist = torch.Tensor.tolist
 
-    def tolist(
-        tensor, real=torch.Tensor.tolist
-    ):  # no operation of a CPU's, and so unseen by Counter
+    def counted_tolist(tensor):  # on a CPU it runs no operation that Counter could see
         counter.counts.waits += 1
-        return real(tensor)
+        return tolist(tensor)
 
-    with (
-        FlopCounterMode(display=False) as flops,
-        Counter() as counter,
-        patch.object(torch.Tensor, "tolist", tolist),
-    ):
+    patched = patch.object(torch.Tensor, "tolist", counted_tolist)
+    with FlopCounterMode(display=False) as flops, counter, patched:
         work()
     counter.counts.flops = flops.get_total_flops()
     return counter.counts
 
 
-# ---- the floor of a GPU -------------------------------------------------------------------------------------------------
+# ---- the floor of a GPU --------------------------------------------------------------------------
 
 
 @dataclass
 class Machine:
-    bandwidth: float  # bytes a second, read and written, of a large copy
-    flops: float  # a second, of a large bf16 product
+    bandwidth: float  # bytes per second, read and written, of a large copy
+    flops: float  # per second, of a large bf16 product
 
 
 def pass_bytes(cfg, rows, T, logits):
-    """Bytes that one position of `rows` sequences of length T has to read in bf16: the layers, the keys and values, the output matrix."""
-    layer = (
-        2 * cfg.n_embd * cfg.head_dim * (cfg.n_head + cfg.n_kv_head) + 3 * cfg.n_embd * cfg.n_inner
-    )
+    """Bytes in bf16 that one position of `rows` sequences of length T has to read.
+
+    They are the layers' weights, the keys and values, and, if `logits`, the output matrix.
+    """
+    attention = 2 * cfg.n_embd * cfg.head_dim * (cfg.n_head + cfg.n_kv_head)
+    layer = attention + 3 * cfg.n_embd * cfg.n_inner
     cached = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * rows * T
-    return 2 * (cfg.n_layer * layer + cached + (cfg.vocab_size * cfg.n_embd if logits else 0))
+    output = cfg.vocab_size * cfg.n_embd if logits else 0
+    return 2 * (cfg.n_layer * layer + cached + output)
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def kept_bytes(module, work):
-    """Bytes that work() keeps for its backward pass, beside the module's parameters; a storage that is saved twice counts once."""
-    known, total = {p.untyped_storage().data_ptr() for p in module.parameters()}, 0
-    alive = []  # so that no address is used again
+    """Bytes that work() keeps for its backward pass, besides the module's parameters.
+
+    A storage that is saved twice counts once.
+    """
+    known = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    total = 0
+    alive = []  # keeps the storages, so that no address is used again
 
     def pack(t):
         nonlocal total
@@ -128,75 +147,109 @@ def kept_bytes(module, work):
             total += storage.nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    def unpack(t):
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         result = work()
     del result
     return total
 
 
 def training_memory(cfg, K, c, batch_size, row, recompute=False, scale=8):
-    """Bytes for an SFT step of the last stage with AdamW on one GPU: {"weights", "gradients", "moments", "bf16 weights",
-    "activations", "logits"}, computed. row: the data.Encoded that every problem of the batch is taken to be.
+    """Bytes of an SFT step of the last stage, with AdamW on one GPU, by use.
 
-    Activations are what autograd keeps, counted on a model of cfg's proportions, `scale` times narrower, under bf16 autocast: all
-    of them grow with the width, with a problem's tokens and (beside what no layer holds) with the layers.
+    Returns {"weights", "gradients", "moments", "bf16 weights", "activations", "logits"}. row: the
+    data.Encoded that stands for every problem of the batch. scale: see `activations_per_row`.
     """
-    by_layers = []
-    for n_layer in (1, 2):
-        small = LlamaConfig(
-            vocab_size=64,
-            n_layer=n_layer,
-            n_head=cfg.n_head // scale,
-            n_kv_head=cfg.n_kv_head // scale,
-            n_embd=cfg.n_embd // scale,
-            n_inner=cfg.n_inner // scale,
-            head_dim=cfg.head_dim,
-            bos=0,
-            eos=(1,),
-        )
-        model = ATP(small, c=c, K=K).set_recompute(recompute)
-        model.end = 3
-        one, two = (
-            kept_bytes(model, lambda: last_stage_loss(model, [narrow(row)] * n)) for n in (1, 2)
-        )
-        by_layers.append(
-            scale * (two - one)
-        )  # the difference leaves out what does not grow with the batch: copies of weights
-    per_row = by_layers[0] + (cfg.n_layer - 1) * (by_layers[1] - by_layers[0])
+    # The whole model, which takes no memory. The chain has its own copy of its weights in bf16
+    # (kernels/linear.py)
     with torch.device("meta"):
         model = ATP(cfg, c=c, K=K)
-    size = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
-    n, chain = (
-        size(model),
-        size(model.policy.model.layers, model.latent_head),
-    )  # the chain has its own copy (kernels/linear.py)
-    labelled = batch_size * (len(row.answer) + sum(map(len, row.texts)))
-    # a labelled position's logits: bf16, float32, their log-softmax, and its gradient in both
+    n = n_elements(model)
+    n_chain = n_elements(model.policy.model.layers, model.latent_head)
+
+    # The logits of a labelled position: in bf16 and float32, their log-softmax, and the gradient in
+    # both
+    n_labelled = batch_size * (len(row.answer) + sum(map(len, row.texts)))
+    bytes_per_logit = 2 + 4 + 4 + 4 + 2
+    per_row = activations_per_row(model, row, recompute, scale)
     return {
         "weights": 4 * n,
         "gradients": 4 * n,
         "moments": 8 * n,
-        "bf16 weights": 2 * (n + chain),
+        "bf16 weights": 2 * (n + n_chain),
         "activations": batch_size * per_row,
-        "logits": labelled * cfg.vocab_size * (2 + 4 + 4 + 4 + 2),
+        "logits": n_labelled * cfg.vocab_size * bytes_per_logit,
     }
 
 
-def narrow(row):
+def activations_per_row(model, row, recompute, scale):
+    """Bytes of activations that autograd keeps for one problem like `row`, under bf16 autocast.
+
+    Counted on a model of the same proportions, `scale` times narrower, with one layer and with two:
+    activations grow with the width, with the tokens and, but for those outside the layers, with the
+    number of layers.
+    """
+    cfg, narrow_row = model.policy.cfg, with_few_ids(row)
+    by_layers = []
+    for n_layer in (1, 2):
+        small = narrow_model(model, n_layer, scale).set_recompute(recompute)
+        one = kept_by_last_stage(small, [narrow_row])
+        two = kept_by_last_stage(small, [narrow_row] * 2)
+        by_layers.append(scale * (two - one))  # without what does not grow with the batch
+    layer = by_layers[1] - by_layers[0]
+    return by_layers[0] + (cfg.n_layer - 1) * layer
+
+
+def narrow_model(model, n_layer, scale):
+    """An ATP of the same proportions, `scale` times narrower."""
+    cfg = model.policy.cfg
+    small = LlamaConfig(
+        vocab_size=64,
+        n_layer=n_layer,
+        n_head=cfg.n_head // scale,
+        n_kv_head=cfg.n_kv_head // scale,
+        n_embd=cfg.n_embd // scale,
+        n_inner=cfg.n_inner // scale,
+        head_dim=cfg.head_dim,
+        bos=0,
+        eos=(1,),
+    )
+    narrow = ATP(small, c=model.c, K=model.K)
+    narrow.end = 3
+    return narrow
+
+
+def with_few_ids(row):
     """A problem of the same lengths, for a vocabulary of few ids."""
-    like = lambda ids: [4] * len(ids)
+
+    def like(ids):
+        return [4] * len(ids)
+
     return replace(
         row,
         prompt=like(row.prompt),
-        lines=list(map(like, row.lines)),
-        texts=list(map(like, row.texts)),
+        lines=[like(ids) for ids in row.lines],
+        texts=[like(ids) for ids in row.texts],
         rest=like(row.rest),
         answer=like(row.answer),
     )
 
 
-def last_stage_loss(model, rows):
-    batch = collate(rows, model.K + 1, model)
-    eps = torch.zeros(len(rows), batch.n_candidate, model.policy.cfg.n_embd)
-    with patch.dict(os.environ, MINATP_KERNELS="torch"), torch.autocast("cpu", torch.bfloat16):
-        return total_loss(sft_losses(model, batch, eps), batch.counts, 1e-3)
+def kept_by_last_stage(model, rows):
+    """Bytes that the loss of the last stage keeps for its backward pass."""
+
+    def loss():
+        batch = collate(rows, model.K + 1, model)
+        eps = torch.zeros(len(rows), batch.n_candidate, model.policy.cfg.n_embd)
+        with patch.dict(os.environ, MINATP_KERNELS="torch"):
+            with torch.autocast("cpu", torch.bfloat16):
+                return total_loss(sft_losses(model, batch, eps), batch.counts, 1e-3)
+
+    return kept_bytes(model, loss)
+
+
+def n_elements(*modules):
+    """How many parameters modules have."""
+    return sum(p.numel() for module in modules for p in module.parameters())

@@ -1,13 +1,13 @@
 """Edits of a chain of thoughts (`sample.py --edit`): does the model use what it thinks?
 
-    drop 2             thought 2 is left out and the later ones move up; the answer follows what is left
-    swap 1 2           the two change places; the model thinks on from there
-    replace 2 zero     by nothing at all; the model thinks on from there. In place of zero also
-              prior    a draw from N(0, I), as the KL term would have it
-              next     the same thought of the next problem
-              <<3*2=6>>  a thought that φ reads as these words, taken from another problem
+    drop 2               leave out thought 2; the answer follows the thoughts that remain
+    swap 1 2             thoughts 1 and 2 change places, and the model thinks on from there
+    replace 2 zero       zeros take the place of thought 2, and the model thinks on from there
+    replace 2 prior      a draw from N(0, I), the prior of the KL term, takes its place
+    replace 2 next       the same thought of the next problem
+    replace 2 <<3*2=6>>  a thought of another problem that φ reads as these words
 
-Thoughts are counted from 1, and each is c latents. What stands before an edit stays as it was, to the bit.
+Thoughts are counted from 1, and each is c latents. Those before an edit stay the same to the bit.
 """
 
 import re
@@ -17,124 +17,172 @@ import torch
 
 from ..rollout import Forced
 from ..run.errors import UserError
+from ..run.splits import test_set
 
-FORM = re.compile(
-    r"(?:drop (?P<drop>\d+)|swap (?P<a>\d+) (?P<b>\d+)|replace (?P<i>\d+) (?P<by>.*\S))\s*",
-    re.DOTALL,
-)
+# How an edit is written; numbers count thoughts from 1
+DROP = r"drop (?P<drop>\d+)"
+SWAP = r"swap (?P<first>\d+) (?P<second>\d+)"
+REPLACE = r"replace (?P<replace>\d+) (?P<source>.*\S)"
+FORM = re.compile(rf"(?:{DROP}|{SWAP}|{REPLACE})\s*", re.DOTALL)
 
 
 @dataclass
 class Edit:
+    """One edit, as the command line gives it."""
+
     text: str  # as it was written
     kind: str  # drop | swap | replace
-    at: int  # the thought, from 0
-    other: int = 0  # swap: the one it changes places with
-    by: str = ""  # replace: zero | prior | next | words
+    thought: int  # index of the thought, from 0
+    other: int = 0  # swap: index of the thought that it changes places with
+    source: str = ""  # replace: zero | prior | next | words
 
     @property
-    def words(self):
-        """Whether the new thought is named by what φ reads in it."""
-        return self.kind == "replace" and self.by not in ("zero", "prior", "next")
+    def by_words(self):
+        """Whether the new thought is chosen by what φ reads in it."""
+        return self.kind == "replace" and self.source not in ("zero", "prior", "next")
 
     @property
     def places(self):
-        """Where, from 0, the edited chain has thoughts that are not its own or not in their place."""
-        return {"drop": [], "swap": [self.at, self.other], "replace": [self.at]}[self.kind]
+        """Indices, from 0, of the thoughts of the edited chain that the edit has put there."""
+        if self.kind == "swap":
+            return [self.thought, self.other]
+        return [self.thought] if self.kind == "replace" else []
 
     @property
     def reach(self):
-        """Thoughts that a chain must have for the edit to apply."""
-        return max(self.at, self.other) + 1
+        """How many thoughts a chain must have for the edit to apply."""
+        return max(self.thought, self.other) + 1
 
 
 def parse(text):
     """ "swap 1 2" -> Edit. Raises UserError."""
-    m = FORM.fullmatch(" ".join(text.split()))
-    numbers = [int(m[k]) - 1 for k in ("drop", "a", "b", "i") if m[k]] if m else []
-    if not m or min(numbers) < 0 or m["a"] == m["b"] and m["a"]:
+    match = FORM.fullmatch(" ".join(text.split()))
+    numbers = []
+    if match:
+        groups = ("drop", "first", "second", "replace")
+        numbers = [int(match[name]) for name in groups if match[name]]
+    if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
         raise UserError(
-            f'command line: --edit {text!r} is not an edit; write "drop 2", "swap 1 2" or "replace 2 WITH", '
-            f"where WITH is zero, prior, next or the words of a thought"
+            f'command line: --edit {text!r} is not an edit; write "drop 2", "swap 1 2" or '
+            '"replace 2 WITH", where WITH is zero, prior, next or the words of a thought'
         )
-    kind = m[0].split()[0]
-    return Edit(text, kind, numbers[0], numbers[-1] if kind == "swap" else 0, m["by"] or "")
+
+    # From here on, thoughts are counted from 0
+    kind = match[0].split()[0]
+    other = numbers[1] - 1 if kind == "swap" else 0
+    return Edit(text, kind, numbers[0] - 1, other, match["source"] or "")
 
 
-def given(edit, model, chains, pool, seed=0):
-    """(Given of all chains, whether the edit applies to each): a chain with too few thoughts, or with no donor, stays as it was.
+def donors(folder):
+    """Problems that `replace 1 WORDS` may take a thought from, if those that are shown have none.
 
-    chains, pool: Chains with their latents; pool is where a thought of given words is looked for. Raises UserError where the
-    model has no thoughts, or where no chain can be edited so.
+    They are of the run's test set; none if it has no test set.
     """
-    c, cK, D = model.c, model.c * model.K, model.policy.cfg.n_embd
-    for wrong, why in (
-        (
-            not any(chain.n_latent for chain in chains),
-            "the run has no thoughts to edit; give one that has to --run",
-        ),
-        (
-            edit.by == "prior" and not model.vae,
-            "the run has no prior (it was trained without the VAE); try zero",
-        ),
-        (edit.by == "next" and len(chains) < 2, "there is no next problem; ask for more than one"),
-    ):
-        if wrong:
-            raise UserError(f"command line: --edit {edit.text!r}: {why}")
-    steps = [
-        [chain.z[t : t + c] for t in range(0, chain.n_latent, c)] for chain in chains
-    ]  # of (c, D)
-    draws = torch.randn(len(chains), c, D, generator=torch.Generator().manual_seed(seed))
-    z, n, applies = torch.zeros(len(chains), cK, D), torch.zeros(len(chains), dtype=torch.long), []
-    for i, mine in enumerate(steps):
+    try:
+        return test_set(folder, 500)
+    except UserError:
+        return []
+
+
+def force(edit, model, chains, pool, seed=0):
+    """The edited thoughts, as a rollout takes them -> (Forced, whether each chain was edited).
+
+    chains, pool: Chains with their latents. A thought chosen by its words comes from pool. A chain
+    with too few thoughts, or for which there is no thought to put in, stays the same. Raises
+    UserError if no chain can be edited.
+    """
+    check(edit, model, chains)
+    N, c, D = len(chains), model.c, model.policy.cfg.n_embd
+    thoughts = [split(chain, c) for chain in chains]
+
+    # Drawn for every chain, so that the draw of one does not depend on the lengths of others
+    draws = torch.randn(N, c, D, generator=torch.Generator().manual_seed(seed))
+
+    # Edit each chain: a list of thoughts, or None if the edit does not apply
+    edited = []
+    for i, own in enumerate(thoughts):
         new = None
-        if len(mine) >= edit.reach:
-            donor = (
-                donated(edit, steps[(i + 1) % len(steps)], draws[i], pool)
-                if edit.kind == "replace"
-                else None
-            )
-            new = apply(edit, mine, donor)
-        applies.append(new is not None)
-        kept = mine if new is None else new
+        if len(own) >= edit.reach:
+            following = thoughts[(i + 1) % N]
+            new = edit_thoughts(edit, own, following, draws[i], pool)
+        edited.append(new)
+    applies = [new is not None for new in edited]
+    if not any(applies):
+        raise no_chain_to_edit(edit, thoughts)
+
+    # The latents to force
+    z = torch.zeros(N, c * model.K, D)
+    n = torch.zeros(N, dtype=torch.long)
+    for i, new in enumerate(edited):
+        kept = thoughts[i] if new is None else new
         n[i] = c * len(kept)
         if kept:
             z[i, : n[i]] = torch.cat(kept)
-    if not any(applies):
-        why = f"no chain has a thought {edit.reach}; edit an earlier one"
-        if any(len(mine) >= edit.reach for mine in steps):
-            why = f"no thought of these problems, or of others, is read as {edit.by!r}; name one that is shown"
-        raise UserError(f"command line: --edit {edit.text!r}: {why}")
+
+    # After a drop the answer follows; so it does after a chain that was not edited. After a swap or
+    # a replacement the model decides how to think on
     ends = torch.tensor([edit.kind == "drop" or not a for a in applies])
     return Forced(z, n, ends), applies
 
 
-def apply(edit, mine, donor):
-    """The thoughts that are given after an edit; None where there is no donor."""
+def check(edit, model, chains):
+    """Raise UserError if the run cannot be edited so at all."""
+    wrong = None
+    if not any(chain.n_latent for chain in chains):
+        wrong = "the run has no thoughts to edit; give --run one that has"
+    elif edit.source == "prior" and not model.vae:
+        wrong = "the run has no prior (it was trained without the VAE); try zero"
+    elif edit.source == "next" and len(chains) < 2:
+        wrong = "there is no next problem; ask for more than one"
+    if wrong:
+        raise UserError(f"command line: --edit {edit.text!r}: {wrong}")
+
+
+def no_chain_to_edit(edit, thoughts):
+    """The UserError that says why an edit applies to no chain."""
+    why = f"no chain has a thought {edit.reach}; edit an earlier one"
+    if any(len(own) >= edit.reach for own in thoughts):
+        why = (
+            f"no thought of these or other problems is read as {edit.source!r}; "
+            "name one that is shown"
+        )
+    return UserError(f"command line: --edit {edit.text!r}: {why}")
+
+
+def split(chain, c):
+    """The thoughts of a Chain: a list of (c, D)."""
+    return [chain.z[t : t + c] for t in range(0, chain.n_latent, c)]
+
+
+def edit_thoughts(edit, own, following, draw, pool):
+    """The thoughts to force on a chain whose own are `own`; None if there is no thought to put in.
+
+    following: the thoughts of the next problem. draw (c, D): from the prior.
+    """
     if edit.kind == "drop":
-        return mine[: edit.at] + mine[edit.at + 1 :]
+        return own[: edit.thought] + own[edit.thought + 1 :]
+
+    # Thoughts after a swap or a replacement may build on what was there: the model thinks them anew
     if edit.kind == "swap":
-        new = mine[: edit.reach]
-        new[edit.at], new[edit.other] = new[edit.other], new[edit.at]
+        new = own[: edit.reach]
+        new[edit.thought], new[edit.other] = new[edit.other], new[edit.thought]
         return new
-    return None if donor is None else mine[: edit.at] + [donor]
+    replacement = find_replacement(edit, following, draw, pool)
+    return None if replacement is None else own[: edit.thought] + [replacement]
 
 
-def donated(edit, neighbour, draw, pool):
-    """The thought (c, D) to put at edit.at, or None."""
-    if edit.by == "zero":
+def find_replacement(edit, following, draw, pool):
+    """The thought (c, D) to put in, or None if there is none."""
+    if edit.source == "zero":
         return torch.zeros_like(draw)
-    if edit.by == "prior":
+    if edit.source == "prior":
         return draw
-    if edit.by == "next":
-        return neighbour[edit.at] if len(neighbour) > edit.at else None
-    c = len(draw)
-    return next(
-        (
-            chain.z[c * s : c * (s + 1)]
-            for chain in pool
-            for s, text in enumerate(chain.thoughts)
-            if " ".join(text.split()) == edit.by
-        ),
-        None,
-    )
+    if edit.source == "next":
+        return following[edit.thought] if len(following) > edit.thought else None
+
+    # By words: the first thought of the pool that φ reads so, whatever its spaces
+    for chain in pool:
+        for words, thought in zip(chain.thoughts, split(chain, len(draw))):
+            if " ".join(words.split()) == edit.source:
+                return thought
+    return None

@@ -1,252 +1,254 @@
-"""One page that shows models thinking: every thought in words, where its result is used, and all latents in a plane.
+"""A page that shows models thinking: every thought in words, the use of its result, all latents.
 
-The page is minatp/page.html with one JSON object put in: a single file that asks nothing of the network. Text of problems and
-models is data in it, never markup.
+The page is tools/page.html with one JSON object put in: a self-contained file that loads nothing
+from the network. Text of problems and models is data in it, never markup.
 """
 
 import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 
-from .. import decoder, reward
+from .. import reward
+from ..decoder import top_readings
 from ..run import evaluate
 from ..run.errors import NotWritten, UserError
 from ..run.saved import replace_file
 from . import edit
+from .show import chain_rows, is_right
 
 OPERATION = re.compile(r"[+*/×÷−-]")
-SAME = {"×": "*", "÷": "/", "−": "-"}
-
-
-@dataclass
-class View:
-    """One column of the page: a run, or an edit of it."""
-
-    name: str
-    edit: str  # "" for the chains as they are
-    chains: list  # a Chain per problem, with its latents; None where the edit does not apply
-    sampled: list  # per problem, a list of Chains
-    readings: list  # per problem and thought, [(words, probability)], likeliest first
-    c: int  # latents per thought
-    plane: "Plane"
+ASCII = {"×": "*", "÷": "/", "−": "-"}
+N_READING = 3  # readings of a thought that the page shows
 
 
 @dataclass
 class Plane:
-    """The two directions in which the thoughts of all problems differ most. A thought is a point: its c latents, side by side."""
+    """The two directions in which the thoughts of all problems differ most (PCA).
+
+    A thought is a point of cD dimensions, its c latents side by side.
+    """
 
     mean: torch.Tensor  # (cD,)
-    basis: (
-        torch.Tensor
-    )  # (cD, 2) orthonormal, over the scale that brings every point within [-1, 1]
+    basis: torch.Tensor  # (cD, 2) two orthogonal directions, scaled so that points are in [-1, 1]
     share: list  # of the variance, by direction
 
     @staticmethod
     def fit(chains, c):
-        """PCA of the Chains' thoughts; None where there are fewer than three."""
+        """The Plane of the thoughts of Chains; None if there are fewer than three thoughts."""
         x = torch.cat([as_points(chain, c) for chain in chains])
         if len(x) < 3:
             return None
+
+        # The first two right singular vectors of the centred thoughts
         mean = x.mean(0)
         _, s, v = torch.linalg.svd(x - mean, full_matrices=False)
-        basis = (
-            v[:2].T * v[:2].gather(1, v[:2].abs().argmax(1, keepdim=True)).sign()[:, 0]
-        )  # one sign of the two that are possible
+        directions = v[:2]  # (2, cD)
+
+        # The sign of a direction is arbitrary: make its largest entry positive
+        largest = directions.abs().argmax(1, keepdim=True)
+        basis = directions.T * directions.gather(1, largest).sign()[:, 0]
+
         share = s[:2].pow(2) / s.pow(2).sum().clamp(min=1e-30)
-        return Plane(
-            mean, basis / ((x - mean) @ basis).abs().max().clamp(min=1e-30), share.tolist()
-        )
+        scale = ((x - mean) @ basis).abs().max().clamp(min=1e-30)
+        return Plane(mean, basis / scale, share.tolist())
 
     def path(self, chain, c):
         """[[x, y], …], a point for each thought of a Chain."""
-        return [
-            [round(v, 3) for v in point]
-            for point in ((as_points(chain, c) - self.mean) @ self.basis).tolist()
-        ]
+        points = (as_points(chain, c) - self.mean) @ self.basis
+        return [[round(value, 3) for value in point] for point in points.tolist()]
 
 
 def as_points(chain, c):
     """The latents of a Chain -> (thoughts, cD)."""
-    return (
-        chain.z.float().reshape(chain.n_latent // c, -1)
-        if chain.n_latent
-        else chain.z.new_zeros(0, c * chain.z.shape[-1])
-    )
+    if not chain.n_latent:
+        return chain.z.new_zeros(0, c * chain.z.shape[-1])
+    return chain.z.float().reshape(chain.n_latent // c, -1)
 
 
-def read(model, tokenizer, chains, n=3):
-    """The likeliest n readings of each thought of Chains that hold their latents -> per chain and thought [(words, probability)].
+# ---- what the page needs beside the chains ---------------------------------------------
 
-    By φ; of a thought that is a hidden state (no VAE, no φ) the words that the policy would say there; [] for any other.
+
+def add_details(columns, model, tokenizer, sampled):
+    """Fill in what only the page shows of the show.Columns of one run, its own chains first.
+
+    sampled: per problem, a list of sampled Chains. All Chains must hold their latents.
     """
+    own = columns[0]
+    own.sampled = sampled
+
+    # Edited thoughts are drawn in the plane of the run's own
+    plane = Plane.fit(own.first_chains, model.c)
+    for column in columns:
+        column.plane = plane
+        applied = [chain for chain in column.first_chains if chain]
+        readings = iter(read_chains(model, tokenizer, applied))
+        column.readings = [next(readings) if chain else [] for chain in column.first_chains]
+
+
+def read_chains(model, tokenizer, chains):
+    """The likeliest readings of Chains -> per chain and thought [(words, probability)]."""
+    # All thoughts of all chains are read in one batch
     z = torch.cat([chain.z for chain in chains]).to(model.device)
     z = z.reshape(len(z) // model.c, model.c, z.shape[-1])  # (thoughts, c, D)
+    readings = iter(read_latents(model, tokenizer, z))
+    return [list(islice(readings, chain.n_latent // model.c)) for chain in chains]
+
+
+def read_latents(model, tokenizer, z):
+    """The likeliest readings of thoughts z (thoughts, c, D): a list of [(words, probability)].
+
+    φ reads them. Without φ, a thought that is a hidden state (no VAE) is read as the words that the
+    policy would write there, and any other thought has no reading.
+    """
     if model.decode:
-        found = iter(
-            [(tokenizer.decode(ids), p) for ids, p in thought]
-            for thought in decoder.top_readings(
-                model.decoder, z, tokenizer.eos[0], n, model.longest
-            )
-        )
-    elif not model.vae:
-        p, ids = model.policy.logits(z[:, 0]).softmax(-1).topk(n)
-        found = iter(
-            [(tokenizer.decode([i]).strip(), q) for i, q in zip(*row)]
-            for row in zip(ids.tolist(), p.tolist())
-        )
-    else:
-        found = iter([] for _ in z)
-    return [[next(found) for _ in range(chain.n_latent // model.c)] for chain in chains]
+        eos = tokenizer.eos[0]
+        texts = top_readings(model.decoder, z, eos, N_READING, model.longest)
+        return [[(tokenizer.decode(ids), p) for ids, p in text] for text in texts]
+    if model.vae:
+        return [[] for _ in z]
+
+    # A hidden state predicts a word, as the last state of the question does
+    p, token = model.policy.logits(z[:, 0]).softmax(-1).topk(N_READING)
+    readings = []
+    for ids, probabilities in zip(token.tolist(), p.tolist()):
+        words = [tokenizer.decode([i]).strip() for i in ids]
+        readings.append(list(zip(words, probabilities)))
+    return readings
 
 
-def write(path, views, problems):
-    """The page, in the file `path`. Raises UserError where that cannot be written, NotWritten where the disk is full."""
+# ---- HTML ------------------------------------------------------------------------------
+
+
+def write(path, columns, problems):
+    """Write the page to a file. Raises UserError, or NotWritten if the disk is full."""
     try:
-        replace_file(path, render(views, problems))
+        replace_file(path, render(columns, problems))
     except NotWritten as e:
-        raise (
-            e
-            if e.full
-            else UserError(f"{path}:0: cannot be written ({e.why}); choose another --html")
-        )
+        if e.full:
+            raise
+        raise UserError(f"{path}:0: cannot be written ({e.why}); choose another --html") from None
 
 
-def render(views, problems):
+def render(columns, problems):
     """HTML of the page."""
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    text = json.dumps(record(views, problems), ensure_ascii=False, separators=(",", ":"))
-    for mark in "<>&\u2028\u2029":  # no text can end the script that holds it
-        text = text.replace(mark, f"\\u{ord(mark):04x}")
-    return template.replace('"MINATP DATA"', text)
+    data = json.dumps(page_data(columns, problems), ensure_ascii=False, separators=(",", ":"))
+
+    # Escaped in JSON, no text can end the script element that holds it
+    for mark in "<>&\u2028\u2029":
+        data = data.replace(mark, f"\\u{ord(mark):04x}")
+    return template.replace('"MINATP DATA"', data)
 
 
-def record(views, problems):
+# ---- the data --------------------------------------------------------------------------
+
+
+def page_data(columns, problems):
     """What the page shows, as one JSON object."""
-    planes = {id(v.plane): v for v in views if v.plane and not v.edit}
-    place = {key: i for i, key in enumerate(planes)}
+    # One plane a run: that of its own chains, and edited chains refer to it
+    own = [column for column in columns if column.plane and not column.edit]
+    plane_index = {id(column.plane): i for i, column in enumerate(own)}
     return {
         "views": [
             {
-                "name": v.name,
-                "edit": v.edit,
-                "edited": edit.parse(v.edit).places if v.edit else [],
-                "plane": place.get(id(v.plane)),
-                **score(v.chains, problems),
+                "name": column.name,
+                "edit": column.edit,
+                "edited": edit.parse(column.edit).places if column.edit else [],
+                "plane": plane_index.get(id(column.plane)),
+                **score(column, problems),
             }
-            for v in views
+            for column in columns
         ],
-        "planes": [{"share": v.plane.share, "points": points(v)} for v in planes.values()],
+        "planes": [{"share": column.plane.share, "points": plane_points(column)} for column in own],
         "problems": [
             {
-                "question": p.question,
-                "gold": p.answer,
-                "chains": [None if v.chains[i] is None else chain_record(v, i, p) for v in views],
+                "question": problem.question,
+                "gold": problem.answer,
+                "chains": [chain_data(column, i, problem) for column in columns],
             }
-            for i, p in enumerate(problems)
+            for i, problem in enumerate(problems)
         ],
     }
 
 
-def score(chains, problems):
-    """How many are right, of those that have an answer to be compared with."""
+def score(column, problems):
+    """How many of a column's chains are right, of those whose answer is known."""
     judged = [
-        reward.accuracy(c.text, p.answer)
-        for c, p in zip(chains, problems)
-        if c is not None and p.answer
+        is_right(chain, problem)
+        for chain, problem in zip(column.first_chains, problems)
+        if chain and problem.answer
     ]
-    return {
-        "right": int(sum(judged)),
-        "of": len(judged),
-        "ci95": evaluate.wilson(sum(judged), len(judged)) if judged else None,
-    }
+    n_right = sum(judged)
+    interval = evaluate.wilson(n_right, len(judged)) if judged else None
+    return {"right": n_right, "of": len(judged), "ci95": interval}
 
 
-def points(view):
+def plane_points(column):
     """[[x, y, problem, thought, operation, result, words], …] of all thoughts of a run."""
-    out = []
-    for i, chain in enumerate(view.chains):
-        words = chain.thoughts or [""] * (chain.n_latent // view.c)
-        out += [
-            [*xy, i, t, *kind(text), text]
-            for t, (xy, text) in enumerate(zip(view.plane.path(chain, view.c), words))
-        ]
-    return out
+    points = []
+    for i, chain in enumerate(column.first_chains):
+        path = column.plane.path(chain, column.c)
+        words = chain.thoughts or [""] * len(path)
+        for t, (place, text) in enumerate(zip(path, words)):
+            points.append([*place, i, t, *operation_and_result(text), text])
+    return points
 
 
-def kind(step):
-    """("+", 19.0) of "<<12+7=19>>": its operation and its result, "" and None where there are none."""
-    left = step.split("\n")[0].rpartition("=")[0]
-    signs = Counter(SAME.get(s, s) for s in OPERATION.findall(left))
-    return signs.most_common(1)[0][0] if signs else "", reward.result_as_float(step)
+def operation_and_result(step):
+    """("+", 19.0) of "<<12+7=19>>"; "" and None if a step has none."""
+    left = step.split("\n")[0].rpartition("=")[0]  # of its first line
+    operations = Counter(ASCII.get(sign, sign) for sign in OPERATION.findall(left))
+    operation = operations.most_common(1)[0][0] if operations else ""
+    return operation, reward.result_as_float(step)
 
 
-def chain_record(view, i, problem):
-    """One chain of the page: rows (thoughts and written lines), links between rows (one past the last: the answer) and the rest."""
-    chain = view.chains[i]
-    rows, counted = rows_of(chain, view.c, view.readings[i] if view.readings else [])
-    at = [*counted, len(rows)]
-    out = {
+def chain_data(column, i, problem):
+    """The i-th problem's chain in a column: None if the edit does not apply."""
+    chain = column.first_chains[i]
+    if chain is None:
+        return None
+    c, plane = column.c, column.plane
+    rows, row_of_step = chain_rows(chain, c, column.readings[i] if column.readings else [])
+
+    # A link joins the row of a result to the row that uses it; one past the last row is the answer
+    row_of_user = [*row_of_step, len(rows)]
+    links = []
+    for step, users in enumerate(reward.links(chain.steps, chain.answer)):
+        links += [[row_of_step[step], row_of_user[user]] for user in users]
+
+    # A chain that the stop head ended has one more decision than thoughts
+    stopped = len(chain.stop_prob) > chain.n_latent // c
+    data = {
         "rows": rows,
-        "links": [
-            [counted[a], at[b]]
-            for a, used in enumerate(reward.links(chain.steps, chain.answer))
-            for b in used
-        ],
-        "counted": counted,
+        "links": links,
+        "counted": row_of_step,
         "text": chain.text,
         "answer": chain.answer,
         "ended": chain.ended,
         "latents": chain.n_latent,
         "tokens": chain.n_token,
-        "right": bool(reward.accuracy(chain.text, problem.answer)) if problem.answer else None,
-        "stop": round(chain.stop_prob[-1], 4)
-        if len(chain.stop_prob) > chain.n_latent // view.c
-        else None,
+        "right": is_right(chain, problem),
+        "stop": round(chain.stop_prob[-1], 4) if stopped else None,
     }
-    if view.plane:
-        out["path"] = view.plane.path(chain, view.c)
-        out["sampled"] = [
-            {
-                "path": view.plane.path(s, view.c),
-                "answer": s.answer,
-                "steps": s.steps,
-                "right": bool(reward.accuracy(s.text, problem.answer)) if problem.answer else None,
-            }
-            for s in (view.sampled[i] if view.sampled else [])
+    if plane:  # sampled chains are drawn in it, beside this one
+        samples = column.sampled[i] if column.sampled else []
+        data["path"] = plane.path(chain, c)
+        data["sampled"] = [
+            sample_data(sample, plane.path(sample, c), problem) for sample in samples
         ]
-    return out
+    return data
 
 
-def rows_of(chain, c, readings=()):
-    """(rows, the row of each of chain.steps). Only the first line of a thought has its numbers."""
-    rows, counted = [], []
-    for t in range(chain.n_latent // c):
-        lines = (
-            [line for line in chain.thoughts[t].split("\n") if line.strip()]
-            if chain.thoughts
-            else []
-        )
-        counted += range(len(rows), len(rows) + len(lines))
-        rows += [{"text": line, "thought": t} for line in lines or [""]]
-        first = rows[-max(1, len(lines))]
-        if t < len(chain.stop_prob):
-            first["stop"] = round(chain.stop_prob[t], 4)
-        if t < len(chain.sigma):
-            first["sigma"] = round(chain.sigma[t], 4)
-        told = readings[t] if t < len(readings) else []
-        first["p"] = next(
-            (round(p, 4) for words, p in told if chain.thoughts and words == chain.thoughts[t]),
-            None,
-        )
-        first["or"] = [
-            [words, round(p, 4)]
-            for words, p in told
-            if not chain.thoughts or words != chain.thoughts[t]
-        ][:3]
-    written = [line for line in chain.text.partition("### ")[0].split("\n") if line.strip()]
-    counted += range(len(rows), len(rows) + len(written))
-    return rows + [{"text": line} for line in written], counted
+def sample_data(chain, path, problem):
+    """A sampled chain, of which the page shows the path, the steps and the answer."""
+    return {
+        "path": path,
+        "answer": chain.answer,
+        "steps": chain.steps,
+        "right": is_right(chain, problem),
+    }

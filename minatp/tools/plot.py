@@ -1,9 +1,10 @@
 """The learning curves of any runs in one picture: a panel for each quantity, a colour for each run.
 
     python -m minatp.plot out/*/metrics.jsonl -o curves.png
+    python -m minatp.plot out/sft out/rl -o curves.svg
 
-Losses and rewards of training, accuracy by curriculum stage (SFT) or by update (RL) with its 95 % interval, and latents used.
-Needs matplotlib, which minatp itself does not.
+Losses and rewards of training; accuracy by curriculum stage (SFT) or by update (RL) with its 95 %
+interval; latents used. Needs matplotlib, which minatp itself does not.
 """
 
 import json
@@ -12,12 +13,13 @@ from pathlib import Path
 from ..run.errors import UserError
 from ..run.options import Parser
 
-TITLES = {  # record key -> title of its panel, in the order of the panels
+# Quantity -> the title of its panel, in the order of the panels
+TITLES = {
     "enc": "loss: words of the policy",
     "dec": "loss: φ reads the thoughts",
     "stop": "loss: stop head",
     "kl.sft": "loss: KL to N(0, I)",
-    "accuracy.stage": "validation accuracy by curriculum stage",
+    "accuracy.stage": "validation accuracy by stage",
     "accuracy.step": "validation accuracy by update",
     "reward": "reward",
     "acc": "reward: right answers",
@@ -31,6 +33,9 @@ TITLES = {  # record key -> title of its panel, in the order of the panels
 }
 LOGARITHMIC = {"enc", "dec", "stop"}
 
+# In an SVG, text stays text: the file is small
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "minatp", "font.sans-serif": ["DejaVu Sans"]}
+
 
 def main(argv=None):
     parser = Parser(__doc__, "minatp.plot")
@@ -42,119 +47,171 @@ def main(argv=None):
         help="picture to write: .png, .svg or .pdf [%(default)s]",
     )
     args = parser.parse_args(argv)
+
+    # Without a display
     try:
         import matplotlib
     except ImportError:
         raise UserError(
-            "command line: minatp.plot needs matplotlib, which is not installed; pip install matplotlib"
-        )
+            "command line: minatp.plot needs matplotlib, which is not installed; "
+            "pip install matplotlib"
+        ) from None
     matplotlib.use("Agg")
-    paths = [p / "metrics.jsonl" if (p := Path(f)).is_dir() else p for f in args.files]
+
+    # Read the runs
+    paths = [Path(f) for f in args.files]
+    paths = [path / "metrics.jsonl" if path.is_dir() else path for path in paths]
     runs = {name: read(path) for name, path in zip(names(paths), paths)}
     if not any(runs.values()):
         raise UserError(
             f"{paths[0]}:1: has no losses and no validation yet; wait for the run's first lines"
         )
-    args.out = args.out if Path(args.out).suffix else args.out + ".png"
+
+    # Write the picture. An SVG has no date in it, so that the same curves make the same file
+    out = args.out if Path(args.out).suffix else args.out + ".png"
+    metadata = {"Date": None} if out.endswith(".svg") else None
     try:
-        figure(runs).savefig(args.out, dpi=130)
-    except (OSError, ValueError) as e:  # ValueError: a format that it does not know
-        raise UserError(f"{args.out}:0: cannot be written ({e}); choose another --out")
-    print(args.out)
+        with matplotlib.rc_context(STYLE):
+            figure(runs).savefig(out, dpi=130, metadata=metadata)
+    except (OSError, ValueError) as e:  # ValueError: an unknown format
+        raise UserError(f"{out}:0: cannot be written ({e}); choose another --out") from None
+    print(out)
+
+
+def names(paths):
+    """The name of the folder of each file; its path if two folders have the same name."""
+    folders = [path.absolute().parent for path in paths]
+    short = [folder.name for folder in folders]
+    return [str(folder) if short.count(name) > 1 else name for folder, name in zip(folders, short)]
+
+
+# ---- curves --------------------------------------------------------------------------------------
 
 
 def read(path):
-    """The curves of a metrics.jsonl. Raises UserError."""
+    """The curves of a metrics.jsonl (see `curves`). Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}:0: cannot be read ({e}); give the metrics.jsonl of a run")
-    records = []
-    lines = text.splitlines()
-    for i, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError) as e:
-            if records and i == len(lines) and not text.endswith("\n"):
-                break  # a run that is writing, or was cut, can end in half a line
-            raise UserError(
-                f"{path}:{i}: is not valid JSON ({getattr(e, 'msg', e)}); is it the metrics.jsonl of a run?"
-            )
-        if not isinstance(records[-1], dict) or "step" not in records[-1]:
-            raise UserError(f'{path}:{i}: has no "step"; is it the metrics.jsonl of a run?')
+        raise UserError(
+            f"{path}:0: cannot be read ({e}); give the metrics.jsonl of a run"
+        ) from None
+    records = read_records(path, text)
     if not records:
         raise UserError(f"{path}:1: is empty; the run has written nothing yet")
     try:
         return curves(records)
-    except (LookupError, TypeError, AttributeError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise UserError(
-            f"{path}:0: has a record that no run wrote ({type(e).__name__}: {e}); is it the metrics.jsonl of a run?"
-        )
+            f"{path}:0: has a record that no run wrote ({type(e).__name__}: {e}); is it the "
+            "metrics.jsonl of a run?"
+        ) from None
 
 
-def names(paths):
-    """The folder of each file, with its parents where two are alike."""
-    paths = [p.absolute() for p in paths]
-    short = [p.parent.name for p in paths]
-    return [str(p.parent) if short.count(s) > 1 else s for p, s in zip(paths, short)]
+def read_records(path, text):
+    """The records of a metrics.jsonl's text. Raises UserError."""
+    records = []
+    lines = text.splitlines()
+    for i, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            if records and i == len(lines) and not text.endswith("\n"):
+                break  # a run that is writing, or was killed, can leave half a line at the end
+            raise UserError(
+                f"{path}:{i}: is not valid JSON ({getattr(e, 'msg', e)}); is it the metrics.jsonl "
+                "of a run?"
+            ) from None
+        if not isinstance(record, dict) or "step" not in record:
+            raise UserError(f'{path}:{i}: has no "step"; is it the metrics.jsonl of a run?')
+        records.append(record)
+    return records
 
 
 def curves(records):
-    """Records -> {panel: [(x, value, low, high)]}; low and high None where there is no interval."""
-    out = {}
-    for r in records:
-        kind = "sft" if "stage" in r else "rl"
-        if "validation" in r:
-            m = r["validation"]
-            by = "accuracy.stage" if kind == "sft" else "accuracy.step"
-            out.setdefault(by, []).append(
-                (r["stage"] if kind == "sft" else r["step"], m["accuracy"], *m["accuracy_ci95"])
-            )
-            for key in ("latents", "coherence"):
-                if m.get(key) is not None:
-                    out.setdefault(key, []).append((r["step"], m[key], None, None))
+    """Records -> {panel: [(x, value, low, high)]}; low and high are None without an interval."""
+    points = {}
+
+    def add(panel, x, value, low=None, high=None):
+        points.setdefault(panel, []).append((x, value, low, high))
+
+    for record in records:
+        step = record["step"]
+        is_sft = "stage" in record
+        if "validation" not in record:
+            # Training: losses or rewards. "kl" is SFT's to the prior, or RL's to the start. The
+            # latents used are those of the mean policy, which a validation has
+            for key, value in record.items():
+                panel = key
+                if key == "kl":
+                    panel = "kl.sft" if is_sft else "kl.rl"
+                if panel in TITLES and panel != "latents":
+                    add(panel, step, value)
+            continue
+
+        # Validation: SFT has one at the end of each curriculum stage
+        measured = record["validation"]
+        low, high = measured["accuracy_ci95"]
+        if is_sft:
+            add("accuracy.stage", record["stage"], measured["accuracy"], low, high)
         else:
-            for key, value in r.items():
-                panel = f"{key}.{kind}" if key == "kl" else key
-                if (
-                    panel in TITLES and panel != "latents"
-                ):  # as the validations have it: the mean policy's
-                    out.setdefault(panel, []).append((r["step"], value, None, None))
-    return out
+            add("accuracy.step", step, measured["accuracy"], low, high)
+        for key in ("latents", "coherence"):
+            if measured.get(key) is not None:
+                add(key, step, measured[key])
+    return points
+
+
+# ---- the picture ---------------------------------------------------------------------------------
 
 
 def figure(runs):
     """{name: curves} -> a matplotlib Figure."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+
+    # A grid of panels, four in a row; a run's curve has the run's colour in each
+    panels = [key for key in TITLES if any(key in points for points in runs.values())]
+    n_column = min(4, len(panels))
+    n_row = -(-len(panels) // n_column)
+    picture = Figure(figsize=(2.7 * n_column, 1.8 * n_row + 0.4), layout="constrained")
+    axes = picture.subplots(n_row, n_column, squeeze=False).flatten()
+    for key, axis in zip(panels, axes):
+        for i, points in enumerate(runs.values()):
+            if key in points:
+                draw_curve(axis, points[key], f"C{i}")
+        style_panel(axis, key)
+    for axis in axes[len(panels) :]:  # the rest of the last row
+        axis.set_axis_off()
+
+    # One legend for all panels
+    lines = [Line2D([], [], color=f"C{i}") for i in range(len(runs))]
+    picture.legend(lines, list(runs), loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+    return picture
+
+
+def draw_curve(axis, points, color):
+    """One run's curve in one panel, with its interval if it has one."""
+    x, value, low, high = zip(*points)
+
+    # With few points, show where they are
+    dots = {"marker": "o", "markersize": 3} if len(x) < 16 else {}
+    axis.plot(x, value, color=color, linewidth=1.2, **dots)
+    if low[0] is not None:
+        axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def style_panel(axis, key):
+    """The title, the scales and the frame of one panel."""
     from matplotlib.ticker import MaxNLocator
 
-    panels = [key for key in TITLES if any(key in c for c in runs.values())]
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    picture = Figure(figsize=(3.6 * columns, 2.6 * rows + 0.5), layout="constrained")
-    axes = iter(picture.subplots(rows, columns, squeeze=False).flat)
-    for key, axis in zip(panels, axes):
-        for i, found in enumerate(runs.values()):
-            if key in found:
-                x, value, low, high = zip(*found[key])
-                dots = dict(marker="o", markersize=3.5) if len(x) < 16 else {}
-                axis.plot(x, value, color=f"C{i}", linewidth=1.3, **dots)
-                if low[0] is not None:
-                    axis.fill_between(x, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-        axis.set_title(TITLES[key], fontsize=9.5, loc="left")
-        axis.set_yscale("log" if key in LOGARITHMIC else "linear")
-        axis.set_xlabel(
-            "stage" if key == "accuracy.stage" else "step", fontsize=8, loc="right", labelpad=1
-        )
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes:  # those left over
-        axis.set_axis_off()
-    colours = [Line2D([], [], color=f"C{i}") for i in range(len(runs))]
-    picture.legend(
-        colours, list(runs), loc="outside upper left", ncols=6, frameon=False, fontsize=9
-    )
-    return picture
+    axis.set_title(TITLES[key], fontsize=8.5, loc="left")
+    if key in LOGARITHMIC:
+        axis.set_yscale("log")
+        axis.minorticks_off()
+    x_label = "stage" if key == "accuracy.stage" else "step"
+    axis.set_xlabel(x_label, fontsize=7.5, loc="right", labelpad=1)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.tick_params(labelsize=7.5)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,13 +1,18 @@
 """What a run's latents hold, and whether its answers need them: one table of numbers.
 
-    python -m minatp.probe out/sft            --json for a program; --file, --problems for problems of your own
+    python -m minatp.probe out/sft                  on the run's test set
+    python -m minatp.probe out/sft --file FILE      on problems of your own
+    python -m minatp.probe out/sft --json           for a program
 
-Reading: how much of a step's result a linear probe (ridge regression) reads from the step's latents, on problems that it was not
-fitted on. "as written": the result in the problem's own step of that place; "as φ reads it": the result in φ's words.
-Using: accuracy of the greedy answer when the thoughts are taken away, or are another problem's, or noisy.
+Reading: how well a linear probe (ridge regression) predicts a step's result from the step's
+latents, on problems that it was not fitted on. "as written": the result of the problem's own step
+in that place; "as φ reads it": the result in φ's words.
+
+Using: accuracy of the greedy answer with no thoughts, with another problem's, or with noisy ones.
 """
 
 import json
+from dataclasses import dataclass
 
 import torch
 
@@ -22,215 +27,313 @@ from ..run.problem_files import read_problems
 from ..run.splits import encode_prompts, test_set
 from ..run.terminal import print0
 
-SPREADS = (0.5, 1.0, 2.0, 4.0, 8.0)
-RIDGES = tuple(10.0**k for k in range(-3, 5))
+SPREADS = (0.5, 1.0, 2.0, 4.0, 8.0)  # noise of the sampled thoughts, in multiples of their σ
+RIDGES = tuple(10.0**k for k in range(-3, 5))  # penalties to choose from
+FEWEST = 10  # problems
+
+# Rows of the table that the code refers to
+OTHER = "thoughts of another problem"
+PRIOR = "thoughts drawn from the prior"
 
 
 def main(argv=None):
-    parser = Parser(__doc__, "minatp.probe")
-    parser.add_argument("run", help="folder of a run, or of a saved model")
-    parser.add_argument(
-        "--file", default="", help="problems (JSON, JSONL, iCoT) [the run's test set]"
-    )
-    parser.add_argument("--problems", type=int, default=1000, help="how many of them [%(default)s]")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the split, the shuffle and the noise [%(default)s]"
-    )
-    parser.add_argument(
-        "--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]"
-    )
-    parser.add_argument(
-        "--device", default="", help="cpu | cuda | cuda:N [cuda where there is one]"
-    )
-    parser.add_argument("--json", action="store_true", help="the same as one JSON object")
-    args = parser.parse_args(argv)
-    if args.problems < 10 or args.max_new < 1:
-        raise UserError(
-            f"command line: --problems must be at least 10 and --max-new positive, not {args.problems}, {args.max_new}"
-        )
-    if not 0 <= args.seed < 2**32:
-        raise UserError(
-            f"command line: --seed must not be negative and below 2^32, not {args.seed}"
-        )
-    found = (
-        read_problems(args.file)[: args.problems]
-        if args.file
-        else test_set(args.run, args.problems)
-    )
-    if len(found) < 10:
-        raise UserError(
-            f"{args.file or args.run}:0: has {len(found)} problems; a probe needs at least 10"
-        )
+    args = parse(argv)
+    problems = problems_of(args)
     device = pick_device(args.device)
     model, tokenizer = load_model(args.run)
     place(model, device).eval()
-    prompts = encode_prompts(found, tokenizer, model, args.max_new)
-    with solving_guard(prompts, model, args.max_new, what="probe"), autocast(device):
-        solve = lambda **how: evaluate.solve(
-            model, tokenizer, prompts, args.max_new, keep_z=True, **how
+    prompts = encode_prompts(problems, tokenizer, model, args.max_new)
+
+    def solve(noise=None, forced=None):
+        """A Chain per problem: by the mean policy unless there is noise."""
+        return evaluate.solve(
+            model, tokenizer, prompts, args.max_new, noise=noise, forced=forced, keep_z=True
         )
+
+    with solving_guard(prompts, model, args.max_new, what="probe"), autocast(device):
         mean = solve()
-        if not any(c.n_latent for c in mean):
+        if not any(chain.n_latent for chain in mean):
             raise UserError(
                 f"{args.run}:0: thinks in words, it has no latents to probe; give a run that has"
             )
         report = {
             "run": args.run,
-            "reading": reading(mean, found, model.c, args.seed),
-            "using": using(model, solve, mean, found, args),
+            "reading": reading(mean, problems, model.c, args.seed),
+            "using": using(model, solve, mean, problems, args),
         }
     print0(json.dumps(report, indent=2) if args.json else table(report))
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------------
+def parse(argv):
+    """The command line, checked. Raises UserError."""
+    parser = Parser(__doc__, "minatp.probe")
+    add = parser.add_argument
+    add("run", help="folder of a run, or of a saved model")
+    add("--file", default="", help="problems (JSON, JSONL, iCoT) [the run's test set]")
+    add("--problems", type=int, default=1000, help="how many of them [%(default)s]")
+    add("--seed", type=int, default=0, help="of the split, the shuffle and the noise [%(default)s]")
+    add("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
+    add("--device", default="", help="cpu | cuda | cuda:N [cuda if there is one]")
+    add("--json", action="store_true", help="print one JSON object instead of tables")
+    args = parser.parse_args(argv)
+
+    if args.problems < FEWEST or args.max_new < 1:
+        raise UserError(
+            f"command line: --problems must be at least {FEWEST} and --max-new positive, not "
+            f"{args.problems}, {args.max_new}"
+        )
+    if not 0 <= args.seed < 2**32:
+        raise UserError(
+            f"command line: --seed must not be negative or above 2^32 - 1, not {args.seed}"
+        )
+    return args
+
+
+def problems_of(args):
+    """The problems that the command line asks for. Raises UserError if they are too few."""
+    if args.file:
+        problems = read_problems(args.file)[: args.problems]
+    else:
+        problems = test_set(args.run, args.problems)
+    if len(problems) < FEWEST:
+        raise UserError(
+            f"{args.file or args.run}:0: has {len(problems)} problems; "
+            f"a probe needs at least {FEWEST}"
+        )
+    return problems
+
+
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def reading(chains, problems, c, seed):
-    """Probes of the steps' results: a list of dicts (see `probe`), one for each thing that a result can be taken from."""
-    x, owner = torch.cat([chain.z.reshape(-1, c * chain.z.shape[-1]) for chain in chains]), []
-    for i, chain in enumerate(chains):
-        owner += [(i, t) for t in range(chain.n_latent // c)]
+    """Probes of the steps' results: a list of dicts (see `probe`), one per source of results."""
+    # A row for each thought: its latents, its problem and its place in the chain
+    x = torch.cat([chain.z.reshape(-1, c * chain.z.shape[-1]) for chain in chains])
+    thoughts = [(i, t) for i, chain in enumerate(chains) for t in range(chain.n_latent // c)]
+    problem_of = torch.tensor([i for i, _ in thoughts])
+
     sources = {
-        "as written": [p.steps for p in problems],
+        "as written": [problem.steps for problem in problems],
         "as φ reads it": [chain.thoughts for chain in chains],
     }
-    out = []
-    for name, texts in sources.items():
+    probes = []
+    for name, steps in sources.items():
+        # Some thoughts have no step in that place, and some steps no result
         results = [
-            reward.result_as_float(texts[i][t]) if t < len(texts[i]) else None for i, t in owner
+            reward.result_as_float(steps[i][t]) if t < len(steps[i]) else None for i, t in thoughts
         ]
-        known = torch.tensor([r is not None for r in results])
-        group = torch.tensor([i for i, _ in owner])[known]
-        if known.sum() >= 20 and len(group.unique()) >= 6:
-            y = torch.tensor([r for r in results if r is not None], dtype=torch.float64)
-            out.append({"result": name, **probe(x[known].double(), y, group, seed)})
-    return out
+        known = torch.tensor([result is not None for result in results])
+        y = torch.tensor([r for r in results if r is not None], dtype=torch.float64)
+        group = problem_of[known]
+        if len(y) >= 20 and len(group.unique()) >= 6:  # enough to fit and to test
+            probes.append({"result": name, **probe(x[known].double(), y, group, seed)})
+    return probes
 
 
 def probe(x, y, group, seed=0):
-    """How linear the numbers y (N,) are in x (N, D), judged on a third of the groups (N,), problems that the fit never sees.
+    """How well y (N,) is a linear function of x (N, D), judged on problems that the fit never sees.
 
-    "r2": of ridge regression on sign(y)·log(1 + |y|); "accuracy": of the ridge classifier, a value seen in the fit being a class;
-    "commonest": of always saying the commonest value. The ridge is chosen on a quarter of the fit's groups.
+    group (N,): the problem of each row. Returns a dict with
+    "r2": of ridge regression on sign(y)·log(1 + |y|);
+    "accuracy", "accuracy_ci95": of a ridge classifier whose classes are the values seen in the fit;
+    "commonest": the accuracy of always saying the commonest value.
     """
-    ids = group.unique()
-    order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
-    held, tuning, fit = (
-        order[: len(order) // 3],
-        order[len(order) // 3 : len(order) // 2],
-        order[len(order) // 2 :],
-    )
-    test, tune, train = (torch.isin(group, part) for part in (held, tuning, fit))
+    parts = split(group, seed)
+    tune, test = parts.tune, parts.test
+    fitted = ~test  # once the ridge is chosen, the rows it was chosen on join the fit
+
+    # Targets. Column 0 is the number, compressed, as results span orders of magnitude; the others
+    # are one class for each value
     values, label = y.unique(return_inverse=True)
-    known = torch.isin(label, label[train | tune])
-    target = torch.cat(
-        (
-            y.sign()[:, None] * y.abs().log1p()[:, None],
-            torch.eye(len(values), dtype=x.dtype)[label],
-        ),
-        1,
-    )
-    explained = lambda out, rows: r2(out[:, 0], target[rows, 0])
-    named = lambda out, rows: float((out[:, 1:].argmax(1) == label[rows]).double().mean())
-    tried, best = {k: ridge_fit(x[train], target[train], k)(x[tune]) for k in RIDGES}, []
+    size = y.sign() * y.abs().log1p()
+    one_hot = torch.eye(len(values), dtype=x.dtype)[label]
+    target = torch.cat((size[:, None], one_hot), 1)
+
+    def explained(out, rows):
+        return r2(out[:, 0], target[rows, 0])
+
+    def named(out, rows):
+        return float((out[:, 1:].argmax(1) == label[rows]).double().mean())
+
+    # Choose a ridge for each of the two measures, then fit again with more rows
+    tuning = {ridge: ridge_fit(x[parts.fit], target[parts.fit], ridge)(x[tune]) for ridge in RIDGES}
+    predicted = []
     for score in (explained, named):
-        ridge = max(RIDGES, key=lambda k: score(tried[k], tune))
-        best.append(ridge_fit(x[~test], target[~test], ridge)(x[test]))
-    right = int(((best[1][:, 1:].argmax(1) == label[test]) & known[test]).sum())
-    n, commonest = int(test.sum()), label[~test].mode().values
+        scores = {ridge: score(out, tune) for ridge, out in tuning.items()}
+        best = max(RIDGES, key=scores.get)
+        predicted.append(ridge_fit(x[fitted], target[fitted], best)(x[test]))
+    number, classes = predicted[0][:, 0], predicted[1][:, 1:]
+
+    # Judge both on the test rows. A value that the fit has never seen counts as wrong
+    known = torch.isin(label, label[fitted])[test]
+    n_right = int(((classes.argmax(1) == label[test]) & known).sum())
+    n = int(test.sum())
+    commonest = label[fitted].mode().values
     return {
         "n_steps": n,
-        "n_problems": len(held),
+        "n_problems": parts.n_test_group,
         "n_values": len(values),
-        "r2": r2(best[0][:, 0], target[test, 0]),
-        "accuracy": right / n,
-        "accuracy_ci95": evaluate.wilson(right, n),
+        "r2": r2(number, target[test, 0]),
+        "accuracy": n_right / n,
+        "accuracy_ci95": evaluate.wilson(n_right, n),
         "commonest": float((label[test] == commonest).double().mean()),
     }
 
 
-def ridge_fit(x, y, ridge):
-    """Least squares with a penalty ridge·|W|² on standardised x (N, D) -> a function of x that predicts y (N, E)."""
-    mean, scale = x.mean(0), x.std(0).clamp(min=1e-9)
-    z, level = (x - mean) / scale, y.mean(0)
-    W = torch.linalg.solve(
-        z.T @ z + ridge * torch.eye(z.shape[1], dtype=z.dtype), z.T @ (y - level)
+@dataclass
+class Parts:
+    """Rows of a probe: masks (N,). No group has rows in two of them."""
+
+    fit: torch.Tensor
+    tune: torch.Tensor  # to choose the ridge on
+    test: torch.Tensor
+    n_test_group: int
+
+
+def split(group, seed):
+    """Split the groups at random: a third to test, a sixth to choose the ridge, half to fit."""
+    ids = group.unique()
+    order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+    third, half = len(order) // 3, len(order) // 2
+    return Parts(
+        fit=torch.isin(group, order[half:]),
+        tune=torch.isin(group, order[third:half]),
+        test=torch.isin(group, order[:third]),
+        n_test_group=third,
     )
-    return lambda x: (x - mean) / scale @ W + level
 
 
-def r2(guess, y):
-    """Share of the variance of y (N,) that the guess explains; negative where the mean is better."""
-    return float(1 - (guess - y).pow(2).sum() / (y - y.mean()).pow(2).sum().clamp(min=1e-30))
+def ridge_fit(x, y, ridge):
+    """Least squares with a penalty ridge·|W|² on standardised x (N, D).
+
+    Returns a function of x (M, D) that predicts y (M, E).
+    """
+    mean, scale = x.mean(0), x.std(0).clamp(min=1e-9)
+    level = y.mean(0)  # the intercept, which is not penalised
+    z = (x - mean) / scale
+    penalty = ridge * torch.eye(z.shape[1], dtype=z.dtype)
+    W = torch.linalg.solve(z.T @ z + penalty, z.T @ (y - level))
+
+    def predict(x):
+        return (x - mean) / scale @ W + level
+
+    return predict
 
 
-# ---- using --------------------------------------------------------------------------------------------------------------
+def r2(prediction, y):
+    """The share of the variance of y (N,) that is explained; negative if the mean is better."""
+    residual = (prediction - y).pow(2).sum()
+    return float(1 - residual / (y - y.mean()).pow(2).sum().clamp(min=1e-30))
+
+
+# ---- using ---------------------------------------------------------------------------------------
 
 
 def using(model, solve, mean, problems, args):
-    """Accuracy with the thoughts as they are and changed: a list of dicts. Sets of thoughts keep each problem's own length, save
-    those of another problem, which bring theirs."""
-    c, n = model.c, torch.tensor([chain.n_latent for chain in mean])
-    own = torch.zeros(len(mean), c * model.K, model.policy.cfg.n_embd)
-    for i, chain in enumerate(mean):
-        own[i, : n[i]] = chain.z
-    g = torch.Generator().manual_seed(args.seed)
-    donor = torch.empty(len(mean), dtype=torch.long)
-    order = sorted(
-        torch.randperm(len(mean), generator=g).tolist(), key=lambda i: int(n[i])
-    )  # neighbours are of like length
-    donor[order] = torch.tensor(order[1:] + order[:1])
-    always = torch.ones(len(mean), dtype=torch.bool)
-    chance = torch.randn(own.shape, generator=g)
-    forced = {
-        "thoughts of another problem": Forced(own[donor], n[donor], always),
-        "thoughts all zero": Forced(0 * own, n, always),
-        "thoughts drawn from the prior": Forced(chance, n, always),
-        "no thoughts": Forced(own, 0 * n, always),
-    }
-    if not model.vae:
-        del forced["thoughts drawn from the prior"]
-    chains = {"as they are": mean} | {name: solve(forced=given) for name, given in forced.items()}
+    """Accuracy with the run's own thoughts and with changed ones: a list of dicts.
+
+    Each problem keeps its number of thoughts, unless they are those of another problem.
+    """
+    # Put other thoughts in place of the run's own
+    forced, donor = changed_thoughts(model, mean, args.seed)
+    chains = {"as they are": mean}
+    for name, thoughts in forced.items():
+        chains[name] = solve(forced=thoughts)
+
+    # Sample the thoughts, ever more widely, and decide the rest greedily
     for spread in SPREADS if model.vae else ():
         noise = Noise.draw(model, len(mean), args.max_new, args.seed, spread=spread, greedy=True)
-        noise.stop.fill_(0.5)  # the likelier decision
+        noise.stop.fill_(0.5)  # the stop head takes its likelier decision
         chains[f"σ × {spread:g}"] = solve(noise=noise)
-    out = [
-        {"thoughts": name, **judged(found, problems), "same_answer": agreement(found, mean)}
-        for name, found in chains.items()
-    ]
-    out[1]["donor_answer"] = agreement(
-        chains["thoughts of another problem"], [mean[i] for i in donor.tolist()]
-    )
-    return out
+
+    # Compare the answers
+    rows = []
+    for name, changed in chains.items():
+        measured = evaluate.measure(changed, problems)
+        row = {"thoughts": name}
+        for key in ("n_problems", "accuracy", "accuracy_ci95", "latents"):
+            row[key] = measured[key]
+        row["same_answer"] = agreement(changed, mean)
+        if name == OTHER:
+            row["donor_answer"] = agreement(changed, [mean[i] for i in donor.tolist()])
+        rows.append(row)
+    return rows
 
 
-def judged(chains, problems):
-    m = evaluate.measure(chains, problems)
-    return {k: m[k] for k in ("n_problems", "accuracy", "accuracy_ci95", "latents")}
+def changed_thoughts(model, mean, seed):
+    """What takes the place of the thoughts of the Chains `mean` -> ({name: Forced}, donor).
+
+    donor (N,): the problem whose thoughts each problem gets, one with about as many.
+    """
+    N, D = len(mean), model.policy.cfg.n_embd
+    n = torch.tensor([chain.n_latent for chain in mean])
+    own = torch.zeros(N, model.c * model.K, D)
+    for i, chain in enumerate(mean):
+        own[i, : n[i]] = chain.z
+
+    # Shuffled, then sorted by length, each problem gets the thoughts of the one after it
+    lengths = n.tolist()
+
+    def length(i):
+        return lengths[i]
+
+    g = torch.Generator().manual_seed(seed)
+    order = sorted(torch.randperm(N, generator=g).tolist(), key=length)
+    donor = torch.empty(N, dtype=torch.long)
+    donor[order] = torch.tensor(order[1:] + order[:1])
+
+    always = torch.ones(N, dtype=torch.bool)  # the answer follows the forced thoughts
+    drawn = torch.randn(own.shape, generator=g)
+    forced = {
+        OTHER: Forced(own[donor], n[donor], always),
+        "thoughts all zero": Forced(0 * own, n, always),
+        PRIOR: Forced(drawn, n, always),
+        "no thoughts": Forced(own, 0 * n, always),
+    }
+    if not model.vae:  # no prior
+        del forced[PRIOR]
+    return forced, donor
 
 
 def agreement(a, b):
-    """Share of problems that two lists of Chains answer alike."""
+    """The share of problems that two lists of Chains answer alike."""
     return sum(evaluate.agree(x, y) for x, y in zip(a, b)) / len(a)
+
+
+# ---- the table -----------------------------------------------------------------------------------
 
 
 def table(report):
     """The report in columns."""
-    head = f"{'a linear probe reads a result':32} {'R²':>6}  {'accuracy':>8}  {'95 %':>16}  {'commonest':>9}  steps (problems)"
-    lines = [report["run"], *(["", head] if report["reading"] else [])]
-    span = lambda r: f"[{r['accuracy_ci95'][0]:6.1%}, {r['accuracy_ci95'][1]:6.1%}]"
-    lines += [
-        f"{r['result']:32} {r['r2']:6.3f}  {r['accuracy']:8.1%}  {span(r)}  {r['commonest']:9.1%}  {r['n_steps']} ({r['n_problems']})"
-        for r in report["reading"]
-    ]
-    lines += [
-        "",
-        f"{'thoughts':32} {'accuracy':>8}  {'95 %':>16}  {'answer as before':>16}  {'latents':>7}  problems",
-    ]
-    lines += [
-        f"{r['thoughts']:32} {r['accuracy']:8.1%}  {span(r)}  {r['same_answer']:16.1%}  {r['latents']:7.1f}  {r['n_problems']}"
-        + (f"   the other problem's answer: {r['donor_answer']:.1%}" if "donor_answer" in r else "")
-        for r in report["using"]
-    ]
+    lines = [report["run"]]
+
+    # Reading
+    if report["reading"]:
+        title = "a linear probe reads a result"
+        columns = f"{'R²':>6}  {'accuracy':>8}  {'95 %':>16}  {'commonest':>9}  steps (problems)"
+        lines += ["", f"{title:32} {columns}"]
+    for row in report["reading"]:
+        lines.append(
+            f"{row['result']:32} {row['r2']:6.3f}  {row['accuracy']:8.1%}  {interval(row)}  "
+            f"{row['commonest']:9.1%}  {row['n_steps']} ({row['n_problems']})"
+        )
+
+    # Using
+    columns = f"{'accuracy':>8}  {'95 %':>16}  {'answer as before':>16}  {'latents':>7}  problems"
+    lines += ["", f"{'thoughts':32} {columns}"]
+    for row in report["using"]:
+        line = (
+            f"{row['thoughts']:32} {row['accuracy']:8.1%}  {interval(row)}  "
+            f"{row['same_answer']:16.1%}  {row['latents']:7.1f}  {row['n_problems']}"
+        )
+        if "donor_answer" in row:
+            line += f"   the other problem's answer: {row['donor_answer']:.1%}"
+        lines.append(line)
     return "\n".join(lines)
+
+
+def interval(row):
+    """The 95 % interval of an accuracy."""
+    low, high = row["accuracy_ci95"]
+    return f"[{low:6.1%}, {high:6.1%}]"

@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from floats import DEVICE, FP32, close, normal
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -19,6 +18,8 @@ from minatp.rl import log_probs
 from minatp.rollout import Noise, Rollout, rollout
 from minatp.sft import sft_losses
 from minatp.tools.count import WAITS
+
+from floats import DEVICE, FP32, close, normal
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [

@@ -1,7 +1,10 @@
-"""Every number of the conformance fixture, through the code that trains and samples: batched, padded, cached, float32.
+"""Every number of the conformance fixture, through the code that trains and samples.
 
+The fixture was computed in float64, one sequence at a time, without padding or a cache
+(fixtures/conformance/README.md). Here everything is float32, batched, padded and cached.
 MINATP_CONFORMANCE names another folder of the same form.
 """
+
 import json
 import os
 from pathlib import Path
@@ -10,169 +13,281 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minatp import checkpoint, data, rollout
-from minatp.explain import read_thoughts
-from minatp.loss import total_loss
+from minatp import data, rl, rollout, sft
+from minatp.decoder import read_thoughts
+from minatp.problems import Problem
+from minatp.run.huggingface import fill, load_model, read_config
 
-ROOT = Path(os.environ.get("MINATP_CONFORMANCE", Path(__file__).parent / "fixtures" / "conformance"))
+from runs import MODEL
+
+ROOT = Path(os.environ.get("MINATP_CONFORMANCE", MODEL.parent))
 GOLD = json.loads((ROOT / "golden.json").read_text())
-T = load_file(ROOT / "golden.safetensors")
+TENSORS = load_file(ROOT / "golden.safetensors")
+
+QUESTIONS = [sample["question"] for sample in GOLD["samples"]]
+STAGES = range(GOLD["max_steps"] + 2)
+LATENT_STAGES = STAGES[1:]
+
+
+# ---- the fixture's model, and comparisons --------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def world():
-    """(model, tokens): the fixture's two directories and heads, loaded by the code that loads a user's."""
+def loaded():
+    """(model, tokenizer): the fixture's two directories and heads, loaded as a user's are."""
     c, K = GOLD["c_latent"], GOLD["max_steps"]
     model, tokenizer = load_model(ROOT / "policy", c=c, K=K)
-    other, _ = load_model(ROOT / "decoder", c=c, K=K)
-    model.decoder = other.policy
-    heads = joined(load_file(ROOT / "heads.safetensors"))
+    as_policy, _ = load_model(ROOT / "decoder", c=c, K=K)
+    model.decoder = as_policy.policy
+
+    heads = stack_gaussian(load_file(ROOT / "heads.safetensors"))
     for name in ("latent_head", "stop_head"):
-        checkpoint.fill(getattr(model, name), {k.removeprefix(name + "."): v for k, v in heads.items() if k.startswith(name)}, ROOT)
+        fill(getattr(model, name), with_prefix(heads, name + "."), ROOT)
     return model, tokenizer
 
 
-def joined(tensors):
-    """Wμ and Wσ, which the fixture keeps apart, as the one matrix that they are here."""
-    for name in [n for n in tensors if "latent_head.mean." in n]:
-        tensors[name.replace("mean", "gaussian")] = torch.cat((tensors.pop(name), tensors.pop(name.replace("mean", "log_var"))))
-    return tensors
+@pytest.fixture
+def model(loaded):
+    return loaded[0]
 
 
-def encoded(world):
-    model, tokenizer = world
-    return data.encode([data.Problem(**s) for s in GOLD["samples"]], tokenizer, model.K, model.policy.cfg.block_size)
+@pytest.fixture
+def tokenizer(loaded):
+    return loaded[1]
 
 
-def close(got, want, tol, what):
-    want = torch.as_tensor(want, dtype=torch.float64)
-    error = (got.detach().double() - want).norm() / want.norm().clamp(min=1e-12)
-    assert error <= tol, f"{what}: relative error {error:.2e}"
+@pytest.fixture
+def rows(model, tokenizer):
+    """The fixture's problems, as data.Encoded."""
+    return data.encode([Problem(**sample) for sample in GOLD["samples"]], tokenizer, model)
 
 
-def each_close(got, want, what):
-    """Every number by itself, to 1e-4 relative: a norm would hide the small ones."""
-    assert got.tolist() == pytest.approx(torch.as_tensor(want).tolist(), rel=1e-4, abs=1e-5), what
+def with_prefix(tensors, prefix):
+    """Those whose name begins with a prefix, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def stack_gaussian(heads):
+    """Stack Wμ on Wσ, which the fixture keeps apart, as `latent_head.gaussian` does."""
+    heads = dict(heads)
+    for part in ("weight", "bias"):
+        mean = heads.pop(f"latent_head.mean.{part}")
+        log_var = heads.pop(f"latent_head.log_var.{part}")
+        heads[f"latent_head.gaussian.{part}"] = torch.cat((mean, log_var))
+    return heads
+
+
+def split_gaussian(grads):
+    """Undo `stack_gaussian`, for gradients, which may be None."""
+    grads = dict(grads)
+    for part in ("weight", "bias"):
+        both = grads.pop(f"latent_head.gaussian.{part}")
+        mean, log_var = (None, None) if both is None else both.chunk(2)
+        grads[f"latent_head.mean.{part}"] = mean
+        grads[f"latent_head.log_var.{part}"] = log_var
+    return grads
+
+
+def assert_close(actual, expected, tolerance, what):
+    """Compare two tensors by the norm of their difference."""
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    difference = (actual.detach().double() - expected).norm()
+    error = difference / expected.norm().clamp(min=1e-12)
+    assert error <= tolerance, f"{what}: relative error {error:.2e}"
+
+
+def assert_each_close(actual, expected, what):
+    """Compare every number by itself, to 1e-4 relative: a norm would hide the small ones."""
+    expected = torch.as_tensor(expected).tolist()
+    assert actual.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5), what
+
+
+# ---- files, tokens and logits --------------------------------------------------------------------
 
 
 def test_both_rope_spellings_read_the_same():
-    a, b = (json.loads((ROOT / d / "config.json").read_text()) for d in ("policy", "decoder"))
-    assert ("rope_parameters" in a) != ("rope_parameters" in b)
-    a, b = (read_config(ROOT / d / "config.json") for d in ("policy", "decoder"))
-    assert (a.rope_theta, a.rope_scaling) == (b.rope_theta, b.rope_scaling)
+    paths = [ROOT / name / "config.json" for name in ("policy", "decoder")]
+    policy, decoder = (json.loads(path.read_text()) for path in paths)
+    assert ("rope_parameters" in policy) != ("rope_parameters" in decoder)
+
+    policy, decoder = (read_config(path) for path in paths)
+    assert policy.rope_theta == decoder.rope_theta
+    assert policy.rope_scaling == decoder.rope_scaling
 
 
-def test_added_tokens(world):
-    model, tokenizer = world
-    assert (tokenizer.bos, tokenizer.eos[0]) == (GOLD["bos"], GOLD["eos"])
-    assert (tokenizer.start, tokenizer.latent, tokenizer.end) == (GOLD["start"], GOLD["latent"], GOLD["end"])
-    assert model.policy.cfg.vocab_size == model.decoder.cfg.vocab_size == GOLD["vocab_size"]
+def test_added_tokens(model, tokenizer):
+    assert tokenizer.bos == GOLD["bos"]
+    assert tokenizer.eos[0] == GOLD["eos"]
+    assert tokenizer.start == GOLD["start"]
+    assert tokenizer.latent == GOLD["latent"]
+    assert tokenizer.end == GOLD["end"]
+    assert model.policy.cfg.vocab_size == GOLD["vocab_size"]
+    assert model.decoder.cfg.vocab_size == GOLD["vocab_size"]
 
 
 @pytest.mark.parametrize("pad", [0, 5])
-def test_logits(world, pad):
-    lm, ids = world[0].policy, T["lm.ids"][None]
-    x = torch.cat((torch.randn(1, pad, lm.cfg.n_embd), lm.embed(ids)), 1)
-    valid = torch.arange(x.shape[1])[None] >= pad
-    close(lm.logits(lm(x, valid, lm.cache(*x.shape[:2]))[0, pad:]), T["lm.logits"], 1e-5, "whole")
-    with torch.no_grad():  # the same, by the preallocated cache in three pieces
-        cache, sizes = lm.cache(*x.shape[:2]), (9 + pad, 1, x.shape[1] - 10 - pad)
-        h = torch.cat([lm(p, v, cache) for p, v in zip(x.split(sizes, 1), valid.split(sizes, 1))], 1)
-    close(lm.logits(h[0, pad:]), T["lm.logits"], 1e-5, "in pieces")
+def test_logits(model, pad):
+    llama = model.policy
+    ids = TENSORS["lm.ids"][None]
+    x = torch.cat((torch.randn(1, pad, llama.cfg.n_embd), llama.embed(ids)), 1)
+    mask = torch.arange(x.shape[1])[None] >= pad
+
+    # under autograd, in one pass
+    h = llama(x, mask, llama.cache(*x.shape[:2]))
+    assert_close(llama.logits(h[0, pad:]), TENSORS["lm.logits"], 1e-5, "in one pass")
+
+    # without autograd, through the preallocated cache in three pieces
+    sizes = (9 + pad, 1, x.shape[1] - 10 - pad)
+    pieces = []
+    with torch.no_grad():
+        cache = llama.cache(*x.shape[:2])
+        for x_piece, mask_piece in zip(x.split(sizes, 1), mask.split(sizes, 1)):
+            pieces.append(llama(x_piece, mask_piece, cache))
+    h = torch.cat(pieces, 1)
+    assert_close(llama.logits(h[0, pad:]), TENSORS["lm.logits"], 1e-5, "in pieces")
 
 
-@pytest.mark.parametrize("stage", range(GOLD["max_steps"] + 2))
-def test_token_ids(world, stage):
-    model, tokenizer = world
-    gold, batch = GOLD["sft"][str(stage)], data.collate(encoded(world), stage, model)
+# ---- stage 1 -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_token_ids(model, tokenizer, rows, stage):
+    gold = GOLD["sft"][str(stage)]
+    batch = data.collate(rows, stage, model)
     assert batch.n_latent.tolist() == gold["latents"]
-    for b, want in enumerate(gold["sequences"]):
-        prompt, target = batch.prompt[b][batch.prompt_mask[b]].tolist(), batch.target[b][batch.target[b] >= 0].tolist()
-        assert prompt + [tokenizer.latent] * gold["latents"][b] + [tokenizer.end] + target == want
+    for b, expected in enumerate(gold["sequences"]):
+        prompt = batch.prompt[b][batch.prompt_mask[b]].tolist()
+        latents = [tokenizer.latent] * gold["latents"][b]
+        target = batch.target[b][batch.target[b] >= 0].tolist()
+        assert [*prompt, *latents, tokenizer.end, *target] == expected
         assert len(target) == gold["labels_at_end"][b]
 
 
-@pytest.mark.parametrize("stage", range(GOLD["max_steps"] + 2))
-@pytest.mark.parametrize("micro", [4, 1])
-def test_sft_losses_and_gradients(world, stage, micro):
-    model, tokenizer = world
-    rows, gold, eps = encoded(world), GOLD["sft"][str(stage)], T[f"sft{stage}.eps"].float()
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", [4, 1])
+def test_sft_losses_and_gradients(model, rows, stage, size):
+    """One batch of four problems, or four of one, accumulated."""
+    eps = TENSORS[f"sft{stage}.eps"].float()
     counts = data.collate(rows, stage, model).counts
+    means = {"enc": 0.0, "dec": 0.0, "stop": 0.0, "kl": 0.0}
     model.zero_grad()
-    total = {"enc": 0.0, "dec": 0.0, "stop": 0.0, "kl": 0.0}
-    for i in range(0, len(rows), micro):  # one batch of four, or four accumulated
-        batch = data.collate(rows[i:i + micro], stage, model)
-        sums = rollout.sft_losses(model, batch, eps[i:i + micro])
-        total_loss(sums, counts, GOLD["beta"]).backward()
-        for name, value in sums.items():
-            total[name] += value.item() / max(1, counts[name])
-    for name in total:
-        assert total[name] == pytest.approx(gold[name], rel=1e-4), name
-    assert sum(total[n] * (GOLD["beta"] if n == "kl" else 1) for n in total) == pytest.approx(gold["total"], rel=1e-4)
-    want = {k.removeprefix(f"sft{stage}.grad."): v for k, v in T.items() if k.startswith(f"sft{stage}.grad.")}
-    grads = {n: p.grad for n, p in model.named_parameters()}
-    for part in ("weight", "bias"):
-        g = grads.pop(f"latent_head.gaussian.{part}")
-        grads |= zip((f"latent_head.mean.{part}", f"latent_head.log_var.{part}"), (None, None) if g is None else g.chunk(2))
-    for name, g in want.items():
-        close(grads[name], g, 1e-3, name)
-    assert all(g is None or g.norm() < 1e-6 for n, g in grads.items() if stage == 0 and not n.startswith("policy."))
+    for i in range(0, len(rows), size):
+        batch = data.collate(rows[i : i + size], stage, model)
+        losses = sft.sft_losses(model, batch, eps[i : i + size])
+        sft.total_loss(losses, counts, GOLD["beta"]).backward()
+        for name, value in losses.items():
+            means[name] += value.item() / max(1, counts[name])
+
+    gold = GOLD["sft"][str(stage)]
+    for name, mean in means.items():
+        assert mean == pytest.approx(gold[name], rel=1e-4), name
+    total = means["enc"] + means["dec"] + means["stop"] + GOLD["beta"] * means["kl"]
+    assert total == pytest.approx(gold["total"], rel=1e-4)
+    check_gradients(model, stage)
 
 
-@pytest.mark.parametrize("stage", range(1, GOLD["max_steps"] + 2))
-def test_proposals(world, stage):
-    model, tokenizer = world
-    batch = data.collate(encoded(world), stage, model)
-    thought = rollout.think(model, batch, T[f"sft{stage}.eps"].float())[0]
-    for i in range(len(GOLD["samples"])):
-        n = len(T[f"sft{stage}.mu{i}"])
-        assert n == batch.n_latent[i] + batch.asks[i]
-        close(thought.mu[i, :n], T[f"sft{stage}.mu{i}"], 1e-4, f"mu{i}")
-        close(thought.logvar[i, :n], T[f"sft{stage}.logvar{i}"], 1e-4, f"logvar{i}")
+def check_gradients(model, stage):
+    grads = split_gaussian({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in with_prefix(TENSORS, f"sft{stage}.grad.").items():
+        assert_close(grads[name], expected, 1e-3, name)
+
+    # in stage 0 everything is text, and only the policy learns
+    if stage == 0:
+        for name, grad in grads.items():
+            if not name.startswith("policy."):
+                assert grad is None or grad.norm() < 1e-6, name
 
 
-def test_rollout_log_probabilities(world):
-    model, tokenizer = world
-    c, K, n = model.c, model.K, len(GOLD["rl"])
-    width = max(len(g["answer_ids"]) for g in GOLD["rl"])
-    prompt, valid = data.left_pad([tokenizer.prompt(GOLD["samples"][g["sample"]]["question"]) for g in GOLD["rl"]], tokenizer.end)
-    zeros = lambda *s: torch.zeros(n, *s)
-    r = rollout.Rollout(zeros(c * K, model.policy.cfg.n_embd), None, zeros().long(), zeros().bool(), zeros(K),
-                        zeros(width).long() - 1, zeros().long(), zeros(c * K), zeros(K), zeros(width))
-    for i, g in enumerate(GOLD["rl"]):
-        z = T[f"rl{i}.z"].float()
-        assert len(z) == c * g["steps_used"] + (g["steps_used"] < K) and len(T[f"rl{i}.stop"]) == len(z[::c])
-        r.z[i, : len(z)], r.n_latent[i], r.stopped[i] = z, c * g["steps_used"], len(z) > c * g["steps_used"]
-        r.token[i, : len(g["answer_ids"])], r.n_token[i] = torch.tensor(g["answer_ids"]), len(g["answer_ids"])
-    logp_z, logp_stop, logp_token = rollout.score(model, prompt, valid, r)[:3]
-    for i in range(n):
-        for got, name in ((logp_z, "gauss"), (logp_stop, "stop"), (logp_token, "answer")):
-            want = T[f"rl{i}.{name}"]
-            each_close(got[i, : len(want)], want, f"rl{i}.{name}")
-            assert (got[i, len(want):] == 0).all()
+@pytest.mark.parametrize("stage", LATENT_STAGES)
+def test_proposals(model, rows, stage):
+    batch = data.collate(rows, stage, model)
+    thought, _, _ = sft.think(model, batch, TENSORS[f"sft{stage}.eps"].float())
+    for b in range(len(rows)):
+        mu, logvar = TENSORS[f"sft{stage}.mu{b}"], TENSORS[f"sft{stage}.logvar{b}"]
+        n = len(mu)
+        assert n == batch.n_latent[b] + batch.has_stop[b]
+        assert_close(thought.mu[b, :n], mu, 1e-4, f"mu{b}")
+        assert_close(thought.logvar[b, :n], logvar, 1e-4, f"logvar{b}")
 
 
-def test_generation_and_decoded_steps(world, monkeypatch):
-    model, tokenizer = world
-    margins, choose = torch.full((len(GOLD["samples"]),), torch.inf), rollout.choose
+# ---- stage 2, and generation ---------------------------------------------------------------------
 
-    def watched(logits, noise, rows, at):  # by how much the likeliest word leads
+
+def gold_rollout(model):
+    """The fixture's chains as a Rollout, without what is to be computed."""
+    gold_chains = GOLD["rl"]
+    longest = max(len(gold["answer_ids"]) for gold in gold_chains)
+    chains = rollout.Rollout.empty(model, len(gold_chains), longest, noise=None, device="cpu")
+    for b, gold in enumerate(gold_chains):
+        n_step, ids = gold["steps_used"], gold["answer_ids"]
+        z = TENSORS[f"rl{b}.z"].float()
+        stopped = n_step < model.K
+
+        # the used latents, then the candidate dropped at a stop
+        assert len(z) == model.c * n_step + stopped
+        assert len(TENSORS[f"rl{b}.stop"]) == len(z[:: model.c])
+        chains.z[b, : len(z)] = z
+        chains.n_latent[b] = model.c * n_step
+        chains.stopped[b] = stopped
+        chains.token[b, : len(ids)] = torch.tensor(ids)
+        chains.n_token[b] = len(ids)
+    return chains
+
+
+def test_log_probabilities_of_rollouts(model, tokenizer):
+    questions = [QUESTIONS[gold["sample"]] for gold in GOLD["rl"]]
+    prompt, prompt_mask = data.left_pad(tokenizer.prompts(questions), tokenizer.end)
+    logp = rl.log_probs(model, prompt, prompt_mask, gold_rollout(model))
+    for b in range(len(questions)):
+        for row, name in ((logp.z[b], "gauss"), (logp.stop[b], "stop"), (logp.token[b], "answer")):
+            expected = TENSORS[f"rl{b}.{name}"]
+            n = len(expected)
+            assert_each_close(row[:n], expected, f"rl{b}.{name}")
+            assert (row[n:] == 0).all()
+
+
+@pytest.fixture
+def margins(monkeypatch):
+    """By how much the likeliest word led the second, at the closest word of each chain."""
+    closest = torch.full((len(QUESTIONS),), torch.inf)
+    choose_token = rollout.choose_token
+
+    def watch(logits, noise, chain, n):
         first, second = logits.topk(2).values.unbind(-1)
-        margins[rows] = margins[rows].minimum(first - second)
-        return choose(logits, noise, rows, at)
+        closest[chain] = closest[chain].minimum(first - second)
+        return choose_token(logits, noise, chain, n)
 
-    monkeypatch.setattr(rollout, "choose", watched)
-    prompt, valid = data.left_pad([tokenizer.prompt(s["question"]) for s in GOLD["samples"]], tokenizer.end)
-    longest = lambda key: max((len(ids) for g in GOLD["generate"] for ids in key(g)), default=1)
-    r = rollout.rollout(model, prompt, valid, max_new=longest(lambda g: [g["answer_ids"]]))
-    each_close(margins, [g["smallest_logit_margin"] for g in GOLD["generate"]], "smallest_logit_margin")
-    for i, g in enumerate(GOLD["generate"]):
-        assert r.n_latent[i] == g["latents"]
-        each_close(r.stop_prob[i, : len(g["stop_probs"])], g["stop_probs"], f"stop{i}")
-        assert r.stop_prob[i, len(g["stop_probs"]):].isnan().all()
-        assert r.token[i, : r.n_token[i]].tolist() == g["answer_ids"]
-        steps = r.z[i, : g["latents"]].view(-1, model.c, model.policy.cfg.n_embd)
-        texts = read_thoughts(model.decoder, steps, tokenizer.eos[0], max_new=longest(lambda g: g["decoded_step_ids"]))
-        for text, want in zip(texts, g["decoded_step_ids"]):
-            assert text == (want[: want.index(tokenizer.eos[0])] if tokenizer.eos[0] in want else want)
-        assert len(texts) == len(g["decoded_step_ids"])
+    monkeypatch.setattr(rollout, "choose_token", watch)
+    return closest
+
+
+def up_to_eos(ids, eos):
+    return ids[: ids.index(eos)] if eos in ids else ids
+
+
+def test_generation_and_decoded_steps(model, tokenizer, margins):
+    answers = [gold["answer_ids"] for gold in GOLD["generate"]]
+    readings = [ids for gold in GOLD["generate"] for ids in gold["decoded_step_ids"]]
+    longest_answer = max(map(len, answers))
+    longest_reading = max(map(len, readings), default=1)
+    prompt, prompt_mask = data.left_pad(tokenizer.prompts(QUESTIONS), tokenizer.end)
+
+    chains = rollout.rollout(model, prompt, prompt_mask, longest_answer)
+    smallest_margins = [gold["smallest_logit_margin"] for gold in GOLD["generate"]]
+    assert_each_close(margins, smallest_margins, "smallest_logit_margin")
+    for b, gold in enumerate(GOLD["generate"]):
+        assert chains.n_latent[b] == gold["latents"]
+        assert chains.token[b, : chains.n_token[b]].tolist() == gold["answer_ids"]
+
+        n_decision = len(gold["stop_probs"])
+        assert_each_close(chains.stop_prob[b, :n_decision], gold["stop_probs"], f"stop{b}")
+        assert chains.stop_prob[b, n_decision:].isnan().all()
+
+        z = chains.z[b, : gold["latents"]].unflatten(0, (-1, model.c))  # (steps, c, D)
+        eos = tokenizer.eos[0]
+        texts = read_thoughts(model.decoder, z, eos, longest_reading)
+        assert texts == [up_to_eos(ids, eos) for ids in gold["decoded_step_ids"]]

@@ -1,74 +1,152 @@
-"""Problems, tokenizer and batches."""
+"""The built-in task, the tokenizer, and batches."""
+
 import re
 
 import pytest
 import torch
 
 from minatp import data, problems, reward
+from minatp.tokenizer import train_tokenizer
+
+from small import small_model
+
+STEP = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>")
+
+# ---- the built-in task ---------------------------------------------------------------------------
 
 
-def test_sets_are_disjoint_seeded_and_exact():
-    sets = {which: problems.generate(which, 400, 7) for which in problems.SETS}
-    assert sets == {which: problems.generate(which, 400, 7) for which in sets}
-    assert sets["test"] != problems.generate("test", 400, 8)
-    more = {which: problems.generate(which, 3000, 8) for which in sets}
-    questions = {which: {p.question for p in more[which] + sets[which]} for which in sets}
+@pytest.fixture(scope="module")
+def sets():
+    """400 problems of each set."""
+    return {which: problems.generate(which, 400, 7) for which in problems.SETS}
+
+
+def test_a_set_is_the_same_for_the_same_seed(sets):
+    for which, of_seed_7 in sets.items():
+        assert problems.generate(which, 400, 7) == of_seed_7
+    assert problems.generate("test", 400, 8) != sets["test"]
+
+
+def test_no_question_is_in_two_sets(sets):
+    questions = {}
+    for which, of_seed_7 in sets.items():
+        of_seed_8 = problems.generate(which, 3000, 8)
+        questions[which] = {p.question for p in of_seed_7 + of_seed_8}
+
+    # "longer" shares its buckets with "test", but none of its questions
     for a in sets:
         for b in sets:
             assert a == b or not questions[a] & questions[b]
-    assert not any(p.steps for p in sets.pop("answers"))
-    for p in (p for ps in sets.values() for p in ps):
-        assert 1 <= len(p.steps) <= 6 and reward.same(str(reward.result(p.steps[-1])), p.answer)
-        assert all(reward.coherent(p.steps, p.answer)), p
-        for s in p.steps:
-            a, op, b, c = re.fullmatch(r"<<(\d+)([-+*/])(\d+)=(\d+)>>", s).groups()
-            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[op] == int(c)
-    assert {len(p.steps) for p in sets["test"]} == {1, 2, 3, 4} and {len(p.steps) for p in sets["longer"]} == set(problems.LONGER)
+
+
+def test_every_step_is_right_and_leads_to_the_answer(sets):
+    assert not any(p.steps for p in sets["answers"])
+    for which in sets.keys() - {"answers"}:
+        for p in sets[which]:
+            assert 1 <= len(p.steps) <= 6
+            assert reward.same(str(reward.result(p.steps[-1])), p.answer)
+            assert all(reward.coherent(p.steps, p.answer)), p
+            for step in p.steps:
+                a, op, b, result = STEP.fullmatch(step).groups()
+                assert calculate(int(a), op, int(b)) == int(result)
+
+
+def calculate(a, op, b):
+    if op == "+":
+        return a + b
+    if op == "-":
+        return a - b
+    return a * b if op == "*" else a / b
+
+
+def test_how_many_steps_problems_have(sets):
+    assert {len(p.steps) for p in sets["test"]} == {1, 2, 3, 4}
+    assert {len(p.steps) for p in sets["longer"]} == {5, 6}
 
 
 def test_some_problems_have_several_step_orders():
-    """Equivalent orders of the same steps, which a question does not tell apart: the paper's reason to plan."""
-    shopping = [p for p in problems.generate("labelled", 3000, 0) if len(p.steps) == 4 and "coins are left" in p.question]
-    seen = set()
-    for p in shopping:
-        money, a, _, b, _ = re.findall(r"\d+", p.question)
-        first = {a: "first", b: "second"}[re.match(r"<<(\d+)", p.steps[0])[1]]
-        seen.add((first, "".join(re.findall(r"(?<=\d)[-+*/]", " ".join(p.steps)))))
-    assert seen >= {(who, ops) for who in ("first", "second") for ops in ("**+-", "*-*-")}
+    """Equivalent orders of the same steps, which a question does not tell apart: the paper's reason
+    to plan.
+    """
+    orders = set()
+    for p in problems.generate("labelled", 3000, 0):
+        if len(p.steps) != 4 or "coins are left" not in p.question:
+            continue
+        # "Ann has 30 coins and buys 2 pens at 3 coins each and 4 cups at 5 coins each."
+        _, n_first, _, n_second, _ = re.findall(r"\d+", p.question)
+        n = re.match(r"<<(\d+)", p.steps[0])[1]
+        begins_with = {n_first: "first", n_second: "second"}[n]
+        operations = "".join(STEP.fullmatch(step)[2] for step in p.steps)
+        orders.add((begins_with, operations))
+
+    # both products and their sum, or one product at a time
+    for begins_with in ("first", "second"):
+        assert (begins_with, "**+-") in orders
+        assert (begins_with, "*-*-") in orders
+
+
+# ---- the tokenizer -------------------------------------------------------------------------------
 
 
 def test_tokenizer_reads_back_what_it_wrote_and_knows_no_injection():
     tokenizer = train_tokenizer(problems.generate("labelled", 500, 0), 600)
     assert len(tokenizer) <= 600
-    for text in ("Ann has 12 pens.", "<<5+3=8>>\n", "### 19", "naïve ünïcode → 🙂 \t x", "<|start-latent|> <|eos|>", "  two  spaces "):
+    control = {tokenizer.bos, *tokenizer.eos, tokenizer.start, tokenizer.latent, tokenizer.end}
+    texts = (
+        "Ann has 12 pens.",
+        "<<5+3=8>>\n",
+        "### 19",
+        "naïve ünïcode → 🙂 \t x",
+        "<|start-latent|> <|eos|>",
+        "  two  spaces ",
+    )
+    for text in texts:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
-        assert not {tokenizer.bos, *tokenizer.eos, tokenizer.start, tokenizer.latent, tokenizer.end} & set(ids), text
-    assert len(tokenizer.encode("### 19")) == 2 and len(tokenizer.encode("<<12+7=19>>\n")) == 7
+        assert not control & set(ids), text
+
+    # frequent words and whole numbers are one token each
+    assert len(tokenizer.encode("### 19")) == 2
+    assert len(tokenizer.encode("<<12+7=19>>\n")) == 7
 
 
-FORMATS = {
-    "list.json": '[{"question": "Q 1", "steps": ["<<1+2=3>>"], "answer": "3"},\n {"question": "R", "steps": [], "answer": "4"}]',
-    "lines.jsonl": '{"question": "Q 1", "steps": ["<<1+2=3>>"], "answer": "3"}\n\n{"question": "R", "steps": [], "answer": "4"}\n',
-    "icot.txt": "Q 1||<<1+2=3>> #### 3\nR|| #### 4\n",
-}
+# ---- encoding ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_three_formats_read_the_same(name, tmp_path):
-    (tmp_path / name).write_text(FORMATS[name])
-    assert read_problems(tmp_path / name) == [data.Problem("Q 1", ["<<1+2=3>>"], "3"), data.Problem("R", [], "4")]
+def test_a_problem_longer_than_the_context_is_refused():
+    """Its length is that of the stage at which it is longest, with <|end-latent|> and eos."""
+    model, tokenizer = small_model()
+    problem = problems.Problem("Ann has 5 pens. How many?", ["<<5+1=6>>"] * 3, "6", "a.json:7")
+    [row] = data.encode([problem], tokenizer, model)
+
+    # each step takes 6 tokens and a line break as text, and 2 latents
+    length = row.length + 1
+    model.policy.cfg.block_size = length
+    data.encode([problem], tokenizer, model)
+    model.policy.cfg.block_size = length - 1
+    with pytest.raises(ValueError, match=f"^a.json:7: the problem is {length} tokens long"):
+        data.encode([problem], tokenizer, model)
+
+
+# ---- batches -------------------------------------------------------------------------------------
 
 
 def test_batches_give_everything_once_an_epoch():
     order = data.batches([1] * 12, 4, seed=3)
-    seen = [i for _ in range(6) for i in next(order)]
-    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12)) and seen[:12] != seen[12:]
+    seen = []
+    for _ in range(6):  # two epochs
+        seen += next(order)
+    first_epoch, second_epoch = seen[:12], seen[12:]
+    assert sorted(first_epoch) == list(range(12))
+    assert sorted(second_epoch) == list(range(12))
+    assert first_epoch != second_epoch
 
 
 def test_batches_group_like_lengths():
-    lengths = torch.arange(640).tolist()
-    for batch, _ in zip(data.batches(lengths, 10, seed=3), range(64)):
+    lengths = list(range(640))
+    order = data.batches(lengths, 10, seed=3)
+    for _ in range(64):
+        batch = next(order)
         # ten neighbours of a sorted pool of 160, out of 0 … 639
         assert max(batch) - min(batch) < 320
 

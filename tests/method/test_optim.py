@@ -1,41 +1,90 @@
-"""The optimizer: the step of a matrix against its SVD, and which parameters take it."""
+"""The optimizer: the step of a matrix against its SVD, and which parameters take which step."""
+
 import pytest
 import torch
 
-from minatp import config, muon
 from minatp.latent import ATP
 from minatp.llama import LlamaConfig
+from minatp.optim import build_optimizer, orthogonalise
+from minatp.run import options
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (5, 9), (9, 5), (64, 64)])
 def test_a_step_is_orthogonal(shape):
     G = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 1e-3
     U, S, Vt = torch.linalg.svd(G.double(), full_matrices=False)
-    inside = U.t() @ optim.orthogonal(G).double() @ Vt.t()  # diagonal, and as it should be where G has that direction at all
-    assert (inside - inside.diag().diag()).abs().max() < 1e-5
-    assert inside.diag()[S > 0.02 * S[0]].sub(1).abs().max() < 0.35
+
+    # in the basis of G's singular vectors the step is diagonal, and about 1 in every direction that
+    # G has at all
+    in_basis = U.t() @ orthogonalise(G).double() @ Vt.t()
+    diagonal = in_basis.diag()
+    assert (in_basis - diagonal.diag()).abs().max() < 1e-5
+    assert (diagonal[S > 0.02 * S[0]] - 1).abs().max() < 0.35
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_which_parameters_are_muons(name):
-    cfg = options.parse(["--optimizer", name, "--lr", "0.01", "--weight-decay", "0.5"], "")
-    shape = LlamaConfig(vocab_size=40, n_layer=1, n_head=2, n_kv_head=1, n_embd=32, n_inner=48, head_dim=16, bos=0, eos=(1,))
-    model = ATP(shape, c=1, K=2)
-    optimizer, before = build_optimizer(cfg, model), {n: p.detach().clone() for n, p in model.named_parameters()}
-    for seed, p in enumerate(model.parameters()):
+LR = 0.02
+WEIGHT_DECAY = 0.5
+MUON_STATE = {"momentum"}
+ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def one_step(optimizer_name):
+    """Take the first step of a small model, on random gradients.
+
+    Returns (optimizer, model, moved, grads): the last two are {parameter's name: tensor}, and
+    `moved` is the step divided by the learning rate, without the weight decay.
+    """
+    options_given = ["--optimizer", optimizer_name, "--lr", "0.01"]
+    cfg = options.parse([*options_given, "--weight-decay", str(WEIGHT_DECAY)], "")
+    llama = LlamaConfig(
+        vocab_size=40,
+        n_layer=1,
+        n_head=2,
+        n_kv_head=1,
+        n_embd=32,
+        n_inner=48,
+        head_dim=16,
+        bos=0,
+        eos=(1,),
+    )
+    model = ATP(llama, c=1, K=2)
+    optimizer = build_optimizer(cfg, model)
+    before, grads = {}, {}
+    for seed, (name, p) in enumerate(model.named_parameters()):
+        before[name] = p.detach().clone()
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
-    grads = {n: p.grad for n, p in model.named_parameters()}
+        grads[name] = p.grad
+
     for group in optimizer.param_groups:
-        group["lr"] = 0.02  # as a schedule does
+        group["lr"] = LR  # a schedule changes it between steps
     optimizer.step()
-    for n, p in model.named_parameters():
-        inside = name == "muon" and p.dim() == 2 and "embed" not in n and "stop_head" not in n
-        assert optimizer.state[p].keys() == ({"momentum"} if inside else {"step", "exp_avg", "exp_avg_sq"}), n
-        moved = (p.detach() - before[n]) / 0.02 + (0.5 * before[n] if p.dim() == 2 else 0)
-        if inside:
-            U, _, Vt = torch.linalg.svd(grads[n], full_matrices=False)
-            want = -0.2 * max(p.shape)**0.5 * U @ Vt
-            assert (moved * want).sum() / moved.norm() / want.norm() > 0.95, n
-            assert 0.15 < moved.pow(2).mean().sqrt() < 0.25, n
+
+    moved = {}
+    for name, p in model.named_parameters():
+        moved[name] = (p.detach() - before[name]) / LR
+        if p.dim() == 2:
+            moved[name] += WEIGHT_DECAY * before[name]
+    return optimizer, model, moved, grads
+
+
+@pytest.mark.parametrize("optimizer_name", ["muon", "adamw"])
+def test_which_parameters_are_muons(optimizer_name):
+    optimizer, model, moved, grads = one_step(optimizer_name)
+    for name, p in model.named_parameters():
+        is_hidden = p.dim() == 2 and "embed" not in name and "stop_head" not in name
+        if optimizer_name == "muon" and is_hidden:
+            assert optimizer.state[p].keys() == MUON_STATE, name
+            check_muon_step(name, moved[name], grads[name])
         else:
-            assert (moved + grads[n].sign()).abs().median() < 1e-2, n  # AdamW's first step
+            assert optimizer.state[p].keys() == ADAMW_STATE, name
+            # AdamW's first step is the sign of the gradient
+            assert (moved[name] + grads[name].sign()).abs().median() < 1e-2, name
+
+
+def check_muon_step(name, moved, grad):
+    """Its direction is −U·Vᵀ, and an element moves by about 0.2, as under AdamW."""
+    U, _, Vt = torch.linalg.svd(grad, full_matrices=False)
+    expected = -0.2 * max(grad.shape) ** 0.5 * U @ Vt
+    cosine = (moved * expected).sum() / moved.norm() / expected.norm()
+    assert cosine > 0.95, name
+    assert 0.15 < moved.pow(2).mean().sqrt() < 0.25, name

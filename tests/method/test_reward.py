@@ -1,67 +1,144 @@
-"""Rewards, on what they must accept and on what tries to cheat them."""
+"""Rewards: what they must accept, what tries to cheat them, and the formula of docs/method.md."""
+
 from fractions import Fraction
 
 import pytest
 
 from minatp import reward
-from minatp.evaluate import Chain, elect, measure, vote, wilson
-from minatp.data import Problem
 
-
-@pytest.mark.parametrize("text, gold, right", [
-    ("### 19", "19", 1), ("### 1,000", "1000.0", 1), ("### 15", "5", 0), ("### 5", "15", 0), ("19", "19", 0), ("### $7", "7", 1),
-    ("### -3", "3", 0), ("### 2.50", "2.5", 1), ("<<1+1=2>>\n### 2", "2", 1), ("### yes", "yes", 1), ("### yes", "no", 0),
-    ("### ", "0", 0), ("", "0", 0), ("### 40%", "40", 1), ("### 0.30000000000000001", "0.3", 0),
-])
-def test_accuracy(text, gold, right):
-    assert reward.accuracy(text, gold) == right
-
-
-@pytest.mark.parametrize("text, ended, good", [("### 19", True, 1), ("### 19", False, 0), ("### x", True, 0), ("19", True, 0),
-                                               ("### 19 pens", True, 0), ("### -1,000.5", True, 1), ("### 5 ### 7", True, 0)])
-def test_form(text, ended, good):
-    assert reward.form(text, ended) == good
-
-
-@pytest.mark.parametrize("steps, final, want", [
-    ([], "5", 0), (["", ""], "5", 0), (["<<1+2=3>>", "<<3+2=5>>"], "5", 1), (["<<1+2=3>>", "<<4+1=5>>"], "5", 0.5),
-    (["<<1+4=5>>", "<<15+1=16>>"], "16", 0.5),        # "5" inside "15" is no use of 5
-    (["<<5+3=8"], "8", 1), (["<<5+3>>"], "8", 0), (["8"], "8", 0), (["<<9-4=5>>", "<<16-5=11>>"], "11", 1),
-    (["<<3+4=9>>", "<<9+1=10>>"], "10", 1), (["<<5+0=5>>"] * 3, "5", 1), (["<<1+1=2>>"] * 3, "5", 0),  # the paper's asks for use, not truth
-    (["<<2*3=6.0>>", "<<6/2=3>>"], "3", 1), (["<<3+2=5>>"], None, 0), (["<<1-4=-3>>", "<<5+-3=2>>"], "2", 1),
-    (["<<3+4=7>>", "<<12 -7=5>>"], "5", 1), (["<<3+4=7>>", "<<2* -7=-14>>"], "-14", 0.5),
-])
-def test_coherence(steps, final, want):
-    assert reward.coherence(steps, final) == want
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 def test_numbers_are_exact():
-    assert reward.true("<<0.1+0.2=0.3>>") and not any(map(reward.true, ("<<1e9999999=1>>", "<<1_0=10>>", "<<0x10=16>>")))
-    assert reward.size("<<1+1=2>>") == 2.0 and reward.size("<<1=" + "9" * 400 + ">>") is None
-    assert reward.number("1,234.50") == Fraction(2469, 2) and reward.number("1e5") is None and reward.number("٣") in (None, 3)
+    assert reward.number("1,234.50") == Fraction(2469, 2)
+    assert reward.number("1e5") is None
+    assert reward.number("٣") in (None, 3)
+
+    assert reward.true("<<0.1+0.2=0.3>>")
+    for step in ("<<1e9999999=1>>", "<<1_0=10>>", "<<0x10=16>>"):
+        assert not reward.true(step)
 
 
-def test_wilson_holds_its_known_values():
-    low, high = wilson(81, 263)  # Newcombe 1998, table I
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == pytest.approx(1)
+def test_a_result_as_a_float_is_none_beyond_what_a_float_holds():
+    assert reward.result_as_float("<<1+1=2>>") == 2.0
+    assert reward.result_as_float("<<1=" + "9" * 400 + ">>") is None
 
 
-def chain(text, thoughts=(), n_latent=0):
-    return Chain(list(thoughts), text, True, n_latent, 3, [], [])
+# ---- the answer ----------------------------------------------------------------------------------
 
 
-def test_measures_of_known_chains():
-    ps = [Problem("a", ["<<1+1=2>>"], "2"), Problem("b", ["<<1+1=2>>", "<<2+1=3>>"], "3")]
-    m = measure([chain("### 2", ["<<1+1=2>>"], 2), chain("### 9", ["<<1+1=2>>", "<<3+1=4>>"], 4)], ps)
-    assert (m["accuracy"], m["latents"], m["answer_tokens"], m["tokens"], m["coherence"]) == (0.5, 3, 3, 6, 0.5)
-    assert m["accuracy_by_steps"] == {1: 1.0, 2: 0.0}
-    assert measure([chain("### 2"), chain("### 3")], ps)["coherence"] is None
-    v = vote([[chain("### 2"), chain("### 1")], [chain("### 2.0"), chain("### 1")], [chain("### 5"), chain("### 3")]], ps)
-    assert (v["pass"], v["majority"], v["mean"]) == (1.0, 0.5, 0.5)
-    coherent, not_so = chain("### 3", ["<<1+1=2>>", "<<2+1=3>>"]), chain("### 4", ["<<1+1=2>>", "<<9+1=4>>"])
-    assert elect([not_so, coherent, not_so], "coherence") is coherent and elect([coherent, not_so, not_so], "majority") is not_so
-    zero = [chain("### 0"), chain("### 3"), chain("### 3"), chain("### 0.0"), chain("### -0")]
-    assert elect(zero, "majority") is zero[0]
-    nothing = chain("words")
-    assert elect([nothing], "majority") is nothing and elect([nothing, coherent], "majority") is coherent
+@pytest.mark.parametrize(
+    "text, gold, accuracy",
+    [
+        ("### 19", "19", 1),
+        ("### 1,000", "1000.0", 1),
+        ("### $7", "7", 1),
+        ("### 40%", "40", 1),
+        ("### 2.50", "2.5", 1),
+        ("<<1+1=2>>\n### 2", "2", 1),
+        ("### yes", "yes", 1),
+        ("### yes", "no", 0),
+        # a part of a number is not the number
+        ("### 15", "5", 0),
+        ("### 5", "15", 0),
+        ("### -3", "3", 0),
+        ("### 0.30000000000000001", "0.3", 0),
+        # no answer
+        ("19", "19", 0),
+        ("### ", "0", 0),
+        ("", "0", 0),
+    ],
+)
+def test_accuracy(text, gold, accuracy):
+    assert reward.accuracy(text, gold) == accuracy
+
+
+@pytest.mark.parametrize(
+    "text, ended, form",
+    [
+        ("### 19", True, 1),
+        ("### -1,000.5", True, 1),
+        ("### 19", False, 0),
+        ("### x", True, 0),
+        ("19", True, 0),
+        ("### 19 pens", True, 0),
+        ("### 5 ### 7", True, 0),
+    ],
+)
+def test_form(text, ended, form):
+    assert reward.form(text, ended) == form
+
+
+# ---- the steps -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "steps, final, coherence",
+    [
+        (["<<1+2=3>>", "<<3+2=5>>"], "5", 1),
+        (["<<1+2=3>>", "<<4+1=5>>"], "5", 0.5),
+        # nothing to judge
+        ([], "5", 0),
+        (["", ""], "5", 0),
+        (["<<3+2=5>>"], None, 0),
+        # "5" inside "15" is no use of 5
+        (["<<1+4=5>>", "<<15+1=16>>"], "16", 0.5),
+        # a step needs a result, but not its brackets
+        (["<<5+3=8"], "8", 1),
+        (["<<5+3>>"], "8", 0),
+        (["8"], "8", 0),
+        # the paper's coherence asks whether a result is used, not whether it is true or new
+        (["<<3+4=9>>", "<<9+1=10>>"], "10", 1),
+        (["<<5+0=5>>"] * 3, "5", 1),
+        (["<<1+1=2>>"] * 3, "5", 0),
+        # spellings and signs: a minus after a number is an operator
+        (["<<2*3=6.0>>", "<<6/2=3>>"], "3", 1),
+        (["<<9-4=5>>", "<<16-5=11>>"], "11", 1),
+        (["<<1-4=-3>>", "<<5+-3=2>>"], "2", 1),
+        (["<<3+4=7>>", "<<12 -7=5>>"], "5", 1),
+        (["<<3+4=7>>", "<<2* -7=-14>>"], "-14", 0.5),
+    ],
+)
+def test_coherence(steps, final, coherence):
+    assert reward.coherence(steps, final) == coherence
+
+
+@pytest.mark.parametrize(
+    "steps, final, coherence",
+    [
+        (["<<1+2=3>>", "<<3+2=5>>"], "5", 1),
+        (["<<2*(3+1)=8>>"], "8", 1),
+        (["<<1,000*.5=500>>"], "500", 1),
+        ([], "5", 0),
+        # false, unused, repeated
+        (["<<1+2=4>>", "<<4+1=5>>"], "5", 0.5),
+        (["<<1+2=3>>", "<<4+1=5>>"], "5", 0.5),
+        (["<<5=5>>"] * 3, "5", 1 / 3),
+        # not arithmetic, or not exact
+        (["<<1/0=5>>"], "5", 0),
+        (["<<2**3=8>>"], "8", 0),
+        (["<<x+1=5>>"], "5", 0),
+        (["<<1/3=0.33>>"], "0.33", 0),
+        (["<<__import__('os')=5>>"], "5", 0),
+    ],
+)
+def test_strict_coherence_pays_for_true_used_and_new_steps_alone(steps, final, coherence):
+    assert reward.coherence(steps, final, strict=True) == pytest.approx(coherence)
+
+
+# ---- one chain -----------------------------------------------------------------------------------
+
+
+def test_the_reward_is_method_mds():
+    steps = ["<<1+2=3>>", "<<4+1=5>>"]
+    R, parts = reward.total("### 5", steps, True, "5")
+    assert R == pytest.approx(1 + 0.1 * 0.5 + 0.5)
+    assert parts == {"acc": 1.0, "coh": 0.5, "fmt": 1.0}
+
+
+def test_coherence_earns_nothing_without_the_answer_unless_no_answer_is_known():
+    steps = ["<<1+2=3>>", "<<4+1=5>>"]
+    wrong, _ = reward.total("### 6", steps, True, "5")
+    assert wrong == 0.5
+    unknown, _ = reward.total("### 5", steps, False, None)
+    assert unknown == pytest.approx(0.05)

@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 import torch
-from runs import GOOD, MODEL, TINY, TINY_RL, go
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -18,6 +17,8 @@ from minatp.run import options, splits
 from minatp.run.folder import claim_folder
 from minatp.run.huggingface import load_model
 from minatp.run.saved import checkpoints
+
+from runs import GOOD, MODEL, TINY, TINY_RL, go
 
 # ---- problem files -------------------------------------------------------------------------------
 

@@ -1,0 +1,174 @@
+"""Generation: its results depend on nothing but the problem, and finished chains cost nothing."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from minatp import problems
+from minatp.decoder import read_thoughts
+from minatp.llama import KVCache, Llama
+from minatp.rl import log_probs
+from minatp.rollout import Forced, Noise, rollout
+from minatp.run.evaluate import solve
+from minatp.tools.count import count
+
+from small import make_ragged, padded_prompts, small_model
+
+
+@pytest.fixture
+def loaded():
+    """(model, tokenizer): random weights, so that chains stop and end at all lengths."""
+    return make_ragged(*small_model())
+
+
+@pytest.fixture
+def model(loaded):
+    return loaded[0]
+
+
+@pytest.fixture
+def tokenizer(loaded):
+    return loaded[1]
+
+
+def prompts_of(tokenizer, n, seed):
+    """Prompts (lists of ids) of the test set's problems."""
+    return tokenizer.prompts([p.question for p in problems.generate("test", n, seed)])
+
+
+def draw(model, *args, **options):
+    """Noise.draw, on the CPU."""
+    return Noise.draw(model, *args, **options).at(slice(None), "cpu")
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_result_does_not_depend_on_its_neighbours(model, tokenizer, sampled):
+    prompts = prompts_of(tokenizer, 17, seed=3)
+    noise = Noise.draw(model, 17, 12, seed=5) if sampled else None
+    together = solve(model, tokenizer, prompts, 12, 17, noise)
+
+    # ragged, or nothing is tested
+    assert len({chain.n_latent for chain in together}) > 1
+    assert len({chain.n_token for chain in together}) > 1
+    for batch_size in (1, 4):
+        for a, b in zip(together, solve(model, tokenizer, prompts, 12, batch_size, noise)):
+            assert (a.text, a.thoughts, a.ended) == (b.text, b.thoughts, b.ended)
+            assert (a.n_latent, a.n_token) == (b.n_latent, b.n_token)
+            assert a.sigma == pytest.approx(b.sigma, rel=1e-4)
+            assert a.stop_prob == pytest.approx(b.stop_prob, rel=1e-3)
+
+
+@pytest.mark.parametrize("group, spread", [(1, 1.0), (3, 2.5)])
+def test_log_probs_are_what_the_rollout_recorded(model, tokenizer, group, spread):
+    prompt, prompt_mask = padded_prompts(tokenizer, 9, seed=4)
+    noise = draw(model, 9 * group, 6, seed=1, temperature=0.7, spread=spread)
+    chains = rollout(model, prompt, prompt_mask, 6, noise, group)
+    assert chains.stopped.any()
+    assert not chains.stopped.all()
+
+    logp = log_probs(model, prompt, prompt_mask, chains, group)
+    recorded = (chains.logp_z, chains.logp_stop, chains.logp_token)
+    for actual, expected in zip((logp.z, logp.stop, logp.token), recorded):
+        torch.testing.assert_close(actual.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_finished_rows_cost_nothing(model, tokenizer, monkeypatch):
+    """Work is counted: of each row the policy reads its own latents and tokens, however long the
+    longest row is.
+    """
+    calls = []  # of Llama.forward: (which LLaMA, positions read)
+    forward = Llama.forward
+
+    def watch(self, x, *args):
+        calls.append((self, x.shape[0] * x.shape[1]))
+        return forward(self, x, *args)
+
+    monkeypatch.setattr(Llama, "forward", watch)
+    chains = solve(model, tokenizer, prompts_of(tokenizer, 9, seed=4), 12)
+    _, *after_prompt = [n for llama, n in calls if llama is model.policy]
+
+    # <|end-latent|> is read and the last token is not
+    assert sum(after_prompt) == sum(chain.n_latent + chain.n_token for chain in chains)
+
+
+# ---- fixed shapes --------------------------------------------------------------------------------
+
+
+def never_counts(delayed):
+    """In place of DelayedCount: the host never learns that a row is done."""
+
+    def count(mask):
+        return 0
+
+    return count
+
+
+@pytest.fixture
+def fixed_shapes(monkeypatch):
+    """As on a GPU, where a tick is a CUDA graph: every row is computed, and what it may keep is
+    kept.
+    """
+
+    def turn_on():
+        monkeypatch.setattr(KVCache, "replays_steps", True)
+        for module in ("decoder", "rollout"):
+            monkeypatch.setattr(f"minatp.{module}.DelayedCount", never_counts)
+
+    return turn_on
+
+
+def waits_of(work, *args):
+    """(what work(*args) returns, how often the host of a GPU would wait for it)."""
+    results = []
+
+    def run():
+        results.append(work(*args))
+
+    n_wait = count(run).waits
+    return results[0], n_wait
+
+
+@pytest.mark.parametrize("is_forced", [False, True])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rollouts_of_fixed_shape_are_the_same_and_wait_once(
+    model, tokenizer, fixed_shapes, sampled, is_forced
+):
+    """Chains of all lengths, some with forced latents."""
+    prompt, prompt_mask = padded_prompts(tokenizer, 6, seed=4)
+    noise = draw(model, 12, 5, seed=1) if sampled else None
+    forced = forced_latents(model) if is_forced else None
+
+    expected = rollout(model, prompt, prompt_mask, 5, noise, 2, forced)
+    assert len(set(expected.n_latent.tolist())) > 1
+    assert len(set(expected.n_token.tolist())) > 1
+
+    fixed_shapes()
+    chains, n_wait = waits_of(rollout, model, prompt, prompt_mask, 5, noise, 2, forced)
+    assert n_wait == 1  # for the longest answer
+    for field in fields(expected):
+        actual, value = getattr(chains, field.name), getattr(expected, field.name)
+        torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def random_latents(model):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(12, 4, model.policy.cfg.n_embd, generator=generator)
+
+
+def forced_latents(model):
+    """0, 2 or 4 forced latents for each of 12 chains, of which the last 5 end with them."""
+    return Forced(random_latents(model), torch.tensor([0, 2, 4] * 4), torch.arange(12) > 6)
+
+
+def test_readings_of_fixed_shape_are_the_same_and_wait_once(model, fixed_shapes):
+    steps = random_latents(model)[:, :2]  # (12, c, D)
+    never_ends = -1
+    eos = int(read_thoughts(model.decoder, steps[:1], never_ends, 5)[0][2])  # a word that φ writes
+    expected = read_thoughts(model.decoder, steps, eos, 5)
+    assert len({len(text) for text in expected}) > 1
+
+    fixed_shapes()
+    texts, n_wait = waits_of(read_thoughts, model.decoder, steps, eos, 5)
+    assert n_wait == 1  # for the text
+    assert texts == expected

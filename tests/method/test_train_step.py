@@ -1,0 +1,289 @@
+"""One step of train.py: the gradients of stage 1, and of stage 2 with and without its anchor.
+
+The steps are made in memory: `OneStep` stands for what surrounds them.
+"""
+
+import pytest
+import torch
+
+import train
+from minatp import problems, reward
+from minatp.data import left_pad
+from minatp.decoder import Chain
+from minatp.rollout import Rollout
+from minatp.run import options
+from minatp.run.loop import Run
+
+from small import SMALL, SMALL_RL, small_model
+
+CPU = torch.device("cpu")
+
+
+class OneStep(Run):
+    """A Run whose loop makes one step a stage and keeps the gradients instead of applying them."""
+
+    def __init__(self, cfg, model, tokenizer):
+        super().__init__(cfg, None, CPU, model, tokenizer)
+        self.max_new = 6
+        self.labelled = self.encode_problems(problems.generate("labelled", 8, 1))
+        self.answers_only = []
+        self.questions = problems.generate("answers", 8, 1)
+        self.prompts = self.encode_prompts(self.questions)
+        self.start_model = model
+        self.optimizer = KeepGradients(model)
+        self.recorded = []  # of each step: {name: value}
+
+    def announce(self, what, work):
+        pass
+
+    def steps(self, batches, n_step, n_total=None, stage=None):
+        yield 0, next(batches)
+
+    def record(self, sums, counts=None, n_token=0):
+        self.recorded.append(sums)
+
+    def finish(self):
+        pass
+
+
+class KeepGradients:
+    """In place of the optimizer."""
+
+    def __init__(self, model):
+        self.model = model
+        self.gradients = []  # of each step: {name: gradient}
+
+    def step(self, loss, problems):
+        self.gradients.append(gradients_of(self.model))
+        self.model.zero_grad()
+        return torch.zeros(())
+
+
+def gradients_of(model):
+    """{name: gradient} of the parameters that have one."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(actual, expected, **tolerance):
+    assert actual.keys() == expected.keys()
+    for name, grad in actual.items():
+        torch.testing.assert_close(grad, expected[name], **tolerance)
+
+
+def one_step(*argv):
+    """A OneStep of a small run."""
+    cfg = options.parse([str(arg) for arg in argv], "")
+    return OneStep(cfg, *small_model())
+
+
+# ---- stage 1 -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_weighted_loss_has_weighted_gradients(stage):
+    """And the losses, which are for the log, are without the weight."""
+    run = one_step(*SMALL)
+    losses, counts = train.sft_gradients(run, run.labelled, stage, step=0)
+    gradients = gradients_of(run.model)
+
+    run.model.zero_grad()
+    same_losses, same_counts = train.sft_gradients(run, run.labelled, stage, step=0, weight=0.3)
+    weighted = gradients_of(run.model)
+    expected = {name: 0.3 * grad for name, grad in gradients.items()}
+    assert_equal_gradients(weighted, expected, rtol=1e-4, atol=1e-6)
+    assert same_losses == losses
+    assert same_counts == counts
+
+
+def test_gradients_are_added_to_those_that_are_there():
+    run = one_step(*SMALL)
+    train.sft_gradients(run, run.labelled, stage=3, step=0)
+    once = gradients_of(run.model)
+    train.sft_gradients(run, run.labelled, stage=3, step=0)
+    expected = {name: 2 * grad for name, grad in once.items()}
+    assert_equal_gradients(gradients_of(run.model), expected)
+
+
+def test_the_curriculum_goes_through_its_stages():
+    """One step of each stage: more and more of a problem's steps become latent."""
+    run = one_step(*SMALL)
+    train.sft(run)
+    assert run.model.stage == 3
+    stage_0, *latent_stages = [recorded.keys() for recorded in run.recorded]
+    assert stage_0 == {"enc", "grad_norm"}
+    assert len(latent_stages) == 3
+    for names in latent_stages:
+        assert names == {"enc", "kl", "stop", "dec", "grad_norm"}
+
+    # the policy alone learns from text; then all parts do
+    for name in run.optimizer.gradients[0]:
+        assert name.startswith("policy.")
+    assert run.optimizer.gradients[3].keys() == {name for name, _ in run.model.named_parameters()}
+
+
+def test_only_the_last_stage_mixes_in_problems_without_steps():
+    run = one_step(*SMALL, "--answers-share", 0.25)
+    run.answers_only = run.encode_problems(problems.generate("answers", 8, 1), answer_only=True)
+    for stage in range(4):
+        batch = next(train.curriculum_batches(run, stage))
+        assert len(batch) == 8
+        assert sum(row.answer_only for row in batch) == (2 if stage == 3 else 0)
+
+
+# ---- stage 2 -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def first_chain_wins(monkeypatch):
+    """The k-th question rewards its k-th chain, whatever it says."""
+
+    def judge(run, texts, problems, step):
+        return torch.eye(run.cfg.G)[: len(problems)], {"acc": torch.tensor(0.25)}
+
+    monkeypatch.setattr(train, "judge", judge)
+
+
+@pytest.fixture
+def nobody_wins(monkeypatch):
+    def judge(run, texts, problems, step):
+        return torch.zeros(len(problems), run.cfg.G), {"acc": torch.tensor(0.0)}
+
+    monkeypatch.setattr(train, "judge", judge)
+
+
+def rl_gradients(*argv):
+    """(run, {name: gradient} of one step of stage 2)."""
+    run = one_step(*SMALL_RL, *argv)
+    run.model.decoder.requires_grad_(False)
+    run.model.stage = 2  # the last stage that SFT has taught
+    train.rl(run)
+    [gradients] = run.optimizer.gradients
+    return run, gradients
+
+
+def test_the_anchor_adds_the_sft_gradients_of_the_stage_that_was_taught(first_chain_wins):
+    """RL and SFT share `sft_gradients`: no loss of theirs can drift apart."""
+    _, without = rl_gradients("--anchor", 0)
+    run, with_anchor = rl_gradients("--anchor", 0.5)
+
+    _, _, labelled = next(train.rl_batches(run))
+    train.sft_gradients(run, labelled, stage=2, step=0)
+    expected = gradients_of(run.model)
+    for name, grad in expected.items():
+        grad *= 0.5
+        grad += without.get(name, 0.0)
+    assert_equal_gradients(with_anchor, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("anchor, n_expected", [(0, 0), (0.5, 3)])
+def test_both_stages_call_one_function_for_the_sft_loss(
+    anchor, n_expected, first_chain_wins, monkeypatch
+):
+    weights = []
+    sft_gradients = train.sft_gradients
+
+    def watch(run, problems, stage, step, weight=1.0):
+        weights.append(weight)
+        return sft_gradients(run, problems, stage, step, weight)
+
+    monkeypatch.setattr(train, "sft_gradients", watch)
+    train.sft(one_step(*SMALL))
+    assert weights == [1.0] * 4  # a step of each stage
+
+    weights.clear()
+    run = one_step(*SMALL_RL, "--anchor", anchor, "--updates-per-batch", 3)
+    train.rl(run)
+    assert len(run.optimizer.gradients) == 3
+    assert weights == [anchor] * n_expected
+
+
+def test_a_batch_without_a_signal_makes_no_update(nobody_wins):
+    run = one_step(*SMALL_RL, "--anchor", 0.5)
+    train.rl(run)
+    assert not run.optimizer.gradients
+    [recorded] = run.recorded
+    assert recorded["signal"] == 0
+
+
+def test_an_informative_group_has_the_same_gradient_among_silent_ones():
+    """Silent groups are left out of the computation, but not of the mean."""
+    run = one_step(*SMALL_RL)
+    explored, _ = train.explore(run, run.prompts[:4], step=0)
+    advantage = torch.zeros(4, 4)
+    advantage[2] = torch.tensor([0.75, -0.25, -0.25, -0.25])
+
+    gradients = []
+    for informative in (torch.arange(4) == 2, torch.ones(4, dtype=torch.bool)):
+        run.model.zero_grad()
+        train.policy_gradients(run, explored, advantage, informative, old=None)
+        gradients.append(gradients_of(run.model))
+    assert_equal_gradients(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def explored_by_hand(run, words):
+    """Explored of one question, in float64, whose chains stop at once and write words[b]."""
+    model, tokenizer = run.model.double(), run.tokenizer
+    prompt, mask = left_pad(tokenizer.prompts(["Ann has 5 pens."]), tokenizer.end)
+    B = len(words)
+    chains = Rollout.empty(model, B, 2, noise=None, device="cpu")
+    chains.z = torch.randn(chains.z.shape, dtype=torch.float64)
+    chains.logp_z, chains.logp_stop = chains.logp_z.double(), chains.logp_stop.double()
+    chains.stopped[:] = True
+    for b, ids in enumerate(words):
+        chains.token[b, : len(ids)] = torch.tensor(ids)
+        chains.n_token[b] = len(ids)
+    return train.Explored(prompt, mask, None, chains, {}, 0)
+
+
+def test_clamped_is_a_share_of_decisions_and_the_kl_to_oneself_is_zero():
+    """Of 2 × 8 columns 7 hold a decision: a latent, a stop and eos, and once a word before eos."""
+    run = one_step(*SMALL_RL, "--G", 2, "--estimator", "score")
+    [eos] = run.tokenizer.eos
+    explored = explored_by_hand(run, [[eos], [7, eos]])
+    advantage, informative = torch.tensor([[0.5, -0.5]]), torch.tensor([True])
+
+    _, old, metrics = train.policy_gradients(run, explored, advantage, informative, old=None)
+    assert metrics["clamped"] == 0
+    assert metrics["kl"].item() == pytest.approx(0, abs=1e-9)
+
+    # had every decision been less likely before, by a factor of e, every ratio would be clipped
+    old_logp, start = old
+    is_decision = old_logp != 0
+    assert is_decision.sum() == 7
+    old = old_logp - 1.0 * is_decision, start
+    _, _, metrics = train.policy_gradients(run, explored, advantage, informative, old)
+    assert metrics["clamped"] == 1
+
+
+def test_coherence_only_looks_at_no_answer_anywhere():
+    run = one_step(*SMALL_RL, "--no-answers", "--coherence", "strict", "--G", 2)
+    true, false = chain_of("<<1+1=2>>"), chain_of("<<1+2=2>>")
+    [problem] = problems.generate("answers", 1, 0)
+    problem.answer = "7"
+    R, parts = train.judge(run, [true, false], [problem], step=0)
+    assert R.tolist() == [[pytest.approx(0.6), 0.5]]
+    assert parts.keys() == {"coh", "fmt"}
+    assert reward.of_chain(run.cfg, true, "7") == reward.of_chain(run.cfg, true, "2")
+
+
+def chain_of(thought):
+    """A Chain of one thought and the answer 2."""
+    return Chain([thought], "### 2", ended=True, n_latent=1, n_token=3, stop_prob=[], sigma=[])
+
+
+def test_the_placebo_permutes_the_rewards():
+    """The rewards of a batch stay the same, but not where they are."""
+    chains = [chain_of("<<1+1=2>>") for _ in range(8)] + [chain_of("<<1+1=3>>") for _ in range(8)]
+    for chain in chains[8:]:
+        chain.text = "### 3"
+    questions = problems.generate("answers", 4, 0)
+    for problem in questions:
+        problem.answer = "2"
+
+    rewards = {}
+    for placebo in ([], ["--placebo"]):
+        run = one_step(*SMALL_RL, *placebo)
+        rewards[bool(placebo)], _ = train.judge(run, chains, questions, step=0)
+    true, permuted = rewards[False], rewards[True]
+    assert not torch.equal(permuted, true)
+    assert torch.equal(permuted.flatten().sort().values, true.flatten().sort().values)

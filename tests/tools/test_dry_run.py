@@ -1,0 +1,144 @@
+"""--dry-run: what it prints, and that it writes nothing."""
+
+import json
+
+import pytest
+import torch
+
+import train
+from minatp import data, problems
+from minatp.run import options
+from minatp.run.loop import Run
+from minatp.tools import dry_run
+
+from runs import go
+from small import SMALL, SMALL_RL, small_model
+
+
+@pytest.fixture
+def never(tmp_path):
+    """A folder for --out that no dry run may make."""
+    yield tmp_path / "never"
+    assert not (tmp_path / "never").exists()
+
+
+# ---- SFT -----------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_reports_the_data_the_model_and_two_steps(tmp_path, never, capsys):
+    lines = []
+    for p in problems.generate("labelled", 60, 9):
+        lines.append(f"{p.question}||{' '.join(p.steps)} #### {p.answer}\n")
+    (tmp_path / "p.txt").write_text("".join(lines))
+    go(
+        *("--data", tmp_path / "p.txt", "--val-size", 6, "--K", 2, "--c", 2),
+        *("--batch-size", 8, "--epochs", 0.2, "--dry-run", "--out", never),
+    )
+    output = capsys.readouterr().out
+    for part in ("tokens      ", "question    ", "parameters  ", "memory      "):
+        assert part in output
+    assert "forward pass of 8 longest" in output
+
+    # a problem at each stage, and a step of the first and of the last
+    for stage in range(4):
+        assert f"stage {stage} (" in output
+    assert output.count("one step") == 2
+    assert "one step    stage 0" in output
+    assert "one step    stage 3" in output
+
+
+def test_a_dry_run_changes_no_weight(never, monkeypatch):
+    models = []
+    build = dry_run.build
+
+    def build_and_keep(cfg, problems):
+        model, tokenizer = build(cfg, problems)
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        models.append((model, before))
+        return model, tokenizer
+
+    monkeypatch.setattr(dry_run, "build", build_and_keep)
+    go(*SMALL, "--dry-run", "--out", never)
+    [(model, before)] = models
+    assert any(p.grad is not None for p in model.parameters())
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, before[name]), name
+
+
+# ---- RL ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sft_run(tmp_path_factory):
+    """The folder of a small SFT run, to start from."""
+    out = tmp_path_factory.mktemp("runs") / "sft"
+    go(*SMALL, "--out", out)
+    return out
+
+
+@pytest.fixture
+def all_alike(monkeypatch):
+    """All rewards are 1: there is no signal, and the dry run must do without."""
+
+    def judge(run, texts, problems, step):
+        return torch.ones(len(problems), run.cfg.G), {"acc": torch.tensor(1.0)}
+
+    monkeypatch.setattr(train, "judge", judge)
+
+
+def test_a_dry_run_of_rl_explores(sft_run, never, all_alike, capsys, monkeypatch):
+    """One batch of rollouts and its gradients, as if all groups had a signal, beside one of the
+    anchor.
+    """
+    n_chains = []  # whose policy gradient was computed
+    surrogate = train.surrogate
+
+    def watch(logp, old, advantage):
+        n_chains.append(len(logp))
+        return surrogate(logp, old, advantage)
+
+    monkeypatch.setattr(train, "surrogate", watch)
+    go(*SMALL_RL, "--anchor", 1, "--init", sft_run, "--out", never, "--dry-run")
+    assert n_chains == [16]
+    output = capsys.readouterr().out
+    assert "those of the start" in output
+    assert "4 longest questions × 4 rollouts" in output
+    assert output.count("one step") == 2
+
+
+def test_a_dry_run_of_rl_without_the_anchor_makes_one_step(sft_run, never, all_alike, capsys):
+    go(*SMALL_RL, "--anchor", 0, "--init", sft_run, "--out", never, "--dry-run")
+    assert capsys.readouterr().out.count("one step") == 1
+
+
+# ---- too large -----------------------------------------------------------------------------------
+
+
+def test_a_model_too_large_to_build_is_counted(tmp_path, never, capsys, monkeypatch):
+    huge = "9" * 400  # which no float holds, and is not the answer
+    records = []
+    for i in range(9):
+        records.append({"question": f"q{i}", "steps": [f"<<1={huge}>>"], "answer": str(i)})
+    (tmp_path / "p.json").write_text(json.dumps(records))
+
+    def one_gibibyte(device):
+        return 2**30
+
+    monkeypatch.setattr(dry_run, "memory_of", one_gibibyte)
+    go(
+        *("--preset", "llama-1b", "--data", tmp_path / "p.json", "--val-size", 2),
+        *("--dry-run", "--out", never),
+    )
+    output = capsys.readouterr().out
+    assert "policy 1,235,814,400" in output
+    assert "one step    not run: it does not fit here" in output
+    assert "do not end on a step" in output
+
+
+def test_activations_of_a_model_left_on_the_cpu_are_computed():
+    """A saved model can be too large for the GPU."""
+    model, tokenizer = small_model()
+    [row] = data.encode(problems.generate("labelled", 1, 0), tokenizer, model)
+    run = Run(options.parse(SMALL, ""), None, torch.device("cpu"), model, tokenizer)
+    run.device = torch.device("cuda")
+    assert dry_run.activation_bytes(run, row, [model.K + 1]) > 0

@@ -1,0 +1,145 @@
+"""Learning curves and sinks: every record of a run gets there, and a broken one is named."""
+
+import sys
+from types import ModuleType
+
+import pytest
+
+import train
+from minatp.run import options
+from minatp.run.folder import Log
+from minatp.tools import plot
+
+from commands import run
+from small import SMALL
+
+# ---- curves --------------------------------------------------------------------------------------
+
+
+def test_curves_have_every_quantity_of_sft(folder):
+    curves = plot.read(folder / "metrics.jsonl")
+    assert {"enc", "dec", "stop", "kl.sft", "accuracy.stage", "latents"} <= curves.keys()
+    assert [stage for stage, *_ in curves["accuracy.stage"]] == [0, 1, 2, 3]
+
+
+def test_curves_have_every_quantity_of_rl():
+    record = {"step": 5, "reward": 0.4, "acc": 0.3, "coh": 0.1, "fmt": 0.9, "kl": 0.01}
+    curves = plot.curves([{**record, "latents": 3.0}])
+    assert curves.keys() == {"reward", "acc", "coh", "fmt", "kl.rl"}  # latents: validation's alone
+    assert curves["acc"] == [(5, 0.3, None, None)]
+
+
+def test_the_picture_has_a_panel_for_each_quantity(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    run(plot.main, folder / "metrics.jsonl", folder, "-o", tmp_path / "c.svg")
+    picture = (tmp_path / "c.svg").read_text()
+    n_panel = len(plot.read(folder / "metrics.jsonl"))
+    n_row = -(-n_panel // 4)
+    assert picture.count('<g id="axes_') == 4 * n_row
+    assert 'id="legend_1"' in picture
+
+
+def test_the_same_curves_make_the_same_svg(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in ("a.svg", "b.svg"):
+        run(plot.main, folder, "-o", tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_a_picture_without_a_suffix_is_a_png(folder, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(folder)
+    run(plot.main, "metrics.jsonl", "-o", tmp_path / "c")
+    assert (tmp_path / "c.png").exists()
+    assert capsys.readouterr().out.endswith("c.png\n")
+    run(plot.main, folder, "-o", tmp_path / "c.xyz", expect=2)
+    assert "c.xyz:0: cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", ":1: is empty"),
+        ('{"step": 1}\n{"st\n', ":2: is not valid JSON"),
+        ('{"step": 1}\n{"st', ":1: has no losses"),
+        ('{"step": 1, "validation": {}}\n', ":0: has a record that no run"),
+        ('{"step": 1, "stage": 0, "validation": null}\n', ":0: has a record that no run"),
+        ("[1]\n", ':1: has no "step"'),
+        ("[" * 100_000, ":1: is not valid JSON"),
+        ("7" * 5000, ":1: is not valid JSON"),
+        (None, ":0: cannot be read"),
+    ],
+)
+def test_broken_metrics_are_named(text, message, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "metrics.jsonl"
+    if text is not None:
+        path.write_text(text)
+    run(plot.main, path, "-o", tmp_path / "c.png", expect=2)
+    err = capsys.readouterr().err
+    assert "metrics.jsonl" + message in err
+    assert err.count("\n") == 1
+
+
+# ---- sinks, and packages that are missing --------------------------------------------------------
+
+
+def uninstall(monkeypatch, package):
+    """Make `import package` fail."""
+    for name in list(sys.modules):
+        if name.split(".")[0] == package or name == "torch.utils.tensorboard":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_sink_without_its_package_is_one_line(package, tmp_path, monkeypatch, capsys):
+    uninstall(monkeypatch, package)
+    sink = ["--answers", 4, "--out", tmp_path / "out", "--sink", package]
+    run(train.main, *SMALL, *sink, expect=2)
+    err = capsys.readouterr().err
+    assert f"--sink {package} needs the package {package}" in err
+    assert err.count("\n") == 1
+
+
+def test_plot_without_matplotlib_is_one_line(folder, monkeypatch, capsys):
+    uninstall(monkeypatch, "matplotlib")
+    run(plot.main, folder, expect=2)
+    reason = "minatp.plot needs matplotlib, which is not installed; pip install matplotlib"
+    assert capsys.readouterr().err == f"command line: {reason}\n"
+
+
+def test_an_unknown_sink_is_named(capsys):
+    run(train.main, "--sink", "paper", expect=2)
+    assert "--sink must be tensorboard or wandb, not 'paper'" in capsys.readouterr().err
+
+
+def test_sinks_get_the_records_of_the_file(tmp_path, monkeypatch):
+    started, logged = [], []
+    wandb = ModuleType("wandb")
+
+    def init(**settings):
+        started.append(settings)
+
+    def log(values, step):
+        logged.append((step, values))
+
+    wandb.init, wandb.log = init, log
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    out = tmp_path / "out"
+    out.mkdir()
+    cfg = options.parse(["--out", str(out), "--sink", "wandb"], "")
+    validation = {"accuracy": 0.25, "accuracy_ci95": [0.1, 0.4], "coherence": None}
+    file = Log(cfg, {"step": 0, "seconds": 0.0})
+    file.write({"step": 3, "loss": 0.5, "validation": validation})
+
+    assert started[0]["project"] == "minatp"
+    assert started[0]["config"]["sink"] == "wandb"
+    values = {
+        "loss": 0.5,
+        "validation/accuracy": 0.25,
+        "validation/accuracy_ci95/0": 0.1,
+        "validation/accuracy_ci95/1": 0.4,
+    }
+    assert logged == [(3, values)]

@@ -1,0 +1,109 @@
+"""The probe, and evaluation side by side: the numbers are those of the data they were made from."""
+
+import json
+
+import pytest
+import torch
+
+from minatp.run import evaluate
+from minatp.tools import probe
+
+from commands import run
+
+
+def test_the_probe_finds_what_is_there_and_nothing_else():
+    g = torch.Generator().manual_seed(0)
+    group = torch.arange(900) // 3
+    y = torch.randint(1, 6, (900,), generator=g).double()
+    noise = torch.randn(900, 10, generator=g).double()
+    one_hot = torch.eye(6)[y.long()].double()
+    signal = one_hot @ torch.randn(6, 10, generator=g).double() + 0.05 * noise
+
+    there = probe.probe(torch.cat((signal, noise), 1), y, group)
+    assert there["accuracy"] > 0.99
+    assert there["r2"] > 0.97
+    assert (there["n_steps"], there["n_problems"], there["n_values"]) == (300, 100, 5)
+
+    absent = probe.probe(noise, y, group)
+    low, high = absent["accuracy_ci95"]
+    assert absent["accuracy"] < 0.3
+    assert absent["r2"] < 0.05
+    assert low < 0.2 < high  # one value in five
+
+
+def test_r2_is_1_of_the_truth_and_0_of_the_mean():
+    y = torch.tensor([1.0, 2, 4, 7], dtype=torch.float64)
+    assert probe.r2(y, y) == 1
+    assert probe.r2(torch.full_like(y, y.mean()), y) == pytest.approx(0)
+
+
+def test_a_problem_is_never_in_both_halves():
+    """x names its problem and holds nothing else: a fit that had seen it would know the answer."""
+    group = torch.arange(600) // 4
+    y = (group * 7 % 5).double()
+    x = torch.eye(150).double()[group]
+    assert probe.probe(x, y, group)["accuracy"] < 0.45
+
+
+def test_the_probe_of_a_run(folder, capsys):
+    run(probe.main, folder, "--problems", 24, "--max-new", 6, "--json")
+    report = json.loads(capsys.readouterr().out)
+    rows = {row["thoughts"]: row for row in report["using"]}
+    assert list(rows)[:5] == [
+        "as they are",
+        "thoughts of another problem",
+        "thoughts all zero",
+        "thoughts drawn from the prior",
+        "no thoughts",
+    ]
+    own, other, zero, prior, none = list(rows.values())[:5]
+    for row in rows.values():
+        low, high = row["accuracy_ci95"]
+        assert row["n_problems"] == 24
+        assert low <= row["accuracy"] <= high
+    for row in (other, zero, prior):
+        assert row["latents"] == own["latents"]
+    assert own["latents"] > 0 == none["latents"]
+    assert own["same_answer"] == 1
+    assert max(zero["same_answer"], rows["σ × 8"]["same_answer"]) < 1
+
+    table = probe.table(report)
+    assert table.count("\n") >= 12
+    assert "no thoughts" in table
+    assert "the other problem's answer:" in table
+
+
+def test_a_probe_needs_ten_problems(folder, capsys):
+    run(probe.main, folder, "--problems", 3, expect=2)
+    assert "--problems must be at least 10" in capsys.readouterr().err
+
+
+# ---- python -m minatp.evaluate -------------------------------------------------------------------
+
+
+def test_saved_runs_are_measured_side_by_side(folder, solved, tmp_path, capsys):
+    # What the run answers is called right in every other problem alone
+    records = []
+    for i, (problem, chain) in enumerate(zip(solved.problems, solved.mean)):
+        answer = chain.answer if chain.answer and i % 2 else "no"
+        record = {"question": problem.question, "steps": problem.steps, "answer": answer}
+        records.append(record)
+    n_right = sum(record["answer"] != "no" for record in records)
+    (tmp_path / "p.json").write_text(json.dumps(records))
+
+    options = ["--file", tmp_path / "p.json", "--max-new", 6, "--votes", 3, "--json"]
+    run(evaluate.main, folder, folder / "final", *options)
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["accuracy"] == second["accuracy"] == n_right / 24
+    assert (second["gain"], second["gain_se"]) == (0, 0)
+    assert "gain" not in first
+    sampled = first["sampled"]
+    assert sampled["k"] == 3
+    assert sampled["pass"] >= sampled["majority"]
+
+
+def test_longer_problems_are_measured(folder, capsys):
+    run(evaluate.main, folder, "--longer", "--problems", 9, "--max-new", 6)
+    assert "of 9 solved" in capsys.readouterr().out
+    run(evaluate.main, folder, "--longer", "--file", "x", expect=2)
+    assert "not both" in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""sample.py: what it prints of a small run."""
+
+import io
+import json
+
+import pytest
+
+import sample
+from minatp.run.errors import guarded
+
+from runs import go
+from small import SMALL
+
+QUESTION = "Ann has 5 pens. How many?"
+
+
+@pytest.fixture(scope="module")
+def sft_run(tmp_path_factory):
+    """The folder of a small run."""
+    out = tmp_path_factory.mktemp("runs") / "sft"
+    go(*SMALL, "--out", out)
+    return out
+
+
+@pytest.fixture
+def show(sft_run, capsys):
+    """show(*argv): what sample.py prints."""
+
+    def run(*argv):
+        assert guarded(sample.main, ["--run", str(sft_run), *argv]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def show_json(show):
+    """show_json(*argv): the records that sample.py prints."""
+
+    def run(*argv):
+        return [json.loads(line) for line in show(*argv, "--json").splitlines()]
+
+    return run
+
+
+def test_problems_of_the_test_set_are_shown_with_their_answers(show):
+    output = show("--problems", "2")
+    assert output.count("→") == 2
+    assert "tokens/s" in output
+    assert "\x1b[" not in output  # no colours: this is no terminal
+
+
+def test_several_chains_of_a_question_as_json(show_json):
+    records = show_json(QUESTION, "--n", "3")
+    assert len(records) == 3
+    for record in records:
+        n_step = record["latents"] // 2
+        assert len(record["sigma"]) == n_step
+        assert len(record["thoughts"]) == n_step
+
+
+@pytest.mark.parametrize("by", ["majority", "coherence"])
+def test_one_of_several_chains_is_elected(by, show_json):
+    """Of a question whose answer nobody knows."""
+    records = show_json(QUESTION, "--n", "3")
+    [elected] = show_json(QUESTION, "--n", "3", "--vote", by)
+    assert elected in records
+    assert elected["right"] is None
+
+
+def test_questions_are_read_from_stdin(show_json, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("One?\n\nTwo?\n"))
+    records = show_json("-")
+    assert [record["question"] for record in records] == ["One?", "Two?"]
