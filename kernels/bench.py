@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from . import attention, cross_entropy, ops, rows, vae
-from .cache import Begin, Columns, Step
+from .cache import AttendStep, Columns, StorePrefix
 from .common import triton
 
 LIMIT = 1.5  # of a kernel's bf16 error over PyTorch's own
@@ -87,8 +87,11 @@ def attention_case(device, dtype, shape):
     def kernel(q, k, v, prefix_k, prefix_v, own_k, own_v):
         prefix = Columns(prefix_k.detach(), prefix_v.detach())
         own = Columns(own_k.detach(), own_v.detach())
-        thread = Begin.apply(prefix, prefix_k, prefix_v) + Begin.apply(own, own_k, own_v)
-        return Step.apply(prefix, own, thread, q, k, v, cos, sin, layout)[0]
+        prefix_thread = StorePrefix.apply(prefix, prefix_k, prefix_v)
+        own_thread = StorePrefix.apply(own, own_k, own_v)
+        thread = prefix_thread + own_thread
+        o, _ = AttendStep.apply(prefix, own, thread, q, k, v, cos, sin, layout)
+        return o
 
     def reference(q, k, v, *columns):
         rope = (cos.to(q.dtype), sin.to(q.dtype))
@@ -138,8 +141,8 @@ def attention_layout(device, shape):
         start=arange(N) * 7 % (shape.n_prefix // 2),
         owner=arange(B) // group,
         members=arange(B),
-        first=arange(0, B + 1, group),
-        group=group,
+        member_offsets=arange(0, B + 1, group),
+        max_group=group,
         n_own=n_own,
         slot=n_own[:, None],
     )

@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from triton.errors import TritonError
 
 from . import attention, cross_entropy, rows, vae
-from .cache import FEW
+from .cache import MAX_STEP_COLUMNS
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -99,38 +99,41 @@ def vae_cases():
 
 
 def attention_cases():
-    """Return attention's kernels for one new position, and for as many as a step takes."""
+    """Return attention's kernels for one new position, and for as many as one step takes."""
     arguments = {
-        **{name: "bf16" for name in "q k v K V o do dq dk dv".split()},
-        **{name: "fp32" for name in "cos sin part_o part_lse lse part_dq gK gV".split()},
-        **{name: "i32" for name in "start members first n_own slot".split()},
+        **pointers("bf16", "q k v k_cache v_cache o do dq dk dv"),
+        **pointers("fp32", "cos sin part_o part_lse lse part_dq k_grad v_grad"),
+        **pointers("i32", "start members member_offsets n_own slot"),
         "scale": HEAD_DIM**-0.5,
         "B": B,
         "h": N_HEAD,
         "P": PREFIX_COLUMNS,
         "C": OWN_COLUMNS,
-        "splits": 2,
-        "width": 96,
+        "n_splits": 2,
+        "split_width": 96,
         "BT": 16,
     }
     for tensor, heads in {"q": N_HEAD, "k": N_KV_HEAD, "v": N_KV_HEAD, "o": N_HEAD}.items():
-        arguments[f"s_{tensor}b"] = heads * HEAD_DIM
-        arguments[f"s_{tensor}h"] = HEAD_DIM
-        arguments[f"s_{tensor}t"] = heads * HEAD_DIM
+        arguments[f"stride_{tensor}b"] = heads * HEAD_DIM
+        arguments[f"stride_{tensor}h"] = HEAD_DIM
+        arguments[f"stride_{tensor}t"] = heads * HEAD_DIM
 
     result = []
-    # One new position is a step of the rollouts, in groups. FEW positions are an answer in SFT.
-    for T, group in ((1, GROUP), (FEW, 1)):
-
-        def add(name, kernel, n_rows, columns, T=T, **changes):
-            sizes = attention.blocks(N_HEAD, N_KV_HEAD, HEAD_DIM, T, n_rows, columns)
-            case = Case(f"attention {name}, {T} new", kernel, {**arguments, **sizes, **changes})
-            result.append(case)
-
-        add("forward, prefix", attention.prefix_forward, group, 32)
-        add("forward, own", attention.own_forward, 1, 32)
-        add("backward, prefix", attention.prefix_backward, group, 16)
-        add("backward, own", attention.own_backward, 1, 16, BM=16)
+    # One new position is a step of the rollouts, in groups. Several are an answer in SFT.
+    for T, group in ((1, GROUP), (MAX_STEP_COLUMNS, 1)):
+        queries_per_row = T * N_HEAD // N_KV_HEAD
+        group_tile = attention.query_tile(group, queries_per_row)
+        row_tile = attention.query_tile(1, queries_per_row)
+        kernels = {
+            "forward, prefix": (attention.prefix_forward_kernel, {"BM": group_tile, "BN": 32}),
+            "forward, own": (attention.own_forward_kernel, {"BM": row_tile, "BN": 32}),
+            "backward, prefix": (attention.prefix_backward_kernel, {"BM": group_tile, "BN": 16}),
+            "backward, own": (attention.own_backward_kernel, {"BM": 16, "BN": 16}),
+        }
+        constants = attention.head_constants(N_HEAD, N_KV_HEAD, HEAD_DIM, T)
+        for name, (kernel, tile) in kernels.items():
+            sizes = {**constants, **tile}
+            result.append(Case(f"attention {name}, {T} new", kernel, {**arguments, **sizes}))
     return result
 
 

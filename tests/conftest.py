@@ -20,8 +20,8 @@ def poison(monkeypatch):
 
     from kernels import attention
 
-    monkeypatch.setattr(attention, "COLUMNS", 16)
-    monkeypatch.setattr(attention, "QUERIES", 16)
+    monkeypatch.setattr(attention, "MIN_SPLIT_COLUMNS", 16)
+    monkeypatch.setattr(attention, "MAX_TILE_QUERIES", 16)
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills torch.empty
     assert torch.empty(3).isnan().all()
     torch.manual_seed(0)

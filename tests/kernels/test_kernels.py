@@ -1,12 +1,16 @@
-"""Every kernel in Triton's interpreter against float64, the hand-derived gradients, ε, the compiler, and a model trained with them.
+"""Every kernel against PyTorch in float64, the hand-derived gradients, ε, the compiler, training.
 
-TRITON_INTERPRET=0 runs the same tests compiled, on the GPU.
+Kernels run in Triton's interpreter, on a CPU. TRITON_INTERPRET=0 runs the same tests on a GPU.
 """
+
+# ruff: noqa: E402 (imports come after the check that Triton is installed)
 
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,247 +18,328 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [
     pytest.mark.usefixtures("poison"),
+    # NumPy's, of the interpreter: exp of −∞, and NaN that a mask drops
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
-]  # numpy's: exp of −∞, NaN that a mask drops
-
-import train
-from kernels import attention, bench, cache, cross_entropy, ops, rows, vae
-from minatp import data, run
-from minatp.data import Problem
-from minatp.explain import read_thoughts
-from minatp.latent import ATP
-from minatp.llama import KVCache, Llama, LlamaConfig
-from minatp.rollout import Noise, rollout, score, sft_losses
+]
 
 from floats import DEVICE, FP16, FP32, close, normal
 
+import train
+from kernels import attention, bench, cache, cross_entropy, ops, rows, vae
+from minatp.data import Encoded, collate, left_pad
+from minatp.decoder import read_thoughts
+from minatp.latent import ATP
+from minatp.llama import KVCache, Llama, LlamaConfig
+from minatp.optim import build_optimizer
+from minatp.problems import Problem
+from minatp.rl import log_probs
+from minatp.rollout import Noise, rollout
+from minatp.run import options
+from minatp.run.build import build
+from minatp.run.device import pick_device
+from minatp.run.errors import UserError
+from minatp.run.loop import GuardedOptimizer, Run
+from minatp.run.splits import encode_problems
+from minatp.sft import sft_losses, total_loss
+
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled():
-    """The compiler at work beside the other tests."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    child = subprocess.Popen(
+def compile_report():
+    """The compiler's report for sm_90, in a process that runs beside the other tests."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.Popen(
         [sys.executable, "-m", "kernels.compile_report", "--sm", "90"],
         env=env,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    yield child
-    child.kill()
-    child.communicate()
+    yield process
+    process.kill()
+    process.communicate()
 
 
 def compare(kernel, reference, inputs, bound=FP32):
-    """Values and gradients of both, for upstream gradients that differ from element to element."""
-    mine = [x.detach().requires_grad_() for x in inputs]
-    theirs = [x.detach().double().requires_grad_() for x in inputs]
-    got, want = ([y] if torch.is_tensor(y) else y for y in (kernel(*mine), reference(*theirs)))
-    up = [torch.randn_like(y) for y in got]
-    got_d, want_d = (
-        torch.autograd.grad(got, mine, up),
-        torch.autograd.grad(want, theirs, [g.double() for g in up]),
-    )
-    for name, a, b in [(f"result {i}", a, b) for i, (a, b) in enumerate(zip(got, want))] + [
-        (f"gradient {i}", a, b) for i, (a, b) in enumerate(zip(got_d, want_d))
-    ]:
-        close(a, b, bound, name)
+    """Assert that a kernel's values and gradients are those of its reference in float64.
+
+    The upstream gradients differ from element to element.
+    """
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    outputs = bench.as_list(kernel(*inputs))
+    exact_outputs = bench.as_list(reference(*exact_inputs))
+
+    upstream = [torch.randn_like(y) for y in outputs]
+    exact_upstream = [g.double() for g in upstream]
+    gradients = torch.autograd.grad(outputs, inputs, upstream)
+    exact_gradients = torch.autograd.grad(exact_outputs, exact_inputs, exact_upstream)
+
+    for i, (actual, expected) in enumerate(zip(outputs, exact_outputs)):
+        close(actual, expected, bound, f"result {i}")
+    for i, (actual, expected) in enumerate(zip(gradients, exact_gradients)):
+        close(actual, expected, bound, f"gradient {i}")
 
 
-# ---- the VAE ------------------------------------------------------------------------------------------------------------
+def with_triton(op, *args):
+    """Call a function of kernels/ops.py with MINATP_KERNELS=triton."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINATP_KERNELS", "triton")
+        return op(*args)
+
+
+# ---- the VAE -------------------------------------------------------------------------------------
+
+
+def fused_score(mu, logvar, z):
+    return vae.fused_reparameterise(mu, logvar, z=z)
+
+
+def reference_score(mu, logvar, z):
+    return vae.reparameterise(mu, logvar, z=z)
+
+
+def compare_with_eps(mu, logvar, eps, exact_eps, bound=FP32):
+    """Compare the kernel with noise `eps` (ε or its keys) and the reference with ε in float64."""
+    kernel = partial(vae.fused_reparameterise, eps=eps)
+    reference = partial(vae.reparameterise, eps=exact_eps)
+    compare(kernel, reference, [mu, logvar], bound)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 5), (2, 3, 13), (5, 64), (7, 31), (2, 129)])
 def test_vae(shape):
-    both = normal(*shape[:-1], 2 * shape[-1])
-    mu, logvar = both.chunk(2, -1)  # rows that do not lie side by side
-    eps, key = (
-        normal(*shape),
-        ops.noise(-12345678901234, *shape[:-1]).to(DEVICE)
-        * torch.tensor([1, 2**33 + 1], device=DEVICE),
-    )
-    drawn = vae.drawn(key, shape[-1], torch.float64)
-    compare(
-        lambda m, v: vae.apply(m, v, key),
-        lambda m, v: vae.reparameterise(m, v, drawn),
-        [mu, logvar],
-    )
-    compare(
-        lambda m, v: vae.apply(m, v, eps),
-        lambda m, v: vae.reparameterise(m, v, eps.double()),
-        [mu, logvar],
-    )
-    compare(vae.apply, vae.reparameterise, [mu, logvar])
-    compare(
-        lambda m, v, z: vae.apply(m, v, z=z),
-        lambda m, v, z: vae.reparameterise(m, v, z=z),
-        [mu, logvar, mu + logvar.exp() * eps],
-    )
+    *batch, D = shape
+    mu, logvar = normal(*batch, 2 * D).chunk(2, -1)  # rows that are not contiguous
+    eps = normal(*shape)
+    keys = ops.noise_keys(-12345678901234, *batch).to(DEVICE)
+    keys = keys * torch.tensor([1, 2**33 + 1], device=DEVICE)  # offsets of more than 32 bits
+
+    # The four modes: draw, given, mean, score
+    compare_with_eps(mu, logvar, keys, vae.draw_noise(keys, D, torch.float64))
+    compare_with_eps(mu, logvar, eps, eps.double())
+    compare(vae.fused_reparameterise, vae.reparameterise, [mu, logvar])
+    z = mu + logvar.exp() * eps
+    compare(fused_score, reference_score, [mu, logvar, z])
 
 
 def test_vae_in_fp16_and_at_extremes():
-    half = torch.float16
-    mu, logvar, eps = (
-        normal(3, 37, dtype=half),
-        normal(3, 37, dtype=half),
-        normal(3, 37, dtype=half),
-    )
-    compare(
-        lambda m, v: vae.apply(m, v, eps),
-        lambda m, v: vae.reparameterise(m, v, eps.double()),
-        [mu, logvar],
-        FP16,
-    )
-    mu, logvar = 1e3 * normal(2, 37), torch.linspace(-30, 30, 74, device=DEVICE).view(2, 37)
-    compare(
-        lambda m, v: vae.apply(m, v, eps[:2]),
-        lambda m, v: vae.reparameterise(m, v, eps[:2].double()),
-        [mu, logvar],
-    )
+    mu, logvar, eps = (normal(3, 37, dtype=torch.float16) for _ in range(3))
+    compare_with_eps(mu, logvar, eps, eps.double(), FP16)
+
+    mu = 1e3 * normal(2, 37)
+    logvar = torch.linspace(-30, 30, 74, device=DEVICE).view(2, 37)
+    compare_with_eps(mu, logvar, eps[:2], eps[:2].double())
 
 
-def draw(seed, offset, D, block=vae.BLOCK):
-    zero = torch.zeros(len(offset), D, device=DEVICE)
-    return vae.run_forward(zero, zero, key(seed, offset), vae.DRAW, block)[0]
-
-
-def key(seed, offset):
+def make_keys(seed, offset):
+    """Return keys (rows, 2) of one seed and the offsets (rows,)."""
     return torch.stack((torch.full_like(offset, seed), offset), 1)
 
 
+def draw_eps(seed, offset, D, block=vae.BLOCK):
+    """Return ε (rows, D) as the kernel draws it: z at μ = logσ² = 0."""
+    zeros = torch.zeros(len(offset), D, device=DEVICE)
+    z, _, _ = vae.run_forward(zeros, zeros, make_keys(seed, offset), "draw", block)
+    return z
+
+
 def test_eps_is_standard_normal_and_independent():
-    e = draw(7, torch.arange(48, device=DEVICE), 1024)
-    n = e.numel() ** 0.5
-    assert (
-        abs(e.mean()) < 4 / n
-        and abs(e.var() - 1) < 4 * 2**0.5 / n
-        and abs(e.pow(4).mean() - 3) < 4 * 96**0.5 / n
-    )
-    assert abs(e.pow(3).mean()) < 4 * 15**0.5 / n and 3.5 < e.abs().max() < 6
-    cosine = torch.nn.functional.normalize(e, dim=1)
-    between = (cosine @ cosine.T)[~torch.eye(48, dtype=torch.bool, device=DEVICE)]
-    assert between.abs().max() < 5 / 1024**0.5  # rows, which are steps' and problems' offsets
-    assert (
-        abs((e[:, 1:] * e[:, :-1]).mean()) < 4 / n
-        and abs((e[:, 256:] * e[:, :-256]).mean()) < 5 / n
-    )  # columns, lanes
+    n_rows, D = 48, 1024
+    eps = draw_eps(7, torch.arange(n_rows, device=DEVICE), D)
+    root_n = eps.numel() ** 0.5
+
+    # The moments, within four standard errors, and the tails
+    assert abs(eps.mean()) < 4 / root_n
+    assert abs(eps.var() - 1) < 4 * 2**0.5 / root_n
+    assert abs(eps.pow(3).mean()) < 4 * 15**0.5 / root_n
+    assert abs(eps.pow(4).mean() - 3) < 4 * 96**0.5 / root_n
+    assert 3.5 < eps.abs().max() < 6
+
+    # No correlation between rows: offsets are those of steps and problems
+    directions = torch.nn.functional.normalize(eps, dim=1)
+    cosines = directions @ directions.T
+    off_diagonal = ~torch.eye(n_rows, dtype=torch.bool, device=DEVICE)
+    assert cosines[off_diagonal].abs().max() < 5 / D**0.5
+
+    # Nor between neighbouring columns, nor between the lanes of a counter
+    assert abs((eps[:, 1:] * eps[:, :-1]).mean()) < 4 / root_n
+    assert abs((eps[:, D // 4 :] * eps[:, : -D // 4]).mean()) < 5 / root_n
 
 
 def test_eps_depends_on_seed_offset_and_column_alone():
+    D = 203
     offset = torch.tensor([3, 2**40 + 5, 3, 0], device=DEVICE)
-    e = draw(11, offset, 203)
-    assert torch.equal(e[0], e[2]) and not (e[0] == e[1]).any()
-    assert not (draw(12, offset, 203) == e).any()
-    assert all(torch.equal(draw(11, offset, 203, block), e) for block in (16, 64))
-    assert torch.equal(draw(11, offset[1:2], 203), e[1:2])
-    # backward draws it again: with μ = logσ² = 0 and dz = 1, dlogσ² is ε/2
-    zero, one = torch.zeros(4, 203, device=DEVICE), torch.ones(4, 203, device=DEVICE)
-    none = torch.zeros(4, device=DEVICE)
-    back = [
-        vae.run_backward(one, none, none, zero, zero, key(11, offset), vae.DRAW, block)[1]
+    eps = draw_eps(11, offset, D)
+
+    # The same offset gives the same row; another offset or another seed differs in every column.
+    assert torch.equal(eps[0], eps[2])
+    assert not (eps[0] == eps[1]).any()
+    assert not (draw_eps(12, offset, D) == eps).any()
+
+    # Neither the block size nor the batch changes it.
+    for block in (16, 64):
+        assert torch.equal(draw_eps(11, offset, D, block), eps)
+    assert torch.equal(draw_eps(11, offset[1:2], D), eps[1:2])
+
+    # The backward pass draws it again: with μ = logσ² = 0 and dz = 1, dlogσ² is ε/2.
+    zeros = torch.zeros(4, D, device=DEVICE)
+    ones = torch.ones(4, D, device=DEVICE)
+    no_gradient = torch.zeros(4, device=DEVICE)
+    keys = make_keys(11, offset)
+    dlogvar = [
+        vae.run_backward(ones, no_gradient, no_gradient, zeros, zeros, keys, "draw", block)[1]
         for block in (16, 64)
     ]
-    assert torch.equal(2 * back[0], e) and torch.equal(back[0], back[1])
+    assert torch.equal(2 * dlogvar[0], eps)
+    assert torch.equal(dlogvar[0], dlogvar[1])
 
 
-# ---- attention ----------------------------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------
 
-SHAPES = [  # prompts' rows, h, h_kv, d, columns of the prefix, of a row, new positions, dtype, size of q
-    ([1], 1, 1, 8, 5, 3, 1, torch.float32, 1),  # one row whose prefix is all padding
-    ([2, 1], 4, 1, 6, 17, 5, 1, torch.float32, 1),  # four query heads a key head
-    ([1, 3], 2, 2, 16, 33, 4, 3, torch.float32, 1),
-    ([5], 4, 1, 8, 20, 3, 1, torch.float32, 1),  # a group in two turns
-    ([1, 1, 1], 6, 2, 10, 7, 11, 2, torch.float32, 1),
-    ([2, 1], 4, 1, 6, 9, 37, 7, torch.float32, 1),  # a row's queries in two turns
-    ([2], 8, 2, 4, 40, 2, 1, torch.float32, 100),  # scores in the hundreds
-    ([2, 2], 4, 1, 64, 19, 35, 1, torch.float32, 1),
-    ([2, 3], 4, 1, 16, 19, 5, 1, torch.float16, 1),
+
+class StepShape(NamedTuple):
+    """One step of attention: T new positions for each row."""
+
+    group_sizes: list  # rows that share each prefix
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    P: int  # columns of a prefix
+    C: int  # and of a row's own
+    T: int
+    dtype: torch.dtype = torch.float32
+    q_scale: float = 1.0
+
+
+# fmt: off
+SHAPES = [
+    StepShape([1], 1, 1, 8, P=5, C=3, T=1),             # one row, whose prefix is all padding
+    StepShape([2, 1], 4, 1, 6, P=17, C=5, T=1),         # four query heads for a key head
+    StepShape([1, 3], 2, 2, 16, P=33, C=4, T=3),
+    StepShape([5], 4, 1, 8, P=20, C=3, T=1),            # a group that takes two turns
+    StepShape([1, 1, 1], 6, 2, 10, P=7, C=11, T=2),
+    StepShape([2, 1], 4, 1, 6, P=9, C=37, T=7),         # a row whose queries take two turns
+    StepShape([2], 8, 2, 4, P=40, C=2, T=1, q_scale=100),  # scores in the hundreds
+    StepShape([2, 2], 4, 1, 64, P=19, C=35, T=1),
+    StepShape([2, 3], 4, 1, 16, P=19, C=5, T=1, dtype=torch.float16),
 ]
+# fmt: on
 
 
-def step_inputs(sizes, h, h_kv, d, P, C, T, dtype=torch.float64, size=1.0):
-    """(q … own_v), Where and the own columns that are live; half of the new positions are not real, rows are in any order."""
-    B, N = sum(sizes), len(sizes)
-    owner = torch.repeat_interleave(torch.arange(N), torch.tensor(sizes))[torch.randperm(B)]
+def random_layout(shape):
+    """Return a Layout: rows in any order, prefixes of any length, half of the positions real."""
+    N, B = len(shape.group_sizes), sum(shape.group_sizes)
+    owner = torch.repeat_interleave(torch.arange(N), torch.tensor(shape.group_sizes))
+    owner = owner[torch.randperm(B)]
     members = owner.argsort(stable=True)
-    first = torch.searchsorted(owner[members].contiguous(), torch.arange(N + 1))
-    start, n_own, valid = (
-        torch.randint(0, P, (N,)),
-        torch.randint(0, C - T + 1, (B,)),
-        torch.rand(B, T) > 0.5,
+    member_offsets = torch.searchsorted(owner[members].contiguous(), torch.arange(N + 1))
+
+    start = torch.randint(0, shape.P, (N,))
+    n_own = torch.randint(0, shape.C - shape.T + 1, (B,))
+    real = torch.rand(B, shape.T) > 0.5
+    start[0] = shape.P  # a prefix that is all padding
+    n_own[0] = 0  # a row without columns of its own
+    real[-1] = True
+    slot = torch.where(real, n_own[:, None] + real.long().cumsum(1) - 1, -1)
+
+    def int32(x):
+        return x.int().to(DEVICE)
+
+    return attention.Layout(
+        start=int32(start),
+        owner=int32(owner),
+        members=int32(members),
+        member_offsets=int32(member_offsets),
+        max_group=max(shape.group_sizes),
+        n_own=int32(n_own),
+        slot=int32(slot),
     )
-    start[0], n_own[0] = P, 0  # a prefix that is all padding, a row with nothing of its own
-    valid[-1] = True
-    slot = torch.where(valid, n_own[:, None] + valid.long().cumsum(1) - 1, -1)
-    narrow = lambda x: x.int().to(DEVICE)
-    w = attention.Where(
-        *map(narrow, (start, owner, members, first)), max(sizes), narrow(n_own), narrow(slot)
-    )
-    x = [
-        normal(B, T, n, d, dtype=dtype).transpose(1, 2) for n in (h, h_kv, h_kv)
-    ]  # as the projections leave them
-    angle = 30 * torch.rand(
-        B,
-        1,
-        T,
-        d // 2,
-        device=DEVICE,
-        dtype=torch.float64 if dtype == torch.float64 else torch.float32,
-    )
-    stored = [
-        normal(n, h_kv, columns, d, dtype=dtype) for n, columns in ((N, P), (N, P), (B, C), (B, C))
-    ]
-    return (
-        [size * x[0], *x[1:], angle.cos(), angle.sin(), *stored],
-        w,
-        (torch.arange(C) < n_own[:, None])[:, None, :, None].to(DEVICE),
-    )
+
+
+def random_step(shape):
+    """Return a step's inputs: [q, k, v, cos, sin, prefix_k, prefix_v, own_k, own_v]."""
+    N, B = len(shape.group_sizes), sum(shape.group_sizes)
+    n_kv_head, head_dim, dtype = shape.n_kv_head, shape.head_dim, shape.dtype
+
+    # q, k and v as the projections leave them: (B, T, heads, head_dim) in memory
+    heads = (shape.n_head, n_kv_head, n_kv_head)
+    q, k, v = (normal(B, shape.T, n, head_dim, dtype=dtype).transpose(1, 2) for n in heads)
+
+    angle_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    angle_shape = (B, 1, shape.T, head_dim // 2)
+    angle = 30 * torch.rand(angle_shape, device=DEVICE, dtype=angle_dtype)
+
+    prefix = [normal(N, n_kv_head, shape.P, head_dim, dtype=dtype) for _ in range(2)]
+    own = [normal(B, n_kv_head, shape.C, head_dim, dtype=dtype) for _ in range(2)]
+    return [shape.q_scale * q, k, v, angle.cos(), angle.sin(), *prefix, *own]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention(shape):
-    sizes, h, h_kv, d, P, C, T, dtype, size = shape
-    inputs, w, live = step_inputs(*shape)
-    q, k, v, cos, sin, *stored = inputs
-    exact = [x.double().requires_grad_(i not in (3, 4)) for i, x in enumerate(inputs)]
-    want = attention.step(*exact, w)
-    do = normal(*want.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
-    dq, dk, dv, *stored_d = torch.autograd.grad(want, exact[:3] + exact[5:], do.double())
+    layout = random_layout(shape)
+    inputs = random_step(shape)
+    q, k, v, cos, sin, prefix_k, prefix_v, own_k, own_v = inputs
+    P, C = shape.P, shape.C
 
-    columns = torch.arange(P, device=DEVICE) >= w.start[:, None]
-    prefix = [x.masked_fill(~columns[:, None, :, None], torch.nan) for x in stored[:2]]
-    own = [x.masked_fill(~live, torch.nan) for x in stored[2:]]
-    later = [normal(*own[0].shape) for _ in own]  # what later steps have added
-    grad_prefix, grad_own = (
-        [torch.zeros_like(x, dtype=torch.float32) for x in prefix],
-        [x.clone() for x in later],
-    )
-    o, lse = attention.run_forward(q, k, v, cos, sin, prefix, own, w)
-    got = attention.run_backward(
-        do, o, lse, q, k, v, cos, sin, prefix, own, grad_prefix, grad_own, w
-    )
+    # The reference in float64, and its gradient
+    exact = [x.double() for x in inputs]
+    differentiable = exact[:3] + exact[5:]  # all but cos and sin
+    for x in differentiable:
+        x.requires_grad_()
+    exact_o = attention.step_reference(*exact, layout)
+    do = normal(*exact_o.transpose(1, 2).shape, dtype=shape.dtype).transpose(1, 2)
+    exact_gradients = torch.autograd.grad(exact_o, differentiable, do.double())
+    exact_dq, exact_dk, exact_dv, *exact_dcolumns = exact_gradients
 
-    bound = (
-        FP16 if dtype == torch.float16 else FP32 * size
-    )  # a score's rounding error grows with the score
-    close(o, want, bound, "o")
-    real = (w.slot >= 0)[:, None, :, None]
-    index = w.slot.clamp(min=0).long()[:, None, :, None].expand(-1, h_kv, -1, d)
-    added = [x.gather(2, index) * real for x in later]
-    close(got[0], dq, bound, "dq")
-    close(got[1], dk + rows.rotate(added[0].double(), cos.double(), -sin.double()), bound, "dk")
-    close(got[2], dv + added[1], bound, "dv")
-    new = torch.zeros(len(live), C + 1, dtype=torch.bool, device=DEVICE).scatter_(
-        1, torch.where(w.slot >= 0, w.slot, C).long(), True
-    )
-    new = new[:, None, :C, None]
-    for name, g, want_g, before in zip(
-        ("prefix k", "prefix v", "own k", "own v"), grad_prefix + grad_own, stored_d, [0, 0, *later]
-    ):
-        close(g, (want_g + before).masked_fill(new, 0) if "own" in name else want_g, bound, name)
-    for x, appended in zip(own, (rows.rotate(k.double(), cos.double(), sin.double()), v)):
-        close(x.gather(2, index).masked_fill(~real, 0), appended * real, bound, "append")
+    # The kernels get NaN in every column that they must not read: padding, and columns to come.
+    in_prefix = torch.arange(P, device=DEVICE) >= layout.start[:, None]  # (N, P)
+    in_own = torch.arange(C, device=DEVICE) < layout.n_own[:, None]  # (B, C)
+    no_prefix = ~in_prefix[:, None, :, None]
+    no_own = ~in_own[:, None, :, None]
+    prefix = attention.KV(*(x.masked_fill(no_prefix, torch.nan) for x in (prefix_k, prefix_v)))
+    own = attention.KV(*(x.masked_fill(no_own, torch.nan) for x in (own_k, own_v)))
+    step_inputs = attention.StepInputs(q, k, v, cos, sin)
+    o, lse = attention.run_forward(step_inputs, prefix, own, layout)
+
+    # The buffers of a row's own gradients already hold what later steps have added.
+    later = [normal(*x.shape) for x in own]
+    prefix_grad = attention.KV(*(torch.zeros_like(x, dtype=torch.float32) for x in prefix))
+    own_grad = attention.KV(*(x.clone() for x in later))
+    caches = (prefix, own)
+    grads = (prefix_grad, own_grad)
+    dq, dk, dv = attention.run_backward(do, o, lse, step_inputs, caches, grads, layout)
+
+    # What later steps added to the new columns is part of dk and dv.
+    is_real = (layout.slot >= 0)[:, None, :, None]  # (B, 1, T, 1)
+    slot = layout.slot.clamp(min=0).long()[:, None, :, None]
+    slot = slot.expand(-1, shape.n_kv_head, -1, shape.head_dim)
+    later_k, later_v = (x.gather(2, slot) * is_real for x in later)
+    later_k = rows.rotate(later_k.double(), cos.double(), -sin.double())
+
+    # A score's rounding error grows with the score.
+    bound = FP16 if shape.dtype == torch.float16 else FP32 * shape.q_scale
+    close(o, exact_o, bound, "o")
+    close(dq, exact_dq, bound, "dq")
+    close(dk, exact_dk + later_k, bound, "dk")
+    close(dv, exact_dv + later_v, bound, "dv")
+
+    # The prefix's buffers hold its gradient. A row's own had it added, and the new columns cleared.
+    exact_dprefix, exact_down = exact_dcolumns[:2], exact_dcolumns[2:]
+    for name, actual, expected in zip("kv", prefix_grad, exact_dprefix):
+        close(actual, expected, bound, f"prefix {name}")
+    is_new = torch.zeros(len(layout.slot), C + 1, dtype=torch.bool, device=DEVICE)
+    is_new.scatter_(1, torch.where(layout.slot >= 0, layout.slot, C).long(), True)
+    is_new = is_new[:, None, :C, None]
+    for name, actual, expected, before in zip("kv", own_grad, exact_down, later):
+        close(actual, (expected + before).masked_fill(is_new, 0), bound, f"own {name}")
+
+    # The new columns are appended to the cache: the rotated k, and v.
+    rotated_k = rows.rotate(k.double(), cos.double(), sin.double())
+    for columns, expected in zip(own, (rotated_k, v)):
+        appended = columns.gather(2, slot).masked_fill(~is_real, 0)
+        close(appended, expected * is_real, bound, "append")
 
 
 def tiny_llama():
@@ -274,100 +359,119 @@ def tiny_llama():
     return Llama(cfg).init_weights(torch.Generator().manual_seed(1)).to(DEVICE)
 
 
-def two_rollouts(llama, x, valid, steps, tail, tail_valid):
-    """A shared prompt, a chain whose steps feed on each other, a row that leaves, and a long tail."""
-    c = llama.cache(2, 32)
-    h = llama(x, valid, c, 1)[:, 0].repeat_interleave(2, 0)
-    c.keep(torch.tensor([0, 0, 1, 1], device=DEVICE))
-    for noise, alive in steps:
-        h = llama((h + noise)[:, None], alive[:, None], c)[:, 0]
-    c.keep(torch.tensor([0, 3, 2], device=DEVICE))
-    y = llama(tail, tail_valid, c)
-    return h, y, llama(tail[:, :1], tail_valid[:, :1], c)
+def chain_with_a_long_tail(llama, prompt, prompt_mask, steps, tail):
+    """Use a cache in every way: two prompts with two rollouts each, steps, a long pass, a step.
+
+    A step is (noise, real), and its input is the hidden state before it plus the noise. One row is
+    dropped before the long pass. Returns the hidden states of the last three.
+    """
+    kv_cache = llama.cache(2, 32)
+    h = llama(prompt, prompt_mask, kv_cache, 1)[:, 0].repeat_interleave(2, 0)
+    kv_cache.keep(torch.tensor([0, 0, 1, 1], device=DEVICE))
+    for noise, real in steps:
+        h = llama((h + noise)[:, None], real[:, None], kv_cache)[:, 0]
+
+    kv_cache.keep(torch.tensor([0, 3, 2], device=DEVICE))
+    tail_mask = torch.ones(tail.shape[:2], dtype=torch.bool, device=DEVICE)
+    h_tail = llama(tail, tail_mask, kv_cache)
+    h_last = llama(tail[:, :1], tail_mask[:, :1], kv_cache)
+    return h, h_tail, h_last
 
 
 def test_the_cache_agrees_with_the_models_own_and_runs_backward_twice(monkeypatch):
-    llama, true = tiny_llama(), torch.ones(3, 9, dtype=torch.bool, device=DEVICE)
-    x, end = normal(2, 7, 24), normal(3, 9, 24)
-    valid = torch.arange(7, device=DEVICE) >= torch.tensor([[3], [0]], device=DEVICE)
-    steps = [
-        (normal(4, 24), torch.tensor(alive, device=DEVICE))
-        for alive in ([True] * 4, [True, True, False, True])
-    ]
-    grads = {}
-    for choice in ("torch", "triton"):
+    llama = tiny_llama()
+    prompt = normal(2, 7, 24)
+    tail = normal(3, 9, 24)
+    padding = torch.tensor([[3], [0]], device=DEVICE)
+    prompt_mask = torch.arange(7, device=DEVICE) >= padding
+    noises = [normal(4, 24) for _ in range(2)]
+    reals = [torch.tensor(real, device=DEVICE) for real in ([True] * 4, [True, True, False, True])]
+
+    def loss_and_gradients(choice):
+        """Return [loss, *gradients] twice, from two backward passes through one graph."""
         monkeypatch.setenv("MINATP_KERNELS", choice)
-        assert isinstance(llama.cache(1, 1), KVCache if choice == "torch" else cache.StepCache)
-        leaves = [t.clone().requires_grad_() for t in (x, end, steps[0][0])]
-        h, y, last = two_rollouts(
-            llama, leaves[0], valid, [(leaves[2], steps[0][1]), steps[1]], leaves[1], true
-        )
+        cache_class = KVCache if choice == "torch" else cache.StepCache
+        assert isinstance(llama.cache(1, 1), cache_class)
+
+        leaves = [x.clone().requires_grad_() for x in (prompt, tail, noises[0])]
+        steps = [(leaves[2], reals[0]), (noises[1], reals[1])]
+        h, h_tail, h_last = chain_with_a_long_tail(llama, leaves[0], prompt_mask, steps, leaves[1])
+
+        # Random weights. Row 2 of the chain is the one that is dropped.
         torch.manual_seed(2)
-        loss = (
-            (normal(*y.shape) * y).sum()
-            + (normal(4, 24) * h)[[0, 1, 3]].sum()
-            + (normal(*last.shape) * last).sum()
-        )
-        wanted = [*leaves, *llama.parameters()]
-        for _ in range(2):
-            grads.setdefault(choice, []).append(
-                [loss, *torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)]
-            )
-    for a, b, want in zip(*grads["triton"], grads["torch"][0]):
-        assert (a is None) == (want is None)
+        tail_loss = (normal(*h_tail.shape) * h_tail).sum()
+        chain_loss = (normal(4, 24) * h)[[0, 1, 3]].sum()
+        last_loss = (normal(*h_last.shape) * h_last).sum()
+        loss = tail_loss + chain_loss + last_loss
+
+        parameters = [*leaves, *llama.parameters()]
+        gradients = [
+            torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            for _ in range(2)
+        ]
+        return [[loss, *g] for g in gradients]
+
+    expected, _ = loss_and_gradients("torch")
+    once, twice = loss_and_gradients("triton")
+    for a, b, x in zip(once, twice, expected):
+        assert (a is None) == (x is None)
         if a is not None:
             assert torch.equal(a, b)
-            close(a, want, 5 * FP32)
+            close(a, x, 5 * FP32)
 
 
-# ---- rows and the output matrix -----------------------------------------------------------------------------------------
+# ---- rows and the output matrix ------------------------------------------------------------------
+
+
+def ops_add_rms_norm(x, branch, weight):
+    return with_triton(ops.add_rms_norm, x, branch, weight, 1e-5)
+
+
+def ops_rms_norm(x, weight):
+    return with_triton(ops.add_rms_norm, x, None, weight, 1e-5)[1]
+
+
+def reference_add_rms_norm(x, branch, weight):
+    return rows.add_rms_norm(x, branch, weight, 1e-5)
+
+
+def reference_rms_norm(x, weight):
+    return rows.add_rms_norm(x, None, weight, 1e-5)[1]
+
+
+def ops_swiglu(gate, up):
+    return with_triton(ops.swiglu, gate, up)
+
+
+def ops_swiglu_of_large_gates(gate, up):
+    return with_triton(ops.swiglu, 20 * gate, up)
+
+
+def reference_swiglu_of_large_gates(gate, up):
+    return rows.swiglu(20 * gate, up)
 
 
 @pytest.mark.parametrize(
     "shape", [(1, 1), (1, 5), (3, 7), (2, 3, 64), (67, 33), (5, 1031), (2, 8, 31)]
 )
 def test_rows(shape):
-    x, a, w = normal(*shape), normal(*shape[:-1], 2 * shape[-1])[..., ::2], normal(shape[-1])
-    compare(
-        lambda x, a, w: ops_triton(ops.add_rms_norm, x, a, w, 1e-5),
-        lambda x, a, w: rows.add_rms_norm(x, a, w, 1e-5),
-        [x, a, w],
-    )
-    compare(
-        lambda x, w: ops_triton(ops.add_rms_norm, x, None, w, 1e-5)[1],
-        lambda x, w: rows.add_rms_norm(x, None, w, 1e-5)[1],
-        [x, w],
-    )
-    gate, up = normal(*shape[:-1], 2 * shape[-1]).chunk(2, -1)
-    compare(
-        lambda g, u: ops_triton(ops.swiglu, 20 * g, u),
-        lambda g, u: rows.swiglu(20 * g, u),
-        [gate, up],
-    )
-    half = [t.half() for t in (x, a, w)]
-    compare(
-        lambda x, a, w: ops_triton(ops.add_rms_norm, x, a, w, 1e-5),
-        lambda x, a, w: rows.add_rms_norm(x, a, w, 1e-5),
-        half,
-        FP16,
-    )
-    compare(lambda g, u: ops_triton(ops.swiglu, g, u), rows.swiglu, [gate.half(), up.half()], FP16)
+    *batch, D = shape
+    x = normal(*shape)
+    branch = normal(*batch, 2 * D)[..., ::2]  # elements that are not contiguous
+    weight = normal(D)
+    gate, up = normal(*batch, 2 * D).chunk(2, -1)  # rows that are not contiguous
 
+    compare(ops_add_rms_norm, reference_add_rms_norm, [x, branch, weight])
+    compare(ops_rms_norm, reference_rms_norm, [x, weight])
+    compare(ops_swiglu_of_large_gates, reference_swiglu_of_large_gates, [gate, up])
 
-def ops_triton(op, *args):
-    """op with the kernels, as MINATP_KERNELS=triton has it."""
-    before = os.environ.get("MINATP_KERNELS")
-    os.environ["MINATP_KERNELS"] = "triton"
-    try:
-        return op(*args)
-    finally:
-        os.environ.pop("MINATP_KERNELS") if before is None else os.environ.update(
-            MINATP_KERNELS=before
-        )
+    half_inputs = [x.half(), branch.half(), weight.half()]
+    compare(ops_add_rms_norm, reference_add_rms_norm, half_inputs, FP16)
+    compare(ops_swiglu, rows.swiglu, [gate.half(), up.half()], FP16)
 
 
 @pytest.mark.parametrize(
-    "B, h, T, d",
+    "B, n_head, T, head_dim",
     [
         (1, 1, 1, 2),
         (1, 3, 5, 6),
@@ -378,12 +482,20 @@ def ops_triton(op, *args):
         (4, 1, 3, 22),
     ],
 )
-def test_rope(B, h, T, d):
-    angle = 100 * torch.rand(B, 1, T, d // 2, device=DEVICE)
-    x = normal(B, T, h, d).transpose(1, 2)
-    exact = lambda x: rows.rotate(x, angle.cos().double(), angle.sin().double())
-    compare(lambda x: ops_triton(ops.rotate, x, angle.cos(), angle.sin()), exact, [x])
-    compare(lambda x: ops_triton(ops.rotate, x, angle.cos(), angle.sin()), exact, [x.half()], FP16)
+def test_rope(B, n_head, T, head_dim):
+    angle = 100 * torch.rand(B, 1, T, head_dim // 2, device=DEVICE)
+    cos = angle.cos()
+    sin = angle.sin()
+    x = normal(B, T, n_head, head_dim).transpose(1, 2)
+
+    def kernel(x):
+        return with_triton(ops.rotate, x, cos, sin)
+
+    def reference(x):
+        return rows.rotate(x, cos.double(), sin.double())
+
+    compare(kernel, reference, [x])
+    compare(kernel, reference, [x.half()], FP16)
 
 
 @pytest.mark.parametrize(
@@ -399,192 +511,239 @@ def test_rope(B, h, T, d):
     ],
 )
 def test_linear_cross_entropy(R, D, V, temperature, monkeypatch):
+    # Several chunks of rows and shares of the vocabulary, small as these are
     monkeypatch.setattr(cross_entropy, "CHUNK", 16)
     monkeypatch.setattr(cross_entropy, "SHARES", 2)
-    h, W, target = (
-        normal(R, 2 * D)[:, ::2],
-        normal(V, D) / D**0.5,
-        torch.randint(0, V, (R,), device=DEVICE),
-    )
+    h = normal(R, 2 * D)[:, ::2]
+    W = normal(V, D) / D**0.5
+    target = torch.randint(0, V, (R,), device=DEVICE)
     if R > 1:
-        target[0], target[-1], target[1] = V - 1, 0, cross_entropy.IGNORE
-    kernel = lambda h, W: ops_triton(ops.linear_nll, h, W, target, temperature)
-    compare(kernel, lambda h, W: cross_entropy.linear_nll(h, W, target, temperature), [h, W])
-    compare(
-        kernel,
-        lambda h, W: cross_entropy.linear_nll(h, W, target, temperature),
-        [h.half(), W.half()],
-        FP16,
-    )
+        target[0] = V - 1
+        target[-1] = 0
+        target[1] = cross_entropy.IGNORE
+
+    def kernel(h, W):
+        return with_triton(ops.linear_nll, h, W, target, temperature)
+
+    def reference(h, W):
+        return cross_entropy.linear_nll(h, W, target, temperature)
+
+    compare(kernel, reference, [h, W])
+    compare(kernel, reference, [h.half(), W.half()], FP16)
     assert R == 1 or kernel(h, W)[1] == 0
 
 
 def test_linear_cross_entropy_of_extreme_logits_and_of_no_label():
-    W, target = torch.eye(33, device=DEVICE), torch.tensor([2, 3, -100], device=DEVICE)
+    W = torch.eye(33, device=DEVICE)  # logits are h itself
+    target = torch.tensor([2, 3, -100], device=DEVICE)
     h = torch.zeros(3, 33, device=DEVICE)
-    h[0, 2], h[1, 4], h[2] = (
-        1e4,
-        1e4,
-        torch.nan,
-    )  # certain and right, certain and wrong, and what nobody reads
+    h[0, 2] = 1e4  # certain and right
+    h[1, 4] = 1e4  # certain and wrong
+    h[2] = torch.nan  # no label, so nobody reads it
     h.requires_grad_()
-    nll = ops_triton(ops.linear_nll, h, W, target)
+
+    nll = with_triton(ops.linear_nll, h, W, target)
     assert nll.tolist() == [0, 1e4, 0]
     (dh,) = torch.autograd.grad(nll.sum(), h)
-    assert dh[1, 3] == -1 and dh[1, 4] == 1 and not dh[0].any() and not dh[2].any()
-    none = ops_triton(
-        ops.linear_nll, normal(4, 8), normal(9, 8), torch.full((4,), -100, device=DEVICE)
-    )
-    assert not none.any() and ops_triton(
-        ops.linear_nll, normal(0, 8), normal(9, 8), target[:0]
-    ).shape == (0,)
+    assert not dh[0].any()
+    assert dh[1, 3] == -1 and dh[1, 4] == 1
+    assert not dh[2].any()
+
+    # No label in any row, and no row
+    unlabelled = torch.full((4,), -100, device=DEVICE)
+    assert not with_triton(ops.linear_nll, normal(4, 8), normal(9, 8), unlabelled).any()
+    assert with_triton(ops.linear_nll, normal(0, 8), normal(9, 8), target[:0]).shape == (0,)
 
 
-# ---- the hand-derived gradients -----------------------------------------------------------------------------------------
+# ---- the hand-derived gradients ------------------------------------------------------------------
 
 
 class ByHand(torch.autograd.Function):
-    """forward(*xs) whose gradient is backward(*upstream, *xs), for gradcheck."""
+    """forward(*inputs), whose gradient is backward(*upstream, *inputs)."""
 
     @staticmethod
-    def forward(ctx, forward, backward, *xs):
-        ctx.by_hand = backward
-        ctx.save_for_backward(*xs)
-        return forward(*xs)
+    def forward(ctx, forward, backward, *inputs):
+        ctx.derived_by_hand = backward
+        ctx.save_for_backward(*inputs)
+        return forward(*inputs)
 
     @staticmethod
-    def backward(ctx, *g):
-        return None, None, *ctx.by_hand(*g, *ctx.saved_tensors)
+    def backward(ctx, *upstream):
+        return None, None, *ctx.derived_by_hand(*upstream, *ctx.saved_tensors)
 
 
-def check(forward, backward, *xs):
-    assert torch.autograd.gradcheck(
-        lambda *xs: ByHand.apply(forward, backward, *xs), [x.detach().requires_grad_() for x in xs]
-    )
+def check_gradient(forward, backward, *inputs):
+    """Assert by finite differences that `backward` is the gradient of `forward`, in float64."""
+
+    def function(*inputs):
+        return ByHand.apply(forward, backward, *inputs)
+
+    assert torch.autograd.gradcheck(function, [x.detach().requires_grad_() for x in inputs])
+
+
+def double_normal(*shape):
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def test_gradients_derived_by_hand():
-    r = lambda *s: torch.randn(s, dtype=torch.float64)
-    eps, target = r(3, 5), torch.tensor([0, -100, 6])
-    check(
-        lambda m, v: vae.reparameterise(m, v, eps),
-        lambda dz, dkl, dp, m, v: vae.backward(dz, dkl, dp, m, v, eps),
-        r(3, 5),
-        r(3, 5),
+    check_vae_gradients()
+    check_row_gradients()
+    check_cross_entropy_gradient()
+
+
+def check_vae_gradients():
+    eps = double_normal(3, 5)
+    mu, logvar, z = (double_normal(3, 5) for _ in range(3))
+
+    def sample(mu, logvar):
+        return vae.reparameterise(mu, logvar, eps)
+
+    def sample_backward(dz, dkl, dlogp, mu, logvar):
+        return vae.reparameterise_backward(dz, dkl, dlogp, mu, logvar, eps)
+
+    def kl_and_score(z, mu, logvar):
+        return vae.kl_normal(mu, logvar), vae.gaussian_log_prob(z, mu, logvar)
+
+    check_gradient(sample, sample_backward, mu, logvar)
+    check_gradient(kl_and_score, vae.score_backward, z, mu, logvar)
+
+
+def check_row_gradients():
+    def norm(x, branch, weight):
+        return rows.add_rms_norm(x, branch, weight, 1e-5)
+
+    def norm_backward(g, dy, x, branch, weight):
+        ds, dw = rows.add_rms_norm_backward(g, dy, x + branch, weight, 1e-5)
+        return ds, ds, dw
+
+    check_gradient(
+        norm, norm_backward, double_normal(2, 3, 4), double_normal(2, 3, 4), double_normal(4)
     )
-    check(
-        lambda z, m, v: (vae.kl_normal(m, v), vae.gaussian_log_prob(z, m, v)),
-        vae.score_backward,
-        r(3, 5),
-        r(3, 5),
-        r(3, 5),
-    )
-    norm = lambda g, dy, x, a, w: (lambda ds, dw: (ds, ds, dw))(
-        *rows.add_rms_norm_backward(g, dy, x + a, w, 1e-5)
-    )
-    check(lambda x, a, w: rows.add_rms_norm(x, a, w, 1e-5), norm, r(2, 3, 4), r(2, 3, 4), r(4))
-    check(rows.swiglu, rows.swiglu_backward, r(3, 4), r(3, 4))
-    angle = 9 * r(2, 1, 3, 2)
-    check(
-        lambda x: rows.rotate(x, angle.cos(), angle.sin()),
-        lambda g, x: (rows.rotate(g, angle.cos(), -angle.sin()),),
-        r(2, 4, 3, 4),
-    )
-    check(
-        lambda h, W: cross_entropy.linear_nll(h, W, target, 0.7),
-        lambda g, h, W: cross_entropy.backward(g, h, W, target, 0.7),
-        r(3, 4),
-        r(7, 4),
-    )
+    check_gradient(rows.swiglu, rows.swiglu_backward, double_normal(3, 4), double_normal(3, 4))
+
+    angle = 9 * double_normal(2, 1, 3, 2)
+
+    def rotate(x):
+        return rows.rotate(x, angle.cos(), angle.sin())
+
+    def rotate_backward(dy, x):
+        return (rows.rotate(dy, angle.cos(), -angle.sin()),)
+
+    check_gradient(rotate, rotate_backward, double_normal(2, 4, 3, 4))
+
+
+def check_cross_entropy_gradient():
+    target = torch.tensor([0, -100, 6])
+
+    def nll(h, W):
+        return cross_entropy.linear_nll(h, W, target, 0.7)
+
+    def nll_backward(g, h, W):
+        return cross_entropy.linear_nll_backward(g, h, W, target, 0.7)
+
+    check_gradient(nll, nll_backward, double_normal(3, 4), double_normal(7, 4))
 
 
 def test_gradient_of_attention_derived_by_hand():
-    inputs, w, _ = step_inputs([2, 1], 4, 2, 4, 3, 4, 2)
-    q, k, v, cos, sin, *stored = (x.cpu() for x in inputs)
-    w = attention.Where(*(x.cpu() if torch.is_tensor(x) else x for x in w))
-    check(
-        lambda q, k, v, *s: attention.step(q, k, v, cos, sin, *s, w),
-        lambda do, q, k, v, *s: attention.step_backward(do, q, k, v, cos, sin, *s, w),
-        q,
-        k,
-        v,
-        *stored,
-    )
+    shape = StepShape([2, 1], 4, 2, 4, P=3, C=4, T=2, dtype=torch.float64)
+    layout = random_layout(shape)
+    layout = attention.Layout(*(x.cpu() if torch.is_tensor(x) else x for x in layout))
+    q, k, v, cos, sin, *columns = (x.cpu() for x in random_step(shape))
+
+    def step(q, k, v, *columns):
+        return attention.step_reference(q, k, v, cos, sin, *columns, layout)
+
+    def step_backward(do, q, k, v, *columns):
+        return attention.step_backward_reference(do, q, k, v, cos, sin, *columns, layout)
+
+    check_gradient(step, step_backward, q, k, v, *columns)
 
 
-# ---- the choice, the model, the compiler --------------------------------------------------------------------------------
+# ---- the choice, the model, the compiler ---------------------------------------------------------
 
 
 def test_the_choice(monkeypatch):
     cpu = torch.device("cpu")
+    cuda = torch.device("cuda")
+
+    # By default: kernels on a GPU, in any dtype but float64
     monkeypatch.delenv("MINATP_KERNELS", raising=False)
-    assert (
-        not ops.use_triton(cpu)
-        and ops.use_triton(torch.device("cuda"))
-        and not ops.use_triton(torch.device("cuda"), torch.float64)
-    )
+    assert not ops.use_triton(cpu)
+    assert ops.use_triton(cuda)
+    assert not ops.use_triton(cuda, torch.float64)
+
     monkeypatch.setenv("MINATP_KERNELS", "torch")
-    assert not ops.use_triton(torch.device("cuda"))
+    assert not ops.use_triton(cuda)
+
+    # A choice that is unavailable is an error.
     monkeypatch.setenv("MINATP_KERNELS", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ops.use_triton(cpu)
     with pytest.raises(ops.Unavailable, match="no kernel for torch.float64"):
         ops.use_triton(cpu, torch.float64)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(
-        UserError, match="^environment: MINATP_KERNELS=triton: there is none for cpu"
-    ):
+    message = "^environment: MINATP_KERNELS=triton: no kernel runs on cpu"
+    with pytest.raises(UserError, match=message):
         pick_device("cpu")
+
     monkeypatch.setenv("MINATP_KERNELS", "cuda")
     with pytest.raises(ops.Unavailable, match="must be one of auto, torch, triton, not 'cuda'"):
         ops.use_triton(cpu)
 
 
-def losses(steps=30):
-    """Of a tiny model, trained in the curriculum's last stage: latents, VAE, stop head and decoder; prompts of unequal length."""
-    cfg = options.parse(
-        "--n-layer 1 --n-head 4 --n-kv-head 1 --n-embd 16 --n-inner 24 --vocab-size 160 --decoder-layers 1 --K 1 --c 1 "
-        "--lr 1e-3 --epochs 1".split(),
-        "",
-    )
+TINY_MODEL = """
+    --n-layer 1 --n-head 4 --n-kv-head 1 --n-embd 16 --n-inner 24 --vocab-size 160
+    --decoder-layers 1 --K 1 --c 1 --lr 1e-3 --epochs 1
+"""
+
+
+def sums_in_words():
+    """Return ten problems: questions of unequal length, and one or two steps."""
+    problems = []
+    for a in range(5):
+        for b in (2, 3):
+            question = f"{a} and {b}" if a % 2 else f"{a}+{b}"
+            steps = [f"<<{a}+{b}={a + b}>>"] * (b - 1)
+            problems.append(Problem(question, steps, str(a + b)))
+    return problems
+
+
+def train_in_the_last_stage(n_steps=30):
+    """Return the losses of a tiny model in the curriculum's last stage: all losses, all kernels."""
+    cfg = options.parse(TINY_MODEL.split(), "")
     torch.manual_seed(0)
-    chosen = [
-        Problem(
-            f"{a} and {b}" if a % 2 else f"{a}+{b}", [f"<<{a}+{b}={a + b}>>"] * (b - 1), str(a + b)
-        )
-        for a in range(5)
-        for b in (2, 3)
-    ]
-    model, tokenizer = build(cfg, chosen)
+    problems = sums_in_words()
+    model, tokenizer = build(cfg, problems)
     model.stage = cfg.K + 1
-    encoded, optimizer, told = (
-        encode_problems(cfg, chosen, tokenizer, model),
-        build_optimizer(cfg, model.to(DEVICE)),
-        [],
-    )
-    take = Steps(optimizer, model, cfg.clip).take
-    for step in range(steps):
+    model.to(DEVICE)
+    encoded = encode_problems(cfg, problems, tokenizer, model)
+
+    run = Run(cfg, None, torch.device(DEVICE), model, tokenizer)
+    run.autocast = torch.autocast(DEVICE, enabled=False)
+    run.optimizer = GuardedOptimizer(build_optimizer(cfg, model), model, cfg.clip)
+    run.optimizer.lr = cfg.lr
+
+    losses = []
+    for step in range(n_steps):
         pair = [encoded[step % 10], encoded[(step + 3) % 10]]
-        sums, counts = train.sft_gradients(
-            cfg, model, tokenizer, pair, model.stage, step, torch.device(DEVICE)
-        )
-        told.append(train.total_loss(sums, counts, cfg.beta))
-        take(cfg.lr, told[-1], step, pair)
-    return torch.stack(told)
+        sums, counts = train.sft_gradients(run, pair, model.stage, step)
+        loss = total_loss(sums, counts, cfg.beta)
+        run.optimizer.step(loss, pair)
+        losses.append(loss)
+    return torch.stack(losses)
 
 
 def test_a_model_trains_the_same_with_the_kernels(monkeypatch):
-    monkeypatch.setattr(run, "autocast", lambda device: torch.autocast(device.type, enabled=False))
     monkeypatch.setenv("MINATP_KERNELS", "torch")
-    want = losses()
+    expected = train_in_the_last_stage()
     monkeypatch.setenv("MINATP_KERNELS", "triton")
-    got = losses()
-    assert want[-5:].mean() < want[:5].mean()
-    assert ((got - want) / want).abs().max() <= 2e-5
+    actual = train_in_the_last_stage()
+
+    assert expected[-5:].mean() < expected[:5].mean()
+    assert ((actual - expected) / expected).abs().max() <= 2e-5
 
 
-def under_autocast():
-    """Losses, some gradients and log-probabilities of a small model in half precision over float32 weights, as on a GPU."""
+def model_in_autocast_test():
     torch.manual_seed(0)
     cfg = LlamaConfig(
         vocab_size=40,
@@ -598,79 +757,119 @@ def under_autocast():
         eos=(1,),
     )
     model = ATP(cfg, c=1, K=2)
-    model.policy.init_weights(), model.decoder.init_weights()
-    model.to(DEVICE).end = 3
-    row = lambda n, m: data.Encoded(
-        [5 + n] * (2 + n), [[7, 8]] * m, [[7, 8, 1]] * m, [], [6, 5, 9, 1], ""
+    model.policy.init_weights()
+    model.decoder.init_weights()
+    model.to(DEVICE)
+    model.end = 3
+    return model
+
+
+def encoded_problem(n, n_steps):
+    """Return a problem of made-up tokens, whose prompt has 2 + n of them."""
+    return Encoded(
+        prompt=[5 + n] * (2 + n),
+        lines=[[7, 8]] * n_steps,
+        texts=[[7, 8, 1]] * n_steps,
+        rest=[],
+        answer=[6, 5, 9, 1],
+        source="",
     )
-    batch = data.collate([row(3, 2), row(1, 1)], model.K, model).to(DEVICE)
-    prompt, valid = data.left_pad([[5, 6], [7] * 5], model.end, DEVICE)
+
+
+def everything_under_autocast():
+    """Return a small model's losses, log-probabilities and some gradients, as on a GPU.
+
+    Products are in half precision, weights in float32.
+    """
+    model = model_in_autocast_test()
+    problems = [encoded_problem(3, 2), encoded_problem(1, 1)]
+    batch = collate(problems, model.K, model).to(DEVICE)
+    prompt, prompt_mask = left_pad([[5, 6], [7] * 5], model.end, DEVICE)
     noise = Noise.draw(model, 4, 8, 1).at(slice(None), DEVICE)
-    found = []
+
+    values = []
     with torch.autocast(DEVICE, torch.float16):
-        r = rollout(model, prompt, valid, 8, noise, 2)
-        r.n_token.clamp_(min=1)
-        r.token.clamp_(min=2)  # chains of which nothing depends on the choice of kernels
-        r.n_latent, r.stopped = (
-            r.n_latent * 0 + torch.tensor([2, 1, 0, 2], device=DEVICE),
-            r.stopped & False,
+        # Lengths and thoughts are set by hand, so that the choice of kernels does not change them.
+        chains = rollout(model, prompt, prompt_mask, 8, noise, 2)
+        chains.n_token.clamp_(min=1)
+        chains.token.clamp_(min=2)
+        chains.n_latent = torch.zeros_like(chains.n_latent) + torch.tensor(
+            [2, 1, 0, 2], device=DEVICE
         )
-        r.z = vae.drawn(noise.eps, 16)
-        for z_given in (None, noise.eps):
-            s = score(model, prompt, valid, r, 2, z_given)
-            found += [s.logp_z, s.logp_stop, s.logp_token]
-        sums = sft_losses(model, batch, noise.eps[:2])
-        found += sums.values()
-    wanted = [
+        chains.stopped = torch.zeros_like(chains.stopped)
+        chains.z = vae.draw_noise(noise.eps, 16)
+
+        # Scored at once, from z, and step by step, from its noise
+        for eps in (None, noise.eps):
+            scores = log_probs(model, prompt, prompt_mask, chains, 2, eps)
+            values += [scores.z, scores.stop, scores.token]
+        values += sft_losses(model, batch, noise.eps[:2]).values()
+
+    weights = [
         model.policy.model.layers[0].self_attn.k_proj.weight,
         model.latent_head.fc[0].weight,
         model.policy.head,
         model.policy.model.norm.weight,
     ]
-    found += torch.autograd.grad(sum(x.sum() for x in found), wanted)
-    assert all(x.dtype == torch.float32 for x in found)
-    assert len(read_thoughts(model.decoder, r.z[:, :1], 1, 2)) == 4
-    return found
+    values += torch.autograd.grad(sum(x.sum() for x in values), weights)
+    assert all(x.dtype == torch.float32 for x in values)
+    assert len(read_thoughts(model.decoder, chains.z[:, :1], 1, 2)) == 4
+    return values
 
 
 def test_kernels_under_autocast(monkeypatch):
     monkeypatch.setenv("MINATP_KERNELS", "torch")
-    want = under_autocast()
+    expected = everything_under_autocast()
     monkeypatch.setenv("MINATP_KERNELS", "triton")
-    for a, b in zip(under_autocast(), want):
+    for a, b in zip(everything_under_autocast(), expected):
         close(a, b, 2e-2)
 
 
 def test_z_kl_and_log_probability_are_one_launch(monkeypatch):
-    launched, launch = [], vae.run_forward
-    monkeypatch.setattr(vae, "run_forward", lambda *a: launched.append(a[3]) or launch(*a))
+    modes = []
+    run_forward = vae.run_forward
+
+    def count_launches(mu, logvar, source, mode):
+        modes.append(mode)
+        return run_forward(mu, logvar, source, mode)
+
+    monkeypatch.setattr(vae, "run_forward", count_launches)
     monkeypatch.setenv("MINATP_KERNELS", "triton")
     monkeypatch.setenv("MINATP_GRAPHS", "0")
-    under_autocast()
-    n = launched.index(vae.SCORE)
-    assert 1 <= n <= 2 and launched[n + 1 :] == [vae.DRAW] * 4, (
-        launched
-    )  # rollout; score: all thoughts at once, or 2 walked; SFT: 2
+    everything_under_autocast()
+
+    # Rollout: one or two thoughts. Scores: all thoughts at once, then two walked. SFT: two.
+    n_rollout = modes.index("score")
+    assert 1 <= n_rollout <= 2, modes
+    assert modes[n_rollout + 1 :] == ["draw"] * 4, modes
 
 
 def test_the_benchmark_verifies_before_it_times():
-    for case in bench.small_cases(torch.device(DEVICE), torch.float16):
+    device = torch.device(DEVICE)
+    for case in bench.small_cases(device, torch.float16):
         assert bench.verify(case) <= bench.LIMIT, case.name
-    wrong = bench.small_cases(torch.device(DEVICE), torch.float16)[0]
-    wrong.kernel = lambda mu, logvar: [1.01 * y for y in wrong.reference(mu, logvar)]
+
+    def one_percent_off(mu, logvar):
+        return [1.01 * y for y in wrong.reference(mu, logvar)]
+
+    wrong = bench.small_cases(device, torch.float16)[0]
+    wrong.kernel = one_percent_off
     assert bench.verify(wrong) > bench.LIMIT
 
 
-def test_every_kernel_compiles_for_sm_90_without_spills(compiled):
-    table, errors = compiled.communicate()
-    assert compiled.returncode == 0, errors
+def test_every_kernel_compiles_for_sm_90_without_spills(compile_report):
+    table, errors = compile_report.communicate()
+    assert compile_report.returncode == 0, errors
+
+    lines = {}
+    for line in table.splitlines():
+        if line.startswith("| "):
+            name = line.split(" | ")[0].strip("| ")
+            lines[name] = line
+
     from kernels.compile_report import cases
 
-    lines = {
-        line.split(" | ")[0].strip("| "): line
-        for line in table.splitlines()
-        if line.startswith("| ")
-    }
-    assert {name for name, _, _ in cases()} <= lines.keys()
-    assert all("HGMMA" in lines[f"linear cross-entropy {way}"] for way in ("forward", "backward"))
+    assert {case.name for case in cases()} <= lines.keys()
+    assert "HGMMA" in lines["linear cross-entropy forward"]
+    assert "HGMMA" in lines["linear cross-entropy backward"]
     assert all("MMA" in line for name, line in lines.items() if name.startswith("attention"))

@@ -31,6 +31,7 @@ class OneStep(Run):
         self.prompts = self.encode_prompts(self.questions)
         self.start_model = model
         self.optimizer = KeepGradients(model)
+        self.meter = self
         self.recorded = []  # of each step: {name: value}
 
     def announce(self, what, work):
@@ -39,7 +40,7 @@ class OneStep(Run):
     def steps(self, batches, n_step, n_total=None, stage=None):
         yield 0, next(batches)
 
-    def record(self, sums, counts=None, n_token=0):
+    def add(self, sums, counts, n_token):
         self.recorded.append(sums)
 
     def finish(self):

@@ -31,8 +31,8 @@ SAME_CHAINS = ("--n", "2", "--temperature", "0")
     (["--problems", "-1"], "command line: ", "--problems"),
     (["--problems", 10**9], "built-in test:0: ", "ask for 1,000,000 at most"),
     (["--vote", "loudest"], "command line: ", "--vote must be"),
-    (["--vote", "majority", *SAME_CHAINS], "command line: ", "would be one and the same"),
-    ([*SAME_CHAINS, "Q"], "command line: ", "would be one and the same"),
+    (["--vote", "majority", *SAME_CHAINS], "command line: ", "would all be the same"),
+    ([*SAME_CHAINS, "Q"], "command line: ", "would all be the same"),
 
     # A question
     (["Q\udcff"], "command line:1: ", "half of a surrogate pair"),
