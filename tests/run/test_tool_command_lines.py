@@ -36,7 +36,7 @@ SAME_CHAINS = ("--n", "2", "--temperature", "0")
 
     # A question
     (["Q\udcff"], "command line:1: ", "half of a surrogate pair"),
-    ([""], "command line:1: ", "holds no question"),
+    ([""], "command line:1: ", "contains no question"),
     (["word " * 900], "command line:1: ", "shorten it"),
     (["Q", "--max-new", "9999"], "command line:1: ", "lower --max-new"),
 
@@ -44,7 +44,7 @@ SAME_CHAINS = ("--n", "2", "--temperature", "0")
     (["--file", "no.txt"], "no.txt:0: ", "cannot be read"),
     (["--file", "latin.txt"], "latin.txt:0: ", "cannot be read"),
     (["--file", "wide.txt"], "wide.txt:0: ", "cannot be read"),
-    (["--file", "empty.txt"], "empty.txt:1: ", "holds no question"),
+    (["--file", "empty.txt"], "empty.txt:1: ", "contains no question"),
     (["--file", "long.txt"], "long.txt:2: ", "shorten it"),
     (["--file", "cut.json"], "cut.json:1: ", "is not valid JSON"),
     (["--file", "marked.json"], "marked.json:1: ", '"steps" is missing'),
