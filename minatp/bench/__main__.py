@@ -1,11 +1,14 @@
-"""How fast minatp is, beside the same model as others drive it (minatp/peer.py), in one run.
+"""How fast minatp is, beside the same model as others drive it (minatp/bench/peer.py), in one run.
 
-    python -m minatp.bench                        a small model on a CPU; ends with code 1 where a count misses its gate
-    python -m minatp.bench --preset llama-1b      one GPU: the paper's size, bf16 compute over float32 masters
+    python -m minatp.bench                      a small model on a CPU; exits with 1 if a count
+                                                misses its gate
+    python -m minatp.bench --preset llama-1b    one GPU: the paper's size, bf16 compute over
+                                                float32 masters
 
-A side must compute the same losses, gradients, chains and log-probabilities, or it is not timed. The rounds are timed in turn, and a ratio is
-that of two times of one round: median [p10, p90]. Counts (minatp/count.py) do not swing with load, so they
-are what is gated. Weights are untrained and shared by all sides; in what is timed no chain ends early.
+A side must compute the same losses, gradients, chains and log-probabilities, or it is not timed.
+All sides take turns, round by round, and a ratio is that of two times of the same round: median
+[p10, p90]. Counts (minatp/tools/count.py) do not depend on the machine's load, so it is counts that
+have gates. Weights are untrained and shared by all sides; in what is timed no chain ends early.
 """
 
 import json
@@ -13,7 +16,7 @@ import math
 import os
 import statistics
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from unittest.mock import patch
@@ -32,296 +35,76 @@ from ..sft import sft_losses, total_loss
 from ..tools import count
 from .cases import BETA, MAX_NEW, SIZES, Case, compare, paper_row, sides, works
 
+# How many times fewer operations, bytes or FLOPs minatp must need than the reference
 GATES = {
     ("SFT, last stage", "ops"): 4,
     ("SFT, last stage", "bytes"): 8,
     ("rollouts", "flops"): 25,
-}  # × fewer than the reference
-TARGETS = {"SFT, last stage": 2.5, "rollouts": 8}  # × less wall time: shown
+}
 
+# How many times less wall time minatp should need: shown and not enforced
+TARGETS = {"SFT, last stage": 2.5, "rollouts": 8}
 
-# ---- times --------------------------------------------------------------------------------------------------------------
-
-
-def seconds_of(work, device, bf16=True):
-    """(seconds, peak bytes of a GPU or 0) of work()."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    with autocast(device) if bf16 else nullcontext():
-        work()
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began, torch.cuda.max_memory_allocated(device) if on_gpu else 0
-
-
-def counted(work, device, bf16=True):
-    """Counts of work() under the autocast that its times have. PyTorch's operations stand in for the kernels, whose launches and
-    products no count sees."""
-    with (
-        patch.dict(os.environ, MINATP_KERNELS="torch"),
-        autocast(device) if bf16 else nullcontext(),
-    ):
-        return count.count(work)
-
-
-def attempt(did, model):
-    """did(), or None where the GPU runs out of memory, which is then made free again."""
-    try:
-        return did()
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
-            raise
-    model.zero_grad(set_to_none=True)  # outside the except, which holds on to what was computed
-    torch.cuda.empty_cache()
-
-
-UNCOUNTED = count.Counts(
-    *[math.nan] * 4
-)  # PyTorch's operations, which are counted, can need memory that the kernels do not
-
-
-def warm_up(work, every, case):
-    """{name: counts} of the sides that a work fits on the device with; every kernel is compiled then."""
-    counts = {}
-    for s, side in every.items():
-        once = (partial(work, side), case.device, side.bf16)
-        if attempt(lambda: seconds_of(*once), case.model):
-            told = (
-                not case.machine or s == "minatp"
-            )  # of a GPU's peers the times alone are: to count the reference takes minutes
-            counts[s] = asdict(told and attempt(lambda: counted(*once), case.model) or UNCOUNTED)
-    need_minatp(counts, case)
-    return counts
-
-
-def need_minatp(fits, case):
-    if "minatp" not in fits:
-        raise OutOfMemory(
-            f"minatp/bench.py:0: minatp itself runs out of memory on {case.device}; take a larger GPU"
-        )
-
-
-def measure(case, every, rounds, save=lambda found: None, only=()):
-    """[{"work", "tokens", "sides": {name: {"seconds": [of each round], "peak", counts}}}] of the works named in `only`, of all where it is
-    empty; save: is given it after each work."""
-    found = []
-    for name, (work, n_token) in works(case).items():
-        if only and name not in only:
-            continue
-        counts = warm_up(work, every, case)
-        fits, times, peak = list(counts), {s: [] for s in counts}, dict.fromkeys(counts, 0)
-        for i in range(rounds):
-            for s in fits[i % len(fits) :] + fits[: i % len(fits)]:
-                if timed := attempt(
-                    lambda: seconds_of(partial(work, every[s]), case.device, every[s].bf16),
-                    case.model,
-                ):
-                    times[s].append(timed[0])
-                    peak[s] = max(peak[s], timed[1])
-                else:
-                    fits.remove(s)
-            need_minatp(fits, case)
-        found.append(
-            {
-                "work": name,
-                "tokens": n_token,
-                "sides": {s: {"seconds": times[s], "peak": peak[s], **counts[s]} for s in fits},
-            }
-        )
-        describe(found[-1], case)
-        save(found)
-        for s in every.keys() - fits:
-            print0(f"    {s:18} ran out of memory: no time, and no win")
-    return found
-
-
-def ratio(record, other):
-    """(median, p10, p90) of the paired ratios of another side's seconds to minatp's."""
-    pairs = sorted(
-        b / a
-        for a, b in zip(record["sides"]["minatp"]["seconds"], record["sides"][other]["seconds"])
-    )
-    at = lambda q: pairs[round(q * (len(pairs) - 1))]
-    return statistics.median(pairs), at(0.1), at(0.9)
-
-
-def fewer(record, other, what):
-    """How many times fewer ops, bytes or flops minatp needs than another side."""
-    return record["sides"][other][what] / record["sides"]["minatp"][what]
-
-
-def describe(record, case):
-    """Print one work's times, ratios and counts."""
-    own = record["sides"]["minatp"]
-    seconds = statistics.median(own["seconds"])
-    text = (
-        f"\n{record['work']:20}{1e3 * seconds:9.1f} ms {record['tokens'] / seconds:11,.0f} tokens/s   {own['ops']:,} operations, "
-        f"{own['bytes'] / 1e9:.2f} GB, {own['flops'] / 1e9:.2f} GFLOP"
-    )
-    if case.machine:
-        least = floor(case, record["work"], own["flops"])
-        text += (
-            f"\n{'':20}{own['flops'] / seconds / case.machine.flops:9.0%} of the product rate, {least / seconds:.0%} of the floor of "
-            f"{1e3 * least:.1f} ms, peak {own['peak'] / 2**30:.1f} GiB"
-        )
-    for name in list(record["sides"])[1:]:
-        middle, low, high = ratio(record, name)
-        text += (
-            f"\n    {name:18}{middle:6.1f} × the time [{low:.1f}, {high:.1f}]   × operations {fewer(record, name, 'ops'):.1f}   "
-            f"× bytes {fewer(record, name, 'bytes'):.1f}   × FLOPs {fewer(record, name, 'flops'):.1f}"
-        )
-    print0(text)
-
-
-def floor(case, work, flops):
-    """Least seconds of one of `works` on the case's machine: products at the product rate; passes of one position after another
-    that each read the weights; AdamW, which reads and writes 28 bytes a parameter."""
-    model, size, m = case.model, case.size, case.machine
-    cfg, n, rows = model.policy.cfg, model.c * model.K, size["questions"] * size["G"]
-    count_of = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())
-    layers, Tq = count_of(model.policy.model.layers), max(len(r.prompt) for r in case.rows)
-
-    def one_by_one(passes, rows, T, words):
-        """Seconds of so many positions of each row, logits or not."""
-        return passes * max(
-            count.pass_bytes(cfg, rows, T, words) / m.bandwidth,
-            2 * rows * (layers + words * cfg.vocab_size * cfg.n_embd) / m.flops,
-        )
-
-    adamw = 28 * count_of(model) / m.bandwidth
-    if work == "reading thoughts":
-        return one_by_one(MAX_NEW, rows * model.K, model.c + MAX_NEW, True)
-    if work == "RL update":
-        return flops / m.flops + adamw - 28 * count_of(model.decoder) / m.bandwidth
-    if work in ("rollouts", "evaluation"):
-        asked, rows = (size["questions"], rows) if work == "rollouts" else (size["evaluated"],) * 2
-        return (
-            2 * layers * asked * Tq / m.flops
-            + one_by_one(n, rows, Tq + n, False)
-            + one_by_one(MAX_NEW, rows, Tq + n + MAX_NEW, True)
-        )
-    n = {"SFT, first stage": 0, "SFT, middle stage": model.c * ((model.K + 1) // 2)}.get(work, n)
-    chain = 2 * one_by_one(
-        n, size["batch"], Tq + n, False
-    )  # forwards and backwards; weight gradients can wait (minatp/chain.py reads thrice)
-    return (
-        (flops - 4 * n * size["batch"] * layers) / m.flops + chain + adamw * work.startswith("SFT")
-    )
-
-
-def missed(found):
-    """What to say of each gate that is not met."""
-    by_name = {r["work"]: r for r in found}
-    return [
-        f"{work}: only {got:.1f} × fewer {what} than the reference, and {least} × are asked for"
-        for (work, what), least in GATES.items()
-        if (got := fewer(by_name[work], "reference", what)) < least
-    ]
-
-
-# ---- how time grows -----------------------------------------------------------------------------------------------------
-
-
-def fit(found):
-    """Seconds per operation and per FLOP that explain minatp's times of `found` best, in relative error; neither is negative."""
-    own = [o for r in found if math.isfinite((o := r["sides"]["minatp"])["ops"])]
-    seconds = torch.tensor([statistics.median(o["seconds"]) for o in own], dtype=torch.float64)
-    A = torch.tensor([[o["ops"], o["flops"]] for o in own], dtype=torch.float64) / seconds[:, None]
-    both = torch.linalg.lstsq(A, torch.ones(len(own), 1, dtype=torch.float64)).solution[:, 0]
-    if both.min() >= 0:
-        return both.tolist()
-    alone = 1 / A.mean(0)  # one of them explains it all
-    return [float(alone[0]), 0.0] if both[1] < 0 else [0.0, float(alone[1])]
-
-
-def growth(case, per_op, per_flop, rounds):
-    """Print how minatp's SFT step of the last stage (forwards and backwards) grows with K, batch and question, beside what its
-    counts predict at the two prices. Returns the rows."""
-    model, K, rows = case.model, case.model.K, []
-    base = {"K": K, "batch": case.size["batch"] // 2, "question": 64}
-    vary = [
-        (key, value)
-        for key in base
-        for value in (base[key] // 2, base[key], 2 * base[key], 4 * base[key])
-    ]
-    print0(
-        f"\nSFT step of the last stage, forwards and backwards; base: K {K}, batch {base['batch']}, {base['question']} tokens of question"
-        f"\npredicted: {1e6 * per_op:.1f} µs an operation and {1e12 * per_flop:.1f} ms a GFLOP, fitted to the times above"
-        "\n                 operations     GFLOP   predicted ms   measured ms"
-    )
-    for key, value in vary:
-        at = {**base, key: value}
-        model.K = at["K"]
-        batch, eps = case.batch(
-            at["K"] + 1, rows=[paper_row(256, at["question"], at["K"])] * at["batch"]
-        )
-
-        def step():
-            total_loss(sft_losses(model, batch, eps), batch.counts, BETA).backward()
-            model.zero_grad(set_to_none=True)
-
-        timed = [attempt(lambda: seconds_of(step, case.device), model) for _ in range(rounds + 1)][
-            1:
-        ]  # kernels are compiled in the first
-        if None in timed:
-            print0(f"{key:>9}{value:5}   out of memory")
-            continue
-        c, seconds = (
-            attempt(lambda: counted(step, case.device), model) or UNCOUNTED,
-            statistics.median(s for s, _ in timed),
-        )
-        predicted = per_op * c.ops + per_flop * c.flops
-        rows.append(
-            {"varied": key, "value": value, **asdict(c), "predicted": predicted, "seconds": seconds}
-        )
-        print0(
-            f"{key:>9}{value:5}{c.ops:14,}{c.flops / 1e9:10.2f}{1e3 * predicted:15.1f}{1e3 * seconds:14.1f}"
-        )
-    model.K = K
-    return rows
-
-
-def describe_memory():
-    """Print what an SFT step of the paper's size needs. Returns the bytes by part."""
-    cfg = Config(**{**PRESETS["llama-1b"], "epochs": "1"})
-    row = paper_row(cfg.vocab_size)
-    parts = count.training_memory(
-        llama_config(cfg, cfg.vocab_size + 3), cfg.K, cfg.c, cfg.batch_size, row
-    )
-    lean = count.training_memory(
-        llama_config(cfg, cfg.vocab_size + 3), cfg.K, cfg.c, cfg.batch_size, row, recompute=True
-    )
-    gb = lambda n: f"{n / 1e9:.1f} GB"
-    print0(
-        f"\nmemory of an SFT step at Llama-3.2-1B's size, last stage, batch {cfg.batch_size}, K {cfg.K}, {len(row.prompt)} tokens of "
-        f"question (computed, not measured): {gb(sum(parts.values()))}\n    "
-        + ", ".join(f"{k} {gb(v)}" for k, v in parts.items())
-        + f"\n    with --recompute {gb(sum(lean.values()))}: activations {gb(lean['activations'])}"
-    )
-    return parts
+# If the counted PyTorch operations need memory that the kernels do not
+UNCOUNTED = count.Counts(ops=math.nan, bytes=math.nan, flops=math.nan, waits=math.nan)
 
 
 def main(argv=None):
+    # The model, and which sides and works are wanted
+    args = parse(argv)
+    device = pick_device(args.device or {"tiny": "cpu", "llama-1b": "cuda"}[args.preset])
+    case = Case(args.preset, device)
+    every = sides(case.model, device)
+    chosen_sides = among("--sides", args.sides, every)
+    chosen_works = among("--works", args.works, works(case))
+    every = {name: every[name] for name in every if name == "minatp" or name in chosen_sides}
+    print0(
+        f"{args.preset} on {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
+        f"{n_parameters(case.model):,} parameters"
+    )
+
+    def save(**figures):
+        if args.out:
+            record = {"preset": args.preset, "device": str(device), "torch": torch.__version__}
+            replace_file(args.out, json.dumps(record | figures, indent=2) + "\n")
+
+    def save_records(records):
+        save(work=records)
+
+    # Compare, and time only the sides that compute the same. Every figure is saved at once
+    same = compare(case, every)
+    records = measure_all(case, same, chosen_works, args.rounds, save_records)
+    growth = [] if args.works else measure_growth(case, *fit_prices(records), args.rounds)
+    memory = describe_memory()
+
+    # Gates hold for the whole benchmark on the small model
+    has_gates = args.preset == "tiny" and "reference" in same and not args.works
+    misses = [f"{name} is not the same computation" for name in every if name not in same]
+    if has_gates:
+        misses += missed_gates(records)
+    save(work=records, growth=growth, memory=memory, missed=misses)
+    describe_targets(records)
+    for miss in misses:
+        print0(f"gate missed: {miss}")
+    if has_gates and not misses:
+        print0("all gates of counts met")
+    return int(bool(misses))
+
+
+def parse(argv):
+    """The command line. Raises UserError."""
     parser = Parser(__doc__, "minatp.bench")
-    parser.add_argument("--preset", default="tiny", help="tiny | llama-1b [%(default)s]")
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="times that each is timed [%(default)s]"
-    )
-    parser.add_argument(
-        "--sides", default="", help="whom minatp is timed beside, separated by semicolons [all]"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--preset", default="tiny", help="tiny | llama-1b [%(default)s]")
+    add("--rounds", type=int, default=5, help="how often each work is timed [%(default)s]")
+    add("--sides", default="", help="what to time beside minatp, separated by semicolons [all]")
+    add(
         "--works",
         default="",
-        help="what is timed, likewise; how time grows is told where it is all [all]",
+        help="what is timed, separated by semicolons; growth only if all of it is [all]",
     )
-    parser.add_argument(
-        "--device", default="", help="cpu | cuda | cuda:N [tiny: cpu; llama-1b: cuda]"
-    )
-    parser.add_argument("--out", default="", help="write every figure to this JSON file as well")
+    add("--device", default="", help="cpu | cuda | cuda:N [tiny: cpu; llama-1b: cuda]")
+    add("--out", default="", help="also write all figures to this JSON file")
     args = parser.parse_args(argv)
     if args.preset not in SIZES:
         raise UserError(
@@ -329,38 +112,377 @@ def main(argv=None):
         )
     if args.rounds < 1:
         raise UserError(f"command line: --rounds must be positive, not {args.rounds}")
-    device = pick_device(args.device or {"tiny": "cpu", "llama-1b": "cuda"}[args.preset])
-    case = Case(args.preset, device)
-    every = sides(case.model, device)
-    chosen, only = among("--sides", args.sides, every), among("--works", args.works, works(case))
-    every = {name: side for name, side in every.items() if name == "minatp" or name in chosen}
+    return args
+
+
+# ---- times and counts of one work ----------------------------------------------------------------
+
+
+def time_once(work, device, bf16=True):
+    """(seconds, peak bytes of a GPU or 0) of work()."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+    # a GPU works on after work() has returned
+    start = time.perf_counter()
+    with autocast(device) if bf16 else nullcontext():
+        work()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    return seconds, torch.cuda.max_memory_allocated(device) if on_gpu else 0
+
+
+def count_once(work, device, bf16=True):
+    """Counts of work(), under the autocast under which it is timed.
+
+    PyTorch's operations stand in for the kernels, whose launches and products no count can see.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, MINATP_KERNELS="torch"))
+        if bf16:
+            stack.enter_context(autocast(device))
+        return count.count(work)
+
+
+def attempt(work, model):
+    """work(), or None if it runs out of memory; cached memory is then freed."""
+    try:
+        return work()
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+    # after the except clause, whose traceback holds on to what was computed
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+
+
+# ---- every work by every side --------------------------------------------------------------------
+
+
+def measure_all(case, every, names, rounds, save):
+    """The records (see `measure`) of the works in `names`, printed one by one.
+
+    save: a function that is given all records so far after each of them.
+    """
+    records = []
+    for name, work in works(case).items():
+        if name not in names:
+            continue
+        record = {"work": name, "tokens": work.n_token, "sides": measure(case, every, work, rounds)}
+        records.append(record)
+        describe(record, case)
+        save(records)
+        for side in every:
+            if side not in record["sides"]:
+                print0(f"    {side:18} ran out of memory: no time, and no win for minatp")
+    return records
+
+
+def measure(case, every, work, rounds):
+    """Time one work, all sides in turn, and count it.
+
+    Returns {side: {"seconds": [one a round], "peak": bytes, and the fields of count.Counts}},
+    without the sides that run out of memory. Raises OutOfMemory if minatp does.
+    """
+    counts = warm_up(case, every, work)
+    names = list(counts)
+    seconds = {name: [] for name in names}
+    peak = dict.fromkeys(names, 0)
+    for i in range(rounds):
+        # Each round starts with another side, so that none is always the first
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            side = every[name]
+            once = partial(time_once, partial(work.run, side), case.device, side.bf16)
+            timed = attempt(once, case.model)
+
+            # A side that runs out of memory in any round is not timed at all
+            if timed is None:
+                names.remove(name)
+                continue
+            seconds[name].append(timed[0])
+            peak[name] = max(peak[name], timed[1])
+        need_minatp(names, case)
+    return {name: {"seconds": seconds[name], "peak": peak[name], **counts[name]} for name in names}
+
+
+def warm_up(case, every, work):
+    """{side: counts} of the sides that have enough memory for a work. Compiles every kernel."""
+    counts = {}
+    for name, side in every.items():
+        # One call that is not timed: sides without enough memory drop out here
+        run = partial(work.run, side)
+        if attempt(partial(time_once, run, case.device, side.bf16), case.model) is None:
+            continue
+
+        # On a GPU only minatp is counted: to count the reference there takes minutes
+        counted = None
+        if not case.machine or name == "minatp":
+            counted = attempt(partial(count_once, run, case.device, side.bf16), case.model)
+        counts[name] = asdict(counted or UNCOUNTED)
+    need_minatp(counts, case)
+    return counts
+
+
+def need_minatp(names, case):
+    """Raise OutOfMemory if minatp is not among the sides that have enough memory."""
+    if "minatp" not in names:
+        raise OutOfMemory(
+            f"minatp/bench/__main__.py:0: minatp itself runs out of memory on {case.device}; "
+            "use a larger GPU"
+        )
+
+
+def time_ratio(record, side):
+    """(median, p10, p90) of another side's seconds over minatp's in the same round."""
+    own = record["sides"]["minatp"]["seconds"]
+    ratios = sorted(b / a for a, b in zip(own, record["sides"][side]["seconds"]))
+
+    def quantile(q):
+        return ratios[round(q * (len(ratios) - 1))]
+
+    return statistics.median(ratios), quantile(0.1), quantile(0.9)
+
+
+def count_ratio(record, side, what):
+    """How many times as many ops, bytes or flops as minatp another side needs."""
+    return record["sides"][side][what] / record["sides"]["minatp"][what]
+
+
+def missed_gates(records):
+    """One sentence for each gate that is not met."""
+    by_name = {record["work"]: record for record in records}
+    misses = []
+    for (work, what), least in GATES.items():
+        ratio = count_ratio(by_name[work], "reference", what)
+        if ratio < least:
+            misses.append(
+                f"{work}: only {ratio:.1f} × fewer {what} than the reference; the gate is {least} ×"
+            )
+    return misses
+
+
+# ---- what is printed -----------------------------------------------------------------------------
+
+
+def describe(record, case):
+    """Print one work's times, ratios and counts."""
+    # minatp's own time and counts
+    own = record["sides"]["minatp"]
+    seconds = statistics.median(own["seconds"])
+    lines = [
+        "",
+        f"{record['work']:20}{1e3 * seconds:9.1f} ms "
+        f"{record['tokens'] / seconds:11,.0f} tokens/s   {own['ops']:,} operations, "
+        f"{own['bytes'] / 1e9:.2f} GB, {own['flops'] / 1e9:.2f} GFLOP",
+    ]
+
+    # On a GPU: how close that is to what the machine could do
+    if case.machine:
+        least = Floor(case).seconds(record["work"], own["flops"])
+        lines.append(
+            f"{'':20}{own['flops'] / seconds / case.machine.flops:9.0%} of the product rate, "
+            f"{least / seconds:.0%} of the floor of {1e3 * least:.1f} ms, "
+            f"peak {own['peak'] / 2**30:.1f} GiB"
+        )
+
+    # The other sides, as multiples of minatp
+    for side in record["sides"]:
+        if side == "minatp":
+            continue
+        middle, low, high = time_ratio(record, side)
+        lines.append(
+            f"    {side:18}{middle:6.1f} × the time [{low:.1f}, {high:.1f}]   "
+            f"× operations {count_ratio(record, side, 'ops'):.1f}   "
+            f"× bytes {count_ratio(record, side, 'bytes'):.1f}   "
+            f"× FLOPs {count_ratio(record, side, 'flops'):.1f}"
+        )
+    print0("\n".join(lines))
+
+
+def describe_targets(records):
+    """Print the wall times that have a target."""
+    shown = []
+    for record in records:
+        work = record["work"]
+        if work in TARGETS and "reference" in record["sides"]:
+            middle, _, _ = time_ratio(record, "reference")
+            shown.append(f"{work} {middle:.1f} × (target {TARGETS[work]})")
+    print0(f"\nwall time, shown and not gated: {', '.join(shown)}")
+
+
+def describe_memory():
+    """Print how much memory an SFT step of the paper's size needs. Returns the bytes by part."""
+    cfg = Config(**{**PRESETS["llama-1b"], "epochs": "1"})
+    llama = llama_config(cfg, cfg.vocab_size + 3)
+    row = paper_row(cfg.vocab_size)
+    parts = count.training_memory(llama, cfg.K, cfg.c, cfg.batch_size, row)
+    lean = count.training_memory(llama, cfg.K, cfg.c, cfg.batch_size, row, recompute=True)
+
+    def gigabytes(n):
+        return f"{n / 1e9:.1f} GB"
+
+    by_part = ", ".join(f"{name} {gigabytes(n)}" for name, n in parts.items())
     print0(
-        f"{args.preset} on {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; {n_parameters(case.model):,} parameters"
+        f"\nmemory of an SFT step at Llama-3.2-1B's size, last stage, batch {cfg.batch_size}, "
+        f"K {cfg.K}, {len(row.prompt)} tokens of question (computed, not measured): "
+        f"{gigabytes(sum(parts.values()))}\n    {by_part}\n"
+        f"    with --recompute {gigabytes(sum(lean.values()))}: "
+        f"activations {gigabytes(lean['activations'])}"
     )
-    same = compare(case, every)
-    record = {"preset": args.preset, "device": str(device), "torch": torch.__version__}
-    save = lambda **more: (
-        args.out and replace_file(args.out, json.dumps(record | more, indent=2) + "\n")
-    )
-    found = measure(case, same, args.rounds, lambda found: save(work=found), only)
-    rows = [] if args.works else growth(case, *fit(found), args.rounds)
-    memory = describe_memory()
-    gated = args.preset == "tiny" and "reference" in same and not args.works
-    misses = [f"{name} is not the same computation" for name in every if name not in same] + (
-        missed(found) if gated else []
-    )
-    save(work=found, growth=rows, memory=memory, missed=misses)
-    shown = ", ".join(
-        f"{work} {ratio(r, 'reference')[0]:.1f} × (target {TARGETS[work]})"
-        for r in found
-        if (work := r["work"]) in TARGETS and "reference" in r["sides"]
-    )
+    return parts
+
+
+# ---- the least time ------------------------------------------------------------------------------
+
+
+class Floor:
+    """The least time that each work can take on the case's GPU.
+
+    Products run at the measured product rate. Positions that are read one after another each read
+    the weights. AdamW reads and writes 28 bytes a parameter.
+    """
+
+    def __init__(self, case):
+        model, self.size, self.machine = case.model, case.size, case.machine
+        self.llama = model.policy.cfg
+        self.c, self.K = model.c, model.K
+        self.n_prompt = max(len(row.prompt) for row in case.rows)
+        self.n_layer_parameter = n_parameters(model.policy.model.layers)
+        self.adamw = 28 * n_parameters(model) / self.machine.bandwidth
+        self.adamw_decoder = 28 * n_parameters(model.decoder) / self.machine.bandwidth
+
+    def seconds(self, work, flops):
+        """Least seconds of a work (a name of `works`) that needs so many FLOPs."""
+        size, n_chain = self.size, self.size.questions * self.size.G
+        if work == "reading thoughts":
+            return self.one_by_one(MAX_NEW, n_chain * self.K, self.c + MAX_NEW, logits=True)
+        if work == "RL update":  # it leaves the decoder as it is
+            return flops / self.machine.flops + self.adamw - self.adamw_decoder
+        if work == "rollouts":
+            return self.generation(size.questions, n_chain)
+        if work == "evaluation":
+            return self.generation(size.evaluated, size.evaluated)
+        seconds = self.training(work, flops)
+        return seconds + self.adamw if work.startswith("SFT") else seconds
+
+    def one_by_one(self, n_pass, rows, T, logits):
+        """n_pass passes, each of one position of `rows` sequences of length T."""
+        # limited by reading weights, keys and values, or by the products
+        bytes_read = count.pass_bytes(self.llama, rows, T, logits)
+        n_parameter = self.n_layer_parameter
+        if logits:
+            n_parameter += self.llama.vocab_size * self.llama.n_embd
+        flops = 2 * rows * n_parameter
+        return n_pass * max(bytes_read / self.machine.bandwidth, flops / self.machine.flops)
+
+    def generation(self, n_prompt, rows):
+        """Read n_prompt prompts, then think and write in `rows` rows."""
+        n, T = self.c * self.K, self.n_prompt
+        prompts = 2 * self.n_layer_parameter * n_prompt * T / self.machine.flops
+        thinking = self.one_by_one(n, rows, T + n, logits=False)
+        writing = self.one_by_one(MAX_NEW, rows, T + n + MAX_NEW, logits=True)
+        return prompts + thinking + writing
+
+    def training(self, work, flops):
+        """Forwards and backwards, with the chain of latents one by one.
+
+        Its weight gradients can wait for the end. (minatp/chain.py reads the weights three times.)
+        """
+        n_step = {"SFT, first stage": 0, "SFT, middle stage": (self.K + 1) // 2}.get(work, self.K)
+        n, rows = self.c * n_step, self.size.batch
+        chain = 2 * self.one_by_one(n, rows, self.n_prompt + n, logits=False)
+        flops_of_chain = 4 * n * rows * self.n_layer_parameter
+        return (flops - flops_of_chain) / self.machine.flops + chain
+
+
+# ---- how time grows ------------------------------------------------------------------------------
+
+
+def fit_prices(records):
+    """(seconds per operation, seconds per FLOP) that explain minatp's times best.
+
+    Least squares of the relative errors; neither price is negative.
+    """
+    # Of each work: seconds, operations, FLOPs. Those that could not be counted tell nothing
+    own = [record["sides"]["minatp"] for record in records]
+    own = [figures for figures in own if math.isfinite(figures["ops"])]
+    seconds = [statistics.median(figures["seconds"]) for figures in own]
+    seconds = torch.tensor(seconds, dtype=torch.float64)[:, None]
+    counts = [[figures["ops"], figures["flops"]] for figures in own]
+
+    # Solve price · counts / seconds = 1
+    A = torch.tensor(counts, dtype=torch.float64) / seconds
+    ones = torch.ones(len(own), 1, dtype=torch.float64)
+    per_op, per_flop = torch.linalg.lstsq(A, ones).solution[:, 0].tolist()
+
+    # If one price would be negative, the other explains it all
+    op_alone, flop_alone = (1 / A.mean(0)).tolist()
+    if per_op >= 0 and per_flop >= 0:
+        return [per_op, per_flop]
+    return [op_alone, 0.0] if per_flop < 0 else [0.0, flop_alone]
+
+
+def measure_growth(case, per_op, per_flop, rounds):
+    """Print how minatp's SFT step of the last stage grows with K, the batch and the question.
+
+    Beside each time is the time that its counts predict at the two prices. The step is forwards and
+    backwards. Returns a list of records.
+    """
+    # One of three sizes varies, the other two stay at the base
+    model, K = case.model, case.model.K
+    base = {"K": K, "batch": case.size.batch // 2, "question": 64}
     print0(
-        f"\nwall time, shown and not gated: {shown}"
-        + "".join(f"\ngate missed: {m}" for m in misses)
-        + ("\nall gates of counts met" if gated and not misses else "")
+        f"\nSFT step of the last stage, forwards and backwards; base: K {K}, "
+        f"batch {base['batch']}, {base['question']} tokens of question\n"
+        f"predicted: {1e6 * per_op:.1f} µs an operation and {1e12 * per_flop:.1f} ms a GFLOP, "
+        "fitted to the times above\n"
+        "                 operations     GFLOP   predicted ms   measured ms"
     )
-    return int(bool(misses))
+
+    records = []
+    for name in base:
+        for value in (base[name] // 2, base[name], 2 * base[name], 4 * base[name]):
+            step = growth_step(case, **{**base, name: value})
+            once = partial(time_once, step, case.device)
+            timed = [attempt(once, model) for _ in range(rounds + 1)]
+            timed = timed[1:]  # the first compiles kernels
+            if None in timed:
+                print0(f"{name:>9}{value:5}   out of memory")
+                continue
+
+            # Measured beside predicted
+            counts = attempt(partial(count_once, step, case.device), model) or UNCOUNTED
+            seconds = statistics.median(seconds for seconds, _ in timed)
+            predicted = per_op * counts.ops + per_flop * counts.flops
+            figures = {**asdict(counts), "predicted": predicted, "seconds": seconds}
+            records.append({"varied": name, "value": value, **figures})
+            print0(
+                f"{name:>9}{value:5}{counts.ops:14,}{counts.flops / 1e9:10.2f}"
+                f"{1e3 * predicted:15.1f}{1e3 * seconds:14.1f}"
+            )
+    model.K = K
+    return records
+
+
+def growth_step(case, K, batch, question):
+    """A function that runs an SFT step of the last stage, forwards and backwards.
+
+    Every one of its `batch` problems has K steps and a question of so many tokens. Sets model.K.
+    """
+    model = case.model
+    model.K = K
+    rows = [paper_row(256, question, K)] * batch
+    batch, eps = case.batch(K + 1, rows)
+
+    def step():
+        losses = sft_losses(model, batch, eps)
+        total_loss(losses, batch.counts, BETA).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
 
 
 if __name__ == "__main__":

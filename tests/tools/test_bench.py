@@ -1,29 +1,30 @@
-"""The benchmark: its peers compute what minatp computes, the gated counts are met, and a GPU's floors are as reckoned by hand."""
+"""The benchmark: its peers compute what minatp computes, the gates of counts are met, and a GPU's
+floors agree with a calculation by hand.
+"""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from minatp import bench, cases, count
+from minatp.bench import __main__ as bench
+from minatp.bench import cases, peer
 from minatp.llama import LlamaConfig
+from minatp.run.errors import OutOfMemory, guarded
+from minatp.tools import count
 
 LLAMA_1B = LlamaConfig(vocab_size=128259)
 
 
 @pytest.fixture(scope="module")
 def case():
-    pytest.importorskip(
-        "transformers",
-        reason="transformers, which the benchmark compares with, is missing: pip install transformers",
-    )
+    """The small model, with smaller batches than the command's, which take longer."""
+    reason = "transformers, which the benchmark compares with, is missing: pip install transformers"
+    pytest.importorskip("transformers", reason=reason)
     case = cases.Case("tiny", torch.device("cpu"))
-    case.size = {
-        **case.size,
-        "batch": 20,
-        "questions": 4,
-    }  # the command's 32 and 16 widen the gap and take longer
+    case.size = replace(case.size, batch=20, questions=4)
     return case
 
 
@@ -32,158 +33,209 @@ def every(case):
     return cases.sides(case.model, case.device)
 
 
+def set_to_last_stage(case):
+    """Chains of all lengths, at the last stage of the curriculum."""
+    case.set_ragged(True)
+    case.model.stage = case.model.K + 1
+
+
+# ---- the sides -----------------------------------------------------------------------------------
+
+
 def test_all_that_is_timed_runs(case, every):
-    for work, tokenizer in cases.works(case).values():
-        work(every["minatp"])
-        assert tokenizer > 0
+    for work in cases.works(case).values():
+        work.run(every["minatp"])
+        assert work.n_token > 0
+
+
+def test_a_work_does_not_depend_on_those_before_it(case, every):
+    works = cases.works(case)
+    alone = count.count(partial(works["rollouts"].run, every["minatp"]))
+    works["SFT, first stage"].run(every["minatp"])
+    after_another = count.count(partial(works["rollouts"].run, every["minatp"]))
+    assert after_another == alone
 
 
 def test_the_peers_compute_the_same_losses_gradients_chains_and_log_probabilities(
     case, every, capsys
 ):
-    cases.compare(case, every)
+    assert list(cases.compare(case, every)) == ["minatp", "tuned", "reference"]
     assert capsys.readouterr().out.count("same losses") == 3
-    prompt, valid = case.prompts(6)
-    r = every["minatp"].rollout(prompt, valid, cases.MAX_NEW, None, 1)
-    assert (
-        len(set(r.n_latent.tolist())) > 1 and len(set(r.n_token.tolist())) > 1
-    )  # ragged, or little was compared
+
+    # the chains are ragged, or little was compared
+    prompt, prompt_mask = case.prompts(6)
+    r = every["minatp"].rollout(prompt, prompt_mask, cases.MAX_NEW, None, 1)
+    assert len(set(r.n_latent.tolist())) > 1
+    assert len(set(r.n_token.tolist())) > 1
 
 
 def test_a_static_cache_gives_the_same_chains(case):
-    from minatp.peer import Tuned
-
-    case.ragged(True)
-    case.model.stage = case.model.K + 1
-    chains = [
-        Tuned(case.model, static).rollout(*case.prompts(4), cases.MAX_NEW, None, 2)
-        for static in (False, True)
-    ]
-    assert torch.equal(chains[0].token, chains[1].token) and torch.equal(
-        chains[0].n_latent, chains[1].n_latent
-    )
+    set_to_last_stage(case)
+    prompt, prompt_mask = case.prompts(4)
+    growing = peer.Tuned(case.model).rollout(prompt, prompt_mask, cases.MAX_NEW, None, 2)
+    static = peer.Tuned(case.model, static=True)
+    static = static.rollout(prompt, prompt_mask, cases.MAX_NEW, None, 2)
+    assert torch.equal(static.token, growing.token)
+    assert torch.equal(static.n_latent, growing.n_latent)
 
 
 def test_a_peer_that_computes_something_else_is_not_timed(case, every, capsys):
-    broken = {
-        **every,
-        "tuned": cases.Side(
-            **{
-                **vars(every["tuned"]),
-                "losses": lambda batch, eps: {
-                    k: 1.01 * v for k, v in every["tuned"].losses(batch, eps).items()
-                },
-            }
-        ),
-    }
-    assert list(cases.compare(case, {k: broken[k] for k in ("minatp", "tuned")})) == ["minatp"]
+    def wrong_losses(batch, eps):
+        losses = every["tuned"].losses(batch, eps)
+        return {name: 1.01 * loss for name, loss in losses.items()}
+
+    broken = replace(every["tuned"], losses=wrong_losses)
+    same = cases.compare(case, {"minatp": every["minatp"], "tuned": broken})
+    assert list(same) == ["minatp"]
     assert "tuned              DIFFERS from minatp" in capsys.readouterr().out
 
 
+def test_nan_is_the_largest_error():
+    zero, one, nan = torch.zeros(2), torch.ones(2), torch.full((2,), torch.nan)
+    assert cases.largest_error([one, one], [one, one]) == 0
+    assert cases.largest_error([2 * one, one], [one, one]) == 1
+    assert cases.largest_error([one], [one, one]) == float("inf")
+    for tensors in ([nan, zero], [zero, nan]):
+        error = cases.largest_error(tensors, [one, one])
+        assert error != error
+        assert not error <= cases.TOLERANCE
+
+
+# ---- counts and times ----------------------------------------------------------------------------
+
+
 def test_the_counts_meet_the_gates(case, every):
-    found = [
-        {
-            "work": name,
-            "sides": {
-                s: vars(count.count(partial(work, every[s]))) for s in ("minatp", "reference")
-            },
-        }
-        for name, (work, _) in cases.works(case).items()
-        if name in {work for work, _ in bench.GATES}
-    ]
-    assert bench.missed(found) == []
-    halved = [
-        {
-            **r,
-            "sides": {
-                **r["sides"],
-                "reference": {k: v / 10 for k, v in r["sides"]["reference"].items()},
-            },
-        }
-        for r in found
-    ]
-    assert len(bench.missed(halved)) == len(bench.GATES)  # and they can be missed
+    gated = {work for work, _ in bench.GATES}
+    records, tenfold_worse = [], []
+    for name, work in cases.works(case).items():
+        if name not in gated:
+            continue
+        counts = {}
+        for side in ("minatp", "reference"):
+            counts[side] = vars(count.count(partial(work.run, every[side])))
+        records.append({"work": name, "sides": counts})
+        fewer = {what: n / 10 for what, n in counts["reference"].items()}
+        tenfold_worse.append({"work": name, "sides": {**counts, "reference": fewer}})
+    assert bench.missed_gates(records) == []
+    assert len(bench.missed_gates(tenfold_worse)) == len(bench.GATES)  # they can be missed
 
 
-def test_a_side_that_runs_out_of_memory_is_told_and_is_no_win(monkeypatch, capsys):
-    """At once, or in a later round with what the driver says; what was found before is saved."""
+def multiply():
+    return torch.ones(9, 9) @ torch.ones(9, 9)
 
-    def full():
-        raise torch.OutOfMemoryError
 
-    def later():
-        calls.append(1)
-        if len(calls) > 3:
+def run_out_of_memory():
+    raise torch.OutOfMemoryError
+
+
+class RunOutOfMemoryLater:
+    """Runs out of memory at the fourth call, with the driver's message."""
+
+    n_call = 0
+
+    def __call__(self):
+        self.n_call += 1
+        if self.n_call > 3:
             raise RuntimeError("CUDA error: out of memory")
 
-    small = lambda: torch.ones(9, 9) @ torch.ones(9, 9)
-    calls, saved = [], []
-    every = {
-        name: SimpleNamespace(bf16=True, run=work)
-        for name, work in (
-            ("minatp", small),
-            ("tuned", full),
-            ("reference", small),
-            ("late", later),
-        )
+
+@pytest.fixture
+def out_of_memory_case(monkeypatch):
+    """(case, sides): of four sides one has too little memory, and one in a later round."""
+
+    def works(case):
+        return {"rollouts": cases.Work(run=lambda side: side.run(), n_token=10)}
+
+    monkeypatch.setattr(bench, "works", works)
+    runs = {
+        "minatp": multiply,
+        "tuned": run_out_of_memory,
+        "reference": multiply,
+        "late": RunOutOfMemoryLater(),
     }
-    case = SimpleNamespace(device=torch.device("cpu"), model=torch.nn.Linear(1, 1), machine=None)
-    monkeypatch.setattr(bench, "works", lambda case: {"rollouts": (lambda side: side.run(), 10)})
-    (found,) = bench.measure(case, every, 3, saved.extend)
-    assert not bench.measure(case, every, 3, only=["reading"])
-    assert (
-        list(found["sides"]) == ["minatp", "reference"]
-        and len(found["sides"]["reference"]["seconds"]) == 3
-        and saved == [found]
-    )
+    every = {name: SimpleNamespace(bf16=True, run=run) for name, run in runs.items()}
+    device, model = torch.device("cpu"), torch.nn.Linear(1, 1)
+    return SimpleNamespace(device=device, model=model, machine=None), every
+
+
+def test_a_side_that_runs_out_of_memory_is_named_and_is_no_win(out_of_memory_case, capsys):
+    case, every = out_of_memory_case
+    saved = []
+    records = bench.measure_all(case, every, ["rollouts"], rounds=3, save=saved.extend)
+    assert len(records) == 1 and saved == records
+    assert list(records[0]["sides"]) == ["minatp", "reference"]
+    assert len(records[0]["sides"]["reference"]["seconds"]) == 3
     shown = capsys.readouterr().out
-    assert (
-        "tuned              ran out of memory" in shown
-        and "late               ran out of memory" in shown
-    )
-    every["minatp"].run = full
+    assert "tuned              ran out of memory" in shown
+    assert "late               ran out of memory" in shown
+
+
+def test_only_the_chosen_works_are_timed(out_of_memory_case):
+    case, every = out_of_memory_case
+    assert bench.measure_all(case, every, ["reading thoughts"], rounds=3, save=print) == []
+
+
+def test_minatp_must_not_run_out_of_memory_itself(out_of_memory_case):
+    case, every = out_of_memory_case
+    every["minatp"].run = run_out_of_memory
     with pytest.raises(OutOfMemory, match="minatp itself"):
-        bench.measure(case, every, 1)
+        bench.measure_all(case, every, ["rollouts"], rounds=1, save=print)
 
 
 def test_counts_are_those_of_the_arithmetic():
     a, b = torch.randn(4, 8), torch.randn(8, 16)
-    c = count.count(lambda: (a @ b).t().add(1.0))
-    assert (c.ops, c.flops, c.waits) == (2, 2 * 4 * 8 * 16, 0)
-    assert c.bytes == 4 * (4 * 8 + 8 * 16 + 4 * 16) + 4 * 2 * 4 * 16
+    counts = count.count(lambda: (a @ b).t().add(1.0))
+    assert (counts.ops, counts.flops, counts.waits) == (2, 2 * 4 * 8 * 16, 0)
+    product_bytes = 4 * (4 * 8 + 8 * 16 + 4 * 16)
+    sum_bytes = 4 * 2 * 4 * 16
+    assert counts.bytes == product_bytes + sum_bytes
     assert count.count(lambda: a[a > 0].sum().item()).waits == 2
     assert count.stored(torch.zeros(1, 8).expand(100, 8)) == 4 * 8
 
 
-def test_the_floors_and_the_memory_are_as_reckoned_by_hand():
-    """Llama-3.2-1B: a latent step at B = 32 and 128, an answer token, T = 140; 54 GB and less than 80 for SFT."""
-    ms = lambda rows, words: 1e3 * count.pass_bytes(LLAMA_1B, rows, 140, words) / 4.3e12
-    assert [round(ms(*at), 2) for at in ((32, False), (128, False), (32, True), (128, True))] == [
-        0.49,
-        0.59,
-        0.61,
-        0.71,
-    ]
-    memory = count.training_memory(LLAMA_1B, 10, 2, 32, cases.paper_row(128256))
-    assert memory["weights"] + memory["gradients"] + memory["moments"] == pytest.approx(
-        2 * 19.8e9, rel=0.02
-    )
+# ---- predictions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rows, logits, floor_ms",
+    [(32, False, 0.49), (128, False, 0.59), (32, True, 0.61), (128, True, 0.71)],
+)
+def test_the_floors_agree_with_a_calculation_by_hand(rows, logits, floor_ms):
+    """Llama-3.2-1B on an H200: a latent step, or with logits the token of an answer; T = 140."""
+    seconds = count.pass_bytes(LLAMA_1B, rows, 140, logits) / 4.3e12
+    assert round(1e3 * seconds, 2) == floor_ms
+
+
+def test_the_memory_agrees_with_a_calculation_by_hand():
+    """Llama-3.2-1B: 19.8 GB for each of four float32 copies of half of it; 54 to 80 GB for SFT."""
+    row = cases.paper_row(128256)
+    memory = count.training_memory(LLAMA_1B, 10, 2, 32, row)
+    held = memory["weights"] + memory["gradients"] + memory["moments"]
+    assert held == pytest.approx(2 * 19.8e9, rel=0.02)
     assert 54e9 < sum(memory.values()) < 80e9
-    lean = count.training_memory(LLAMA_1B, 10, 2, 32, cases.paper_row(128256), recompute=True)
+    lean = count.training_memory(LLAMA_1B, 10, 2, 32, row, recompute=True)
     assert lean["activations"] < 0.65 * memory["activations"]
 
 
-def test_prices_are_found_from_times():
-    counts = [(100, 1e9), (1000, 1e9), (500, 8e9)]
-    found = [
-        {"sides": {"minatp": {"ops": o, "flops": f, "seconds": [2e-5 * o + 1e-10 * f]}}}
-        for o, f in counts
-    ]
-    assert bench.fit(found) == pytest.approx([2e-5, 1e-10])
-    alone = [
-        {"sides": {"minatp": {"ops": o, "flops": f, "seconds": [1e-10 * f]}}} for o, f in counts
-    ]
-    assert bench.fit(alone) == pytest.approx([0, 1e-10], abs=1e-12)
+@pytest.mark.parametrize("per_op, per_flop", [(2e-5, 1e-10), (0, 1e-10)])
+def test_prices_are_found_from_times(per_op, per_flop):
+    records = []
+    for ops, flops in ((100, 1e9), (1000, 1e9), (500, 8e9)):
+        own = {"ops": ops, "flops": flops, "seconds": [per_op * ops + per_flop * flops]}
+        records.append({"sides": {"minatp": own}})
+    assert bench.fit_prices(records) == pytest.approx([per_op, per_flop], abs=1e-12)
+
+
+def test_no_price_is_negative():
+    records = []
+    for ops, flops in ((100, 1e9), (1000, 1e9), (500, 8e9)):  # the more operations, the faster
+        own = {"ops": ops, "flops": flops, "seconds": [1e-10 * flops - 2e-5 * ops]}
+        records.append({"sides": {"minatp": own}})
+    per_op, per_flop = bench.fit_prices(records)
+    assert per_op == 0 and per_flop > 0
+
+
+# ---- the command line ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -217,8 +269,6 @@ def test_what_is_not_among_those_compared_is_named(argv, message, case, capsys):
 
 
 def test_without_transformers_the_command_says_what_to_do(monkeypatch, capsys):
-    from minatp import peer
-
     monkeypatch.setattr(peer, "transformers", None)
     assert guarded(bench.main, []) == 2
     assert "pip install transformers" in capsys.readouterr().err

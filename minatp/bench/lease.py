@@ -1,0 +1,386 @@
+"""One lease of a GPU: does it work, what does it cost, where does the time go.
+
+    python3 -m minatp.bench.lease PRESET DEVICE OUT [part …]
+
+PRESET is tiny or llama-1b, and OUT a folder. The parts, in this order by default:
+
+verify    the error of each Triton kernel over PyTorch's own (kernels/bench.py)
+same      gradients with CUDA graphs against those without
+memory    whether steps of changing shapes leave memory behind
+sft       times of SFT steps
+rl        times of rollouts, of reading their thoughts, and of the policy gradient
+profile   kernels by time, in profile_sft.txt and profile_rollouts.txt
+
+If a part fails, the others run all the same. Each figure is written to OUT/lease.json as soon as it
+is known, because a lease can end at any moment. lease.sh makes the most of ten minutes.
+"""
+
+import json
+import os
+import statistics
+import time
+import traceback
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
+
+from kernels import bench, graph
+
+from .. import rollout as rollout_module
+from ..decoder import read_thoughts
+from ..optim import build_optimizer
+from ..rl import log_probs, surrogate
+from ..rollout import Noise, rollout
+from ..run.device import autocast, pick_device
+from ..run.errors import run_command
+from ..run.loop import GuardedOptimizer
+from ..run.options import Parser, among
+from ..sft import sft_losses, total_loss
+from .cases import BETA, MAX_NEW, SIZES, Case
+
+LOST_CONTEXT = 3  # exit code: no later part of this process could use the GPU
+
+
+def main(argv=None):
+    parser = Parser(__doc__, "minatp.bench.lease")
+    add = parser.add_argument
+    add("preset", choices=SIZES)
+    add("device", help="cpu | cuda | cuda:N")
+    add("out", type=Path, help="folder for the figures")
+    add("parts", nargs="*", metavar="part", help="see above [all]")
+    add("--rounds", type=int, default=5, help="most times that each work is timed [%(default)s]")
+    args = parser.parse_args(argv)
+    parts = among("part", ";".join(args.parts), PARTS)
+
+    # Every part runs, whatever happens to the others
+    lease = Lease(args.preset, pick_device(args.device), args.out, args.rounds)
+
+    for name in parts:
+        try:
+            PARTS[name](lease)
+        except Exception as e:  # whatever it is, the figures of the other parts are worth having
+            lease.report(f"FAILED {name}", f"{type(e).__name__}: {str(e)[:400]}")
+            traceback.print_exc(limit=-6)
+            if lease.on_gpu and "CUDA error" in str(e):
+                return LOST_CONTEXT  # lease.sh continues with its next process
+            lease.model.zero_grad(set_to_none=True)
+    return 0
+
+
+class Lease:
+    """The case that every part works on, a stopwatch, and the figures so far."""
+
+    def __init__(self, preset, device, out, rounds):
+        self.start = time.perf_counter()
+        self.device, self.on_gpu = device, device.type == "cuda"
+        self.out, self.figures = out, {}
+        self.rounds = rounds  # most times that a work is timed
+        out.mkdir(parents=True, exist_ok=True)
+
+        # What is worked on
+        self.case = Case(preset, device)
+        self.model = self.case.model
+        self.recording_ms = []  # of each CUDA graph recorded so far: the host's ms
+        self.watch_recordings()
+
+        # The machine, and what a large copy and a large product reach on it
+        machine = self.case.machine
+        self.report(
+            "on",
+            {
+                "device": torch.cuda.get_device_name() if self.on_gpu else "cpu",
+                "torch": torch.__version__,
+                "ceilings": machine and vars(machine),
+            },
+        )
+
+    def watch_recordings(self):
+        """Time every recording of a CUDA graph from now on."""
+        real_record = graph.record
+
+        def timed_record(work, device):
+            start = time.perf_counter()
+            result = real_record(work, device)
+            self.recording_ms.append(1e3 * (time.perf_counter() - start))
+            return result
+
+        graph.record = timed_record
+
+    def report(self, name, value):
+        """Add a figure to lease.json, and print it."""
+        self.figures[name] = value
+        (self.out / "lease.json").write_text(json.dumps(self.figures, indent=1))
+        seconds = time.perf_counter() - self.start
+        print(f"[{seconds:6.1f} s] {name}: {json.dumps(value)[:900]}", flush=True)
+
+    def synchronize(self):
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def time(self, work, n=5, n_warm=2):
+        """{"ms": median, "least": ms, "recordings": a call, "host ms of them": a call} of work().
+
+        n: how often it is timed, after n_warm calls that are not; both at most self.rounds.
+        """
+        # The first calls compile kernels and fill PyTorch's pool of memory
+        n, n_warm = min(n, self.rounds), min(n_warm, self.rounds)
+        for _ in range(n_warm):
+            work()
+
+        ms, n_recording = [], len(self.recording_ms)
+        for _ in range(n):
+            self.synchronize()
+            start = time.perf_counter()
+            work()
+            self.synchronize()
+            ms.append(1e3 * (time.perf_counter() - start))
+
+        # How much of it went into recording graphs
+        recording_ms = self.recording_ms[n_recording:]
+        return {
+            "ms": statistics.median_high(ms),
+            "least": min(ms),
+            "recordings": len(recording_ms) / n,
+            "host ms of them": sum(recording_ms) / n,
+        }
+
+
+def without_graphs(work):
+    """work() as if there were no CUDA graphs."""
+    with patch.dict(os.environ, MINATP_GRAPHS="0"):
+        return work()
+
+
+# ---- verify --------------------------------------------------------------------------------------
+
+
+def verify(lease):
+    """The error of each kernel in bf16 over PyTorch's own, both against float64."""
+    make_cases = bench.cases if lease.on_gpu else bench.small_cases
+    for case in make_cases(lease.device, torch.bfloat16):
+        try:
+            lease.report(f"error of {case.name} over PyTorch's", round(bench.verify(case), 3))
+        except Exception as e:  # the other kernels' errors are worth having
+            lease.report(f"FAILED {case.name}", f"{type(e).__name__}: {str(e)[:300]}")
+
+
+# ---- same, memory --------------------------------------------------------------------------------
+
+
+def same(lease):
+    """Chains by CUDA graphs against the same chains by autograd.
+
+    Batches of three shapes come one after another: an address of an earlier batch would show.
+    """
+    case, model = lease.case, lease.model
+    case.set_ragged(True)
+    short_prompts = [replace(row, prompt=row.prompt[:37]) for row in case.rows[:5]]
+    for i, rows in enumerate((case.rows[:8], short_prompts, case.rows[8:16])):
+        losses, norms, samples = gradients(lease, rows)
+        plain = without_graphs(partial(gradients, lease, rows))
+        plain_losses, plain_norms, plain_samples = plain
+
+        # The norm of every gradient; and the direction of some, which a norm does not show
+        differences = []
+        for name, norm in plain_norms.items():
+            differences.append((abs(norms[name] - norm) / (norm + 1e-12), name))
+        cosines = []
+        for name, sample in plain_samples.items():
+            cosines.append(float(F.cosine_similarity(samples[name], sample, 0)))
+        lease.report(
+            f"same {i}",
+            {
+                "losses": losses,
+                "without graphs": plain_losses,
+                "norms differ by": max(differences),
+                "least cosine": min(cosines),
+                "keys": norms.keys() == plain_norms.keys(),
+            },
+        )
+    model.zero_grad(set_to_none=True)
+
+
+def gradients(lease, rows):
+    """SFT's last stage on some Encoded rows.
+
+    Returns ({loss: sum}, {parameter: norm of its gradient}, {parameter: part of its gradient}); the
+    last holds six parameters.
+    """
+    case, model = lease.case, lease.model
+    batch, eps = case.batch(model.K + 1, rows)
+    with autocast(lease.device):
+        losses = sft_losses(model, batch, eps)
+        loss = total_loss(losses, batch.counts, BETA)
+    loss.backward()
+
+    # Norms of all, samples of the first and the last three
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norms = {name: grad.float().norm().item() for name, grad in grads.items()}
+    names = list(grads)
+    samples = {}
+    for name in names[:3] + names[-3:]:
+        samples[name] = grads[name].float().flatten()[:200_000].clone()
+    model.zero_grad(set_to_none=True)
+    return {name: float(value.detach()) for name, value in losses.items()}, norms, samples
+
+
+def memory(lease):
+    """Whether steps of changing shapes leave memory behind."""
+    if not lease.on_gpu:
+        return
+    mebibytes = []
+    for i in range(6):
+        gradients(lease, lease.case.rows[: 8 + 3 * i])
+        allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        mebibytes.append((allocated >> 20, reserved >> 20))
+    lease.report("MiB allocated, reserved after each step", mebibytes)
+
+
+# ---- times ---------------------------------------------------------------------------------------
+
+
+def sft(lease):
+    """Times of SFT steps at the first and the last stage, and their peak memory."""
+    case, model = lease.case, lease.model
+    optimizer = GuardedOptimizer(build_optimizer(case.cfg, model), model, clip=1.0)
+    optimizer.lr = 0.0  # every call has the same weights
+    case.set_ragged(False)
+
+    def step(stage, update=True):
+        batch, eps = case.batch(stage)
+        with autocast(lease.device):
+            loss = total_loss(sft_losses(model, batch, eps), batch.counts, BETA)
+        loss.backward()
+        if update:
+            optimizer.step(loss, problems=[])
+            optimizer.unchecked.clear()
+        else:
+            model.zero_grad(set_to_none=True)
+
+    # All of a step, and its gradients alone: the difference is the optimizer's
+    for stage in (0, model.K + 1):
+        lease.report(f"SFT stage {stage}", lease.time(partial(step, stage)))
+        gradients_only = lease.time(partial(step, stage, update=False))
+        lease.report(f"SFT stage {stage}, no update", gradients_only)
+
+    # Memory, and what CUDA graphs are worth
+    peak = torch.cuda.max_memory_allocated() / 2**30 if lease.on_gpu else 0
+    lease.report("peak GiB", peak)
+    plain = without_graphs(partial(lease.time, partial(step, model.K + 1), n=3, n_warm=1))
+    lease.report("SFT last stage without graphs", plain)
+
+
+class Exploration:
+    """A batch of rollouts to be made again and again; the last one is kept."""
+
+    def __init__(self, lease):
+        case, self.model = lease.case, lease.model
+        self.device, self.G = lease.device, case.size.G
+        self.prompt, self.prompt_mask = case.prompts(case.size.questions)
+        n_chain = len(self.prompt) * self.G
+        self.noise = Noise.draw(self.model, n_chain, MAX_NEW, seed=1).at(slice(None), self.device)
+        self.chains = None
+
+    def __call__(self):
+        self.model.stage = self.model.K + 1
+        with autocast(self.device):
+            self.chains = rollout(
+                self.model, self.prompt, self.prompt_mask, MAX_NEW, self.noise, self.G
+            )
+
+
+def rl(lease):
+    """Times of the parts of an RL step."""
+    case, model = lease.case, lease.model
+
+    # Rollouts of full length: the most work that there can be
+    explore = Exploration(lease)
+    case.set_ragged(False)
+    lease.report("rollouts, full length", lease.time(explore, n=3))
+
+    # Their thoughts in words, and the policy gradient with random advantages
+    chains = explore.chains
+    z = chains.z.unflatten(1, (model.K, -1)).flatten(0, 1)  # (N, c, D)
+    advantage = torch.randn(len(chains.z), 1, device=lease.device)
+
+    def read():
+        with autocast(lease.device):
+            read_thoughts(model.decoder, z, case.decoder_eos, MAX_NEW)
+
+    def learn():
+        with autocast(lease.device):
+            new = log_probs(model, explore.prompt, explore.prompt_mask, chains, explore.G)
+            logp = torch.cat((new.z, new.stop, new.token), 1)
+            each, _ = surrogate(logp, logp.detach(), advantage)
+            loss = each.sum() / len(logp)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    lease.report("reading thoughts", lease.time(read, n=3, n_warm=1))
+    lease.report("RL gradients", lease.time(learn, n=3, n_warm=1))
+
+    # Chains that end at all lengths: rows leave the batch, and then steps are recorded anew
+    case.set_ragged(True)
+    lease.report("rollouts, ragged", lease.time(explore, n=3))
+    with patch.object(rollout_module, "unfinished_rows", keep_all_rows):
+        lease.report("rollouts, ragged, nobody leaves", lease.time(explore, n=3))
+
+    # What CUDA graphs are worth
+    case.set_ragged(False)
+    plain = without_graphs(partial(lease.time, explore, n=2, n_warm=1))
+    lease.report("rollouts without graphs", plain)
+
+
+def keep_all_rows(done, n_done, fixed_shape):
+    """Stands in for graph.unfinished_rows: rows that are done stay in the batch."""
+    return None
+
+
+def profile(lease):
+    """Kernels by time: forwards and backwards of an SFT step, and a batch of rollouts."""
+    case = lease.case
+    case.set_ragged(False)
+    explore = Exploration(lease)
+
+    def train():
+        gradients(lease, case.rows[: case.size.batch])
+
+    for name, work in (("sft", train), ("rollouts", explore)):
+        # once before, so that nothing is compiled in the profile
+        work()
+        activity = ProfilerActivity.CUDA if lease.on_gpu else ProfilerActivity.CPU
+        with torch_profile(activities=[activity]) as profiler:
+            work()
+            lease.synchronize()
+
+        # the table goes to a file, its head to the figures
+        key = "self_device_time_total" if lease.on_gpu else "self_cpu_time_total"
+        events = profiler.key_averages()
+        table = events.table(sort_by=key, row_limit=60, max_name_column_width=90)
+        (lease.out / f"profile_{name}.txt").write_text(table)
+        ms = Counter()
+        for event in events:
+            ms[f"{event.key[:60]} × {event.count}"] += getattr(event, key) / 1e3
+        longest = {label: round(value, 2) for label, value in ms.most_common(14)}
+        lease.report(f"profile {name}, ms", {"all": ms.total(), **longest})
+
+
+PARTS = {
+    "verify": verify,
+    "same": same,
+    "memory": memory,
+    "sft": sft,
+    "rl": rl,
+    "profile": profile,
+}
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,224 @@
+"""What is looked at before and on a rented GPU, on a CPU: lease.py with the small model, and the
+GPU that is only counted. Each runs in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels import graph
+from minatp.bench import lease
+from minatp.run.errors import guarded
+
+ROOT = Path(__file__).parents[2]
+
+# What each part that needs no GPU writes
+FIGURES = {
+    "same": ["same 0", "same 1", "same 2"],
+    "sft": [
+        "SFT stage 0",
+        "SFT stage 0, no update",
+        "SFT stage 5",
+        "SFT stage 5, no update",
+        "peak GiB",
+        "SFT last stage without graphs",
+    ],
+    "rl": [
+        "rollouts, full length",
+        "reading thoughts",
+        "RL gradients",
+        "rollouts, ragged",
+        "rollouts, ragged, nobody leaves",
+        "rollouts without graphs",
+    ],
+    "profile": ["profile sft, ms", "profile rollouts, ms"],
+}
+
+
+def run_python(*argv):
+    """What `python argv` prints, in a process of its own, where it must succeed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("MINATP_KERNELS", None)
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# ---- the lease -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def leased(tmp_path_factory):
+    """(lease.json, its folder) of every part but `verify`, on a CPU."""
+    out = tmp_path_factory.mktemp("lease")
+    parts = ["same", "memory", "sft", "rl", "profile"]
+    run_python("-m", "minatp.bench.lease", "tiny", "cpu", out, *parts, "--rounds", 1)
+    return json.loads((out / "lease.json").read_text()), out
+
+
+def test_every_part_of_a_lease_writes_its_figures(leased):
+    figures, _ = leased
+    expected = [name for names in FIGURES.values() for name in names]
+    assert list(figures) == ["on", *expected]  # and so nothing FAILED
+    for name in FIGURES["sft"] + FIGURES["rl"]:
+        if name != "peak GiB":
+            assert 0 < figures[name]["least"] <= figures[name]["ms"]
+
+
+def test_a_lease_compares_gradients_with_and_without_graphs(leased):
+    figures, _ = leased
+    for name in FIGURES["same"]:  # on a CPU both are the same code
+        compared = figures[name]
+        assert compared["losses"] == compared["without graphs"]
+        assert compared["norms differ by"][0] == 0
+        assert compared["least cosine"] == pytest.approx(1)
+        assert compared["keys"]
+
+
+def test_a_lease_profiles(leased):
+    figures, out = leased
+    for name in ("sft", "rollouts"):
+        assert "aten::mm" in (out / f"profile_{name}.txt").read_text()
+        total, *longest = figures[f"profile {name}, ms"].values()
+        assert total > sum(longest) - 0.1 > 0  # each is rounded
+
+
+def test_a_part_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch):
+    def fails(lease):
+        raise ValueError("no such luck")
+
+    def works(lease):
+        lease.report("works", 1)
+
+    monkeypatch.setattr(graph, "record", graph.record)  # which a lease replaces
+    monkeypatch.setitem(lease.PARTS, "same", fails)
+    monkeypatch.setitem(lease.PARTS, "memory", works)
+    assert lease.main(["tiny", "cpu", str(tmp_path), "same", "memory"]) == 0
+    figures = json.loads((tmp_path / "lease.json").read_text())
+    assert figures["FAILED same"] == "ValueError: no such luck"
+    assert figures["works"] == 1
+
+
+def test_a_part_that_does_not_exist_is_named(tmp_path, capsys):
+    assert guarded(lease.main, ["tiny", "cpu", str(tmp_path), "speed"]) == 2
+    assert "there is no 'speed'; there are verify; same;" in capsys.readouterr().err
+
+
+def test_the_script_of_a_lease_is_one_that_bash_can_read():
+    script = ROOT / "minatp" / "bench" / "lease.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text()
+    for path in ("tests/kernels/test_graph.py", "tests/kernels/test_kernels.py"):
+        assert path in text and (ROOT / path).exists()
+
+
+# ---- the fake GPU --------------------------------------------------------------------------------
+
+
+def count_regions(*argv):
+    """{region: {column: number}} and all that is printed by the fake GPU, with one layer."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    shown = run_python("-m", "minatp.bench.fake_gpu", "--layers", 1, *argv)
+    header, *lines = shown.split("\n\n")[1].splitlines()
+    columns = header.split()[1:]
+    regions = {}
+    for line in lines:
+        name, numbers = line[:34].strip(), line[34:].replace(",", "").split()
+        regions[name] = dict(zip([*columns, "replays"], map(float, numbers[:7])))
+    return regions, shown
+
+
+def test_the_fake_gpu_counts_an_sft_step():
+    regions, shown = count_regions()
+    assert "FAULT" not in shown
+    forward, backward = regions["chain, forward, graph"], regions["chain, backward, graph"]
+
+    # of 20 latents the first is run, the second is recorded and replayed, the others are replayed
+    assert forward["replays"] == backward["replays"] == 19
+    assert forward["waits"] == backward["waits"] == 0
+    assert forward["launches"] == forward["aten"] + forward["triton"]
+
+    # three norms, one attention (prefix and own columns), one SwiGLU; the backward pass computes
+    # them again, and each has a backward kernel; and the reparameterisation, both ways
+    assert forward["triton"] == 3 + 2 + 1
+    assert backward["triton"] == 2 * (3 + 2 + 1) + 2
+
+    # the four matrices of attention, and the three of the MLP, are read in bf16 at every latent
+    D, inner, kv = 2048, 8192, 512
+    weights = 2 * (2 * D * D + 2 * D * kv + 3 * D * inner)
+    assert 1e9 * forward["GB"] == pytest.approx(weights, rel=0.15)
+    assert 1e12 * forward["TFLOP"] == pytest.approx(32 * weights, rel=0.15)
+
+
+def test_the_fake_gpu_counts_rollouts():
+    regions, shown = count_regions("--rl")
+    assert "FAULT" not in shown
+    assert regions["rollouts, graph"]["replays"] == 35  # of 20 latents and 16 words, but the first
+    for part in ("step", "logits", "choose_token", "propose"):
+        assert regions[f"rollouts, graph: {part}"]["launches"] > 0
+    for name, region in regions.items():
+        assert region["waits"] == 0, name
+
+
+FAULTY = """
+import torch
+from minatp.bench import fake_gpu
+
+gpu = fake_gpu.FakeGPU()
+fake_gpu.install(gpu)
+x = torch.zeros(3, device="meta")
+
+
+def ask_for_a_shape():
+    return x.nonzero()
+
+
+def ask_for_a_shape_by_a_mask():
+    return x[x > 0]
+
+
+def read_a_cpu_tensor():
+    return x + torch.ones(())
+
+
+def copy_to_the_device():
+    return x.copy_(torch.ones(3))
+
+
+with gpu:
+    ask_for_a_shape()  # outside a recording that is no fault
+    assert not gpu.faults and gpu.waits.total() == 1
+    for work in (ask_for_a_shape, ask_for_a_shape_by_a_mask, read_a_cpu_tensor, copy_to_the_device):
+        with gpu.region(work.__name__):
+            gpu.record(work, x.device)
+print("\\n".join(gpu.faults))
+"""
+
+
+def test_the_fake_gpu_notices_what_a_graph_cannot_hold():
+    pytest.importorskip("triton", reason="triton is not installed")
+    faults = run_python("-c", FAULTY).splitlines()
+
+    def faults_in(region):
+        suffix = f" in elsewhere > {region} > {region}, graph"
+        return [fault.removesuffix(suffix) for fault in faults if fault.endswith(suffix)]
+
+    assert faults_in("ask_for_a_shape") == ["aten.nonzero.default waits for the device"]
+    assert faults_in("ask_for_a_shape_by_a_mask") == ["aten.index.Tensor waits for the device"]
+    assert faults_in("read_a_cpu_tensor") == ["aten.add.Tensor reads CPU tensors of shape [()]"]
+    assert faults_in("copy_to_the_device") == [
+        "aten.copy_.default reads CPU tensors of shape [(3,)]",
+        "aten.copy_.default copies between devices",
+    ]
+    assert len(faults) == 5
