@@ -139,52 +139,43 @@ def collate(rows, stage, model):
     """
     c, K = model.c, model.K
     most_steps = min(stage, K)
-    is_last_stage = stage > K
 
-    # how many steps of each row are latent: its first min(n, k)
+    # How many steps of each row are latent: its first min(n, k)
     n_step = [min(len(row.lines), most_steps) for row in rows]
+
+    # How many latents that makes. The full length of the stage, if the steps are not known or there
+    # is no stop head that could end the thinking earlier
     answer_only = torch.tensor([row.answer_only and most_steps > 0 for row in rows])
-    n_latent = []
-    for n, unknown in zip(n_step, answer_only.tolist()):
-        takes_all = (
-            unknown or not model.stop
-        )  # without labels, or without a stop head, the stage's full length
-        n_latent.append(c * (most_steps if takes_all else n))
-    n_latent = torch.tensor(n_latent)
+    takes_all = answer_only | (not model.stop)
+    n_latent = c * torch.where(takes_all, most_steps, torch.tensor(n_step))
     L = int(n_latent.max())
 
-    # a row with fewer steps than the stage is shown one more candidate, and must stop there
-    has_stop = torch.tensor([model.stop and n < most_steps for n in n_step]) & ~answer_only
+    # A row with fewer steps than the stage is shown one more candidate, and must stop there
+    has_stop = (torch.tensor(n_step) < most_steps) & ~takes_all
     n_candidate = L + int((has_stop & (n_latent == L)).any())
 
-    # what stays text: the later steps and the answer; in the last stage the answer alone
+    # What stays text: the later steps and the answer; in the last stage the answer alone
     texts = []
     for row, n in zip(rows, n_step):
-        lines = [] if is_last_stage else row.lines[n:]
+        lines = [] if stage > K else row.lines[n:]
         texts.append([model.end, *(i for line in lines for i in line), *row.answer])
+    n_read = torch.tensor([len(text) - 1 for text in texts])  # the last id is written, not read
+    text = pad([text[:-1] for text in texts], model.end)
 
-    # what φ must read back: each latent step. In the last stage the K-th stands for all that are
-    # left
+    # What φ must read back
     step_row, step_index, step_texts = [], [], []
-    for b, (row, n) in enumerate(zip(rows, n_step)):
-        for s in range(n if model.decode else 0):
-            stands_for_rest = is_last_stage and s == K - 1 and row.rest
-            step_row.append(b)
-            step_index.append(s)
-            step_texts.append(row.rest if stands_for_rest else row.texts[s])
+    if model.decode:
+        step_row, step_index, step_texts = texts_of_steps(rows, n_step, stage, K)
 
+    prompt, prompt_mask = left_pad([row.prompt for row in rows], model.end)
     counts = {
-        "enc": sum(len(text) - 1 for text in texts),
+        "enc": int(n_read.sum()),
         "dec": len(step_texts),
         "kl": int(n_latent[~answer_only].sum()),
         "stop": int(sum(n_step) + has_stop.sum()),
         "answer_only": int(answer_only.sum()),
-        "read": sum(len(row.prompt) for row in rows) + int(n_latent.sum()),
+        "read": int(prompt_mask.sum() + n_latent.sum() + n_read.sum()),
     }
-    counts["read"] += counts["enc"]
-    prompt, prompt_mask = left_pad([row.prompt for row in rows], model.end)
-    n_read = torch.tensor([len(text) - 1 for text in texts])
-    text = pad([text[:-1] for text in texts], model.end)
     return Batch(
         prompt=prompt,
         prompt_mask=prompt_mask,
@@ -201,6 +192,21 @@ def collate(rows, stage, model):
         n_candidate=n_candidate,
         counts=counts,
     )
+
+
+def texts_of_steps(rows, n_step, stage, K):
+    """The latent steps of some Encoded rows, n_step of each: (their rows, indices and texts).
+
+    In the last stage the K-th step stands for all that are left.
+    """
+    step_row, step_index, step_texts = [], [], []
+    for b, (row, n) in enumerate(zip(rows, n_step)):
+        for s in range(n):
+            stands_for_rest = stage > K and s == K - 1 and row.rest
+            step_row.append(b)
+            step_index.append(s)
+            step_texts.append(row.rest if stands_for_rest else row.texts[s])
+    return step_row, step_index, step_texts
 
 
 def batches(lengths, batch_size, seed):

@@ -22,8 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
 
-from floats import DEVICE, FP16, FP32, close, normal
-
 import train
 from kernels import attention, bench, cache, cross_entropy, ops, rows, vae
 from minatp.data import Encoded, collate, left_pad
@@ -41,6 +39,8 @@ from minatp.run.errors import UserError
 from minatp.run.loop import GuardedOptimizer, Run
 from minatp.run.splits import encode_problems
 from minatp.sft import sft_losses, total_loss
+
+from floats import DEVICE, FP16, FP32, close, normal
 
 ROOT = Path(__file__).parents[2]
 
