@@ -5,9 +5,10 @@
     python train.py --stage sft --preset llama-1b --init Llama-3.2-1B-Instruct \\
         --data gsm8k_aug_train.txt --test gsm8k_test.json
 
-This file is the method; read it first. `run` (minatp/run/loop.py) is what surrounds it: it loads,
-logs, saves, resumes, validates and shares the work among GPUs, and can be skipped on a first
-reading. docs/method.md has the equations.
+These are the two loops of the method; read this file first. `run` (minatp/run/loop.py) is what
+surrounds a step: it loads, logs, saves, resumes and validates, and can be skipped on a first
+reading. `distributed` shares the work among GPUs; with one process each call returns its argument.
+docs/method.md has the equations.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from minatp.data import batches, left_pad
 from minatp.decoder import as_text
-from minatp.reward import of_chain
+from minatp.reward import chain_reward
 from minatp.rl import advantages, kl_to_start, log_probs, surrogate
 from minatp.rollout import Noise, Rollout, rollout
 from minatp.run import distributed, options
@@ -27,7 +28,7 @@ from minatp.run.folder import claim_folder
 from minatp.run.huggingface import locate
 from minatp.run.loop import Run
 from minatp.run.splits import load_splits
-from minatp.run.terminal import print0, stop
+from minatp.run.terminal import print0, stop_request
 from minatp.sft import sft_losses, total_loss
 
 
@@ -46,7 +47,7 @@ def main(argv=None):
 
             dry_run(run, sft_gradients, rl_gradients)
         else:
-            with stop, run.memory_guard():
+            with stop_request, run.memory_guard():
                 run.start()
                 {"sft": sft, "rl": rl}[cfg.stage](run)
     distributed.stop()
@@ -63,24 +64,26 @@ def sft(run):
     """
     cfg, model = run.cfg, run.model
     plan = curriculum(cfg, len(run.labelled))
-    n_total = sum(n_step for _, n_step in plan)
+    n_total = sum(n_update for _, n_update in plan)
     run.announce(cfg.method, f"{n_total:,} steps of {cfg.batch_size} problems")
 
-    for stage, n_step in plan:
+    # stage: of the curriculum, 0 … K + 1 (cfg.stage is "sft" or "rl")
+    for stage, n_update in plan:
         model.stage = stage
         loader = curriculum_batches(run, stage)
 
         # run.steps sets the learning rate, skips what a resumed run has done, logs, saves, ...
-        for step, problems in run.steps(loader, n_step, n_total, stage):
+        for step, problems in run.steps(loader, n_update, n_total, stage):
             # 1. The gradient of L_enc + L_dec + L_stop + β·L_KL
             losses, counts = sft_gradients(run, problems, stage, step)
 
-            # 2. A step of the optimizer: gradients summed over ranks, clipped; none if not finite
+            # 2. A step of the optimizer on the gradients, summed over ranks and clipped. The sum of
+            # the losses is only looked at: if it or a gradient is not finite, no step is taken
             grad_norm = run.optimizer.step(sum(losses.values()), problems)
-            run.meter.add({**losses, "grad_norm": grad_norm}, counts, counts["read"])
+            run.meter.add({**losses, "grad_norm": grad_norm}, counts, counts["position"])
 
-            # 3. From scratch, φ starts as what π has become when the first latents come
-            is_last = step == n_step - 1
+            # 3. From scratch, φ starts as a copy of π at the end of stage 0, before any latent
+            is_last = step == n_update - 1
             if stage == 0 and is_last and model.decode and not cfg.init:
                 model.decoder.start_from(model.policy)
     run.finish()
@@ -106,8 +109,8 @@ def curriculum_batches(run, stage):
     seed = cfg.seed * 1000 + stage
     order = batches([row.length for row in labelled], cfg.batch_size - n_answers_only, seed)
     order_answers_only = batches([row.length for row in answers_only], n_answers_only, seed)
-    for i, j in zip(order, order_answers_only):
-        yield [labelled[index] for index in i] + [answers_only[index] for index in j]
+    for chosen, chosen_answers_only in zip(order, order_answers_only):
+        yield [labelled[i] for i in chosen] + [answers_only[i] for i in chosen_answers_only]
 
 
 def sft_gradients(run, problems, stage, step, weight=1.0):
@@ -117,11 +120,14 @@ def sft_gradients(run, problems, stage, step, weight=1.0):
     batch, and how many terms each sum has.
     """
     model, sums = run.model, {}
+    # Each micro-batch is collated (data.collate): some steps become latents, whose noise is eps
     for batch, eps, counts in run.micro_batches(problems, stage, step):
         with run.autocast:
-            # "enc": the text after the latents; "dec": φ's reading of the latents; "stop"; "kl"
+            # "enc": the text after the latents; "dec": φ writes each step from its latents;
+            # "stop": the stop head; "kl": the latents' Gaussians against N(0, I)
             losses = sft_losses(model, batch, eps)
-            # Each is divided by its count in the WHOLE batch, so splitting it changes nothing
+            # L_enc + L_dec + L_stop + β·L_KL, each divided by its count in the WHOLE batch: how it
+            # is split over micro-batches and ranks changes nothing
             loss = weight * total_loss(losses, counts, run.cfg.beta)
         loss.backward()
         for name, value in losses.items():
@@ -140,16 +146,17 @@ def rl(run):
 
     for step, (problems, prompts, labelled) in run.steps(rl_batches(run), cfg.updates):
         # 1. Explore: sample G chains of each question; φ puts their latents into words
-        explored, texts = explore(run, prompts, step)
+        explored, chains = explore(run, prompts, step)
 
         # 2. Reward: the right answer, coherent steps, the format. Every rank sees all rewards
-        reward, parts = judge(run, texts, problems, step)  # (Q, G)
+        reward, parts = judge(run, chains, problems, step)  # (Q, G)
 
         # 3. Advantage: against the mean of the group. A group with equal rewards teaches nothing
         advantage = advantages(reward, cfg.baseline, cfg.normalise)  # (Q, G)
         informative = (advantage != 0).any(1)  # (Q,)
 
-        # 4. Learn. One update a batch is REINFORCE; more are GRPO, clipped against the first (old)
+        # 4. Learn. One update a batch is REINFORCE. More are GRPO: `old`, the log-probabilities at
+        # the first, is what their ratio is clipped against
         old, metrics = None, {}
         for _ in range(cfg.updates_per_batch if informative.any() else 0):
             loss, old, metrics = policy_gradients(run, explored, advantage, informative, old)
@@ -169,26 +176,32 @@ def rl_batches(run):
     order = batches([len(prompt) for prompt in run.prompts], cfg.batch_size, cfg.seed * 1000)
     lengths = [row.length for row in run.labelled]
     labelled_order = batches(lengths, cfg.batch_size, cfg.seed * 1000 + 1)
-    for i, j in zip(order, labelled_order):
-        problems = [run.questions[index] for index in i]
-        prompts = [run.prompts[index] for index in i]
-        yield problems, prompts, [run.labelled[index] for index in j]
+    for chosen, chosen_labelled in zip(order, labelled_order):
+        problems = [run.questions[i] for i in chosen]
+        prompts = [run.prompts[i] for i in chosen]
+        yield problems, prompts, [run.labelled[i] for i in chosen_labelled]
 
 
 @dataclass
 class Explored:
     """G chains of each of this rank's questions, those of one question side by side."""
 
-    prompt: torch.Tensor  # (Q, Tq)
-    prompt_mask: torch.Tensor  # (Q, Tq)
-    noise: Noise  # of Q·G chains
-    rollout: Rollout  # of Q·G chains
-    statistics: dict  # means over the chains of all ranks
-    n_token: int  # latents and words of all ranks
+    # (Q, Tq)
+    prompt: torch.Tensor
+    # (Q, Tq)
+    prompt_mask: torch.Tensor
+    # of Q·G chains
+    noise: Noise
+    # of Q·G chains
+    rollout: Rollout
+    # means over the chains of all ranks
+    statistics: dict
+    # latents and words of all ranks
+    n_token: int
 
 
 def explore(run, prompts, step):
-    """Sample G chains of each prompt, this rank's share: (Explored, the same in words: Chains)."""
+    """Sample G chains of each prompt, this rank's share: (Explored, the same in words)."""
     cfg, model = run.cfg, run.model
     n_chain = len(prompts) * cfg.G
     prompt, prompt_mask = left_pad(distributed.shard(prompts), run.tokenizer.end, run.device)
@@ -203,30 +216,30 @@ def explore(run, prompts, step):
     length = prompt.shape[1] + model.c * model.K + 1 + run.max_new
     run.doing = Doing(f"rl, step {step + 1}", len(ours), length, "--batch-size or --G")
     with run.autocast:
-        chains = rollout(model, prompt, prompt_mask, run.max_new, noise, cfg.G)
-        texts = as_text(model, run.tokenizer, chains)
+        rolled = rollout(model, prompt, prompt_mask, run.max_new, noise, cfg.G)
+        chains = as_text(model, run.tokenizer, rolled)
 
-    # How long the chains are, and how wide the Gaussians that they were drawn from
-    is_candidate = chains.logvar.any(-1)
+    # How long the chains are, and how wide the Gaussians of their latents (0 where there is none)
+    has_latent = rolled.logvar.any(-1)
     statistics = {
-        "latents": chains.n_latent.float().mean(),
-        "sigma": (0.5 * chains.logvar[is_candidate]).exp().mean(),
+        "latents": rolled.n_latent.float().mean(),
+        "sigma": (0.5 * rolled.logvar[has_latent]).exp().mean(),
     }
     statistics = distributed.all_reduce(statistics, run.device, weight=len(prompt))
-    n_token = {"n": int(chains.n_latent.sum() + chains.n_token.sum())}
+    n_token = {"n": int(rolled.n_latent.sum() + rolled.n_token.sum())}
     n_token = distributed.all_reduce(n_token, run.device)["n"]
-    return Explored(prompt, prompt_mask, noise, chains, statistics, n_token), texts
+    return Explored(prompt, prompt_mask, noise, rolled, statistics, n_token), chains
 
 
-def judge(run, texts, problems, step):
+def judge(run, chains, problems, step):
     """Reward the chains: (rewards (Q, G) of all ranks, the means of their parts acc, coh, fmt).
 
-    texts: this rank's Chains. problems: those of all ranks.
+    chains: this rank's Chains. problems: those of all ranks.
     """
     cfg = run.cfg
     ours = distributed.shard(problems)
     answers = [p.answer for p in ours for _ in range(cfg.G)]
-    judged = [of_chain(cfg, chain, answer) for chain, answer in zip(texts, answers)]
+    judged = [chain_reward(cfg, chain, answer) for chain, answer in zip(chains, answers)]
 
     # Every rank gets all rewards, and learns from its own chains
     reward = torch.tensor([R for R, _ in judged]).view(-1, cfg.G)
@@ -247,7 +260,8 @@ def judge(run, texts, problems, step):
 def policy_gradients(run, explored, advantage, informative, old):
     """Add the policy gradient of the informative groups to the parameters.
 
-    The loss is −Σ advantage·log π over their chains, divided by the number of all chains.
+    The gradient is that of −Σ advantage·log π over their chains, divided by the number of all
+    chains.
     advantage (Q, G), informative (Q,): of all ranks; this rank's chains are in `explored`.
     old: what a former update on this batch returned, or None.
     Returns (the loss of all ranks, old, metrics).
@@ -259,19 +273,19 @@ def policy_gradients(run, explored, advantage, informative, old):
     group = ours.nonzero()[:, 0].to(device)
     rows = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
     prompt, prompt_mask = explored.prompt[group], explored.prompt_mask[group]
-    chains = explored.rollout.select(rows)
+    rolled = explored.rollout.select(rows)
     chain_advantage = distributed.shard(advantage)[ours].view(-1, 1).to(device)  # (rows, 1)
 
     loss, metrics = torch.zeros((), device=device), {}
     if len(rows):
-        length = prompt.shape[1] + chains.z.shape[1] + 1 + chains.token.shape[1]
+        length = prompt.shape[1] + rolled.z.shape[1] + 1 + rolled.token.shape[1]
         run.doing = Doing(f"rl, step {run.step + 1}", len(rows), length, "--batch-size or --G")
         with run.autocast:
             # The log-probability of every decision: latents (with score, not path), stops, words
-            eps = explored.noise.eps[rows] if cfg.estimator == "path" else None
-            new = log_probs(model, prompt, prompt_mask, chains, cfg.G, eps)
-            words = 0 * new.token if cfg.greedy else new.token  # greedy words were not sampled
-            logp = torch.cat((new.z, new.stop, words), 1)  # (rows, T)
+            eps = explored.noise.eps_keys[rows] if cfg.estimator == "path" else None
+            new = log_probs(model, prompt, prompt_mask, rolled, cfg.G, eps)
+            logp_words = 0 * new.logp_token if cfg.greedy else new.logp_token  # greedy: not sampled
+            logp = torch.cat((new.logp_z, new.logp_stop, logp_words), 1)  # (rows, T)
 
             # REINFORCE at the first update; later ones are clipped against it
             old_logp, start = old or (logp.detach(), None)
@@ -281,15 +295,16 @@ def policy_gradients(run, explored, advantage, informative, old):
             # The share of decisions that were clipped
             is_latent = new.candidate & (cfg.estimator == "score")
             is_stop = new.candidate[:, :: model.c] & model.stop
-            is_word = (chains.token >= 0) & (not cfg.greedy)
+            is_word = (rolled.token >= 0) & (not cfg.greedy)
             n_decision = torch.cat((is_latent, is_stop, is_word), 1).sum()
             metrics["clamped"] = clamped.sum() / n_decision.clamp(min=1)
 
-            # KL to the SFT policy: measured for each log line, part of the loss with --kl
+            # KL to the SFT policy, a mean over the informative chains: measured for each log line,
+            # part of the loss with --kl
             if cfg.kl or run.is_log_due:
                 if start is None:
                     with torch.no_grad():
-                        start = log_probs(run.start_model, prompt, prompt_mask, chains, cfg.G)
+                        start = log_probs(run.start_model, prompt, prompt_mask, rolled, cfg.G)
                 kl = kl_to_start(new, start)
                 metrics["kl"] = kl / len(rows)
                 if cfg.kl:
@@ -308,8 +323,8 @@ def rl_gradients(run, problems):
     It is the most that an update can cost. Returns the metrics of the batch.
     """
     prompts = run.tokenizer.prompts([p.question for p in problems])
-    explored, texts = explore(run, prompts, step=0)
-    reward, parts = judge(run, texts, problems, step=0)
+    explored, chains = explore(run, prompts, step=0)
+    reward, parts = judge(run, chains, problems, step=0)
     advantage = advantages(reward, run.cfg.baseline, run.cfg.normalise)
     all_groups = torch.ones(len(problems), dtype=torch.bool)
     policy_gradients(run, explored, advantage, all_groups, old=None)

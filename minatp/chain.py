@@ -1,7 +1,6 @@
 """The chain of latents, with gradients through every one of them.
 
     forward    for t = 0 … n−1:  z_t = propose(h_t, ε_t),  h_{t+1} = π(z_t | the cache)
-               (h_t here is h_{t−1} in docs/method.md)
     backward   for t = n−1 … 0:  the gradient of z_t comes from the losses and from all that was
                read later, through h_{t+1} and through the key and value of z_t's column. It
                continues to h_t, to the weights, and to the columns before t
@@ -27,7 +26,7 @@ def read_prompt(policy, prompt, prompt_mask, room, group=1):
     cache, with room for so many more columns.
     """
     cache = policy.cache(len(prompt), prompt.shape[1] + room)
-    h = policy(policy.embed(prompt), prompt_mask, cache, 1)[:, 0]
+    h = policy(policy.embed(prompt), prompt_mask, cache, last=1)[:, 0]
     if group > 1:
         rows = torch.arange(len(h) * group, device=h.device) // group
         cache.keep(rows, group)
@@ -38,12 +37,18 @@ def read_prompt(policy, prompt, prompt_mask, room, group=1):
 class Plan(NamedTuple):
     """How far B rows think, and their noise."""
 
-    n_latent: torch.Tensor  # (B,) latents that each row uses; of an answer_only row, at most
-    L: int  # the most latents of a row: latents 0 … L−1 are fed to π
-    n_candidate: int  # latents to propose: L, or L + 1 if a row's dropped candidate is needed
-    eps: torch.Tensor | None = None  # (B, ≥ n_candidate, …) as in kernels/vae.py; None: z = μ
-    answer_only: torch.Tensor | None = None  # (B,) bool: rows that stop when the stop head says so
-    spread: float = 1.0  # as in ATP.propose
+    # (B,) latents that each row uses; of an answer_only row, at most
+    n_latent: torch.Tensor
+    # the most latents of a row: latents 0 … L−1 are fed to π
+    L: int
+    # latents to propose: L, or L + 1 if a row's dropped candidate is needed
+    n_candidate: int
+    # (B, ≥ n_candidate, …) as in kernels/vae.py; None: z = μ
+    eps: torch.Tensor | None = None
+    # (B,) bool: rows that stop when the stop head says so
+    answer_only: torch.Tensor | None = None
+    # as in ATP.propose
+    spread: float = 1.0
 
 
 def walk(model, h, cache, plan):
@@ -63,7 +68,8 @@ def walk(model, h, cache, plan):
 
     feed = partial(model.policy.step, cache=cache)
 
-    # The gradient of each weight is one product for the whole chain, not one for each latent
+    # Same loop, but in the backward pass the gradient of each weight is one product for the whole
+    # chain, not one for each latent
     with deferred_weight_gradients(model):
         _, latent, n_latent = latent_loop(model, h, plan, feed)
     return latent, n_latent
@@ -92,7 +98,8 @@ def latent_loop(model, h, plan, feed):
             stops = plan.answer_only & (n_latent > t) & says_stop
             n_latent = torch.where(stops, t, n_latent)
 
-        # Feed z_t to π, in the rows that use it. The others' h is not used any more
+        # Feed z_t to π, in the rows that use it. What the others propose from here on is masked out
+        # by the caller
         if t < plan.L:
             h = feed(latent.z, t < n_latent)
 

@@ -15,13 +15,20 @@ from kernels.cross_entropy import IGNORE
 class Encoded:
     """A problem as token ids."""
 
-    prompt: list  # bos question "\n" <|start-latent|>
-    lines: list  # of each step: step "\n", as the policy writes it
-    texts: list  # of each step: step eos, as the decoder LM φ writes it
-    rest: list  # as texts: the K-th step and all that follow, joined; [] if there are at most K
-    answer: list  # "### " answer eos
-    source: str  # where the problem comes from, "path:line"
-    answer_only: bool = False  # its steps are unknown, which is not the same as having none
+    # bos question "\n" <|start-latent|>
+    prompt: list
+    # of each step: step "\n", as the policy writes it
+    lines: list
+    # of each step: step eos, as the decoder LM φ writes it
+    texts: list
+    # as texts: the K-th step and all that follow, joined; [] if there are at most K
+    rest: list
+    # "### " answer eos
+    answer: list
+    # where the problem comes from, "path:line"
+    source: str
+    # its steps are unknown, which is not the same as having none (n = 0: it must stop at once)
+    answer_only: bool = False
 
     @property
     def length(self):
@@ -88,22 +95,34 @@ class Batch:
     The prompt is padded on the left, so that latents align; the text after them on the right.
     """
 
-    prompt: torch.Tensor  # (B, Tq) ids, ending in <|start-latent|>
-    prompt_mask: torch.Tensor  # (B, Tq) bool, False where padded
-    n_latent: torch.Tensor  # (B,) latents of each row
-    has_stop: torch.Tensor  # (B,) bool: the candidate after the last latent is labelled "stop"
-    answer_only: (
-        torch.Tensor
-    )  # (B,) bool: the steps are unknown, so the model decides when to stop; n_latent is the most
-    text: torch.Tensor  # (B, Tt) ids read after the latents: <|end-latent|> … answer
-    text_mask: torch.Tensor  # (B, Tt) bool, False where padded
-    target: torch.Tensor  # (B, Tt) ids to write there, IGNORE where padded
-    step_row: torch.Tensor  # (N,) the problem of each latent step that φ must read back
-    step_index: torch.Tensor  # (N,) which step of that problem it is
-    step_text: torch.Tensor  # (N, Ts) the step's text and eos, IGNORE where padded
-    L: int  # most latents of a row
-    n_candidate: int  # L, or L + 1 if a row of L latents has a candidate labelled "stop"
-    counts: dict  # what each loss is a mean over, and "read": positions that the policy reads
+    # (B, Tq) ids, ending in <|start-latent|>
+    prompt: torch.Tensor
+    # (B, Tq) bool, False where padded
+    prompt_mask: torch.Tensor
+    # (B,) latents of each row
+    n_latent: torch.Tensor
+    # (B,) bool: the candidate after the last latent is labelled "stop"
+    has_stop: torch.Tensor
+    # (B,) bool: the steps are unknown, so the model decides when to stop; n_latent is the most
+    answer_only: torch.Tensor
+    # (B, Tt) ids read after the latents: <|end-latent|> … answer
+    text: torch.Tensor
+    # (B, Tt) bool, False where padded
+    text_mask: torch.Tensor
+    # (B, Tt) ids to write there, IGNORE where padded
+    target: torch.Tensor
+    # (N,) the problem of each latent step that φ must read back
+    step_row: torch.Tensor
+    # (N,) which step of that problem it is
+    step_index: torch.Tensor
+    # (N, Ts) the step's text and eos, IGNORE where padded
+    step_text: torch.Tensor
+    # most latents of a row
+    L: int
+    # L, or L + 1 if a row of L latents has a candidate labelled "stop"
+    n_candidate: int
+    # what each loss is a mean over, and "position": how many the policy reads
+    counts: dict
 
     def to(self, device):
         moved = {}
@@ -150,7 +169,8 @@ def collate(rows, stage, model):
     n_latent = c * torch.where(takes_all, most_steps, torch.tensor(n_step))
     L = int(n_latent.max())
 
-    # A row with fewer steps than the stage is shown one more candidate, and must stop there
+    # A row with fewer steps than min(k, K) is shown one more candidate, and must stop there. That
+    # candidate is in column n_latent: of the longest rows alone it needs a column more than L
     has_stop = (torch.tensor(n_step) < most_steps) & ~takes_all
     n_candidate = L + int((has_stop & (n_latent == L)).any())
 
@@ -174,7 +194,7 @@ def collate(rows, stage, model):
         "kl": int(n_latent[~answer_only].sum()),
         "stop": int(sum(n_step) + has_stop.sum()),
         "answer_only": int(answer_only.sum()),
-        "read": int(prompt_mask.sum() + n_latent.sum() + n_read.sum()),
+        "position": int(prompt_mask.sum() + n_latent.sum() + n_read.sum()),
     }
     return Batch(
         prompt=prompt,

@@ -72,7 +72,7 @@ def read_thoughts(decoder, z, eos, max_new):
     count_done = DelayedCount(fixed_shape)
     with cast_once(decoder):
         all_real = torch.ones(N, c, dtype=torch.bool, device=z.device)
-        h = decoder(z, all_real, cache, 1)[:, 0]
+        h = decoder(z, all_real, cache, last=1)[:, 0]
         tick(torch.zeros_like(rows[0]), h)
         for t in range(1, max_new):
             n_done = count_done(~writing)
@@ -101,7 +101,7 @@ def top_readings(decoder, z, eos, n, max_new):
         return ended
     cache = decoder.cache(N, c + max_new)
     all_real = torch.ones(N, c, dtype=torch.bool, device=z.device)
-    h = decoder(z, all_real, cache)[:, -1]
+    h = decoder(z, all_real, cache, last=1)[:, 0]
 
     total = z.new_zeros(N, 1)  # (N, beams) log-probability of each beam
     ids = [[[]] for _ in range(N)]  # of each step and beam: its words so far
@@ -144,14 +144,21 @@ def top_readings(decoder, z, eos, n, max_new):
 class Chain:
     """One problem, solved once, as text."""
 
-    thoughts: list  # what φ reads in each latent step; [] without a decoder
-    text: str  # what the policy wrote, ending in "### 19"
-    ended: bool  # with eos, not by running out of room
+    # what φ reads in each latent step; [] without a decoder
+    thoughts: list
+    # what the policy wrote, ending in "### 19"
+    text: str
+    # with eos, not by running out of room
+    ended: bool
     n_latent: int
-    n_token: int  # written, eos included
-    stop_prob: list  # of each step at which the stop head was asked
-    sigma: list  # mean σ of each latent step; [] without the VAE
-    z: torch.Tensor | None = None  # (n_latent, D), if `solve` was asked to keep it
+    # written, eos included
+    n_token: int
+    # of each step at which the stop head was asked
+    stop_prob: list
+    # mean σ of each latent step; [] without the VAE
+    sigma: list
+    # (n_latent, D), if `solve` was asked to keep it
+    z: torch.Tensor | None = None
 
     @property
     def steps(self):

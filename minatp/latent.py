@@ -23,11 +23,16 @@ class Latent(NamedTuple):
     Without the VAE z = mu = h, and the rest is None.
     """
 
-    z: torch.Tensor  # (..., D)
-    mu: torch.Tensor  # (..., D)
-    logvar: torch.Tensor  # (..., D)
-    kl: torch.Tensor  # (...) KL(N(μ, σ²) ‖ N(0, I)), mean over the dimensions
-    logp: torch.Tensor  # (...) log N(z; μ, σ²), summed over the dimensions
+    # (..., D)
+    z: torch.Tensor
+    # (..., D)
+    mu: torch.Tensor
+    # (..., D)
+    logvar: torch.Tensor
+    # (...) KL(N(μ, σ²) ‖ N(0, I)), mean over the dimensions
+    kl: torch.Tensor
+    # (...) log N(z; μ, σ²), summed over the dimensions
+    logp: torch.Tensor
 
 
 class LatentHead(nn.Module):
@@ -93,8 +98,8 @@ class ATP(nn.Module):
     def propose(self, h, eps=None, z=None, spread=1.0):
         """The candidate after hidden state h (..., D) -> Latent.
 
-        z = μ + σ·ε by default, with eps as in kernels/vae.py; z = μ if eps is None. If z is given,
-        it is taken as it is and only its KL and density are computed.
+        eps (..., D): ε, so that z = μ + σ·ε; None: z = μ. (On a GPU it is (..., 2), the seed and
+        offset from which a kernel draws ε.) z: take that one; only its KL and density are computed.
         spread widens the Gaussian: z ~ N(μ, (spread·σ)²), and kl and logp are of that one. mu and
         logvar stay the head's.
         """
@@ -102,7 +107,9 @@ class ATP(nn.Module):
             return Latent(upcast(h) if z is None else z, upcast(h), None, None, None)
         mu, logvar = self.latent_head(h)
         spread_logvar = logvar if spread == 1 else logvar + 2 * math.log(spread)
-        # z = μ + exp(½ log σ²)·ε,  KL(N(μ, σ²) ‖ N(0, I)),  log N(z; μ, σ²)
+        # z = μ + exp(½ log σ²)·ε
+        # KL(N(μ, σ²) ‖ N(0, I)) = ½ mean(μ² + σ² − 1 − log σ²)
+        # log N(z; μ, σ²) = −½ Σ((z − μ)²/σ² + log σ² + log 2π)
         z, kl, logp = ops.reparameterise(mu, spread_logvar, eps, z)
         return Latent(z, mu, logvar, kl, logp)
 

@@ -73,9 +73,8 @@ class KVCache:
     later columns flows back into earlier ones.
     """
 
-    replays_steps = (
-        False  # whether `step` is a CUDA graph; kernels/cache.py has a cache where it is
-    )
+    # whether `step` is a CUDA graph; kernels/cache.py has a cache where it is
+    replays_steps = False
 
     def __init__(self, cfg, B, T, device):
         self.length = 0
@@ -211,22 +210,21 @@ class Block(nn.Module):
         self.self_attn = Attention(cfg)
         self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.mlp = MLP(cfg)
-        self.recompute = (
-            False  # the MLP in the backward pass: saves most activations for a fifth more work
-        )
+        # compute the MLP again in the backward pass: saves most activations for a fifth more work
+        self.recompute = False
 
     def forward(self, x, branch, n, rope, cache, i):
-        """x (B, T, D): the residual stream. branch: what the last block adds to it.
+        """x ← x + attention(norm(x)), then x ← x + mlp(norm(x)).
 
-        Returns both after this block, of the last n columns.
-
-        Every norm first adds the branch before it, so that one kernel can do both.
+        Each addition is left to the norm that follows, so that one kernel can do both. So x
+        (B, T, D) comes with a branch that is still to be added, and is returned with another, both
+        of the last n columns.
         """
         x, y = self.input_layernorm(x, branch)
         y = self.self_attn(y, n, rope, cache, i)
         x, y = self.post_attention_layernorm(x if n == x.shape[1] else x[:, -n:], y)
-        # not for a single column: a step of the chain of latents keeps its inputs for the weight
-        # gradient
+        # Not for a single column: a step of the chain of latents keeps its inputs for the weights'
+        # gradients
         if self.recompute and torch.is_grad_enabled() and y.shape[1] > 1:
             return x, checkpoint(self.mlp, y, use_reentrant=False)
         return x, self.mlp(y)
@@ -294,22 +292,25 @@ class Llama(nn.Module):
         """ids (...) -> input embeddings (..., D)."""
         return self.model.embed_tokens(ids)
 
-    def forward(self, x, valid, cache, n=None):
+    def forward(self, x, valid, cache, last=None):
         """Read T new columns x (B, T, D), real where valid (B, T) bool, after those in the cache.
 
-        Returns the hidden states after the final norm, (B, T, D). With n, those of the last n
-        columns alone: of the others the top layer then makes keys and values and nothing else.
+        Returns the hidden states after the final norm, (B, T, D), or those of the `last` columns
+        alone: of the others the top layer then makes keys and values and nothing else.
         Positions count the real columns only.
         """
         T = x.shape[1]
+
+        # The angle of each position, for RoPE
         position = cache.open(valid)  # (B, T)
         angle = position[:, None, :, None] * self.freq  # (B, 1, T, hd/2)
         rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
+        # The layers; each leaves a branch to be added by the next norm
         branch = None
         top = len(self.model.layers) - 1
         for i, block in enumerate(self.model.layers):
-            n_out = n if n and i == top else T
+            n_out = last if last and i == top else T
             x, branch = block(x, branch, n_out, rope, cache, i)
         _, h = self.model.norm(x, branch)
         return h

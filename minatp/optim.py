@@ -17,6 +17,7 @@ cannot skip a step.
 import torch
 
 MOMENTUM = 0.95
+A, B, C = 3.4445, -4.7750, 2.0315  # a, b, c
 
 
 def build_optimizer(cfg, model):
@@ -37,11 +38,12 @@ def build_optimizer(cfg, model):
 def orthogonalise(G):
     """About U·Vᵀ of G = U·S·Vᵀ, (rows, columns)."""
     is_tall = G.shape[0] > G.shape[1]
-    X = G.t() if is_tall else G  # so that A is the smaller of the two products
+    X = G.t() if is_tall else G  # so that X·Xᵀ is the smaller of the two products
     X = (X / (X.norm() + 1e-7)).to(torch.bfloat16 if G.is_cuda else G.dtype)
     for _ in range(5):
-        A = X @ X.t()
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+        S = X @ X.t()
+        S = torch.addmm(S, S, S, beta=B, alpha=C)  # b·A + c·A²
+        X = torch.addmm(X, S, X, beta=A)  # a·X + (b·A + c·A²)·X
     return (X.t() if is_tall else X).to(G.dtype)
 
 

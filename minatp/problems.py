@@ -98,10 +98,9 @@ def calculate(a, op, b):
 
 
 def events(rng, lengths=(1, 2, 3, 4), shares=(1, 2, 3, 5)):
-    """ "Ann has 5 pens.
+    """A chain of events: "Ann has 5 pens. Ann buys 7. That doubles. …"
 
-    Ann buys 7. That doubles. …" Long chains leave the range more often, so they are tried more
-    often.
+    Long chains leave the range of numbers more often, so they are tried more often.
     """
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     total = rng.randint(2, 20)
@@ -130,7 +129,7 @@ def longer_events(rng):
 
 
 def comparison(rng):
-    """ "Ann has 5 pens. Bob has twice the pens of Ann. …" In order or reversed."""
+    """A chain of comparisons: "Ann has 5 pens. Bob has twice the pens of Ann. …", or reversed."""
     n, thing = rng.choices((1, 2, 3), (1, 2, 5))[0], rng.choice(THINGS)
     names = rng.sample(NAMES, n + 1)
     values = [rng.randint(2, 15)]
@@ -161,7 +160,7 @@ def comparison(rng):
 
 
 def groups(rng):
-    """ "Ann has 2 boxes of 3 pens and 4 bags of 5 pens. …" The products come in either order."""
+    """Two products, in either order: "Ann has 2 boxes of 3 pens and 4 bags of 5 pens. …" """
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     a, b, c, d = (rng.randint(2, 7) for _ in range(4))
     first, second = (a, "*", b), (c, "*", d)
@@ -176,7 +175,7 @@ def groups(rng):
 
 
 def shopping(rng):
-    """ "Ann has 30 coins and buys 2 pens at 3 coins each …" The steps come in any valid order."""
+    """Steps in any valid order: "Ann has 30 coins and buys 2 pens at 3 coins each …" """
     name, (x, y) = rng.choice(NAMES), rng.sample(THINGS, 2)
     money = rng.randint(5, LARGEST)
     a, p, b, q = (rng.randint(2, 6) for _ in range(4))

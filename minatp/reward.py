@@ -5,7 +5,7 @@ Numbers are compared exactly, as fractions.
 accuracy    is the number after "### " right?
 form        is the answer well-formed and ended?
 coherence   is the result of each step used by a later step, or the answer?
-total       the reward of one chain; `of_chain` takes its weights from the options
+total       the reward of one chain; `chain_reward` takes its weights from the options
 """
 
 import ast
@@ -140,8 +140,6 @@ def value(node, text):
     """The exact value of an arithmetic expression, the syntax tree of `text`.
 
     Raises ValueError on anything but numbers, + − * / and brackets.
-
-    Raises ValueError on anything but numbers, + − * / and brackets.
     """
     operations = {
         ast.Add: Fraction.__add__,
@@ -180,7 +178,7 @@ def total(text, steps, ended, gold, w_acc=1.0, w_coh=0.1, w_fmt=0.5, strict=Fals
     return reasoning + w_fmt * parts["fmt"], parts
 
 
-def of_chain(cfg, chain, gold):
+def chain_reward(cfg, chain, gold):
     """`total` of a decoder.Chain, with the weights of the options."""
     return total(
         chain.text,

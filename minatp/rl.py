@@ -49,14 +49,20 @@ def surrogate(logp, old, advantage, clip=0.2):
 
 
 class LogProbs(NamedTuple):
-    """Log-probabilities as in Rollout, and the Gaussians that the latents came from."""
+    """Log-probabilities as in Rollout, but with gradients, and the Gaussians of the latents."""
 
-    z: torch.Tensor  # (B, cK)
-    stop: torch.Tensor  # (B, K)
-    token: torch.Tensor  # (B, Tt)
-    mu: torch.Tensor  # (B, cK, D), or hidden states without the VAE
-    logvar: torch.Tensor  # (B, cK, D), or None without the VAE
-    candidate: torch.Tensor  # (B, cK) bool: where a latent was proposed
+    # (B, cK)
+    logp_z: torch.Tensor
+    # (B, K)
+    logp_stop: torch.Tensor
+    # (B, Tt)
+    logp_token: torch.Tensor
+    # (B, cK, D), or hidden states without the VAE
+    mu: torch.Tensor
+    # (B, cK, D), or None without the VAE
+    logvar: torch.Tensor
+    # (B, cK) bool: where a latent was proposed
+    candidate: torch.Tensor
 
 
 def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
@@ -72,34 +78,36 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
     words are actions. The chain is walked, and their gradient runs back through every latent.
     """
     policy, c = model.policy, model.c
-    (B, L), Tt = rollout.z.shape[:2], rollout.token.shape[1]
-    # asked before a GPU has anything to do, so that the host does not wait
-    longest = 0 if eps is None else int(rollout.n_latent.max())
+    (B, cK), Tt = rollout.z.shape[:2], rollout.token.shape[1]
+    # Most latents of a row. The host learns it here, while a GPU still has nothing to do
+    L = 0 if eps is None else int(rollout.n_latent.max())
 
     # Which columns hold a used latent, a candidate, a word
-    column = torch.arange(max(L, Tt), device=prompt.device)
-    used = column[:L] < rollout.n_latent[:, None]  # (B, L)
+    column = torch.arange(max(cK, Tt), device=prompt.device)
+    used = column[:cK] < rollout.n_latent[:, None]  # (B, cK)
     written = column[:Tt] < rollout.n_token[:, None]  # (B, Tt)
-    dropped = (column[:L] == rollout.n_latent[:, None]) & rollout.stopped[:, None]
+    dropped = (column[:cK] == rollout.n_latent[:, None]) & rollout.stopped[:, None]
     candidate = used | dropped
 
-    # After the latents the policy read <|end-latent|> and all words but the last
-    h_prompt, cache = read_prompt(policy, prompt, prompt_mask, L + Tt, group)
+    # After the latents the policy read <|end-latent|> and all words but the last: n_token ids
+    h_prompt, cache = read_prompt(policy, prompt, prompt_mask, cK + Tt, group)
     end_latent = torch.full((B, 1), model.end, device=prompt.device)
     text = policy.embed(torch.cat((end_latent, rollout.token[:, :-1].clamp(min=0)), 1))
 
-    logp_z = rollout.logp_z.new_zeros(B, L)
+    logp_z = rollout.logp_z.new_zeros(B, cK)
     if eps is None:
+        # One parallel pass over latents and words
         h = policy(torch.cat((rollout.z, text), 1), torch.cat((used, written), 1), cache)
-        h_text = h[:, L:]
-        # the latent in column t was proposed from the column before it
-        h_before = torch.cat((h_prompt[:, None], h[:, : L - 1]), 1)
+        h_text = h[:, cK:]
+        # The latent in column t was proposed from the column before it
+        h_before = torch.cat((h_prompt[:, None], h[:, : cK - 1]), 1)
         latent = model.propose(h_before, z=rollout.z, spread=rollout.spread)
         if model.vae:
             logp_z = torch.where(candidate, latent.logp, 0.0)
     else:
+        # Walk the chain again, with the same noise; then one pass over the words
         eps = ops.prepare_noise(eps, rollout.z.shape[-1])
-        plan = Plan(rollout.n_latent, longest, L, eps, spread=rollout.spread)
+        plan = Plan(rollout.n_latent, L=L, n_candidate=cK, eps=eps, spread=rollout.spread)
         latent, _ = walk(model, h_prompt, cache, plan)
         h_text = policy(text, written, cache)
 
@@ -131,4 +139,4 @@ def kl_to_start(new, start):
         return (r.clamp(-10, 10).exp() - 1 - r).sum()
 
     kl_z = gauss[new.candidate].sum()
-    return kl_z + k3(new.stop, start.stop) + k3(new.token, start.token)
+    return kl_z + k3(new.logp_stop, start.logp_stop) + k3(new.logp_token, start.logp_token)

@@ -24,18 +24,23 @@ class Noise:
     They are drawn before any batch is made, so that batching does not change a problem's luck.
     """
 
-    eps: torch.Tensor  # (B, cK, 2) the seed and offset of each latent's ε (kernels/vae.py)
-    stop: torch.Tensor  # (B, K) uniform
-    token: torch.Tensor  # (B, max_new) uniform; None: the words are greedy
-    spread: float = 1.0  # z ~ N(μ, (spread·σ)²)
-    temperature: float = 1.0  # of the words
+    # (B, cK, 2) the seed and offset of each latent's ε (kernels/vae.py)
+    eps_keys: torch.Tensor
+    # (B, K) uniform
+    stop: torch.Tensor
+    # (B, max_new) uniform; None: the words are greedy
+    token: torch.Tensor
+    # z ~ N(μ, (spread·σ)²)
+    spread: float = 1.0
+    # of the words
+    temperature: float = 1.0
 
     @staticmethod
     def draw(model, B, max_new, seed, temperature=1.0, spread=None, greedy=False):
         """spread: defaults to the temperature. greedy: sample the latents, but not the words."""
         g = torch.Generator().manual_seed(seed)
         return Noise(
-            eps=ops.noise_keys(seed, B, model.c * model.K),
+            eps_keys=ops.noise_keys(seed, B, model.c * model.K),
             stop=torch.rand(B, model.K, generator=g),
             token=None if greedy else torch.rand(B, max_new, generator=g),
             spread=temperature if spread is None else spread,
@@ -46,7 +51,10 @@ class Noise:
         """The noise of some rows, on a device."""
         token = None if self.token is None else self.token[rows].to(device)
         return replace(
-            self, eps=self.eps[rows].to(device), stop=self.stop[rows].to(device), token=token
+            self,
+            eps_keys=self.eps_keys[rows].to(device),
+            stop=self.stop[rows].to(device),
+            token=token,
         )
 
 
@@ -54,11 +62,12 @@ class Noise:
 class Forced:
     """Latents that a rollout must take in place of its own first ones: for edits and probes."""
 
-    z: torch.Tensor  # (B, cK, D)
-    n: torch.Tensor  # (B,) how many latents of z count, whole steps
-    ends: (
-        torch.Tensor
-    )  # (B,) bool: the answer follows them; otherwise the model thinks on from there
+    # (B, cK, D)
+    z: torch.Tensor
+    # (B,) how many latents of z count, whole steps
+    n: torch.Tensor
+    # (B,) bool: the answer follows them; otherwise the model thinks on from there
+    ends: torch.Tensor
 
     def at(self, rows, device):
         """Those of some rows, on a device."""
@@ -69,21 +78,28 @@ class Forced:
 class Rollout:
     """B finished chains. Entries past the end of a row are 0 (−1 for tokens)."""
 
-    z: torch.Tensor  # (B, cK, D) the used latents, then the candidate dropped at a stop
-    logvar: torch.Tensor  # (B, cK, D), or None without the VAE
-    n_latent: torch.Tensor  # (B,) latents used
-    stopped: (
-        torch.Tensor
-    )  # (B,) bool: ended by the stop head; z[b, n_latent[b]] is the dropped candidate
-    stop_prob: (
-        torch.Tensor
-    )  # (B, K) probability of stopping at each step, NaN where the head was not asked
-    token: torch.Tensor  # (B, max_new) what was written, eos included
-    n_token: torch.Tensor  # (B,)
-    logp_z: torch.Tensor  # (B, cK) log-density of each candidate, when proposed
-    logp_stop: torch.Tensor  # (B, K) log-probability of each decision taken
-    logp_token: torch.Tensor  # (B, max_new)
-    spread: float = 1.0  # of the Noise that made it
+    # (B, cK, D) the used latents, then the candidate dropped at a stop
+    z: torch.Tensor
+    # (B, cK, D), or None without the VAE
+    logvar: torch.Tensor
+    # (B,) latents used
+    n_latent: torch.Tensor
+    # (B,) bool: ended by the stop head; z[b, n_latent[b]] is the dropped candidate
+    stopped: torch.Tensor
+    # (B, K) probability of stopping at each step, NaN where the head was not asked
+    stop_prob: torch.Tensor
+    # (B, max_new) what was written, eos included
+    token: torch.Tensor
+    # (B,)
+    n_token: torch.Tensor
+    # (B, cK) log-density of each candidate, when proposed
+    logp_z: torch.Tensor
+    # (B, K) log-probability of each decision taken
+    logp_stop: torch.Tensor
+    # (B, max_new)
+    logp_token: torch.Tensor
+    # of the Noise that made it
+    spread: float = 1.0
     temperature: float = 1.0
 
     @staticmethod
@@ -127,11 +143,14 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
     continued `group` times: B = Q·group rows, those of one prompt side by side.
     noise: a Noise of B rows, or None for the mean policy: z = μ, stop by argmax, greedy answer.
     forced: a Forced of B rows, or None. No stop is taken before the end of the forced latents,
-    whatever the stop head says.
+    whatever the stop head says. Returns a Rollout of B rows.
 
-    At every tick each unfinished row reads one position: a latent, <|end-latent|> or a word. A row
-    is done at eos or after max_new words. Done rows leave the batch, at once or, if ticks are CUDA
-    graphs, when they are half of it: an early stop saves real work. Returns a Rollout of B rows.
+    At every tick each unfinished row reads one position x, and its hidden state h decides:
+
+        THINKS    propose z from h. At the first latent of a step the stop head may drop it:
+                      then x ← <|end-latent|>, and the row WRITES from the next tick on;
+                  otherwise x ← z, unless the row has all its latents: x ← <|end-latent|>, WRITES
+        WRITES    choose the next word from h; x ← the word. At eos or after max_new words: DONE
     """
     policy, c, device = model.policy, model.c, prompt.device
     cK = c * min(model.stage, model.K)  # most latents
@@ -142,18 +161,19 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
     h, cache = read_prompt(policy, prompt, prompt_mask, cK + 1 + max_new, group)
     B, D = h.shape
     out = Rollout.empty(model, B, max_new, noise, device)
-    eps = noise and ops.prepare_noise(noise.eps, D)
+    eps = noise and ops.prepare_noise(noise.eps_keys, D)
 
     # How many latents each row may have
     limit = torch.full((B,), cK, device=device)
     if forced is not None:
         limit = torch.where(forced.ends, forced.n, cK).clamp(max=cK)
 
-    # In a CUDA graph shapes are fixed: every row is computed, and only what is due is stored
+    # On a CPU, rows_where gives the rows that are due, and write_where(a, i, v, due) is a[i] = v.
+    # In a CUDA graph shapes are fixed: rows_where gives all rows, write_where stores what is due
     fixed_shape = cache.replays_steps
 
     # The state of the batch, written in place
-    rows = torch.arange(B, device=device)  # the chain that each row is
+    rows = torch.arange(B, device=device)  # which of the B chains each row is
     doing = torch.zeros_like(rows)  # THINKS, WRITES or DONE
     x = end_latent.repeat(B, 1)  # (rows, D) what each row reads next
 
@@ -162,14 +182,14 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         b = rows_where(writes, fixed_shape)
         if not len(b):
             return
-        chain, due = rows[b], writes[b]
+        row, due = rows[b], writes[b]
 
         # The n-th word of each chain, greedy or sampled
-        n = out.n_token[chain].clamp(max=max_new - 1)
-        token, logp = choose_token(policy.logits(h[b]), noise, chain, n)
-        write_where(out.token, (chain, n), token, due)
-        write_where(out.logp_token, (chain, n), logp, due)
-        out.n_token[chain] += due
+        n = out.n_token[row].clamp(max=max_new - 1)
+        token, logp = choose_token(policy.logits(h[b]), noise, row, n)
+        write_where(out.token, (row, n), token, due)
+        write_where(out.logp_token, (row, n), logp, due)
+        out.n_token[row] += due
 
         # It is read next, unless it ends the answer
         write_where(x, b, policy.embed(token), due)
@@ -181,19 +201,19 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         b = rows_where(thinks, fixed_shape)
         if not len(b):
             return
-        chain, due = rows[b], thinks[b]
+        row, due = rows[b], thinks[b]
         column = t.clamp(max=cK - 1).expand(len(b))
 
         # Propose z ~ N(μ, σ²), or take the forced latent
-        latent = model.propose(h[b], noise and eps[chain, column], spread=out.spread)
+        latent = model.propose(h[b], noise and eps[row, column], spread=out.spread)
         z = latent.z
         if forced is not None:
-            is_forced = t < forced.n[chain]
-            z = torch.where(is_forced[:, None], forced.z[chain, column], z)
-        write_where(out.z, (chain, column), z, due)
+            is_forced = t < forced.n[row]
+            z = torch.where(is_forced[:, None], forced.z[row, column], z)
+        write_where(out.z, (row, column), z, due)
         if model.vae:
-            write_where(out.logvar, (chain, column), latent.logvar, due)
-            write_where(out.logp_z, (chain, column), latent.logp, due)
+            write_where(out.logvar, (row, column), latent.logvar, due)
+            write_where(out.logp_z, (row, column), latent.logp, due)
 
         # At the first latent of a step the stop head reads the candidate: stop drops it
         stop = torch.zeros_like(due)
@@ -203,17 +223,17 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
             if noise is None:
                 stop = logp[:, 1] > logp[:, 0]
             else:
-                stop = noise.stop[chain, column // c] < logp[:, 1].exp()
+                stop = noise.stop[row, column // c] < logp[:, 1].exp()
             stop = stop & asked
             if forced is not None:
                 stop = stop & ~is_forced
-            step = chain, column // c
+            step = row, column // c
             write_where(out.stop_prob, step, logp[:, 1].exp(), asked)
             write_where(out.logp_stop, step, torch.where(stop, logp[:, 1], logp[:, 0]), asked)
-            write_where(out.stopped, chain, stop, due)
+            write_where(out.stopped, row, stop, due)
 
         # A latent that is kept is read next; after a stop it is <|end-latent|>
-        out.n_latent[chain] += due & ~stop
+        out.n_latent[row] += due & ~stop
         write_where(x, b, z, due & ~stop)
         write_where(doing, b, torch.where(stop, WRITES, THINKS), due)
 
@@ -224,15 +244,18 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         """
         if h is None:
             h = policy.step(x, doing < DONE, cache)
+        # Who does what at this tick: decided before the state below is overwritten
         thinks = (doing == THINKS) & (t < limit[rows])
         writes = doing == WRITES
+
         # A row that ends its thinking reads <|end-latent|>, then writes; the others overwrite this
         x.copy_(end_latent)
         doing.clamp_(min=WRITES)
         write_words(h, writes)
         think(h, t, thinks)
 
-    # The first tick has read the prompt already. Rows that are done leave the batch
+    # The first tick has read the prompt already. Done rows leave the batch, at once or, in CUDA
+    # graphs, when they are half of it: an early stop saves real work
     count_done = DelayedCount(fixed_shape)
     tick(torch.zeros_like(rows[0]), h)
     for t in range(1, cK + max_new + 1):
@@ -252,8 +275,8 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
     return out
 
 
-def choose_token(logits, noise, chain, n):
-    """The n-th words (rows,) of some chains and their log-probabilities, from logits (rows, V).
+def choose_token(logits, noise, row, n):
+    """The n-th words (rows,) of some rows and their log-probabilities, from logits (rows, V).
 
     Greedy, or by inverting the cumulative distribution at the uniform number drawn for that word.
     """
@@ -265,6 +288,6 @@ def choose_token(logits, noise, chain, n):
         token = logp.argmax(-1)
     else:
         cdf = logp.exp().cumsum(-1)
-        u = noise.token[chain, n][:, None] * cdf[:, -1:]
+        u = noise.token[row, n][:, None] * cdf[:, -1:]
         token = torch.searchsorted(cdf, u)[:, 0].clamp(max=logits.shape[-1] - 1)
     return token, logp.gather(1, token[:, None])[:, 0]

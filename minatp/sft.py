@@ -40,8 +40,8 @@ def sft_losses(model, batch, eps=None):
     if latent is None:
         return losses
 
-    # Which candidates are labelled "continue" (used) and "stop" (dropped); problems without steps
-    # have no labels
+    # Which candidates are labelled "continue" (used) and "stop" (dropped). Problems whose steps are
+    # unknown have neither. (Of the others n_latent is batch.n_latent.)
     z = latent.z  # (B, n_candidate, D)
     t = torch.arange(z.shape[1], device=z.device)
     used = (t < n_latent[:, None]) & ~batch.answer_only[:, None]  # (B, n_candidate)
@@ -51,13 +51,13 @@ def sft_losses(model, batch, eps=None):
     if model.vae:
         losses["kl"] = latent.kl[used].sum()
 
-    # The stop head is asked at the first latent of a step only
+    # Stop head: cross-entropy, at the first latent of each step
     if model.stop:
         asked = (used | dropped) & (t % model.c == 0)
         stop_logits = model.stop_head(z[asked])
         losses["stop"] = token_nll(stop_logits, dropped[asked].long()).sum()
 
-    # φ reads the c latents of each step; its gradient reaches them, and through them π
+    # φ must write each step from its c latents; the gradient reaches them, and through them π
     if model.decode and len(batch.step_text):
         n_step = z.shape[1] // model.c
         steps = z[:, : n_step * model.c].unflatten(1, (n_step, model.c))  # (B, n_step, c, D)
@@ -94,4 +94,4 @@ def read_as_text(policy, batch):
     """Hidden states (B, Tt, D) at batch.text if nothing is latent: a single pass."""
     ids = torch.cat((batch.prompt, batch.text), 1)
     mask = torch.cat((batch.prompt_mask, batch.text_mask), 1)
-    return policy(policy.embed(ids), mask, policy.cache(*ids.shape), batch.text.shape[1])
+    return policy(policy.embed(ids), mask, policy.cache(*ids.shape), last=batch.text.shape[1])

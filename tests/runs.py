@@ -127,7 +127,7 @@ def describe_sft_step(run, problems, stage, step):
 
 
 def describe_rl_step(model, prompt, prompt_mask, max_new, noise, group):
-    return prompt.tolist(), model.stage, float(noise.eps.sum()).hex()
+    return prompt.tolist(), model.stage, float(noise.eps_keys.sum()).hex()
 
 
 # ---- processes -----------------------------------------------------------------------------------

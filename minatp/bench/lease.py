@@ -317,7 +317,7 @@ def rl(lease):
     def learn():
         with autocast(lease.device):
             new = log_probs(model, explore.prompt, explore.prompt_mask, chains, explore.G)
-            logp = torch.cat((new.z, new.stop, new.token), 1)
+            logp = torch.cat((new.logp_z, new.logp_stop, new.logp_token), 1)
             each, _ = surrogate(logp, logp.detach(), advantage)
             loss = each.sum() / len(logp)
         loss.backward()

@@ -301,7 +301,7 @@ class Reference:
         room = torch.full((B, n + 1), self.end, device=device)  # latents and <|end-latent|>
         ids = torch.cat((prompt, room), 1)
         mask = torch.cat((prompt_mask, torch.ones_like(room, dtype=torch.bool)), 1)
-        eps = None if noise is None else noise.spread * draw_noise(noise.eps, self.D)
+        eps = None if noise is None else noise.spread * draw_noise(noise.eps_keys, self.D)
         thought = self.think(Columns(ids, mask, Tq), eps, decide)
         x, mask = thought.x, thought.mask
         z = x[:, Tq : Tq + n]
@@ -514,7 +514,7 @@ class Tuned(Reference):
 
         # Think until every row has stopped
         thinking, thoughts = writing, []
-        eps = None if noise is None else noise.spread * draw_noise(noise.eps, self.D)
+        eps = None if noise is None else noise.spread * draw_noise(noise.eps_keys, self.D)
         h = self.hidden(self.policy, self.embed(prompt), mask, cache)[:, -1]
         for t in range(n):
             z, _, _ = self.propose(h, None if eps is None else eps[:, t])

@@ -253,7 +253,7 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     n = n_thought * n_word
     noise = Noise.draw(model, Q * n, run.max_new, cfg.seed, spread=cfg.spread, greedy=cfg.greedy)
     same_thoughts = torch.arange(Q * n) // n_word * n_word
-    noise.eps, noise.stop = noise.eps[same_thoughts], noise.stop[same_thoughts]
+    noise.eps_keys, noise.stop = noise.eps_keys[same_thoughts], noise.stop[same_thoughts]
 
     prompts = run.tokenizer.prompts([p.question for p in problems])
     prompt, prompt_mask = left_pad(prompts, run.tokenizer.end, run.device)
@@ -262,7 +262,10 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     graph.release_memory()
     chains = as_text(model, run.tokenizer, result)
     R = torch.tensor(
-        [reward.of_chain(cfg, chain, problems[i // n].answer)[0] for i, chain in enumerate(chains)]
+        [
+            reward.chain_reward(cfg, chain, problems[i // n].answer)[0]
+            for i, chain in enumerate(chains)
+        ]
     )
     R = R.view(Q, n_thought, n_word)
 

@@ -35,7 +35,7 @@ from .folder import Log
 from .huggingface import load_model
 from .saved import newest_checkpoint
 from .splits import encode_problems, encode_prompts
-from .terminal import format_duration, print0, stop
+from .terminal import format_duration, print0, stop_request
 
 
 class Run:
@@ -170,10 +170,12 @@ class Run:
                 self.write_log(n_done)
             is_validation_due = is_rl and (n_done % cfg.val_every == 0 or is_last)
             is_save_due = n_done % cfg.save_every == 0 or is_last or is_validation_due
-            any_stop = distributed.all_reduce({"stop": int(stop.requested)}, self.device)["stop"]
+            any_stop = distributed.all_reduce({"stop": int(stop_request.requested)}, self.device)[
+                "stop"
+            ]
             if is_save_due or any_stop:
                 self.save(n_done)
-                stop.check(cfg, any_stop)
+                stop_request.check(cfg, any_stop)
             if is_validation_due:
                 self.validate(n_done)
 
@@ -293,7 +295,7 @@ class Run:
             noise = Noise.draw(model, len(prompts), self.max_new, seed, cfg.temperature)
 
         def stop_if_requested():  # of several ranks, each would stop at another batch
-            stop.check(cfg, stop.requested and distributed.WORLD_SIZE == 1)
+            stop_request.check(cfg, stop_request.requested and distributed.WORLD_SIZE == 1)
 
         guard = solving_guard(prompts, model, self.max_new, cfg.eval_batch, "--eval-batch")
         with guard, self.autocast:

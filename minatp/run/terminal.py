@@ -48,7 +48,7 @@ class Stop:
             )
 
 
-stop = Stop()  # one per process, as signals are
+stop_request = Stop()  # one per process, as signals are
 
 
 def print0(text):
@@ -61,7 +61,7 @@ def print0(text):
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
         except OSError:
-            if not stop.training:
+            if not stop_request.training:
                 raise
             silence_stdout()
 

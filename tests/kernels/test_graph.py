@@ -364,7 +364,7 @@ def test_a_replayed_chain_has_the_gradients_of_the_plain_one(
         with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
             losses = sft_losses(model, batch, eps[:3])
             logp = log_probs(model, prompt, prompt_mask, chains, group=2, eps=eps)
-        values = [*losses.values(), logp.stop, logp.token, logp.mu]
+        values = [*losses.values(), logp.logp_stop, logp.logp_token, logp.mu]
         loss = sum((i + 1) * x.float().pow(2).sum().sqrt() for i, x in enumerate(values))
 
         forward_nodes.clear()

@@ -366,7 +366,7 @@ def chain_with_a_long_tail(llama, prompt, prompt_mask, steps, tail):
     dropped before the long pass. Returns the hidden states of the last three.
     """
     kv_cache = llama.cache(2, 32)
-    h = llama(prompt, prompt_mask, kv_cache, 1)[:, 0].repeat_interleave(2, 0)
+    h = llama(prompt, prompt_mask, kv_cache, last=1)[:, 0].repeat_interleave(2, 0)
     kv_cache.keep(torch.tensor([0, 0, 1, 1], device=DEVICE))
     for noise, real in steps:
         h = llama((h + noise)[:, None], real[:, None], kv_cache)[:, 0]
@@ -797,13 +797,13 @@ def everything_under_autocast():
             [2, 1, 0, 2], device=DEVICE
         )
         chains.stopped = torch.zeros_like(chains.stopped)
-        chains.z = vae.draw_noise(noise.eps, 16)
+        chains.z = vae.draw_noise(noise.eps_keys, 16)
 
         # Scored at once, from z, and step by step, from its noise
-        for eps in (None, noise.eps):
+        for eps in (None, noise.eps_keys):
             scores = log_probs(model, prompt, prompt_mask, chains, 2, eps)
-            values += [scores.z, scores.stop, scores.token]
-        values += sft_losses(model, batch, noise.eps[:2]).values()
+            values += [scores.logp_z, scores.logp_stop, scores.logp_token]
+        values += sft_losses(model, batch, noise.eps_keys[:2]).values()
 
     weights = [
         model.policy.model.layers[0].self_attn.k_proj.weight,

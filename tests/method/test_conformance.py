@@ -243,7 +243,11 @@ def test_log_probabilities_of_rollouts(model, tokenizer):
     prompt, prompt_mask = data.left_pad(tokenizer.prompts(questions), tokenizer.end)
     logp = rl.log_probs(model, prompt, prompt_mask, gold_rollout(model))
     for b in range(len(questions)):
-        for row, name in ((logp.z[b], "gauss"), (logp.stop[b], "stop"), (logp.token[b], "answer")):
+        for row, name in (
+            (logp.logp_z[b], "gauss"),
+            (logp.logp_stop[b], "stop"),
+            (logp.logp_token[b], "answer"),
+        ):
             expected = TENSORS[f"rl{b}.{name}"]
             n = len(expected)
             assert_each_close(row[:n], expected, f"rl{b}.{name}")

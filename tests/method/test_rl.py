@@ -110,7 +110,7 @@ def test_policy_gradient_is_the_gradient_of_the_enumerated_expectation(
     zeros = torch.zeros(n, C * K, D, dtype=torch.float64)
     chains = as_rollout(model, zeros[:1], outcomes)
     new = log_probs(model, prompt, prompt_mask, chains, group=n, eps=zeros)
-    logp = new.stop.sum(1) + new.token.sum(1)  # (n,)
+    logp = new.logp_stop.sum(1) + new.logp_token.sum(1)  # (n,)
 
     # a distribution: nothing is left out or counted twice
     assert logp.exp().sum().item() == pytest.approx(1, abs=1e-9)
@@ -142,7 +142,7 @@ def test_log_probabilities_differentiate_as_finite_differences_say(
     def weighted_sum():
         chains = as_rollout(model, z, outcomes)
         logp = log_probs(model, prompt, prompt_mask, chains, group=n, eps=eps)
-        return (weight * torch.cat((logp.z, logp.stop, logp.token), 1)).sum()
+        return (weight * torch.cat((logp.logp_z, logp.logp_stop, logp.logp_token), 1)).sum()
 
     weighted_sum().backward()
     for name, p in model.named_parameters():

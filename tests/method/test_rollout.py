@@ -69,7 +69,7 @@ def test_log_probs_are_what_the_rollout_recorded(model, tokenizer, group, spread
 
     logp = log_probs(model, prompt, prompt_mask, chains, group)
     recorded = (chains.logp_z, chains.logp_stop, chains.logp_token)
-    for actual, expected in zip((logp.z, logp.stop, logp.token), recorded):
+    for actual, expected in zip((logp.logp_z, logp.logp_stop, logp.logp_token), recorded):
         torch.testing.assert_close(actual.detach(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -80,9 +80,9 @@ def test_finished_rows_cost_nothing(model, tokenizer, monkeypatch):
     calls = []  # of Llama.forward: (which LLaMA, positions read)
     forward = Llama.forward
 
-    def watch(self, x, *args):
+    def watch(self, x, *args, **kwargs):
         calls.append((self, x.shape[0] * x.shape[1]))
-        return forward(self, x, *args)
+        return forward(self, x, *args, **kwargs)
 
     monkeypatch.setattr(Llama, "forward", watch)
     chains = solve(model, tokenizer, prompts_of(tokenizer, 9, seed=4), 12)

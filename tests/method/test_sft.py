@@ -113,7 +113,7 @@ def test_answers_alone_stop_where_generation_does_and_teach_their_answer(model, 
         "kl": 0,
         "stop": 0,
         "answer_only": 12,
-        "read": n_prompt_token + 12 * model.c * model.K + n_answer_token,
+        "position": n_prompt_token + 12 * model.c * model.K + n_answer_token,
     }
 
     # the thinking ends where it would in a rollout

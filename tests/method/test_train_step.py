@@ -264,7 +264,7 @@ def test_coherence_only_looks_at_no_answer_anywhere():
     R, parts = train.judge(run, [true, false], [problem], step=0)
     assert R.tolist() == [[pytest.approx(0.6), 0.5]]
     assert parts.keys() == {"coh", "fmt"}
-    assert reward.of_chain(run.cfg, true, "7") == reward.of_chain(run.cfg, true, "2")
+    assert reward.chain_reward(run.cfg, true, "7") == reward.chain_reward(run.cfg, true, "2")
 
 
 def chain_of(thought):

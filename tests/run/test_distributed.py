@@ -37,7 +37,7 @@ RL = [
 
 
 def reward_by_hash(cfg, chain, answer):
-    """In place of reward.of_chain: rewards that differ within a group, as a trained model's do."""
+    """In place of chain_reward: rewards that differ within a group, as a trained model's do."""
     reward = zlib.crc32(chain.text.encode()) % 3 / 2
     return reward, {"acc": reward, "coh": reward / 2, "fmt": 1 - reward}
 
@@ -104,7 +104,7 @@ def run_together(*runs):
 
 def worker(jobs):
     """The program of a rank: train.py with each (port, exit code, argv)."""
-    train.of_chain = reward_by_hash
+    train.chain_reward = reward_by_hash
     for port, code, argv in jobs:
         os.environ["MASTER_PORT"] = port
         assert guarded(train.main, argv) == code, argv
@@ -120,7 +120,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("ranks")
     rl = [*RL, "--init", root / "one.sft"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "of_chain", reward_by_hash)
+        patch.setattr(train, "chain_reward", reward_by_hash)
         run_alone(*SFT, "--out", root / "one.sft")
         run_alone(*rl, "--out", root / "one.rl")
         run_interrupted(patch, *rl, "--out", root / "cut.rl")

@@ -136,7 +136,7 @@ def spoil_reward(result):
     [
         ("sft", "sft_losses", 1, spoil_losses),
         ("rl", "surrogate", 1, spoil_surrogate),
-        ("rl", "of_chain", 16, spoil_reward),
+        ("rl", "chain_reward", 16, spoil_reward),
     ],
 )
 def test_a_run_that_is_not_finite_exits_3(

@@ -8,7 +8,7 @@ import pytest
 
 from minatp.run import errors, saved, terminal
 from minatp.run.errors import NotWritten, guarded
-from minatp.run.terminal import print0, stop
+from minatp.run.terminal import print0, stop_request
 from minatp.tools import page
 
 
@@ -37,7 +37,7 @@ def test_only_training_goes_on_if_stdout_is_closed(error, code, monkeypatch, cap
     for module in (errors, terminal):
         monkeypatch.setattr(module, "silence_stdout", count_silenced)
 
-    with stop:  # as in a training run
+    with stop_request:  # as in a training run
         print0("a line")
     assert n_silenced == 1
 
