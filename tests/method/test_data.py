@@ -154,3 +154,26 @@ def test_batches_group_like_lengths():
 def test_left_padding_aligns_the_latents():
     rows = data.pad([[1], [1, 2, 3]], 9, left=True)
     assert torch.equal(rows, torch.tensor([[9, 9, 1], [1, 2, 3]]))
+
+
+def test_the_worked_example_of_the_docs():
+    """docs/method.md, One batch, worked out: two problems at stages 1, 2 and K + 1."""
+    model, tokenizer = small_model()
+    model.c, model.K = 1, 4
+    three = ["<<5+7=12>>", "<<12*2=24>>", "<<24-4=20>>"]
+    pair = [problems.Problem("A?", three[:1], "12"), problems.Problem("B?", three, "20")]
+    rows = data.encode(pair, tokenizer, model)
+    layout = {}
+    for stage in (1, 2, 5):
+        batch = data.collate(rows, stage, model)
+        layout[stage] = (
+            batch.n_latent.tolist(),
+            batch.has_stop.tolist(),
+            (batch.L, batch.n_candidate),
+            [batch.counts[name] for name in ("dec", "stop", "kl")],
+        )
+    assert layout == {
+        1: ([1, 1], [False, False], (1, 1), [2, 2, 2]),
+        2: ([1, 2], [True, False], (2, 2), [3, 4, 3]),
+        5: ([1, 3], [True, True], (3, 4), [4, 6, 4]),
+    }
