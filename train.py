@@ -45,7 +45,7 @@ def main(argv=None):
         if cfg.dry_run:
             from minatp.tools.dry_run import dry_run
 
-            dry_run(run, sft_gradients, rl_gradients)
+            dry_run(run, sft_gradients, dry_run_rl)
         else:
             with stop_request, run.memory_guard():
                 run.start()
@@ -139,7 +139,12 @@ def sft_gradients(run, problems, stage, step, weight=1.0):
 
 
 def rl(run):
-    """Explore better latents: REINFORCE with a group baseline (docs/method.md, Stage 2)."""
+    """Explore better latents: REINFORCE with a group baseline (docs/method.md, Stage 2).
+
+    With --estimator score the latents are actions, with the density that they were drawn from. With
+    path, the default of the tiny preset, the actions are stops and words alone, and the gradient of
+    their log-probabilities runs back through every latent.
+    """
     cfg, model = run.cfg, run.model
     work = f"{cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts"
     run.announce(f"rl from {cfg.init}", work)
@@ -151,7 +156,8 @@ def rl(run):
         # 2. Reward: the right answer, coherent steps, the format. Every rank sees all rewards
         reward, parts = judge(run, chains, problems, step)  # (Q, G)
 
-        # 3. Advantage: against the mean of the group. A group with equal rewards teaches nothing
+        # 3. Advantage: against the mean of the group. A group with equal rewards teaches nothing; if
+        # all groups are such, there is no update at all, not even the anchor's
         advantage = advantages(reward, cfg.baseline, cfg.normalise)  # (Q, G)
         informative = (advantage != 0).any(1)  # (Q,)
 
@@ -165,8 +171,9 @@ def rl(run):
             metrics["grad_norm"] = run.optimizer.step(loss, problems)
 
         signal = {"reward": reward.mean(), "signal": informative.float().mean()}
+        # (metrics are those of the last update)
         means = {**signal, **parts, **explored.statistics, **metrics}
-        run.meter.add(means, {}, explored.n_token)
+        run.meter.add(means, {}, explored.n_position)
     run.finish()
 
 
@@ -197,7 +204,7 @@ class Explored:
     # means over the chains of all ranks
     statistics: dict
     # latents and words of all ranks
-    n_token: int
+    n_position: int
 
 
 def explore(run, prompts, step):
@@ -209,26 +216,26 @@ def explore(run, prompts, step):
     # Draw the noise of all ranks' chains and take ours, so that the number of ranks changes nothing
     seed = run.seed_at(step, stream=1)
     noise = Noise.draw(model, n_chain, run.max_new, seed, spread=cfg.spread, greedy=cfg.greedy)
-    ours = distributed.shard(torch.arange(n_chain).view(-1, cfg.G)).flatten()
-    noise = noise.at(ours, run.device)
+    our_rows = distributed.shard(torch.arange(n_chain).view(-1, cfg.G)).flatten()
+    noise = noise.at(our_rows, run.device)
 
     # Think, stop and answer; then let φ read the latents
     length = prompt.shape[1] + model.c * model.K + 1 + run.max_new
-    run.doing = Doing(f"rl, step {step + 1}", len(ours), length, "--batch-size or --G")
+    run.doing = Doing(f"rl, step {step + 1}", len(our_rows), length, "--batch-size or --G")
     with run.autocast:
         rolled = rollout(model, prompt, prompt_mask, run.max_new, noise, cfg.G)
         chains = as_text(model, run.tokenizer, rolled)
 
-    # How long the chains are, and how wide the Gaussians of their latents (0 where there is none)
+    # How long the chains are, and the σ of their latents' Gaussians, before --spread
     has_latent = rolled.logvar.any(-1)
     statistics = {
         "latents": rolled.n_latent.float().mean(),
         "sigma": (0.5 * rolled.logvar[has_latent]).exp().mean(),
     }
     statistics = distributed.all_reduce(statistics, run.device, weight=len(prompt))
-    n_token = {"n": int(rolled.n_latent.sum() + rolled.n_token.sum())}
-    n_token = distributed.all_reduce(n_token, run.device)["n"]
-    return Explored(prompt, prompt_mask, noise, rolled, statistics, n_token), chains
+    n_position = {"n": int(rolled.n_latent.sum() + rolled.n_token.sum())}
+    n_position = distributed.all_reduce(n_position, run.device)["n"]
+    return Explored(prompt, prompt_mask, noise, rolled, statistics, n_position), chains
 
 
 def judge(run, chains, problems, step):
@@ -237,8 +244,8 @@ def judge(run, chains, problems, step):
     chains: this rank's Chains. problems: those of all ranks.
     """
     cfg = run.cfg
-    ours = distributed.shard(problems)
-    answers = [p.answer for p in ours for _ in range(cfg.G)]
+    our_problems = distributed.shard(problems)
+    answers = [p.answer for p in our_problems for _ in range(cfg.G)]
     judged = [chain_reward(cfg, chain, answer) for chain, answer in zip(chains, answers)]
 
     # Every rank gets all rewards, and learns from its own chains
@@ -254,14 +261,14 @@ def judge(run, chains, problems, step):
 
     names = ("coh", "fmt") if cfg.no_answers else ("acc", "coh", "fmt")
     means = {name: torch.tensor([parts[name] for _, parts in judged]).mean() for name in names}
-    return reward, distributed.all_reduce(means, run.device, weight=len(ours))
+    return reward, distributed.all_reduce(means, run.device, weight=len(our_problems))
 
 
 def policy_gradients(run, explored, advantage, informative, old):
     """Add the policy gradient of the informative groups to the parameters.
 
     The gradient is that of −Σ advantage·log π over their chains, divided by the number of all
-    chains.
+    chains. (The value of the loss means nothing: at the first update every ratio is 1.)
     advantage (Q, G), informative (Q,): of all ranks; this rank's chains are in `explored`.
     old: what a former update on this batch returned, or None.
     Returns (the loss of all ranks, old, metrics).
@@ -269,35 +276,30 @@ def policy_gradients(run, explored, advantage, informative, old):
     cfg, model, device = run.cfg, run.model, run.device
 
     # This rank's chains of informative groups
-    ours = distributed.shard(informative)
-    group = ours.nonzero()[:, 0].to(device)
+    our_informative = distributed.shard(informative)
+    group = our_informative.nonzero()[:, 0].to(device)
     rows = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
     prompt, prompt_mask = explored.prompt[group], explored.prompt_mask[group]
     rolled = explored.rollout.select(rows)
-    chain_advantage = distributed.shard(advantage)[ours].view(-1, 1).to(device)  # (rows, 1)
+    chain_advantage = (
+        distributed.shard(advantage)[our_informative].view(-1, 1).to(device)
+    )  # (rows, 1)
 
     loss, metrics = torch.zeros((), device=device), {}
     if len(rows):
         length = prompt.shape[1] + rolled.z.shape[1] + 1 + rolled.token.shape[1]
         run.doing = Doing(f"rl, step {run.step + 1}", len(rows), length, "--batch-size or --G")
         with run.autocast:
-            # The log-probability of every decision: latents (with score, not path), stops, words
+            # The log-probability of every decision; a constant 0 where nothing was decided
             eps = explored.noise.eps_keys[rows] if cfg.estimator == "path" else None
             new = log_probs(model, prompt, prompt_mask, rolled, cfg.G, eps)
-            logp_words = 0 * new.logp_token if cfg.greedy else new.logp_token  # greedy: not sampled
-            logp = torch.cat((new.logp_z, new.logp_stop, logp_words), 1)  # (rows, T)
+            logp, is_decision = decisions(cfg, model, rolled, new)  # (rows, cK + K + Tt)
 
             # REINFORCE at the first update; later ones are clipped against it
             old_logp, start = old or (logp.detach(), None)
             each, clamped = surrogate(logp, old_logp, chain_advantage)
             loss = each.sum() / advantage.numel()
-
-            # The share of decisions that were clipped
-            is_latent = new.candidate & (cfg.estimator == "score")
-            is_stop = new.candidate[:, :: model.c] & model.stop
-            is_word = (rolled.token >= 0) & (not cfg.greedy)
-            n_decision = torch.cat((is_latent, is_stop, is_word), 1).sum()
-            metrics["clamped"] = clamped.sum() / n_decision.clamp(min=1)
+            metrics["clamped"] = clamped.sum() / is_decision.sum().clamp(min=1)
 
             # KL to the SFT policy, a mean over the informative chains: measured for each log line,
             # part of the loss with --kl
@@ -317,8 +319,23 @@ def policy_gradients(run, explored, advantage, informative, old):
     return total, old, distributed.all_reduce(metrics, device, weight=len(rows))
 
 
-def rl_gradients(run, problems):
-    """One batch's policy gradients, every group counted as informative: for --dry-run.
+def decisions(cfg, model, rolled, new):
+    """What the policy decided, side by side: cK latents, K stops, Tt words.
+
+    rolled: a Rollout of B chains; new: its LogProbs. Returns their log-probabilities
+    (B, cK + K + Tt), and which of them are decisions, bool.
+    """
+    # Greedy words were not sampled; with path the latents were not decided, but computed
+    logp_token = 0 * new.logp_token if cfg.greedy else new.logp_token
+    logp = torch.cat((new.logp_z, new.logp_stop, logp_token), 1)
+    is_latent = new.candidate & (cfg.estimator == "score")
+    is_stop = new.candidate[:, :: model.c] & model.stop
+    is_word = (rolled.token >= 0) & (not cfg.greedy)
+    return logp, torch.cat((is_latent, is_stop, is_word), 1)
+
+
+def dry_run_rl(run, problems):
+    """For --dry-run: one batch's policy gradients, every group counted as informative.
 
     It is the most that an update can cost. Returns the metrics of the batch.
     """

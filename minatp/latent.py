@@ -18,7 +18,7 @@ from .llama import Block, Llama
 
 
 class Latent(NamedTuple):
-    """A candidate latent, or many (...), and the Gaussian that it was drawn from.
+    """A candidate latent, or many (...), and the Gaussian that the head gave for it.
 
     Without the VAE z = mu = h, and the rest is None.
     """

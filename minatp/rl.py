@@ -23,7 +23,7 @@ def advantages(reward, baseline="mean", normalise=False):
     0 where all rewards of a group are equal: such a group teaches nothing.
     baseline "mean": the group's mean. "rloo": the mean of the others of the group.
     normalise: divide by the group's standard deviation. Off by default, although the paper does it:
-    it blows up groups that differ in coherence alone.
+    a group that differs in coherence alone then counts as much as one that differs in answers.
     """
     G = reward.shape[1]
     mean = reward.mean(1, keepdim=True)
@@ -127,9 +127,8 @@ def kl_to_start(new, start):
     """KL(π ‖ π_start), summed over the chains.
 
     new, start: LogProbs of the same rollouts under either policy.
-
-    Latents: between the heads' Gaussians. Stops and words: estimated from the samples (k3, exp(r) −
-    1 − r).
+    Latents: exact, between the heads' Gaussians (without --spread). Stops and words: estimated from
+    the samples (k3, exp(r) − 1 − r), whose gradient is that of KL(π_start ‖ π).
     """
     square = new.logvar.exp() + (new.mu - start.mu).pow(2)
     gauss = 0.5 * (start.logvar - new.logvar + (square * torch.exp(-start.logvar)) - 1).sum(-1)

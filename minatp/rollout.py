@@ -92,7 +92,8 @@ class Rollout:
     token: torch.Tensor
     # (B,)
     n_token: torch.Tensor
-    # (B, cK) log-density of each candidate, when proposed
+    # (B, cK) log-density of each candidate, when proposed. (Training computes these three again,
+    # with gradients: rl.log_probs)
     logp_z: torch.Tensor
     # (B, K) log-probability of each decision taken
     logp_stop: torch.Tensor

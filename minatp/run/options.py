@@ -181,7 +181,9 @@ class Explore:
         choices=("score", "path"),
     )
     greedy: bool = opt(
-        False, "greedy words in rollouts: all randomness, and all credit, is in the latents"
+        False,
+        "greedy words in rollouts: all randomness is in the latents and stops, and with "
+        "--estimator score all credit; with path the stops alone are credited",
     )
     baseline: str = opt(
         "mean", "mean (of the group) | rloo (of the others)", choices=("mean", "rloo")

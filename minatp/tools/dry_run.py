@@ -22,7 +22,7 @@ from ..tokenizer import train_tokenizer
 from . import count
 
 
-def dry_run(run, sft_gradients, rl_gradients):
+def dry_run(run, sft_gradients, dry_run_rl):
     """Print counts, lengths, a problem at each stage and memory; make the gradients of one batch.
 
     No weight changes. SFT: at the first and at the last stage. RL: from rollouts.
@@ -74,7 +74,7 @@ def dry_run(run, sft_gradients, rl_gradients):
             values |= mean_losses(*sft_gradients(run, rows, stage, 0))
     if cfg.stage == "rl":
         with timed_step(f"{len(longest)} longest questions × {cfg.G} rollouts", device) as values:
-            values |= rl_gradients(run, [problems[i] for i in longest])
+            values |= dry_run_rl(run, [problems[i] for i in longest])
 
 
 def check_folder(run):
