@@ -156,8 +156,8 @@ def rl(run):
         # 2. Reward: the right answer, coherent steps, the format. Every rank sees all rewards
         reward, parts = judge(run, chains, problems, step)  # (Q, G)
 
-        # 3. Advantage: against the mean of the group. A group with equal rewards teaches nothing; if
-        # all groups are such, there is no update at all, not even the anchor's
+        # 3. Advantage: against the mean of the group. A group with equal rewards teaches nothing;
+        # if all are such, there is no update, not even the anchor's
         advantage = advantages(reward, cfg.baseline, cfg.normalise)  # (Q, G)
         informative = (advantage != 0).any(1)  # (Q,)
 

@@ -26,7 +26,7 @@ def dry_run(run, sft_gradients, dry_run_rl):
     """Print counts, lengths, a problem at each stage and memory; make the gradients of one batch.
 
     No weight changes. SFT: at the first and at the last stage. RL: from rollouts.
-    run: a loop.Run that has not started. sft_gradients(run, rows, stage, step), rl_gradients(run,
+    run: a loop.Run that has not started. sft_gradients(run, rows, stage, step), dry_run_rl(run,
     problems): train.py's own, which add one batch's gradients to the parameters.
     """
     cfg, splits, device = run.cfg, run.splits, run.device
