@@ -154,7 +154,7 @@ def rl(run):
         explored, chains = explore(run, prompts, step)
 
         # 2. Reward: the right answer, coherent steps, the format. Every rank sees all rewards
-        reward, parts = judge(run, chains, problems, step)  # (Q, G)
+        reward, terms = judge(run, chains, problems, step)  # (Q, G)
 
         # 3. Advantage: against the mean of the group. A group with equal rewards teaches nothing;
         # if all are such, there is no update, not even the anchor's
@@ -172,7 +172,7 @@ def rl(run):
 
         signal = {"reward": reward.mean(), "signal": informative.float().mean()}
         # (metrics are those of the last update)
-        means = {**signal, **parts, **explored.statistics, **metrics}
+        means = {**signal, **terms, **explored.statistics, **metrics}
         run.meter.add(means, {}, explored.n_position)
     run.finish()
 
@@ -239,7 +239,7 @@ def explore(run, prompts, step):
 
 
 def judge(run, chains, problems, step):
-    """Reward the chains: (rewards (Q, G) of all ranks, the means of their parts acc, coh, fmt).
+    """Reward the chains: (rewards (Q, G) of all ranks, the means of their terms acc, coh, fmt).
 
     chains: this rank's Chains. problems: those of all ranks.
     """
@@ -259,8 +259,9 @@ def judge(run, chains, problems, step):
         g = torch.Generator().manual_seed(run.seed_at(step, stream=2))
         reward = reward.flatten()[torch.randperm(reward.numel(), generator=g)].view_as(reward)
 
-    names = ("coh", "fmt") if cfg.no_answers else ("acc", "coh", "fmt")
-    means = {name: torch.tensor([parts[name] for _, parts in judged]).mean() for name in names}
+    # The mean of each term, for the log
+    names = judged[0][1]
+    means = {name: torch.tensor([terms[name] for _, terms in judged]).mean() for name in names}
     return reward, distributed.all_reduce(means, run.device, weight=len(our_problems))
 
 
@@ -341,11 +342,11 @@ def dry_run_rl(run, problems):
     """
     prompts = run.tokenizer.prompts([p.question for p in problems])
     explored, chains = explore(run, prompts, step=0)
-    reward, parts = judge(run, chains, problems, step=0)
+    reward, terms = judge(run, chains, problems, step=0)
     advantage = advantages(reward, run.cfg.baseline, run.cfg.normalise)
     all_groups = torch.ones(len(problems), dtype=torch.bool)
     policy_gradients(run, explored, advantage, all_groups, old=None)
-    return {"reward": reward.mean(), **parts, **explored.statistics}
+    return {"reward": reward.mean(), **terms, **explored.statistics}
 
 
 if __name__ == "__main__":

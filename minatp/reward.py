@@ -2,10 +2,12 @@
 
 Numbers are compared exactly, as fractions.
 
-accuracy    is the number after "### " right?
-form        is the answer well-formed and ended?
-coherence   is the result of each step used by a later step, or the answer?
-total       the reward of one chain; `chain_reward` takes its weights from the options
+accuracy       is the number after "### " right?
+form           is the answer well-formed and ended?
+coherence      is the result of each step used by a later step, or the answer?
+chain_reward   all of them, for one chain
+
+In all of them `final` is the answer that the chain itself gave, and `gold` the right one.
 """
 
 import ast
@@ -14,7 +16,8 @@ from fractions import Fraction
 
 LONGEST = 1000  # digits of a number; Python converts no more than 4,300 at once
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
-# a minus after a number or a bracket is an operator, not a sign
+# A minus after a number or a bracket is an operator, not a sign: "-3", "(-3)" and "2*-3" hold −3,
+# but "5-3", "5 - 3" and "(1+1)-3" hold 3
 SIGNED = re.compile(rf"(?<![\d.)])(?:(?<![\d.)] )-)?(?:{NUMBER.pattern})")
 
 
@@ -24,7 +27,7 @@ SIGNED = re.compile(rf"(?<![\d.)])(?:(?<![\d.)] )-)?(?:{NUMBER.pattern})")
 def number(text):
     """The exact value of "19", "-3", "1,000", "2.50", "$7" or "40%"; None if it is not a number.
 
-    Of "$7" and "40%" the sign alone is dropped.
+    Of "$7" and "40%" the symbol is dropped, nothing else.
     """
     text = text.strip().removeprefix("$").removesuffix("%").replace(",", "")
     if len(text) > LONGEST or not re.fullmatch(r"-?(\d+(\.\d+)?|\.\d+)", text):
@@ -161,32 +164,21 @@ def value(node, text):
 # ---- one chain -----------------------------------------------------------------------------------
 
 
-def total(text, steps, ended, gold, w_acc=1.0, w_coh=0.1, w_fmt=0.5, strict=False):
-    """R = (w_acc + w_coh·R_coh)·R_acc + w_fmt·R_fmt -> (R, its parts {"acc", "coh", "fmt"}).
-
-    gold None: the reward sees no answer, and R = w_coh·R_coh + w_fmt·R_fmt.
-    """
-    parts = {
-        "acc": 0.0 if gold is None else accuracy(text, gold),
-        "coh": coherence(steps, answer(text), strict),
-        "fmt": form(text, ended),
-    }
-    if gold is None:
-        reasoning = w_coh * parts["coh"]
-    else:
-        reasoning = (w_acc + w_coh * parts["coh"]) * parts["acc"]
-    return reasoning + w_fmt * parts["fmt"], parts
-
-
 def chain_reward(cfg, chain, gold):
-    """`total` of a decoder.Chain, with the weights of the options."""
-    return total(
-        chain.text,
-        chain.steps,
-        chain.ended,
-        None if cfg.no_answers else gold,
-        cfg.w_acc,
-        cfg.w_coh,
-        cfg.w_fmt,
-        cfg.coherence == "strict",
-    )
+    """The reward of a decoder.Chain -> (R, its terms {"acc", "coh", "fmt"}).
+
+    R = (w_acc + w_coh·R_coh)·R_acc + w_fmt·R_fmt. With cfg.no_answers the reward sees no answer,
+    there is no "acc", and R = w_coh·R_coh + w_fmt·R_fmt.
+    """
+    strict = cfg.coherence == "strict"
+    terms = {
+        "acc": accuracy(chain.text, gold),
+        "coh": coherence(chain.steps, answer(chain.text), strict),
+        "fmt": form(chain.text, chain.ended),
+    }
+    if cfg.no_answers:
+        del terms["acc"]
+        reasoning = cfg.w_coh * terms["coh"]
+    else:
+        reasoning = (cfg.w_acc + cfg.w_coh * terms["coh"]) * terms["acc"]
+    return reasoning + cfg.w_fmt * terms["fmt"], terms

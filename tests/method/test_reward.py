@@ -5,6 +5,8 @@ from fractions import Fraction
 import pytest
 
 from minatp import reward
+from minatp.decoder import Chain
+from minatp.run.options import Config
 
 # ---- numbers -------------------------------------------------------------------------------------
 
@@ -129,16 +131,22 @@ def test_strict_coherence_pays_for_true_used_and_new_steps_alone(steps, final, c
 # ---- one chain -----------------------------------------------------------------------------------
 
 
+def chain_of(text, ended):
+    """A Chain of two thoughts, of which the second alone is coherent with the answer 5."""
+    thoughts = ["<<1+2=3>>", "<<4+1=5>>"]
+    return Chain(thoughts, text, ended, n_latent=2, n_token=3, stop_prob=[], sigma=[])
+
+
 def test_the_reward_is_method_mds():
-    steps = ["<<1+2=3>>", "<<4+1=5>>"]
-    R, parts = reward.total("### 5", steps, True, "5")
+    R, terms = reward.chain_reward(Config(), chain_of("### 5", ended=True), "5")
     assert R == pytest.approx(1 + 0.1 * 0.5 + 0.5)
-    assert parts == {"acc": 1.0, "coh": 0.5, "fmt": 1.0}
+    assert terms == {"acc": 1.0, "coh": 0.5, "fmt": 1.0}
 
 
 def test_coherence_earns_nothing_without_the_answer_unless_no_answer_is_known():
-    steps = ["<<1+2=3>>", "<<4+1=5>>"]
-    wrong, _ = reward.total("### 6", steps, True, "5")
+    wrong, _ = reward.chain_reward(Config(), chain_of("### 6", ended=True), "5")
     assert wrong == 0.5
-    unknown, _ = reward.total("### 5", steps, False, None)
+    no_answers = Config(no_answers=True)
+    unknown, terms = reward.chain_reward(no_answers, chain_of("### 5", ended=False), "")
     assert unknown == pytest.approx(0.05)
+    assert terms == {"coh": 0.5, "fmt": 0.0}
