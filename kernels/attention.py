@@ -13,19 +13,23 @@ there is no mask to read.
                The prefix is cut into splits. For each split, one program computes the softmax over
                its columns alone, for all rows of a group at once, and stores that part's o and lse.
                A second kernel attends to a row's own columns and joins the parts: the softmaxes of
-               parts are added with the weights exp(lse_part − lse).
-    backward   Δ = do·o,  ds_c = p_c (do·v_c − Δ)
-               dq = Σ_c ds_c k_c/√d,  dk_c = Σ ds_c q/√d,  dv_c = Σ p_c do  (sums over the queries)
+               parts are added with the weights exp2(lse_part − lse). An lse is in base 2, log₂ Σ_c
+               2^(s_c·log₂e), because a GPU has an instruction for 2^x.
+    backward   Δ = do·o,  ds_c = p_c (do·v_c − Δ)/√d, the gradient of q·k_c
+               dq = Σ_c ds_c k_c,  dk_c = Σ ds_c q,  dv_c = Σ p_c do  (sums over the queries)
                dk and dv are added to float32 buffers laid out like the cache. The chain runs
                backward in reverse order, so when a step's turn comes, every later step has already
                added to the columns that this step appended. The step reads those sums, which are
                part of the gradient of its own k and v, and clears them.
 
-Each program owns the columns that it adds to: nothing is atomic, and every run gives the same bits.
+Each program owns the columns that it adds to: nothing in these kernels is atomic, and every run
+gives the same bits. (kernels/cache.py adds to the buffers, too, where a long pass has read columns
+or rows were selected. Its index_add_ is atomic on a GPU.)
 
-Bytes, bf16: forward reads 2·2·d·h_kv a column; a prefix column is read once per group, not once
-per row. Backward reads the same, and moves 4·4·d·h_kv of the float32 buffers, read and written.
-Columns of left padding cost nothing.
+Bytes, bf16: forward reads 2·2·d·h_kv a column. A prefix column is read once for all rows of a
+group, not once per row, as long as the group has at most MAX_TILE_QUERIES queries; a larger one
+takes turns, each of which reads the column again. Backward reads the same, and moves 4·4·d·h_kv of
+the float32 buffers, read and written. Columns of left padding cost nothing.
 
 kernels/README.md, "How to read attention.py", explains the names and shows where the columns lie.
 """
@@ -38,7 +42,7 @@ import torch.nn.functional as F
 from .common import next_power_of_2, tl, triton
 from .rows import rotate
 
-MIN_SPLIT_COLUMNS = 128  # a split of the prefix has at least this many columns
+MIN_SPLIT_COLUMNS = 128  # the prefix is cut into at most ⌈P / this⌉ splits
 MAX_TILE_QUERIES = 64  # a program takes at most this many queries of a group at a time
 TARGET_PROGRAMS = 264  # enough to keep a large GPU busy: two for each of 132 processors
 
@@ -69,9 +73,9 @@ class Layout(NamedTuple):
     owner: torch.Tensor  # (B,) the prefix of each row
     members: torch.Tensor  # (B,) the rows, sorted by their prefix
     member_offsets: torch.Tensor  # (N + 1,) where in `members` the rows of each prefix begin
-    max_group: int  # the most rows that share one prefix
+    max_group: int  # the most rows that share one prefix; a hint: only speed depends on it
     n_own: torch.Tensor  # (B,) own columns before this step
-    slot: torch.Tensor  # (B, T) own column that each new position fills; −1 if it is not real
+    slot: torch.Tensor  # (B, T) own column that each new position fills, < C; −1: it is not real
 
 
 # ---- PyTorch references --------------------------------------------------------------------------
@@ -207,7 +211,10 @@ def store_halves(x_ptr, offsets, x1, x2, mask, H: tl.constexpr, BH: tl.constexpr
 
 @triton.jit
 def add_halves(x_ptr, offsets, x1, x2, mask, H: tl.constexpr, BH: tl.constexpr):
-    """Add to a float32 buffer. Not atomic: no other program touches these columns."""
+    """Add to a float32 buffer. Not atomic: no other program touches these columns.
+
+    Needs no barrier: whatever thread loads an element also stores it.
+    """
     p_x1, p_x2, m = halves(x_ptr, offsets, mask, H, BH)
     tl.store(p_x1, tl.load(p_x1, m, 0.0) + x1, m)
     tl.store(p_x2, tl.load(p_x2, m, 0.0) + x2, m)
@@ -278,33 +285,33 @@ def store_unrotated(
 
 @triton.jit
 def group_queries(
-    members_ptr, begin, end, i_h, h,
+    members_ptr, begin, end, i_kv, h,
     T: tl.constexpr, REP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """The queries of key head i_h of the rows members[begin : end], as many as fit into BM.
+    """The queries of key head i_kv of the rows members[begin : end], as many as fit into BM.
 
     Returns (BM,) each: row, position, head, query, and whether there is such a query.
     """
-    m = tl.arange(0, BM)
-    member = begin + m // (T * REP)
+    i_query = tl.arange(0, BM)  # in the tile
+    member = begin + i_query // (T * REP)
     # a row's queries never lie in two tiles
-    mask = (m < BM // (T * REP) * (T * REP)) & (member < end)
+    mask = (i_query < BM // (T * REP) * (T * REP)) & (member < end)
     b = tl.load(members_ptr + member, mask, 0).to(tl.int64)
-    t = (m // REP) % T
-    head = i_h * REP + m % REP
+    t = (i_query // REP) % T
+    head = i_kv * REP + i_query % REP
     return b, t, head, (b * h + head) * T + t, mask
 
 
 @triton.jit
-def row_queries(b, i_h, first, h, T: tl.constexpr, REP: tl.constexpr, BM: tl.constexpr):
-    """BM queries of row b for key head i_h, from the `first` on.
+def row_queries(b, i_kv, first, h, T: tl.constexpr, REP: tl.constexpr, BM: tl.constexpr):
+    """BM queries of row b for key head i_kv, from the `first` on.
 
     Returns (BM,) each: position, head, query, and whether there is such a query.
     """
-    m = first + tl.arange(0, BM)
-    t = m // REP
-    head = i_h * REP + m % REP
-    return t, head, (b * h + head) * T + t, m < T * REP
+    i_query = first + tl.arange(0, BM)  # among the T·REP queries of the row
+    t = i_query // REP
+    head = i_kv * REP + i_query % REP
+    return t, head, (b * h + head) * T + t, i_query < T * REP
 
 
 @triton.jit
@@ -405,15 +412,17 @@ def prefix_forward_kernel(
 ):  # fmt: skip
     """Program (prefix, key head, split): the softmax of the group's queries over the split's
     columns.
+
+    Grid (N, h_kv, n_splits). BM: all queries of the largest group, or MAX_TILE_QUERIES; BN 32.
     """
     i_n = tl.program_id(0)
-    i_h = tl.program_id(1)
+    i_kv = tl.program_id(1)
     i_split = tl.program_id(2)
     D: tl.constexpr = 2 * H
     k_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
 
     # the columns of this prefix and key head, (P, D), and those of the split that are real
-    cache_offset = (i_n.to(tl.int64) * tl.num_programs(1) + i_h) * P * D
+    cache_offset = (i_n.to(tl.int64) * tl.num_programs(1) + i_kv) * P * D
     k_cache_ptr += cache_offset
     v_cache_ptr += cache_offset
     begin = tl.load(start_ptr + i_n)
@@ -425,7 +434,9 @@ def prefix_forward_kernel(
     end_member = tl.load(member_offsets_ptr + i_n + 1)
     for member in range(first_member, end_member, BM // (T * REP)):
         # load the group's queries
-        b, t, head, query, mask = group_queries(members_ptr, member, end_member, i_h, h, T, REP, BM)
+        b, t, head, query, mask = group_queries(
+            members_ptr, member, end_member, i_kv, h, T, REP, BM
+        )
         q_offsets = b * stride_qb + head * stride_qh + t * stride_qt
         b_q1, b_q2 = load_rotated(
             q_ptr, q_offsets, cos_ptr, sin_ptr, b * T + t, mask, k_dtype, H, BH
@@ -464,20 +475,23 @@ def own_forward_kernel(
 ):  # fmt: skip
     """Program (row, key head): append the new columns, attend to the row's own columns, and join
     the prefix's parts.
+
+    Grid (B, h_kv). BM: all T·REP queries of the row, at least 16; BN 32. At T = 1 and 4 query heads
+    for a key head, 4 of the 16 rows of the tile are queries and the others are padding.
     """
     b = tl.program_id(0).to(tl.int64)
-    i_h = tl.program_id(1)
+    i_kv = tl.program_id(1)
     D: tl.constexpr = 2 * H
     k_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
     v_dtype: tl.constexpr = v_cache_ptr.dtype.element_ty
 
     # the own columns of this row and key head, (C, D)
-    cache_offset = (b * tl.num_programs(1) + i_h) * C * D
+    cache_offset = (b * tl.num_programs(1) + i_kv) * C * D
     k_cache_ptr += cache_offset
     v_cache_ptr += cache_offset
 
     # load the row's queries
-    t, head, query, mask = row_queries(b, i_h, 0, h, T, REP, BM)
+    t, head, query, mask = row_queries(b, i_kv, 0, h, T, REP, BM)
     q_offsets = b * stride_qb + head * stride_qh + t * stride_qt
     b_q1, b_q2 = load_rotated(
         q_ptr, q_offsets, cos_ptr, sin_ptr, b * T + t, mask, k_dtype, H, BH
@@ -486,8 +500,8 @@ def own_forward_kernel(
     # load the new columns
     new = tl.arange(0, BT)
     is_new = new < T
-    k_offsets = b * stride_kb + i_h * stride_kh + new * stride_kt
-    v_offsets = b * stride_vb + i_h * stride_vh + new * stride_vt
+    k_offsets = b * stride_kb + i_kv * stride_kh + new * stride_kt
+    v_offsets = b * stride_vb + i_kv * stride_vh + new * stride_vt
     new_k1, new_k2 = load_rotated(
         k_ptr, k_offsets, cos_ptr, sin_ptr, b * T + new, is_new, k_dtype, H, BH
     )  # (BT, BH)
@@ -514,7 +528,8 @@ def own_forward_kernel(
         b_max, b_sum, b_acc = update_softmax(b_s, b_v, b_max, b_sum, b_acc)
 
     # join the prefix's splits: a part is like one more tile, whose largest score is its lse and
-    # whose sum is 1
+    # whose sum is 1. tl.full makes an int64 of the loop index, which has no .to() under the
+    # interpreter: there it is a Python int
     for split in range(n_splits):
         part = query + tl.full([], split, tl.int64) * B * h * T
         part_lse = tl.load(part_lse_ptr + part, mask, -float("inf"))
@@ -540,23 +555,25 @@ def prefix_backward_kernel(
     q_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, k_grad_ptr, v_grad_ptr,
     start_ptr, members_ptr, member_offsets_ptr,
     do_ptr, o_ptr, lse_ptr, part_dq_ptr,
-    stride_qb, stride_qh, stride_qt, stride_ob, stride_oh, stride_ot,
+    stride_qb, stride_qh, stride_qt, stride_dob, stride_doh, stride_dot,
     scale, B, h, P, split_width,
     T: tl.constexpr, REP: tl.constexpr,
     H: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Program (prefix, key head, split): add the group's dk and dv to the split's columns, and
     store the split's share of dq, which is still rotated.
+
+    Grid (N, h_kv, n_splits). BM: all queries of the largest group, or MAX_TILE_QUERIES; BN 16.
     """
     i_n = tl.program_id(0)
-    i_h = tl.program_id(1)
+    i_kv = tl.program_id(1)
     i_split = tl.program_id(2)
     D: tl.constexpr = 2 * H
     k_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
     v_dtype: tl.constexpr = v_cache_ptr.dtype.element_ty
 
     # the columns of this prefix and key head, (P, D), and those of the split that are real
-    cache_offset = (i_n.to(tl.int64) * tl.num_programs(1) + i_h) * P * D
+    cache_offset = (i_n.to(tl.int64) * tl.num_programs(1) + i_kv) * P * D
     k_cache_ptr += cache_offset
     v_cache_ptr += cache_offset
     k_grad_ptr += cache_offset
@@ -569,9 +586,11 @@ def prefix_backward_kernel(
     end_member = tl.load(member_offsets_ptr + i_n + 1)
     for member in range(first_member, end_member, BM // (T * REP)):
         # load the group's queries and what came back for them
-        b, t, head, query, mask = group_queries(members_ptr, member, end_member, i_h, h, T, REP, BM)
+        b, t, head, query, mask = group_queries(
+            members_ptr, member, end_member, i_kv, h, T, REP, BM
+        )
         q_offsets = b * stride_qb + head * stride_qh + t * stride_qt
-        do_offsets = b * stride_ob + head * stride_oh + t * stride_ot
+        do_offsets = b * stride_dob + head * stride_doh + t * stride_dot
         b_q1, b_q2 = load_rotated(
             q_ptr, q_offsets, cos_ptr, sin_ptr, b * T + t, mask, k_dtype, H, BH
         )  # (BM, BH)
@@ -600,7 +619,10 @@ def prefix_backward_kernel(
         # store the split's share of dq
         part = query + i_split.to(tl.int64) * B * h * T
         store_halves(part_dq_ptr, part * D, b_dq1, b_dq2, mask, H, BH)
-        tl.debug_barrier()  # the next members add to the same columns
+        # The next turn of the loop reads and writes the same gradient columns. The barrier orders
+        # this program's reads and writes between turns: without it, a thread that is ahead could
+        # read a column before another has written its sum.
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -609,7 +631,7 @@ def own_backward_kernel(
     n_own_ptr, slot_ptr,
     do_ptr, o_ptr, lse_ptr, part_dq_ptr, dq_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
-    stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
+    stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     scale, B, h, C, n_splits,
     T: tl.constexpr, REP: tl.constexpr,
     H: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
@@ -618,16 +640,17 @@ def own_backward_kernel(
     """Program (row, key head): add dk and dv to the own columns, collect what was added to the new
     ones, and finish dq, dk and dv.
 
-    Takes BM queries at a time: those of several positions would not all fit into the registers.
+    Grid (B, h_kv). BM 16, BN 16. It takes BM queries at a time, so that the registers suffice
+    however many queries the row has.
     """
     b = tl.program_id(0).to(tl.int64)
-    i_h = tl.program_id(1)
+    i_kv = tl.program_id(1)
     D: tl.constexpr = 2 * H
     k_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
     v_dtype: tl.constexpr = v_cache_ptr.dtype.element_ty
 
     # the own columns of this row and key head, (C, D)
-    cache_offset = (b * tl.num_programs(1) + i_h) * C * D
+    cache_offset = (b * tl.num_programs(1) + i_kv) * C * D
     k_cache_ptr += cache_offset
     v_cache_ptr += cache_offset
     k_grad_ptr += cache_offset
@@ -637,8 +660,8 @@ def own_backward_kernel(
     # load the new columns
     new = tl.arange(0, BT)
     is_new = new < T
-    k_offsets = b * stride_kb + i_h * stride_kh + new * stride_kt
-    v_offsets = b * stride_vb + i_h * stride_vh + new * stride_vt
+    k_offsets = b * stride_kb + i_kv * stride_kh + new * stride_kt
+    v_offsets = b * stride_vb + i_kv * stride_vh + new * stride_vt
     new_k1, new_k2 = load_rotated(
         k_ptr, k_offsets, cos_ptr, sin_ptr, b * T + new, is_new, k_dtype, H, BH
     )  # (BT, BH)
@@ -651,9 +674,9 @@ def own_backward_kernel(
 
     for first in range(0, T * REP, BM):
         # load the row's queries and what came back for them
-        t, head, query, mask = row_queries(b, i_h, first, h, T, REP, BM)
+        t, head, query, mask = row_queries(b, i_kv, first, h, T, REP, BM)
         q_offsets = b * stride_qb + head * stride_qh + t * stride_qt
-        do_offsets = b * stride_ob + head * stride_oh + t * stride_ot
+        do_offsets = b * stride_dob + head * stride_doh + t * stride_dot
         b_q1, b_q2 = load_rotated(
             q_ptr, q_offsets, cos_ptr, sin_ptr, b * T + t, mask, k_dtype, H, BH
         )  # (BM, BH)
@@ -695,7 +718,8 @@ def own_backward_kernel(
             add_whole(v_grad_ptr, column * D, b_dv, is_own, D, BD)
 
         store_unrotated(dq_ptr, query * D, b_dq1, b_dq2, cos_ptr, sin_ptr, b * T + t, mask, H, BH)
-        # the next queries add to the same columns, and all must be read before it is cleared
+        # As in the prefix: the next queries add to the same columns. And the new columns must have
+        # been read by all threads before they are cleared.
         tl.debug_barrier()
 
     # clear the buffers at the new columns
@@ -704,7 +728,7 @@ def own_backward_kernel(
     store_whole(v_grad_ptr, slot * D, tl.zeros([BT, BD], tl.float32), slot >= 0, D, BD)
 
     # store dk and dv of the new columns, contiguous (B, h_kv, T, D)
-    new_row = (b * tl.num_programs(1) + i_h) * T + new
+    new_row = (b * tl.num_programs(1) + i_kv) * T + new
     store_unrotated(
         dk_ptr, new_row * D, new_dk1, new_dk2, cos_ptr, sin_ptr, b * T + new, is_new, H, BH
     )
@@ -712,6 +736,9 @@ def own_backward_kernel(
 
 
 # ---- launches ------------------------------------------------------------------------------------
+# BN is 32 forward and 16 backward, because of the registers: a tile of the backward pass also holds
+# do and five products, and with BN = 32 own_backward_kernel spills (kernels/compile_report.py, at
+# eight new positions on sm_90). Its BM is 16 whatever T is, so that T·REP costs no more registers.
 
 
 def head_constants(h, h_kv, d, T):
@@ -730,7 +757,8 @@ def query_tile(n_rows, queries_per_row):
 
 def split_prefix(P, n_programs):
     """(number of splits, columns in each) of P prefix columns, for a grid of n_programs × splits:
-    enough to fill the device, each of at least MIN_SPLIT_COLUMNS columns.
+    enough to fill the device, but at most ⌈P / MIN_SPLIT_COLUMNS⌉. A width is a multiple of 32, so
+    139 columns are two splits of 96 and 43.
     """
     most = -(-P // MIN_SPLIT_COLUMNS)
     wanted = -(-TARGET_PROGRAMS // n_programs)

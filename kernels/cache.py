@@ -1,8 +1,8 @@
 """The cache that the attention kernels read and write, with autograd through it.
 
 It has the interface of minatp's KVCache (open, mask, attend, step, keep), and what the replayed
-chain needs besides (fork, threads, n_own). The first call's columns, left-padded, are the prefix:
-stored once, however many rows continue from it. The columns of later calls are a row's own.
+chain needs besides (fork, order_tokens, n_own). The first call's columns, left-padded, are the
+prefix: stored once, however many rows continue from it. The columns of later calls are a row's own.
 
 Both lie in memory that is written in place, which autograd cannot follow. So each operation on a
 layer's columns is a node of its own:
@@ -17,9 +17,12 @@ layer's columns is a node of its own:
 
 Most of these nodes pass gradients through the buffers, where autograd does not see them. It must
 still run them in exactly the reverse order: a step may collect its columns' gradients only after
-every later step has added its share. A thread holds them in order. It is a dummy scalar, one per
+every later step has added its share. An order token ensures that. It is a dummy scalar, one per
 layer: each node takes the last node's scalar as an input and returns a new one, so autograd sees a
 dependency between any two nodes of a layer. No number is ever read from it.
+
+The rule relied on, here and in kernels/linear.py: autograd runs the backward of a node only after
+that of every node that uses one of its outputs and leads to the loss.
 """
 
 from copy import copy
@@ -71,7 +74,7 @@ class Columns:
 
 
 class StorePrefix(torch.autograd.Function):
-    """(columns, k, v) -> thread. `columns` holds k and v already."""
+    """(columns, k, v) -> order_token. `columns` holds k and v already."""
 
     @staticmethod
     def forward(ctx, columns, k, v):
@@ -88,12 +91,12 @@ class StorePrefix(torch.autograd.Function):
 
 
 class AttendStep(torch.autograd.Function):
-    """(prefix, own, thread, q, k, v, cos, sin, layout) -> o (B, h, T, hd), thread. Appends k and v
-    to `own`.
+    """(prefix, own, order_token, q, k, v, cos, sin, layout) -> o (B, h, T, hd), order_token.
+    Appends k and v to `own`.
     """
 
     @staticmethod
-    def forward(ctx, prefix, own, thread, q, k, v, cos, sin, layout):
+    def forward(ctx, prefix, own, order_token, q, k, v, cos, sin, layout):
         inputs = StepInputs(q, k, v, cos, sin)
         o, lse = attention.run_forward(inputs, prefix.kv, own.kv, layout)
         ctx.save_for_backward(*inputs, o, lse)
@@ -104,7 +107,7 @@ class AttendStep(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do, thread):
+    def backward(ctx, do, order_token):
         *inputs, o, lse = ctx.saved_tensors
         prefix, own = ctx.prefix, ctx.own
         if do.stride(3) != 1:  # the kernels take any strides but that of the last dimension
@@ -114,16 +117,16 @@ class AttendStep(torch.autograd.Function):
         dq, dk, dv = attention.run_backward(
             do, o, lse, StepInputs(*inputs), caches, grads, ctx.layout
         )
-        return None, None, thread, dq, dk, dv, None, None, None
+        return None, None, order_token, dq, dk, dv, None, None, None
 
 
 class ReadColumns(torch.autograd.Function):
-    """(prefix, own, thread, owner, n_own) -> the keys and values of the prefix and of the first
-    n_own own columns, each (B, h_kv, P + n_own, hd), and thread.
+    """(prefix, own, order_token, owner, n_own) -> the keys and values of the prefix and of the
+    first n_own own columns, each (B, h_kv, P + n_own, hd), and order_token.
     """
 
     @staticmethod
-    def forward(ctx, prefix, own, thread, owner, n_own):
+    def forward(ctx, prefix, own, order_token, owner, n_own):
         ctx.prefix = prefix
         ctx.own = own
         ctx.owner = owner
@@ -134,23 +137,23 @@ class ReadColumns(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dk, dv, thread):
+    def backward(ctx, dk, dv, order_token):
         P = ctx.prefix.kv.k.shape[2]
         prefix_grads = ctx.prefix.grad_buffers()
         own_grads = ctx.own.grad_buffers()
         for grad, prefix_grad, own_grad in zip((dk.float(), dv.float()), prefix_grads, own_grads):
             prefix_grad.index_add_(0, ctx.owner, grad[:, :, :P])
             own_grad[:, :, : ctx.n_own] += grad[:, :, P:]
-        return None, None, thread, None, None
+        return None, None, order_token, None, None
 
 
 class AppendColumns(torch.autograd.Function):
-    """(own, thread, k, v, slot, real) -> thread. Writes k and v (B, h_kv, T, hd) to the columns
-    `slot` (B, T); real: the indices (b, t) of the positions that are real.
+    """(own, order_token, k, v, slot, real) -> order_token. Writes k and v (B, h_kv, T, hd) to the
+    columns `slot` (B, T); real: the indices (b, t) of the positions that are real.
     """
 
     @staticmethod
-    def forward(ctx, own, thread, k, v, slot, real):
+    def forward(ctx, own, order_token, k, v, slot, real):
         ctx.own = own
         ctx.slot = slot
         ctx.dtype = k.dtype
@@ -162,29 +165,29 @@ class AppendColumns(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, thread):
+    def backward(ctx, order_token):
         dk, dv = ctx.own.collect(ctx.slot)
-        return None, thread, dk.to(ctx.dtype), dv.to(ctx.dtype), None, None
+        return None, order_token, dk.to(ctx.dtype), dv.to(ctx.dtype), None, None
 
 
 class SelectRows(torch.autograd.Function):
-    """(old, new, thread, rows) -> thread. `new` holds rows `rows` of the columns `old` already."""
+    """(old, new, order_token, rows) -> order_token. `new` already holds rows `rows` of `old`."""
 
     @staticmethod
-    def forward(ctx, old, new, thread, rows):
+    def forward(ctx, old, new, order_token, rows):
         ctx.old = old
         ctx.new = new
         ctx.rows = rows
-        return thread.new_empty(())
+        return order_token.new_empty(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, thread):
+    def backward(ctx, order_token):
         # a row that was repeated receives the sum; one that was dropped receives nothing
         for old_grad, new_grad in zip(ctx.old.grad_buffers(), ctx.new.grad_buffers()):
             old_grad.index_add_(0, ctx.rows, new_grad)
         ctx.new.grad = None
-        return None, None, thread, None
+        return None, None, order_token, None
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -195,6 +198,9 @@ class StepCache:
 
     The columns of the first call are left-padded (or, if nothing is read after them, padded
     anywhere). Each column of a later call may be real or not.
+
+    Whoever makes the cache guarantees that T columns are enough: all calls together open at most T,
+    real or not. So every slot is below C = T − P, and no kernel checks it.
     """
 
     def __init__(self, cfg, B, T, device):
@@ -202,15 +208,15 @@ class StepCache:
         self.n_kv_head = cfg.n_kv_head
         self.head_dim = cfg.head_dim
 
-        # columns and thread of each layer
+        # columns and order token of each layer
         self.prefix = [None] * cfg.n_layer
         self.own = [None] * cfg.n_layer
-        self.threads = [None] * cfg.n_layer
+        self.order_tokens = [None] * cfg.n_layer
 
         # where a row's columns lie
         self.start = None  # (N,) first real column of each prefix; None before the first call
         self.owner = torch.arange(B, device=device)  # (B,) prefix of each row
-        self.max_group = 1  # the most rows that share one prefix
+        self.max_group = 1  # the most rows that share one prefix; a hint: only speed depends on it
         self.n_own = torch.zeros(B, dtype=torch.long, device=device)  # (B,) own columns
         self.slot = None  # (B, T) own column of each new position; None during the first call
         self.P = 0  # columns of the prefix
@@ -268,16 +274,21 @@ class StepCache:
 
     def attend(self, i, q, k, v, rope):
         """Append k, v (B, h_kv, T, hd) to layer i and attend to it: q (B, h, n, hd), the queries of
-        the last n of them -> (B, h, n, hd). rope: (cos, sin), each (B, 1, T, hd/2).
+        the last n of them -> (B, h, n, hd). rope: (cos, sin), each (B, 1, T, hd/2), contiguous.
+
+        k and v have one dtype. In a step, n is T.
         """
         cos, sin = (x.float() for x in rope)
+        assert k.dtype == v.dtype
 
         # a step: the kernel rotates, appends and attends
         if self.mask is None:
-            o, self.threads[i] = AttendStep.apply(
+            assert q.shape[2] == k.shape[2]
+            assert cos.is_contiguous() and sin.is_contiguous()
+            o, self.order_tokens[i] = AttendStep.apply(
                 self.prefix[i],
                 self.own_columns(i, k),
-                self.threads[i],
+                self.order_tokens[i],
                 q,
                 k,
                 v,
@@ -300,7 +311,7 @@ class StepCache:
     def store_prefix(self, i, k, v):
         """The first call's keys and values become layer i's prefix."""
         self.prefix[i] = Columns(k.detach().contiguous(), v.detach().contiguous())
-        self.threads[i] = StorePrefix.apply(self.prefix[i], k, v)
+        self.order_tokens[i] = StorePrefix.apply(self.prefix[i], k, v)
 
     def append_long(self, i, k, v):
         """Append a long pass to layer i; returns the keys and values of all columns, the prefix's,
@@ -308,10 +319,10 @@ class StepCache:
         """
         own = self.own_columns(i, k)
         n_before = self.n_opened - k.shape[2]
-        old_k, old_v, thread = ReadColumns.apply(
-            self.prefix[i], own, self.threads[i], self.owner, n_before
+        old_k, old_v, order_token = ReadColumns.apply(
+            self.prefix[i], own, self.order_tokens[i], self.owner, n_before
         )
-        self.threads[i] = AppendColumns.apply(own, thread, k, v, self.slot, self.real)
+        self.order_tokens[i] = AppendColumns.apply(own, order_token, k, v, self.slot, self.real)
         return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
 
     def own_columns(self, i, k):
@@ -334,7 +345,7 @@ class StepCache:
 
     def keep(self, rows, group=None):
         """Continue with the rows `rows` (a LongTensor) alone; `group`: how often each is repeated,
-        if it is. The prefix stays where it is.
+        if it is, a hint that only speed depends on. The prefix stays where it is.
         """
         self.max_group = group or self.max_group
         self.owner = self.owner[rows]
@@ -345,15 +356,15 @@ class StepCache:
             if old is None:
                 continue
             self.own[i] = Columns(old.kv.k[rows], old.kv.v[rows])
-            self.threads[i] = SelectRows.apply(old, self.own[i], self.threads[i], rows)
+            self.order_tokens[i] = SelectRows.apply(old, self.own[i], self.order_tokens[i], rows)
 
     def fork(self):
         """A copy for the backward pass of a chain, which later columns and `keep`s do not change.
-        Keys, values and their gradient buffers are shared; the threads are not.
+        Keys, values and their gradient buffers are shared; the order tokens are not.
         """
         fork = copy(self)
         fork.own = list(self.own)
         fork.n_own = self.n_own.clone()
-        fork.threads = [None] * len(self.own)
+        fork.order_tokens = [None] * len(self.own)
         fork.replayed_step = None
         return fork

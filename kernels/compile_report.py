@@ -113,7 +113,7 @@ def attention_cases():
         "split_width": 96,
         "BT": 16,
     }
-    for tensor, heads in {"q": N_HEAD, "k": N_KV_HEAD, "v": N_KV_HEAD, "o": N_HEAD}.items():
+    for tensor, heads in {"q": N_HEAD, "k": N_KV_HEAD, "v": N_KV_HEAD, "do": N_HEAD}.items():
         arguments[f"stride_{tensor}b"] = heads * HEAD_DIM
         arguments[f"stride_{tensor}h"] = HEAD_DIM
         arguments[f"stride_{tensor}t"] = heads * HEAD_DIM

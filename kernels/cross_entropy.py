@@ -13,11 +13,14 @@ another share). PyTorch then joins the shares.
 
 Backward: the tiles of logits are computed again and stored as dl, for CHUNK rows at a time. cuBLAS
 computes the two products with dl. A row without a target (IGNORE) has an nll, dl and dh of 0,
-whatever its hidden state holds.
+whatever its hidden state holds. For dW that state must be finite: the product adds 0·h, and 0·NaN
+is NaN.
 
 Bytes: h and W are read once each if the L2 cache holds a block of rows. The backward pass also
-moves dl, 2·CHUNK·V bytes for each chunk, written once and read twice.
-Operations for R rows: 2·R·V·D forward, three times as many backward.
+moves dl, 2·CHUNK·V bytes for each chunk, written once and read twice. And each chunk writes a
+product of V × D in W's dtype, and adds it to a float32 buffer of V × D: with a 16-bit W, 12·V·D
+bytes a chunk.
+Operations for R rows: 2·R·V·D forward and 6·R·V·D backward, a third of them for the logits again.
 """
 
 import torch
@@ -83,20 +86,20 @@ def linear_nll_backward(g, h, W, target, temperature):
 @triton.jit
 def logits_tile(
     h_ptr, W_ptr,
-    row_offsets, v_offsets,
+    row_ids, v_ids,
     R, V, D,
     h_row_stride, W_row_stride,
     BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return h[row_offsets]·W[v_offsets]ᵀ, (BLOCK_ROWS, BLOCK_V) float32."""
+    """Return h[row_ids]·W[v_ids]ᵀ, (BLOCK_ROWS, BLOCK_V) float32."""
     logits = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)
     for start in range(0, D, BLOCK_D):
-        col_offsets = start + tl.arange(0, BLOCK_D)
-        h_ptrs = h_ptr + row_offsets[:, None] * h_row_stride + col_offsets[None, :]
-        h_mask = (row_offsets < R)[:, None] & (col_offsets < D)[None, :]
+        col_ids = start + tl.arange(0, BLOCK_D)
+        h_ptrs = h_ptr + row_ids[:, None] * h_row_stride + col_ids[None, :]
+        h_mask = (row_ids < R)[:, None] & (col_ids < D)[None, :]
         h = tl.load(h_ptrs, h_mask, other=0.0)  # (BLOCK_ROWS, BLOCK_D)
-        W_ptrs = W_ptr + v_offsets[:, None] * W_row_stride + col_offsets[None, :]
-        W_mask = (v_offsets < V)[:, None] & (col_offsets < D)[None, :]
+        W_ptrs = W_ptr + v_ids[:, None] * W_row_stride + col_ids[None, :]
+        W_mask = (v_ids < V)[:, None] & (col_ids < D)[None, :]
         W = tl.load(W_ptrs, W_mask, other=0.0)  # (BLOCK_V, BLOCK_D)
 
         # "ieee": float32 inputs, which only tests have, are not rounded to TF32.
@@ -116,10 +119,10 @@ def linear_nll_forward_kernel(
 
     Writes the share's part of the softmax: max, sum and target_logit, each (shares, R) float32.
     """
-    row_offsets = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_mask = row_offsets < R
+    row_ids = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = row_ids < R
     share = tl.program_id(1)
-    target = tl.load(target_ptr + row_offsets, row_mask, other=-1)
+    target = tl.load(target_ptr + row_ids, row_mask, other=-1)
 
     # Over the tiles so far: the largest logit, Σ exp(logit − largest), and the target's logit
     running_max = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
@@ -130,11 +133,11 @@ def linear_nll_forward_kernel(
     share_start = share * share_size
     share_end = tl.minimum((share + 1) * share_size, V)
     for start in range(share_start, share_end, BLOCK_V):
-        v_offsets = start + tl.arange(0, BLOCK_V).to(tl.int64)
-        v_mask = (v_offsets < V)[None, :]  # (1, BLOCK_V)
+        v_ids = start + tl.arange(0, BLOCK_V).to(tl.int64)
+        v_mask = (v_ids < V)[None, :]  # (1, BLOCK_V)
         logits = logits_tile(
             h_ptr, W_ptr,
-            row_offsets, v_offsets,
+            row_ids, v_ids,
             R, V, D,
             h_row_stride, W_row_stride,
             BLOCK_ROWS, BLOCK_V, BLOCK_D,
@@ -147,10 +150,10 @@ def linear_nll_forward_kernel(
         running_sum = running_sum * rescale + tl.sum(tl.exp(logits - new_max[:, None]), 1)
         running_max = new_max
 
-        is_target = v_offsets[None, :] == target[:, None]
+        is_target = v_ids[None, :] == target[:, None]
         target_logit += tl.sum(tl.where(is_target, logits, 0.0), 1)
 
-    out_offsets = share * R + row_offsets
+    out_offsets = share * R + row_ids
     tl.store(max_ptr + out_offsets, running_max, row_mask)
     tl.store(sum_ptr + out_offsets, running_sum, row_mask)
     tl.store(target_logit_ptr + out_offsets, target_logit, row_mask)
@@ -165,32 +168,32 @@ def linear_nll_backward_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of dl, BLOCK_ROWS × BLOCK_V."""
-    row_offsets = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    v_offsets = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    row_mask = row_offsets < R
-    target = tl.load(target_ptr + row_offsets, row_mask, other=-1)
+    row_ids = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    v_ids = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    row_mask = row_ids < R
+    target = tl.load(target_ptr + row_ids, row_mask, other=-1)
 
     # The same logits as in the forward pass, and their softmax
     logits = logits_tile(
         h_ptr, W_ptr,
-        row_offsets, v_offsets,
+        row_ids, v_ids,
         R, V, D,
         h_row_stride, W_row_stride,
         BLOCK_ROWS, BLOCK_V, BLOCK_D,
     )  # fmt: skip
     logits = logits * inverse_temperature
-    lse = tl.load(lse_ptr + row_offsets, row_mask, other=0.0)
+    lse = tl.load(lse_ptr + row_ids, row_mask, other=0.0)
     p = tl.exp(logits - lse[:, None])  # (BLOCK_ROWS, BLOCK_V)
 
     # dl = g·τ·(p − one_hot(target)), and 0 in a row without a target, even if it holds NaN
-    p_minus_one_hot = tl.where(v_offsets[None, :] == target[:, None], p - 1.0, p)
+    p_minus_one_hot = tl.where(v_ids[None, :] == target[:, None], p - 1.0, p)
     has_target = target >= 0
-    g = tl.load(g_ptr + row_offsets, row_mask, other=0.0) * inverse_temperature
+    g = tl.load(g_ptr + row_ids, row_mask, other=0.0) * inverse_temperature
     g = tl.where(has_target, g, 0.0)
     dl = tl.where(has_target[:, None], p_minus_one_hot * g[:, None], 0.0)
 
-    dl_ptrs = dl_ptr + row_offsets[:, None] * dl_row_stride + v_offsets[None, :]
-    tl.store(dl_ptrs, dl, row_mask[:, None] & (v_offsets < V)[None, :])
+    dl_ptrs = dl_ptr + row_ids[:, None] * dl_row_stride + v_ids[None, :]
+    tl.store(dl_ptrs, dl, row_mask[:, None] & (v_ids < V)[None, :])
 
 
 # ---- launches, under autograd --------------------------------------------------------------------

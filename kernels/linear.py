@@ -10,8 +10,9 @@ call stores its (x_t, dy_t), and dW is one product over the rows of all calls. T
 
     LinearCall       one call of a layer                 backward: dx; stores (x, dy)
     WeightGradient   a dummy scalar made from the        backward: dW and db. Autograd runs it when
-                     weights, an input of each call      every LinearCall has run, and adds its
-                                                         results to the gradients of W's other uses
+                     weights, an input of each call      every LinearCall has run (the rule named in
+                                                         kernels/cache.py), and adds its results to
+                                                         the gradients of W's other uses
 
 A CUDA graph cannot append to a list. There the calls write x_t and dy_t to row t of preallocated
 buffers (CallBuffers), and the chain asks these for dW and db at the end.

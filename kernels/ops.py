@@ -1,7 +1,11 @@
-"""The one place that chooses kernels: Triton on a CUDA device, PyTorch elsewhere.
+"""The choice between Triton and PyTorch: Triton on a CUDA device, PyTorch elsewhere.
 
 The model calls the functions below and does not know which of the two runs. Each states its
 formula. The file that it calls holds the kernel, the backward pass and the PyTorch reference.
+
+Two choices are made elsewhere, by length. The cache of kernels/cache.py uses the attention kernels
+for a step of up to MAX_STEP_COLUMNS positions, and PyTorch's SDPA for a longer pass. Without
+kernels, KVCache.attend in minatp/llama.py uses SDPA (attention.masked_sdpa) or two plain products.
 
     MINATP_KERNELS=auto | torch | triton    auto is the default; triton is an error if unavailable
     MINATP_GRAPHS=0                         no CUDA graphs (kernels/graph.py)

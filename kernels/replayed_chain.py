@@ -1,17 +1,23 @@
-"""The chain of latents (minatp/chain.py) on a GPU: one CUDA graph forward, one backward.
+"""The chain of latents (minatp/chain.py) on a GPU: one latent as a CUDA graph, replayed for all t.
 
 With autograd, a GPU would wait for Python most of the time that the chain takes. Here
 
-    forward    runs the same loop without autograd. Each latent is read by a replay of one graph
-               (kernels/graph.py). h_t is kept for every t; the cache keeps the keys and values.
+    forward    runs the same loop without autograd. π reads z_t by replaying one graph, the same for
+               every t (kernels/graph.py). h_t is kept for every t; the cache keeps the keys and
+               values.
     backward   for t = n−1 … 0 computes latent t once more from h_t, with autograd, and sends the
-               gradient back through it. This too is one graph, replayed for every t.
+               gradient back through it. This is a second graph, again the same for every t.
 
 The price is reading the weights once more for each latent: 2N bytes forward and 4N backward (bf16,
 N weights), where autograd reads 2N and 2N.
 
-The loop is passed in, so nothing here imports minatp. Of the model it needs `propose`, and `policy`
-with its `step`.
+The loop is passed in, so nothing here imports minatp. What it needs of the model:
+
+    propose(h, eps, spread=)            the latent, a tuple of tensors or None with a field z
+    policy.step(z, is_fed, cache)       h_{t+1}
+    policy.model["layers"], ["norm"]    π's blocks, and its final norm
+    its child modules, by name          all but `policy`, `decoder` and `stop_head` count as part of
+                                        the chain: a new child gets its gradient here, too
 """
 
 from contextlib import contextmanager
@@ -38,11 +44,11 @@ def run(loop, model, h, cache, plan):
 
     Returns the fields of its Latent, each (B, n_candidate, …) or None, and n_latent (B,).
     """
-    n_layer = len(cache.threads)
+    n_layer = len(cache.order_tokens)
     chain = Chain(loop, model, cache, plan)
-    outputs = ReplayedChain.apply(chain, h, *cache.threads, *chain_weights(model))
+    outputs = ReplayedChain.apply(chain, h, *cache.order_tokens, *chain_weights(model))
     *fields, n_latent = outputs[:-n_layer]
-    cache.threads = list(outputs[-n_layer:])
+    cache.order_tokens = list(outputs[-n_layer:])
     return fields, n_latent
 
 
@@ -83,14 +89,14 @@ def replaced_parameters(modules, replacements):
 
 
 class ReplayedChain(torch.autograd.Function):
-    """(chain, h, threads of the cache, weights) -> the latent's fields, n_latent, threads.
+    """(chain, h, the cache's order tokens, weights) -> the latent's fields, n_latent, order tokens.
 
-    The threads pass through this node, so autograd runs it in order with the nodes of the columns
-    before and after the chain (kernels/cache.py).
+    The order tokens pass through this node, so autograd runs it in order with the nodes of the
+    columns before and after the chain (kernels/cache.py).
     """
 
     @staticmethod
-    def forward(ctx, chain, h, *threads_and_weights):
+    def forward(ctx, chain, h, *order_tokens_and_weights):
         loop, model, cache, plan = chain
         n_own = cache.n_own.clone()  # before the chain
 
@@ -112,15 +118,15 @@ class ReplayedChain(torch.autograd.Function):
         ctx.L = plan.L
         ctx.spread = plan.spread
         ctx.autocast = autocast_state(h.device)
-        threads = [h.new_empty(()) for _ in cache.threads]
-        return *latent, n_latent, *threads
+        order_tokens = [h.new_empty(()) for _ in cache.order_tokens]
+        return *latent, n_latent, *order_tokens
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
         hidden, n_latent, n_own, eps = ctx.saved_tensors  # hidden (n_candidate, B, D)
-        n_layer = len(ctx.cache.threads)
-        d_threads = upstream[-n_layer:]
+        n_layer = len(ctx.cache.order_tokens)
+        d_order_tokens = upstream[-n_layer:]
         d_latent = upstream[: -n_layer - 1]  # in between is n_latent's, None
 
         # for every column: gradients of the fields that a loss used (z, and in SFT the KL), then ε
@@ -141,13 +147,13 @@ class ReplayedChain(torch.autograd.Function):
                 if t < ctx.L:
                     is_fed = t < n_latent
                     n_before = n_own + n_latent.clamp(max=t)
-                    dh = replayed(again.fed, hidden[t], dh, is_fed, n_before, *column)
+                    dh = replayed(again.of_fed_latent, hidden[t], dh, is_fed, n_before, *column)
                 elif used:
-                    dh = again.proposed(hidden[t], dh, *column)
+                    dh = again.of_unfed_latent(hidden[t], dh, *column)
 
         weights = chain_weights(ctx.model)
         gradients = again.weight_gradients()
-        return None, dh, *d_threads, *(gradients.get(p) for p in weights)
+        return None, dh, *d_order_tokens, *(gradients.get(p) for p in weights)
 
 
 def autocast_state(device):
@@ -179,7 +185,7 @@ class RecomputedLatent:
             if p.requires_grad and p not in self.buffers.parameters:
                 self.sums[p] = torch.zeros_like(p)
 
-    def fed(self, h, dh_next, is_fed, n_own, *column):
+    def of_fed_latent(self, h, dh_next, is_fed, n_own, *column):
         """The gradient of h_t (B, D), for a latent that was fed.
 
         dh_next (B, D): the gradient of h_{t+1}. is_fed (B,): the rows that read z_t. n_own (B,):
@@ -187,14 +193,14 @@ class RecomputedLatent:
         """
         return self.gradient(h, column, (dh_next, is_fed, n_own))
 
-    def proposed(self, h, dh_next, *column):
+    def of_unfed_latent(self, h, dh_next, *column):
         """The same for a candidate that was not fed: the loop's next h is h_t itself."""
         return self.gradient(h, column) + dh_next
 
-    def gradient(self, h, column, fed=None):
+    def gradient(self, h, column, reading=None):
         """Compute latent t once more, and send its gradients back -> the gradient of h_t.
 
-        fed: the arguments of `feed` after z, if z_t was fed.
+        reading: the arguments of `read_again` after z, if z_t was fed.
         """
         n_used = len(self.used)
         grads = list(column[:n_used])
@@ -212,8 +218,8 @@ class RecomputedLatent:
         ):
             latent = self.model.propose(h, *noise, spread=self.spread)
             outputs = [latent[i] for i in self.used]
-            if fed is not None:
-                next_outputs, next_grads = self.feed(latent.z, *fed)
+            if reading is not None:
+                next_outputs, next_grads = self.read_again(latent.z, *reading)
                 outputs += next_outputs
                 grads += next_grads
             inputs = [h, *leaves.values()]
@@ -224,22 +230,23 @@ class RecomputedLatent:
                 total += grad
         return dh
 
-    def feed(self, z, dh_next, is_fed, n_own):
-        """Feed z_t as the forward pass did -> h_{t+1} and the threads, and their gradients."""
+    def read_again(self, z, dh_next, is_fed, n_own):
+        """Read z_t as the forward pass did -> h_{t+1} and the order tokens, and their gradients."""
         # n_own goes back to where it stood before column t, so that the column's keys and values
         # are computed and written once more. Later columns have had their backward pass by now,
         # and a step reads earlier columns only.
         cache = self.cache
         cache.n_own.copy_(n_own)
-        cache.threads = [dh_next.new_empty((), requires_grad=True) for _ in cache.threads]
+        cache.order_tokens = [dh_next.new_empty((), requires_grad=True) for _ in cache.order_tokens]
         h_next = self.model.policy.step(z, is_fed, cache)
 
-        # a thread's gradient holds no number, but its path makes autograd run the cache's nodes
-        d_threads = [torch.empty_like(thread) for thread in cache.threads]
-        return [h_next, *cache.threads], [dh_next, *d_threads]
+        # an order token's gradient holds no number, but its path makes autograd run the cache's
+        # nodes
+        d_order_tokens = [torch.empty_like(order_token) for order_token in cache.order_tokens]
+        return [h_next, *cache.order_tokens], [dh_next, *d_order_tokens]
 
     def weight_gradients(self):
         """{parameter: its gradient} over all latents."""
-        # the threads hold the graph of the last latent, and so all of the buffers
-        self.cache.threads = [None] * len(self.cache.threads)
+        # the order tokens hold the graph of the last latent, and so all of the buffers
+        self.cache.order_tokens = [None] * len(self.cache.order_tokens)
         return self.sums | self.buffers.gradients()

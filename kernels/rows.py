@@ -11,9 +11,12 @@
 Bytes per element, with x in float32 and the rest in bf16 (training under autocast):
 
                     forward               backward
-    add + RMSNorm   6 read, 6 written     10 read, 6 written
+    add + RMSNorm   6 read, 6 written     14 read, 6 written
     RoPE            2 read, 2 written      2 read, 2 written
     SwiGLU          4 read, 2 written      6 read, 4 written
+
+Of RMSNorm's backward pass, the kernel reads 10 and writes 4. The rest is a second launch, which
+casts ds to the branch's dtype.
 
 Kernels compute in float32, whatever the dtypes in memory. The order of this file: the PyTorch
 references; the kernels, the simplest first; the autograd functions that launch them.
@@ -94,21 +97,21 @@ def swiglu_forward_kernel(
     # Which rows and which columns are this program's? int64, because offsets can exceed 2³¹.
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    row_offsets = rows[:, None]  # (BLOCK_ROWS, 1)
-    col_offsets = cols[None, :]  # (1, BLOCK_COLS)
+    row_ids = rows[:, None]  # (BLOCK_ROWS, 1)
+    col_ids = cols[None, :]  # (1, BLOCK_COLS)
 
     # The last tiles stick out of the matrix: there, loads give 0 and stores write nothing.
-    mask = (row_offsets < n_rows) & (col_offsets < n_cols)  # (BLOCK_ROWS, BLOCK_COLS)
+    mask = (row_ids < n_rows) & (col_ids < n_cols)  # (BLOCK_ROWS, BLOCK_COLS)
 
     # Read each input once. The rows of gate and up may be slices of wider rows.
-    gate_ptrs = gate_ptr + row_offsets * gate_row_stride + col_offsets
+    gate_ptrs = gate_ptr + row_ids * gate_row_stride + col_ids
     gate = tl.load(gate_ptrs, mask, other=0.0).to(tl.float32)
-    up_ptrs = up_ptr + row_offsets * up_row_stride + col_offsets
+    up_ptrs = up_ptr + row_ids * up_row_stride + col_ids
     up = tl.load(up_ptrs, mask, other=0.0).to(tl.float32)
 
     # silu(gate) stays in registers. y is contiguous; the store rounds to its dtype.
     silu = gate * tl.sigmoid(gate)
-    y_ptrs = y_ptr + row_offsets * n_cols + col_offsets
+    y_ptrs = y_ptr + row_ids * n_cols + col_ids
     tl.store(y_ptrs, silu * up, mask)
 
 
@@ -122,22 +125,22 @@ def swiglu_backward_kernel(
     """dgate and dup of one tile. Computing σ(gate) again is cheaper than storing and reading it."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    row_offsets = rows[:, None]  # (BLOCK_ROWS, 1)
-    col_offsets = cols[None, :]  # (1, BLOCK_COLS)
-    mask = (row_offsets < n_rows) & (col_offsets < n_cols)  # (BLOCK_ROWS, BLOCK_COLS)
+    row_ids = rows[:, None]  # (BLOCK_ROWS, 1)
+    col_ids = cols[None, :]  # (1, BLOCK_COLS)
+    mask = (row_ids < n_rows) & (col_ids < n_cols)  # (BLOCK_ROWS, BLOCK_COLS)
 
-    dy_ptrs = dy_ptr + row_offsets * dy_row_stride + col_offsets
+    dy_ptrs = dy_ptr + row_ids * dy_row_stride + col_ids
     dy = tl.load(dy_ptrs, mask, other=0.0).to(tl.float32)
-    gate_ptrs = gate_ptr + row_offsets * gate_row_stride + col_offsets
+    gate_ptrs = gate_ptr + row_ids * gate_row_stride + col_ids
     gate = tl.load(gate_ptrs, mask, other=0.0).to(tl.float32)
-    up_ptrs = up_ptr + row_offsets * up_row_stride + col_offsets
+    up_ptrs = up_ptr + row_ids * up_row_stride + col_ids
     up = tl.load(up_ptrs, mask, other=0.0).to(tl.float32)
 
     sigmoid = tl.sigmoid(gate)
     dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    tl.store(dgate_ptr + row_offsets * n_cols + col_offsets, dgate, mask)
+    tl.store(dgate_ptr + row_ids * n_cols + col_ids, dgate, mask)
     dup = dy * gate * sigmoid
-    tl.store(dup_ptr + row_offsets * n_cols + col_offsets, dup, mask)
+    tl.store(dup_ptr + row_ids * n_cols + col_ids, dup, mask)
 
 
 # ---- kernels: RoPE -------------------------------------------------------------------------------
@@ -155,27 +158,27 @@ def rotate_kernel(
     A row is one head at one position, in the order of y, whose memory is (B, T, n_head, 2H). One
     program rotates BLOCK_ROWS of the n_rows = B·T·n_head rows.
     """
-    row_offsets = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col_offsets = tl.arange(0, BLOCK_H)
-    mask = (row_offsets < n_rows)[:, None] & (col_offsets < H)[None, :]  # (BLOCK_ROWS, BLOCK_H)
+    row_ids = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col_ids = tl.arange(0, BLOCK_H)
+    mask = (row_ids < n_rows)[:, None] & (col_ids < H)[None, :]  # (BLOCK_ROWS, BLOCK_H)
 
     # All heads at a position share its angles. cos and sin are (B·T, H).
-    position = row_offsets // n_head  # b·T + t
-    cos_ptrs = cos_ptr + position[:, None] * H + col_offsets[None, :]
-    sin_ptrs = sin_ptr + position[:, None] * H + col_offsets[None, :]
+    position = row_ids // n_head  # b·T + t
+    cos_ptrs = cos_ptr + position[:, None] * H + col_ids[None, :]
+    sin_ptrs = sin_ptr + position[:, None] * H + col_ids[None, :]
     cos = tl.load(cos_ptrs, mask, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptrs, mask, other=0.0).to(tl.float32) * sign
 
     # Both halves of each head. x is a view of a projection, read at its strides without a copy.
     batch_offsets = position // T * x_batch_stride
     time_offsets = position % T * x_time_stride
-    head_offsets = row_offsets % n_head * x_head_stride
+    head_offsets = row_ids % n_head * x_head_stride
     x_row_offsets = batch_offsets + time_offsets + head_offsets
-    x_ptrs = x_ptr + x_row_offsets[:, None] + col_offsets[None, :]
+    x_ptrs = x_ptr + x_row_offsets[:, None] + col_ids[None, :]
     x1 = tl.load(x_ptrs, mask, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptrs + H, mask, other=0.0).to(tl.float32)
 
-    y_ptrs = y_ptr + row_offsets[:, None] * (2 * H) + col_offsets[None, :]
+    y_ptrs = y_ptr + row_ids[:, None] * (2 * H) + col_ids[None, :]
     tl.store(y_ptrs, x1 * cos - x2 * sin, mask)
     tl.store(y_ptrs + H, x2 * cos + x1 * sin, mask)
 
@@ -194,20 +197,20 @@ def add_rms_norm_forward_kernel(
 
     sum, y and rstd are contiguous. Without a branch, sum is x itself and is not written.
     """
-    row_offsets = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col_offsets = tl.arange(0, BLOCK_COLS)
-    row_mask = row_offsets < n_rows
-    col_mask = col_offsets < n_cols
+    row_ids = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col_ids = tl.arange(0, BLOCK_COLS)
+    row_mask = row_ids < n_rows
+    col_mask = col_ids < n_cols
     mask = row_mask[:, None] & col_mask[None, :]  # (BLOCK_ROWS, BLOCK_COLS)
 
     # s = x + branch, rounded to the dtype in which it is kept
-    x_ptrs = x_ptr + row_offsets[:, None] * x_row_stride + col_offsets[None, :]
+    x_ptrs = x_ptr + row_ids[:, None] * x_row_stride + col_ids[None, :]
     s = tl.load(x_ptrs, mask, other=0.0)
     if HAS_BRANCH:
-        branch_ptrs = branch_ptr + row_offsets[:, None] * branch_row_stride + col_offsets[None, :]
+        branch_ptrs = branch_ptr + row_ids[:, None] * branch_row_stride + col_ids[None, :]
         branch = tl.load(branch_ptrs, mask, other=0.0).to(tl.float32)
         s = (s.to(tl.float32) + branch).to(sum_ptr.dtype.element_ty)
-        sum_ptrs = sum_ptr + row_offsets[:, None] * n_cols + col_offsets[None, :]
+        sum_ptrs = sum_ptr + row_ids[:, None] * n_cols + col_ids[None, :]
         tl.store(sum_ptrs, s, mask)
 
     # Columns that do not exist hold 0 and add nothing to the sum of squares.
@@ -216,12 +219,12 @@ def add_rms_norm_forward_kernel(
 
     # As in the reference, n is rounded to the dtype of s before the product with weight.
     n = (s * rstd[:, None]).to(sum_ptr.dtype.element_ty).to(tl.float32)
-    weight = tl.load(weight_ptr + col_offsets, col_mask, other=0.0).to(tl.float32)
-    y_ptrs = y_ptr + row_offsets[:, None] * n_cols + col_offsets[None, :]
+    weight = tl.load(weight_ptr + col_ids, col_mask, other=0.0).to(tl.float32)
+    y_ptrs = y_ptr + row_ids[:, None] * n_cols + col_ids[None, :]
     tl.store(y_ptrs, n * weight[None, :], mask)
 
     # The backward pass needs only the row's statistic: it computes n again.
-    tl.store(rstd_ptr + row_offsets, rstd, row_mask)
+    tl.store(rstd_ptr + row_ids, rstd, row_mask)
 
 
 @triton.jit
@@ -236,38 +239,39 @@ def add_rms_norm_backward_kernel(
     It leaves that sum in its own row of partial_dw (num_programs, n_cols). No two programs add to
     the same address, so every run gives the same bits.
     """
-    col_offsets = tl.arange(0, BLOCK_COLS)
-    col_mask = col_offsets < n_cols
-    weight = tl.load(weight_ptr + col_offsets, col_mask, other=0.0).to(tl.float32)
+    col_ids = tl.arange(0, BLOCK_COLS)
+    col_mask = col_ids < n_cols
+    weight = tl.load(weight_ptr + col_ids, col_mask, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK_COLS], tl.float32)
 
     for block in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0)):
-        row_offsets = tl.full([], block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        row_mask = row_offsets < n_rows
+        # tl.full: under the interpreter a loop index is a Python int, which has no .to(tl.int64)
+        row_ids = tl.full([], block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        row_mask = row_ids < n_rows
         mask = row_mask[:, None] & col_mask[None, :]  # (BLOCK_ROWS, BLOCK_COLS)
 
         # n = s·rstd again, from what the forward pass saved
-        rstd = tl.load(rstd_ptr + row_offsets, row_mask, other=0.0)[:, None]  # (BLOCK_ROWS, 1)
-        sum_ptrs = sum_ptr + row_offsets[:, None] * sum_row_stride + col_offsets[None, :]
+        rstd = tl.load(rstd_ptr + row_ids, row_mask, other=0.0)[:, None]  # (BLOCK_ROWS, 1)
+        sum_ptrs = sum_ptr + row_ids[:, None] * sum_row_stride + col_ids[None, :]
         n = tl.load(sum_ptrs, mask, other=0.0).to(tl.float32) * rstd
 
         # ds = g + rstd·(dn − n·mean(dn·n)). g is missing where the sum itself is not used.
-        dy_ptrs = dy_ptr + row_offsets[:, None] * dy_row_stride + col_offsets[None, :]
+        dy_ptrs = dy_ptr + row_ids[:, None] * dy_row_stride + col_ids[None, :]
         dy = tl.load(dy_ptrs, mask, other=0.0).to(tl.float32)
         dn = dy * weight[None, :]
         mean = tl.sum(dn * n, 1) / n_cols  # (BLOCK_ROWS,)
         ds = rstd * (dn - n * mean[:, None])
         if HAS_G:
-            g_ptrs = g_ptr + row_offsets[:, None] * g_row_stride + col_offsets[None, :]
+            g_ptrs = g_ptr + row_ids[:, None] * g_row_stride + col_ids[None, :]
             ds += tl.load(g_ptrs, mask, other=0.0).to(tl.float32)
 
-        ds_ptrs = ds_ptr + row_offsets[:, None] * n_cols + col_offsets[None, :]
+        ds_ptrs = ds_ptr + row_ids[:, None] * n_cols + col_ids[None, :]
         tl.store(ds_ptrs, ds, mask)
 
         # Rows that do not exist have dy = 0 and add nothing.
         dw += tl.sum(dy * n, 0)
 
-    tl.store(partial_dw_ptr + tl.program_id(0) * n_cols + col_offsets, dw, col_mask)
+    tl.store(partial_dw_ptr + tl.program_id(0) * n_cols + col_ids, dw, col_mask)
 
 
 # ---- launches, under autograd --------------------------------------------------------------------
@@ -358,7 +362,8 @@ def run_rotate(x, cos, sin, sign):
     """Rotate x (B, nh, T, hd) by its angles (sign 1), or back (sign −1).
 
     x may have any strides; only its last dimension has to be contiguous, and is made so. The result
-    has the shape of x and lies in memory as (B, T, nh, hd), ready to be flattened.
+    has the shape of x and lies in memory as (B, T, nh, hd), like the result of a projection. So the
+    gradient of x goes back to the projection's (B, T, nh·hd) without a copy.
     """
     B, n_head, T, head_dim = x.shape
     if x.stride(3) != 1:

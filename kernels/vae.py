@@ -191,6 +191,11 @@ def box_muller_reference(bits_a, bits_b):
 
 
 # ---- kernels -------------------------------------------------------------------------------------
+# A Philox counter gives four numbers, one for each lane. For D = 10, ⌈D/4⌉ = 3 counters:
+#
+#     lane       0        1        2        3
+#     counter    0 1 2    0 1 2    0 1 2    0 1 2
+#     column     0 1 2    3 4 5    6 7 8    9 – –      column = lane·⌈D/4⌉ + counter, if it is < D
 
 
 @triton.jit
@@ -198,7 +203,7 @@ def box_muller(bits_a, bits_b):
     """Return two standard normals, from two blocks of random bits.
 
     cos and sin are Taylor polynomials after a reduction to an eighth of a turn. The angle is less
-    than a turn, so the library's slow path for large angles, which needs stack memory, is not.
+    than a turn, so the library's slow path for large angles, which takes a stack, is not needed.
     """
     u = tl.uint_to_uniform_float(bits_a)
     v = tl.uint_to_uniform_float(bits_b)
@@ -247,32 +252,32 @@ def reparameterise_forward_kernel(
 ):  # fmt: skip
     """One program: z, KL and log p of one row. The head of this file has the table of modes."""
     row = tl.program_id(0).to(tl.int64)
-    quarter = tl.cdiv(D, 4)  # columns of a lane
+    n_counters = tl.cdiv(D, 4)  # and columns of a lane
     kl_sum = tl.zeros([BLOCK], tl.float32)
     logp_sum = tl.zeros([BLOCK], tl.float32)
 
-    for start in range(0, quarter, BLOCK):
+    for start in range(0, n_counters, BLOCK):
         counters = start + tl.arange(0, BLOCK)
         if MODE == "draw":
             drawn = draw(source_ptr + row * source_row_stride, counters)  # one ε for each lane
 
-        # Four groups of columns, which share their counters
+        # The four lanes of columns, which share their counters
         for lane in tl.static_range(4):
-            col_offsets = lane * quarter + counters
-            mask = (counters < quarter) & (col_offsets < D)
-            mu_ptrs = mu_ptr + row * mu_row_stride + col_offsets
+            col_ids = lane * n_counters + counters
+            mask = (counters < n_counters) & (col_ids < D)
+            mu_ptrs = mu_ptr + row * mu_row_stride + col_ids
             mu = tl.load(mu_ptrs, mask, other=0.0).to(tl.float32)
-            logvar_ptrs = logvar_ptr + row * logvar_row_stride + col_offsets
+            logvar_ptrs = logvar_ptr + row * logvar_row_stride + col_ids
             logvar = tl.load(logvar_ptrs, mask, other=0.0).to(tl.float32)
 
             # u = (z − μ)/σ: the noise that makes z
             if MODE == "draw":
                 u = drawn[lane]
             elif MODE == "given":
-                eps_ptrs = source_ptr + row * source_row_stride + col_offsets
+                eps_ptrs = source_ptr + row * source_row_stride + col_ids
                 u = tl.load(eps_ptrs, mask, other=0.0).to(tl.float32)
             elif MODE == "score":
-                z_ptrs = source_ptr + row * source_row_stride + col_offsets
+                z_ptrs = source_ptr + row * source_row_stride + col_ids
                 z = tl.load(z_ptrs, mask, other=0.0).to(tl.float32)
                 u = (z - mu) * tl.exp(-0.5 * logvar)
             else:
@@ -280,7 +285,7 @@ def reparameterise_forward_kernel(
 
             # z is new in the two modes that sample.
             if MODE == "draw" or MODE == "given":
-                tl.store(z_ptr + row * D + col_offsets, mu + tl.exp(0.5 * logvar) * u, mask)
+                tl.store(z_ptr + row * D + col_ids, mu + tl.exp(0.5 * logvar) * u, mask)
 
             # Columns that do not exist add nothing to the row's sums.
             kl_sum += tl.where(mask, mu * mu + tl.exp(logvar) - 1.0 - logvar, 0.0)
@@ -303,23 +308,23 @@ def reparameterise_backward_kernel(
     HAS_DZ: the loss uses a z that the forward kernel computed, so in mode draw or given.
     """
     row = tl.program_id(0).to(tl.int64)
-    quarter = tl.cdiv(D, 4)  # columns of a lane
+    n_counters = tl.cdiv(D, 4)  # and columns of a lane
 
     # The row's two upstream gradients. The KL is a mean over D.
     g_kl = tl.load(dkl_ptr + row) / D
     g_p = tl.load(dlogp_ptr + row)
 
-    for start in range(0, quarter, BLOCK):
+    for start in range(0, n_counters, BLOCK):
         counters = start + tl.arange(0, BLOCK)
         if MODE == "draw":
             drawn = draw(source_ptr + row * source_row_stride, counters)  # the same ε as forward
 
         for lane in tl.static_range(4):
-            col_offsets = lane * quarter + counters
-            mask = (counters < quarter) & (col_offsets < D)
-            mu_ptrs = mu_ptr + row * mu_row_stride + col_offsets
+            col_ids = lane * n_counters + counters
+            mask = (counters < n_counters) & (col_ids < D)
+            mu_ptrs = mu_ptr + row * mu_row_stride + col_ids
             mu = tl.load(mu_ptrs, mask, other=0.0).to(tl.float32)
-            logvar_ptrs = logvar_ptr + row * logvar_row_stride + col_offsets
+            logvar_ptrs = logvar_ptr + row * logvar_row_stride + col_ids
             logvar = tl.load(logvar_ptrs, mask, other=0.0).to(tl.float32)
 
             # Through the KL, and through logσ² in log p: in every mode
@@ -329,28 +334,28 @@ def reparameterise_backward_kernel(
             # Through u = (z − μ)/σ in log p: z is given
             if MODE == "score":
                 inverse_sigma = tl.exp(-0.5 * logvar)
-                z_ptrs = source_ptr + row * source_row_stride + col_offsets
+                z_ptrs = source_ptr + row * source_row_stride + col_ids
                 z = tl.load(z_ptrs, mask, other=0.0).to(tl.float32)
                 u = (z - mu) * inverse_sigma
                 pull = g_p * u * inverse_sigma
-                tl.store(dsource_ptr + row * D + col_offsets, -pull, mask)
+                tl.store(dsource_ptr + row * D + col_ids, -pull, mask)
                 dmu += pull
                 dlogvar += 0.5 * g_p * u * u
 
             # Through z = μ + σ·ε: z was sampled
             if HAS_DZ:
-                dz_ptrs = dz_ptr + row * dz_row_stride + col_offsets
+                dz_ptrs = dz_ptr + row * dz_row_stride + col_ids
                 dz = tl.load(dz_ptrs, mask, other=0.0).to(tl.float32)
                 if MODE == "draw":
                     eps = drawn[lane]
                 else:
-                    eps_ptrs = source_ptr + row * source_row_stride + col_offsets
+                    eps_ptrs = source_ptr + row * source_row_stride + col_ids
                     eps = tl.load(eps_ptrs, mask, other=0.0).to(tl.float32)
                 dmu += dz
                 dlogvar += 0.5 * dz * tl.exp(0.5 * logvar) * eps
 
-            tl.store(dmu_ptr + row * D + col_offsets, dmu, mask)
-            tl.store(dlogvar_ptr + row * D + col_offsets, dlogvar, mask)
+            tl.store(dmu_ptr + row * D + col_ids, dmu, mask)
+            tl.store(dlogvar_ptr + row * D + col_ids, dlogvar, mask)
 
 
 # ---- launches, under autograd --------------------------------------------------------------------

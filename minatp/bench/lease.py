@@ -16,6 +16,7 @@ is known, because a lease can end at any moment. lease.sh makes the most of ten 
 """
 
 import json
+import math
 import os
 import statistics
 import time
@@ -64,6 +65,7 @@ def main(argv=None):
 
     for name in parts:
         try:
+            lease.reset_peak_memory()
             PARTS[name](lease)
         except Exception as e:  # whatever it is, the figures of the other parts are worth having
             lease.report(f"FAILED {name}", f"{type(e).__name__}: {str(e)[:400]}")
@@ -119,6 +121,11 @@ class Lease:
         (self.out / "lease.json").write_text(json.dumps(self.figures, indent=1))
         seconds = time.perf_counter() - self.start
         print(f"[{seconds:6.1f} s] {name}: {json.dumps(value)[:900]}", flush=True)
+
+    def reset_peak_memory(self):
+        """Forget the peak so far, so that a part reports its own."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def synchronize(self):
         if self.on_gpu:
@@ -199,12 +206,27 @@ def same(lease):
             {
                 "losses": losses,
                 "without graphs": plain_losses,
-                "norms differ by": max(differences),
-                "least cosine": min(cosines),
+                "norms differ by": largest_difference(differences),
+                "least cosine": least(cosines),
                 "keys": norms.keys() == plain_norms.keys(),
             },
         )
     model.zero_grad(set_to_none=True)
+
+
+def largest_difference(differences):
+    """The largest of (difference, name) pairs. NaN is the largest of all."""
+
+    def size(pair):
+        difference, name = pair
+        return (math.inf if math.isnan(difference) else difference), name
+
+    return max(differences, key=size)
+
+
+def least(values):
+    """The least of some numbers. NaN if one is NaN."""
+    return math.nan if any(math.isnan(x) for x in values) else min(values)
 
 
 def gradients(lease, rows):

@@ -5,6 +5,7 @@ Kernels run in Triton's interpreter, on a CPU. TRITON_INTERPRET=0 runs the same 
 
 # ruff: noqa: E402 (imports come after the check that Triton is installed)
 
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ pytestmark = [
 
 import train
 from kernels import attention, bench, cache, cross_entropy, ops, rows, vae
+from minatp.bench import lease
 from minatp.data import Encoded, collate, left_pad
 from minatp.decoder import read_thoughts
 from minatp.latent import ATP
@@ -855,6 +857,41 @@ def test_the_benchmark_verifies_before_it_times():
     wrong = bench.small_cases(device, torch.float16)[0]
     wrong.kernel = one_percent_off
     assert bench.verify(wrong) > bench.LIMIT
+
+
+@pytest.mark.parametrize("i", [0, 1, 2])  # z, KL, log p
+def test_the_benchmark_notices_nan_in_any_result(i):
+    def nan_in_one(mu, logvar):
+        outputs = list(case.reference(mu, logvar))
+        outputs[i] = outputs[i] * torch.nan
+        return outputs
+
+    case = bench.small_cases(torch.device(DEVICE), torch.float16)[0]
+    case.kernel = nan_in_one
+    ratio = bench.verify(case)
+    assert math.isnan(ratio)
+    assert not ratio <= bench.LIMIT
+
+
+def test_the_benchmark_notices_nan_in_one_gradient():
+    def nan_in_the_gradient_of_logvar(mu, logvar):
+        logvar.register_hook(lambda grad: grad * torch.nan)
+        return case.reference(mu, logvar)  # the results are right
+
+    case = bench.small_cases(torch.device(DEVICE), torch.float16)[0]
+    case.kernel = nan_in_the_gradient_of_logvar
+    assert math.isnan(bench.verify(case))
+
+
+def test_a_lease_notices_nan_in_any_gradient():
+    differences = [(0.5, "a"), (math.nan, "b"), (0.25, "c")]
+    for i in range(3):
+        assert lease.largest_difference(differences[i:] + differences[:i])[1] == "b"
+    assert lease.largest_difference([(0.5, "a"), (0.25, "c")]) == (0.5, "a")
+
+    for cosines in ([math.nan, 0.5], [0.5, math.nan], [0.25, math.nan, 0.5]):
+        assert math.isnan(lease.least(cosines))
+    assert lease.least([0.5, 0.25]) == 0.25
 
 
 def test_every_kernel_compiles_for_sm_90_without_spills(compile_report):
