@@ -1,6 +1,7 @@
 """What must hold for every text: the parsers of answers and of coherence, and the tokenizer."""
 
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -8,6 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minatp import problems, reward
+from minatp.run.options import Config
 from minatp.tokenizer import END, LATENT, START, Tokenizer, train_tokenizer
 
 from properties import almost_numbers, any_text, thorough, words
@@ -93,9 +95,11 @@ def test_any_steps_are_judged(steps, final):
     assert 0.0 <= strict <= paper <= 1.0
     assert len(reward.coherent(steps, final)) == len(steps)
 
-    total, parts = reward.total("".join(steps), steps, True, final)
-    assert 0.0 <= total <= 1.6
-    assert parts.keys() == {"acc", "coh", "fmt"}
+    chain = SimpleNamespace(text="".join(steps), steps=steps, ended=True)
+    for no_answers in (False, True):
+        R, terms = reward.chain_reward(Config(no_answers=no_answers), chain, final or "")
+        assert 0.0 <= R <= 1.6
+        assert terms.keys() == ({"coh", "fmt"} if no_answers else {"acc", "coh", "fmt"})
 
 
 def with_value(n):
