@@ -73,6 +73,7 @@ def sft(run):
         loader = curriculum_batches(run, stage)
 
         # run.steps sets the learning rate, skips what a resumed run has done, logs, saves, ...
+        # `step` counts the optimizer's steps over all stages
         for step, problems in run.steps(loader, n_update, n_total, stage):
             # 1. The gradient of L_enc + L_dec + L_stop + β·L_KL
             losses, counts = sft_gradients(run, problems, stage, step)
@@ -83,8 +84,7 @@ def sft(run):
             run.meter.add({**losses, "grad_norm": grad_norm}, counts, counts["position"])
 
             # 3. From scratch, φ starts as a copy of π at the end of stage 0, before any latent
-            is_last = step == n_update - 1
-            if stage == 0 and is_last and model.decode and not cfg.init:
+            if stage == 0 and step == n_update - 1 and model.decode and not cfg.init:
                 model.decoder.start_from(model.policy)
     run.finish()
 
@@ -120,12 +120,13 @@ def sft_gradients(run, problems, stage, step, weight=1.0):
     batch, and how many terms each sum has.
     """
     model, sums = run.model, {}
-    # Each micro-batch is collated (data.collate): some steps become latents, whose noise is eps
-    for batch, eps, counts in run.micro_batches(problems, stage, step):
+    # Each micro-batch is collated (data.collate): some steps become latents. eps_keys is the noise
+    # of the latents, not drawn yet: a seed and an offset for each
+    for batch, eps_keys, counts in run.micro_batches(problems, stage, step):
         with run.autocast:
             # "enc": the text after the latents; "dec": φ writes each step from its latents;
             # "stop": the stop head; "kl": the latents' Gaussians against N(0, I)
-            losses = sft_losses(model, batch, eps)
+            losses = sft_losses(model, batch, eps_keys)
             # L_enc + L_dec + L_stop + β·L_KL, each divided by its count in the WHOLE batch: how it
             # is split over micro-batches and ranks changes nothing
             loss = weight * total_loss(losses, counts, run.cfg.beta)

@@ -41,9 +41,9 @@ class Plan(NamedTuple):
     n_latent: torch.Tensor
     # the most latents of a row: latents 0 … L−1 are fed to π
     L: int
-    # latents to propose: L, or L + 1 if a row's dropped candidate is needed
+    # latents to propose, at least L: those past L are proposed, but fed to no row
     n_candidate: int
-    # (B, ≥ n_candidate, …) as in kernels/vae.py; None: z = μ
+    # ε (B, ≥ n_candidate, D), or on a GPU the keys that it is drawn from; None: z = μ
     eps: torch.Tensor | None = None
     # (B,) bool: rows that stop when the stop head says so
     answer_only: torch.Tensor | None = None
@@ -68,8 +68,9 @@ def walk(model, h, cache, plan):
 
     feed = partial(model.policy.step, cache=cache)
 
-    # Same loop, but in the backward pass the gradient of each weight is one product for the whole
-    # chain, not one for each latent
+    # Without a graph the loop runs as it stands. Inside deferred_weight_gradients the gradients are
+    # the same, but in the backward pass that of each weight is one product for the whole chain, not
+    # one for each latent. (Only the CUDA graphs need the hidden states.)
     with deferred_weight_gradients(model):
         _, latent, n_latent = latent_loop(model, h, plan, feed)
     return latent, n_latent

@@ -111,7 +111,7 @@ class Batch:
     text_mask: torch.Tensor
     # (B, Tt) ids to write there, IGNORE where padded
     target: torch.Tensor
-    # (N,) the problem of each latent step that φ must read back
+    # (N,) the problem of each latent step that φ must write
     step_row: torch.Tensor
     # (N,) which step of that problem it is
     step_index: torch.Tensor
@@ -182,7 +182,7 @@ def collate(rows, stage, model):
     n_read = torch.tensor([len(text) - 1 for text in texts])  # the last id is written, not read
     text = pad([text[:-1] for text in texts], model.end)
 
-    # What φ must read back
+    # What φ must write
     step_row, step_index, step_texts = [], [], []
     if model.decode:
         step_row, step_index, step_texts = texts_of_steps(rows, n_step, stage, K)

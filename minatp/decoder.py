@@ -2,7 +2,8 @@
 
 It takes the c latents of a step as input embeddings and writes the step.
 
-thought_nll      −log p of the true text of a step: the loss that teaches φ, and the latents
+thought_nll      −log p of the true text of a step: the loss that teaches φ, and the latents. SFT
+                 needs nothing else of this file
 read_thoughts    what φ writes greedily for each step
 top_readings     the likeliest texts of each step, with their probabilities
 as_text          a whole Rollout in words -> a list of Chain

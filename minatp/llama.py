@@ -127,7 +127,8 @@ class KVCache:
         """
         n = q.shape[2]
         cos, sin = rope
-        # RoPE: rotate each pair of dimensions by the angle of its position
+        # RoPE: the halves x₁, x₂ of a head turn by the angle of its position:
+        # (x₁·cos − x₂·sin, x₂·cos + x₁·sin)
         k, v = self.append(i, ops.rotate(k, cos, sin), v)
         q = ops.rotate(q, cos[:, :, -n:], sin[:, :, -n:])
         mask = self.mask[:, :, -n:]
@@ -163,7 +164,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x, branch=None):
-        """Add a branch to the residual stream x (B, T, D). Returns (x + branch, its norm)."""
+        """x (B, T, D), branch -> (x + branch, its norm). Block says why the addition is here."""
         # x ← x + branch;  y = weight · x / √(mean(x²) + eps)
         return ops.add_rms_norm(x, branch, self.weight, self.eps)
 

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW, or Muon for the matrices inside the model and AdamW for the rest.
+"""The optimizer: AdamW, or Muon for the matrices of the layers and of the latent head, AdamW else.
 
 AdamW scales every element by itself, and a few directions of a matrix take most of its step. Muon
 makes all directions equal: if the SVD of the step is U·S·Vᵀ, it takes U·Vᵀ.
@@ -6,7 +6,7 @@ makes all directions equal: if the SVD of the step is U·S·Vᵀ, it takes U·V�
     m ← 0.95·m + 0.05·g        G = 0.05·g + 0.95·m  (Nesterov)
     W ← W − lr·(weight_decay·W + 0.2·√max(rows, columns)·U·Vᵀ)
 
-There is no SVD: starting from X = G/‖G‖, five iterations of X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ
+There is no SVD: starting from X = G/‖G‖, five iterations of X ← a·X + (b·S + c·S²)·X with S = X·Xᵀ
 bring every singular value to about 1 (0.7 to 1.2). An element then moves by about 0.2·lr, as under
 AdamW, so that one learning rate serves both.
 Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon (a, b, c); Liu et al. 2025, arXiv
@@ -42,8 +42,8 @@ def orthogonalise(G):
     X = (X / (X.norm() + 1e-7)).to(torch.bfloat16 if G.is_cuda else G.dtype)
     for _ in range(5):
         S = X @ X.t()
-        S = torch.addmm(S, S, S, beta=B, alpha=C)  # b·A + c·A²
-        X = torch.addmm(X, S, X, beta=A)  # a·X + (b·A + c·A²)·X
+        S = torch.addmm(S, S, S, beta=B, alpha=C)  # b·S + c·S²
+        X = torch.addmm(X, S, X, beta=A)  # a·X + (b·S + c·S²)·X
     return (X.t() if is_tall else X).to(G.dtype)
 
 

@@ -76,7 +76,7 @@ class Forced:
 
 @dataclass
 class Rollout:
-    """B finished chains. Entries past the end of a row are 0 (−1 for tokens)."""
+    """B finished chains. Entries past the end of a row are 0, of token −1, of stop_prob NaN."""
 
     # (B, cK, D) the used latents, then the candidate dropped at a stop
     z: torch.Tensor
@@ -154,26 +154,27 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         WRITES    choose the next word from h; x ← the word. At eos or after max_new words: DONE
     """
     policy, c, device = model.policy, model.c, prompt.device
-    cK = c * min(model.stage, model.K)  # most latents
+    most = c * min(model.stage, model.K)  # latents of a row
     eos = torch.tensor(policy.cfg.eos, device=device)
     end_latent = policy.embed(torch.tensor(model.end, device=device))  # (D,)
 
     # Read the prompts, and make room for what each of the B chains will be
-    h, cache = read_prompt(policy, prompt, prompt_mask, cK + 1 + max_new, group)
+    h, cache = read_prompt(policy, prompt, prompt_mask, most + 1 + max_new, group)
     B, D = h.shape
     out = Rollout.empty(model, B, max_new, noise, device)
-    eps = noise and ops.prepare_noise(noise.eps_keys, D)
+    eps = noise and ops.prepare_noise(noise.eps_keys, D)  # ε; on a GPU still its keys
 
     # How many latents each row may have
-    limit = torch.full((B,), cK, device=device)
+    limit = torch.full((B,), most, device=device)
     if forced is not None:
-        limit = torch.where(forced.ends, forced.n, cK).clamp(max=cK)
+        limit = torch.where(forced.ends, forced.n, most).clamp(max=most)
 
     # On a CPU, rows_where gives the rows that are due, and write_where(a, i, v, due) is a[i] = v.
     # In a CUDA graph shapes are fixed: rows_where gives all rows, write_where stores what is due
     fixed_shape = cache.replays_steps
 
-    # The state of the batch, written in place
+    # The state of the batch. It is written in place, and ticks are counted on the device, because
+    # a CUDA graph replays a tick on the same memory
     rows = torch.arange(B, device=device)  # which of the B chains each row is
     doing = torch.zeros_like(rows)  # THINKS, WRITES or DONE
     x = end_latent.repeat(B, 1)  # (rows, D) what each row reads next
@@ -203,7 +204,7 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         if not len(b):
             return
         row, due = rows[b], thinks[b]
-        column = t.clamp(max=cK - 1).expand(len(b))
+        column = t.clamp(max=most - 1).expand(len(b))
 
         # Propose z ~ N(μ, σ²), or take the forced latent
         latent = model.propose(h[b], noise and eps[row, column], spread=out.spread)
@@ -249,7 +250,8 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         thinks = (doing == THINKS) & (t < limit[rows])
         writes = doing == WRITES
 
-        # A row that ends its thinking reads <|end-latent|>, then writes; the others overwrite this
+        # A row that has had all its latents reads <|end-latent|>, then writes. So would any other,
+        # but write_words and think overwrite it below
         x.copy_(end_latent)
         doing.clamp_(min=WRITES)
         write_words(h, writes)
@@ -259,7 +261,7 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
     # graphs, when they are half of it: an early stop saves real work
     count_done = DelayedCount(fixed_shape)
     tick(torch.zeros_like(rows[0]), h)
-    for t in range(1, cK + max_new + 1):
+    for t in range(1, most + max_new + 1):
         n_done = count_done(doing == DONE)
         if n_done == len(rows):
             break

@@ -21,8 +21,8 @@ from .decoder import thought_nll
 def sft_losses(model, batch, eps=None):
     """The losses of a Batch, each summed over it: {"enc", "kl", "stop", "dec"}, those that apply.
 
-    model: an ATP. eps: the noise of the latents, (B, ≥ n_candidate, …) as in kernels/vae.py, or
-    None for z = μ.
+    model: an ATP. eps: the noise of the latents, ε (B, ≥ n_candidate, D) or the keys that it is
+    drawn from (B, ≥ n_candidate, 2); None: z = μ.
     """
     policy = model.policy
 
@@ -41,7 +41,7 @@ def sft_losses(model, batch, eps=None):
         return losses
 
     # Which candidates are labelled "continue" (used) and "stop" (dropped). Problems whose steps are
-    # unknown have neither. (Of the others n_latent is batch.n_latent.)
+    # unknown have neither; they alone may have used fewer latents than batch.n_latent
     z = latent.z  # (B, n_candidate, D)
     t = torch.arange(z.shape[1], device=z.device)
     used = (t < n_latent[:, None]) & ~batch.answer_only[:, None]  # (B, n_candidate)
@@ -57,7 +57,8 @@ def sft_losses(model, batch, eps=None):
         stop_logits = model.stop_head(z[asked])
         losses["stop"] = token_nll(stop_logits, dropped[asked].long()).sum()
 
-    # φ must write each step from its c latents; the gradient reaches them, and through them π
+    # φ must write each step from its c latents; the gradient reaches them, and through them π. (A
+    # dropped candidate can be one column too many for whole steps: it is cut off)
     if model.decode and len(batch.step_text):
         n_step = z.shape[1] // model.c
         steps = z[:, : n_step * model.c].unflatten(1, (n_step, model.c))  # (B, n_step, c, D)
@@ -83,6 +84,7 @@ def think(model, batch, eps=None):
     """
     room = batch.L + batch.text.shape[1]
     h, cache = read_prompt(model.policy, batch.prompt, batch.prompt_mask, room)
+    # From keys to ε (B, ≥ n_candidate, D). On a GPU the keys stay: a kernel draws ε on the way
     eps = ops.prepare_noise(eps, h.shape[-1])
     answer_only = batch.answer_only if batch.counts["answer_only"] else None
     plan = Plan(batch.n_latent, batch.L, batch.n_candidate, eps, answer_only)

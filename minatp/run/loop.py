@@ -185,10 +185,11 @@ class Run:
             self.validate(self.first_step)
 
     def micro_batches(self, rows, stage, step):
-        """Split a batch of Encoded rows over ranks and micro-batches: yield (Batch, eps, counts).
+        """Split Encoded rows over ranks and micro-batches: yield (Batch, eps_keys, counts).
 
-        counts: what each loss is a mean over, in the WHOLE batch, and "read", its positions. Every
-        row has noise of its own, so the split changes nothing. eps: None without the VAE.
+        eps_keys (B, c·K, 2): of the noise of each latent; None without the VAE. counts: what each
+        loss is a mean over, in the WHOLE batch, and "position", how many the policy reads. Every
+        row has noise of its own. So the split changes nothing.
         """
         cfg, model = self.cfg, self.model
 
@@ -208,11 +209,11 @@ class Run:
         counts = distributed.all_reduce(counts, self.device)
 
         for i, batch in zip(starts, batches):
-            eps = None if keys is None else keys[i : i + size].to(self.device)
+            eps_keys = None if keys is None else keys[i : i + size].to(self.device)
             length = batch.prompt.shape[1] + batch.L + batch.text.shape[1]
             what = f"sft, stage {stage}, step {step + 1}"
             self.doing = Doing(what, len(batch.prompt), length, "--micro-batch or --batch-size")
-            yield batch.to(self.device), eps, counts
+            yield batch.to(self.device), eps_keys, counts
         self.doing = self.between_batches
 
     def memory_guard(self):
