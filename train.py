@@ -144,7 +144,8 @@ def rl(run):
 
     With --estimator score the latents are actions, with the density that they were drawn from. With
     path, the default of the tiny preset, the actions are stops and words alone, and the gradient of
-    their log-probabilities runs back through every latent.
+    their log-probabilities runs back through every latent. What a reward owes to the latents
+    directly, as coherence does, path does not credit to them.
     """
     cfg, model = run.cfg, run.model
     work = f"{cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts"
@@ -162,8 +163,8 @@ def rl(run):
         advantage = advantages(reward, cfg.baseline, cfg.normalise)  # (Q, G)
         informative = (advantage != 0).any(1)  # (Q,)
 
-        # 4. Learn. One update a batch is REINFORCE. More are GRPO: `old`, the log-probabilities at
-        # the first, is what their ratio is clipped against
+        # 4. Learn. One update a batch is REINFORCE. More are GRPO: their ratio is clipped against
+        # `old`, the log-probabilities at the first (with those of the SFT policy, for the KL)
         old, metrics = None, {}
         for _ in range(cfg.updates_per_batch if informative.any() else 0):
             loss, old, metrics = policy_gradients(run, explored, advantage, informative, old)
@@ -272,7 +273,8 @@ def policy_gradients(run, explored, advantage, informative, old):
     The gradient is that of −Σ advantage·log π over their chains, divided by the number of all
     chains. (The value of the loss means nothing: at the first update every ratio is 1.)
     advantage (Q, G), informative (Q,): of all ranks; this rank's chains are in `explored`.
-    old: what a former update on this batch returned, or None.
+    old: what a former update on this batch returned, (log-probabilities (rows, T), the SFT policy's
+    LogProbs or None), or None.
     Returns (the loss of all ranks, old, metrics).
     """
     cfg, model, device = run.cfg, run.model, run.device
@@ -297,7 +299,8 @@ def policy_gradients(run, explored, advantage, informative, old):
             new = log_probs(model, prompt, prompt_mask, rolled, cfg.G, eps)
             logp, is_decision = decisions(cfg, model, rolled, new)  # (rows, cK + K + Tt)
 
-            # REINFORCE at the first update; later ones are clipped against it
+            # REINFORCE at the first update; later ones are clipped against it. (Where nothing was
+            # decided a term is constant: mask with is_decision before taking any mean over T)
             old_logp, start = old or (logp.detach(), None)
             each, clamped = surrogate(logp, old_logp, chain_advantage)
             loss = each.sum() / advantage.numel()

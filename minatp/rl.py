@@ -25,6 +25,8 @@ def advantages(reward, baseline="mean", normalise=False):
     normalise: divide by the group's standard deviation. Off by default, although the paper does it:
     a group that differs in coherence alone then counts as much as one that differs in answers.
     """
+    if baseline not in ("mean", "rloo"):
+        raise ValueError(f"no such baseline: {baseline!r}")
     G = reward.shape[1]
     mean = reward.mean(1, keepdim=True)
     advantage = (reward - mean) * (G / (G - 1) if baseline == "rloo" else 1.0)

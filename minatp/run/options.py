@@ -155,7 +155,9 @@ class Optim:
         50, "steps of linear warm-up in each stage, at most a tenth of it", NOT_NEGATIVE
     )
     weight_decay: float = opt(0.01, "of matrices", NOT_NEGATIVE)
-    clip: float = opt(1.0, "largest gradient norm", POSITIVE)
+    clip: float = opt(
+        1.0, "largest gradient norm (not the clipped ratio of --updates-per-batch)", POSITIVE
+    )
     answers_share: float = opt(
         0.0, "share of problems with an answer and no steps in each batch of the last stage"
     )
@@ -164,6 +166,7 @@ class Optim:
     )
 
 
+# With --stage rl the presets set other values of some: RL_PRESETS above
 @dataclass
 class Explore:
     """rl"""
@@ -198,7 +201,7 @@ class Explore:
         "paper | strict (a false, unused or repeated step earns nothing)",
         choices=("paper", "strict"),
     )
-    no_answers: bool = opt(False, "coherence-only: the reward sees no answer")
+    no_answers: bool = opt(False, "the reward sees no answer: coherence and format alone")
     kl: float = opt(0.0, "weight of the KL to the SFT policy", NOT_NEGATIVE)
     anchor: float = opt(
         0.0, "weight of the SFT loss on labelled problems, beside the reward", NOT_NEGATIVE
@@ -220,7 +223,7 @@ class Report:
     votes: int = opt(
         0, "also sample this many chains per test problem: pass@k and majority vote", NOT_NEGATIVE
     )
-    temperature: float = opt(1.0, "of those samples", POSITIVE)
+    temperature: float = opt(1.0, "of those samples (not of RL's rollouts)", POSITIVE)
     log_every: int = opt(50, "steps between log lines", POSITIVE)
     sink: str = opt(
         "",
