@@ -24,7 +24,7 @@ there is no mask to read.
 
 Each program owns the columns that it adds to: nothing in these kernels is atomic, and every run
 gives the same bits. (kernels/cache.py adds to the buffers, too, where a long pass has read columns
-or rows were selected. Its index_add_ is atomic on a GPU.)
+or rows were selected. Its index_add_ and scatter_add_ are atomic on a GPU.)
 
 Bytes, bf16: forward reads 2·2·d·h_kv a column. A prefix column is read once for all rows of a
 group, not once per row, as long as the group has at most MAX_TILE_QUERIES queries; a larger one
@@ -213,7 +213,8 @@ def store_halves(x_ptr, offsets, x1, x2, mask, H: tl.constexpr, BH: tl.constexpr
 def add_halves(x_ptr, offsets, x1, x2, mask, H: tl.constexpr, BH: tl.constexpr):
     """Add to a float32 buffer. Not atomic: no other program touches these columns.
 
-    Needs no barrier: whatever thread loads an element also stores it.
+    Needs no barrier inside: each store depends on its own load. Across calls another thread may own
+    the element, hence the barriers of the callers.
     """
     p_x1, p_x2, m = halves(x_ptr, offsets, mask, H, BH)
     tl.store(p_x1, tl.load(p_x1, m, 0.0) + x1, m)
@@ -749,7 +750,7 @@ def head_constants(h, h_kv, d, T):
 
 def query_tile(n_rows, queries_per_row):
     """BM for a program that takes the queries of n_rows rows: all of them, or as many rows at a
-    time as MAX_TILE_QUERIES allows.
+    time as MAX_TILE_QUERIES allows, one at least. Rounded up to a power of two.
     """
     most = max(MAX_TILE_QUERIES, queries_per_row)
     return next_power_of_2(min(n_rows * queries_per_row, most), 16)

@@ -1,4 +1,4 @@
-"""The chain of latents (minatp/chain.py) on a GPU: one latent as a CUDA graph, replayed for all t.
+"""The chain of latents (minatp/chain.py) on a GPU: π reads one latent by a CUDA graph, every t.
 
 With autograd, a GPU would wait for Python most of the time that the chain takes. Here
 

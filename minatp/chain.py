@@ -61,7 +61,8 @@ def walk(model, h, cache, plan):
     if plan.n_candidate == 0:
         return None, plan.n_latent
 
-    # On a GPU the same loop is replayed as a CUDA graph (kernels/replayed_chain.py)
+    # On a GPU the same loop runs with feed, and the whole backward pass of a latent, as CUDA graphs
+    # that are replayed for every t (kernels/replayed_chain.py)
     if cache.replays_steps and torch.is_grad_enabled():
         fields, n_latent = replayed_chain.run(latent_loop, model, h, cache, plan)
         return Latent(*fields), n_latent
