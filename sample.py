@@ -40,12 +40,15 @@ def main(argv=None):
     if args.json:
         show.print_json(columns, problems)
         return
+
+    # No colours in a file, in a pipe, or against the user's NO_COLOR
     paint = show.Paint(sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     if args.html:
         page.write(args.html, columns, problems)
         print(f"{len(problems)} problems in {args.html}")
     else:
         show.print_chains(columns, problems, paint)
+
     for column in columns:
         print(paint("dim", show.summary(column, columns, problems)))
 
@@ -58,6 +61,7 @@ def think(folder, name, problems, args, device):
 
     def solve(prompts, seed=None, forced=None):
         """A Chain per prompt: by the mean policy, or sampled if there is a seed."""
+        # The temperature applies to the latents' Gaussians and to the words alike
         noise = None
         if seed is not None:
             noise = Noise.draw(model, len(prompts), args.max_new, seed, args.temperature)
@@ -87,7 +91,8 @@ def think(folder, name, problems, args, device):
             if not args.html:
                 add_column("", sampled, start)
 
-        # Edit the mean chains and let the model think on
+        # Edit the mean chains and let the model think on. (There are some whenever there is --edit:
+        # sample_options.check)
         pool = []  # chains of more problems, to take thoughts from
         if any(e.by_words for e in args.edit):
             donors = encode_prompts(edit.donors(folder), tokenizer, model, args.max_new)

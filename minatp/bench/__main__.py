@@ -35,7 +35,8 @@ from ..sft import sft_losses, total_loss
 from ..tools import count
 from .cases import BETA, MAX_NEW, SIZES, Case, compare, paper_row, sides, works
 
-# How many times fewer operations, bytes or FLOPs minatp must need than the reference
+# How many times fewer operations, bytes or FLOPs minatp must need than the reference. What it
+# reaches is in docs/results.md
 GATES = {
     ("SFT, last stage", "ops"): 4,
     ("SFT, last stage", "bytes"): 8,
@@ -45,7 +46,8 @@ GATES = {
 # How many times less wall time minatp should need: shown and not enforced
 TARGETS = {"SFT, last stage": 2.5, "rollouts": 8}
 
-# If the counted PyTorch operations need memory that the kernels do not
+# Of a side that is not counted: on a GPU all but minatp; and any that runs out of memory while
+# PyTorch's operations are counted in place of the kernels
 UNCOUNTED = count.Counts(ops=math.nan, bytes=math.nan, flops=math.nan, waits=math.nan)
 
 
@@ -54,6 +56,8 @@ def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device or {"tiny": "cpu", "llama-1b": "cuda"}[args.preset])
     case = Case(args.preset, device)
+
+    # minatp itself always stays: every ratio is to its time and its counts
     every = sides(case.model, device)
     chosen_sides = among("--sides", args.sides, every)
     chosen_works = among("--works", args.works, works(case))
@@ -63,6 +67,7 @@ def main(argv=None):
         f"{n_parameters(case.model):,} parameters"
     )
 
+    # --out holds all figures so far: each call replaces the whole file
     def save(**figures):
         if args.out:
             record = {"preset": args.preset, "device": str(device), "torch": torch.__version__}
@@ -79,6 +84,8 @@ def main(argv=None):
 
     # Gates hold for the whole benchmark on the small model
     has_gates = args.preset == "tiny" and "reference" in same and not args.works
+
+    # A side that computes something else is a miss on any preset
     misses = [f"{name} is not the same computation" for name in every if name not in same]
     if has_gates:
         misses += missed_gates(records)
@@ -121,13 +128,18 @@ def parse(argv):
 def time_once(work, device, bf16=True):
     """(seconds, peak bytes of a GPU or 0) of work()."""
     on_gpu = device.type == "cuda"
+
+    # Earlier work must not run into this time, nor its memory into this peak
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.synchronize(device)
-    # a GPU works on after work() has returned
+
+    # Every call opens an autocast of its own, so on a GPU its time includes casts of the weights
     start = time.perf_counter()
     with autocast(device) if bf16 else nullcontext():
         work()
+
+    # A GPU works on after work() has returned
     if on_gpu:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
@@ -170,6 +182,8 @@ def measure_all(case, every, names, rounds, save):
     for name, work in works(case).items():
         if name not in names:
             continue
+
+        # Printed and saved at once: a later work may run out of memory
         record = {"work": name, "tokens": work.n_token, "sides": measure(case, every, work, rounds)}
         records.append(record)
         describe(record, case)
@@ -237,6 +251,7 @@ def need_minatp(names, case):
 
 def time_ratio(record, side):
     """(median, p10, p90) of another side's seconds over minatp's in the same round."""
+    # What slows the machine for a whole round slows both times of a pair, and cancels
     own = record["sides"]["minatp"]["seconds"]
     ratios = sorted(b / a for a, b in zip(own, record["sides"][side]["seconds"]))
 
@@ -315,6 +330,8 @@ def describe_targets(records):
 
 def describe_memory():
     """Print how much memory an SFT step of the paper's size needs. Returns the bytes by part."""
+    # Nothing of this size is allocated: weights are counted on the meta device, activations on
+    # narrow models. 3: the tokens that latents add to the vocabulary
     cfg = Config(**{**PRESETS["llama-1b"], "epochs": "1"})
     llama = llama_config(cfg, cfg.vocab_size + 3)
     row = paper_row(cfg.vocab_size)
@@ -351,12 +368,16 @@ class Floor:
         self.c, self.K = model.c, model.K
         self.n_prompt = max(len(row.prompt) for row in case.rows)
         self.n_layer_parameter = n_parameters(model.policy.model.layers)
+
+        # AdamW in float32 reads weight, gradient and two moments, and writes all but the gradient
         self.adamw = 28 * n_parameters(model) / self.machine.bandwidth
         self.adamw_decoder = 28 * n_parameters(model.decoder) / self.machine.bandwidth
 
     def seconds(self, work, flops):
         """Least seconds of a work (a name of `works`) that needs so many FLOPs."""
         size, n_chain = self.size, self.size.questions * self.size.G
+
+        # The works of RL, and evaluation. Generation takes its positions one after another
         if work == "reading thoughts":
             return self.one_by_one(MAX_NEW, n_chain * self.K, self.c + MAX_NEW, logits=True)
         if work == "RL update":  # it leaves the decoder as it is
@@ -365,6 +386,8 @@ class Floor:
             return self.generation(size.questions, n_chain)
         if work == "evaluation":
             return self.generation(size.evaluated, size.evaluated)
+
+        # Forwards and backwards. An SFT step has an update, too; `prompt and latents` has none
         seconds = self.training(work, flops)
         return seconds + self.adamw if work.startswith("SFT") else seconds
 
@@ -381,7 +404,11 @@ class Floor:
     def generation(self, n_prompt, rows):
         """Read n_prompt prompts, then think and write in `rows` rows."""
         n, T = self.c * self.K, self.n_prompt
+
+        # The tokens of all prompts are read at once, so the products are the limit
         prompts = 2 * self.n_layer_parameter * n_prompt * T / self.machine.flops
+
+        # Then n latents and MAX_NEW words, one after another. Only words need logits
         thinking = self.one_by_one(n, rows, T + n, logits=False)
         writing = self.one_by_one(MAX_NEW, rows, T + n + MAX_NEW, logits=True)
         return prompts + thinking + writing
@@ -391,9 +418,14 @@ class Floor:
 
         Its weight gradients can wait for the end. (minatp/chain.py reads the weights three times.)
         """
+        # Latent steps of the stage. `prompt and latents` has all K, as the last stage has
         n_step = {"SFT, first stage": 0, "SFT, middle stage": (self.K + 1) // 2}.get(work, self.K)
         n, rows = self.c * n_step, self.size.batch
+
+        # One latent after another, forwards, then the gradient of its input: each reads the weights
         chain = 2 * self.one_by_one(n, rows, self.n_prompt + n, logits=False)
+
+        # All other FLOPs, weight gradients included, are large products
         flops_of_chain = 4 * n * rows * self.n_layer_parameter
         return (flops - flops_of_chain) / self.machine.flops + chain
 
@@ -463,6 +495,8 @@ def measure_growth(case, per_op, per_flop, rounds):
                 f"{name:>9}{value:5}{counts.ops:14,}{counts.flops / 1e9:10.2f}"
                 f"{1e3 * predicted:15.1f}{1e3 * seconds:14.1f}"
             )
+
+    # growth_step has changed it
     model.K = K
     return records
 
@@ -474,6 +508,8 @@ def growth_step(case, K, batch, question):
     """
     model = case.model
     model.K = K
+
+    # Ids below 256 are in the vocabulary of both presets
     rows = [paper_row(256, question, K)] * batch
     batch, eps = case.batch(K + 1, rows)
 

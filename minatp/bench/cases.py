@@ -47,6 +47,7 @@ class Sizes:
     check: int  # problems for which results are compared
 
 
+# The paper's batches for SFT and RL, whatever the size of the model
 SIZES = {
     "tiny": Sizes(batch=32, questions=16, G=8, evaluated=16, check=6),
     "llama-1b": Sizes(batch=32, questions=16, G=8, evaluated=32, check=2),
@@ -72,10 +73,13 @@ def sides(model, device):
     """{name: Side}, minatp first; all on the same parameters. Raises UserError."""
     from . import peer  # here, because transformers takes seconds to import
 
+    # Tuned has a cache of fixed size on a GPU. One that grows is copied at every word; one of fixed
+    # size is attended to in full, also where it is still empty
     on_gpu = device.type == "cuda"
     reference = peer.Reference(model)
     tuned = peer.Tuned(model, static=on_gpu)
 
+    # minatp's own functions take the model; a Side's have it already
     def thoughts(batch, eps):
         latent, _, _ = think(model, batch, eps)
         return latent.z
@@ -83,6 +87,7 @@ def sides(model, device):
     def side_of(p, **switches):
         return Side(p.losses, p.thoughts, p.rollout, p.log_probs, p.read_thoughts, **switches)
 
+    # The reference evaluates one problem at a time, as the authors' code does
     every = {
         "minatp": Side(
             losses=partial(sft_losses, model),
@@ -95,6 +100,8 @@ def sides(model, device):
         "tuned": side_of(tuned, batched_evaluation=True),
         "reference": side_of(reference, batched_evaluation=False),
     }
+
+    # On a CPU there is no autocast, so this would be the same side once more
     if on_gpu:
         every["reference float32"] = side_of(reference, batched_evaluation=False, bf16=False)
     return every
@@ -137,10 +144,14 @@ class Case:
         They are as slow as trained weights and real problems.
         """
         cfg = self.cfg
+
+        # Both LMs are created on the device: 10 GB in float32
         with self.device:
             self.model = ATP(llama_config(cfg, cfg.vocab_size + 3), **cfg.switches)
         self.model.policy.init_weights()
         self.model.decoder.init_weights()
+
+        # The three tokens that are added come last, and <|end-latent|> last of all
         self.model.end = cfg.vocab_size + 2
         self.eos = 1
         self.rows = [paper_row(self.model.end) for _ in range(64)]
@@ -164,6 +175,8 @@ class Case:
         # Words: every fourth ends an answer (<|end-latent|>, id 4, does not), or none does
         cfg = model.policy.cfg
         cfg.eos = tuple(range(1, cfg.vocab_size, 4)) if ragged else (-1,)
+
+        # φ's readings: likewise, they end at eos or never
         self.decoder_eos = self.eos if ragged else -1
 
     def batch(self, stage, rows=None):
@@ -172,7 +185,10 @@ class Case:
         rows: Encoded; as many as an SFT step has by default.
         """
         model = self.model
+
+        # The peers read the stage from the model, not from the batch
         model.stage = stage
+
         # noise as numbers, not as keys of a generator (kernels/vae.py): every side can use it
         batch = data.collate(rows or self.rows[: self.size.batch], stage, model).to(self.device)
         shape = len(batch.prompt), model.c * model.K, model.policy.cfg.n_embd
@@ -188,8 +204,10 @@ def paper_row(vocab_size, n_prompt=90, n_step=10, step_length=9, n_answer=6):
     """A problem of random ids, with the lengths of a typical GSM8k-Aug problem."""
 
     def ids(n):
+        # never 0 or 1, bos and eos of an untrained model
         return torch.randint(2, vocab_size, (n,)).tolist()
 
+    # `rest` is empty, because no problem has more steps than become latents
     steps = [ids(step_length) for _ in range(n_step)]
     return data.Encoded(
         prompt=ids(n_prompt), lines=steps, texts=steps, rest=[], answer=ids(n_answer), source=""
@@ -209,6 +227,8 @@ class Work(NamedTuple):
 def works(case):
     """{name: Work}: everything that is timed."""
     case.set_ragged(False)
+
+    # One optimizer for all works: its moments take twice the memory of the weights
     update = update_of(case)
     return {
         **sft_works(case, update),
@@ -226,6 +246,7 @@ def update_of(case):
     def update(loss):
         loss.backward()
         optimizer.step(loss, problems=[])
+        # `check`, which training calls at every log line, would empty it; nothing does so here
         optimizer.unchecked.clear()
 
     return update
@@ -236,12 +257,15 @@ def sft_works(case, update):
     K = case.model.K
 
     def train(side, stage):
+        # Collating is a part of every side's time, as it is of a training step's
         batch, eps = case.batch(stage)
         update(total_loss(side.losses(batch, eps), batch.counts, BETA))
 
     sft = {}
     for name, stage in (("first", 0), ("middle", (K + 1) // 2), ("last", K + 1)):
         batch, _ = case.batch(stage)
+
+        # What π reads up to its last latent, and what π and φ have to write
         n_read = batch.prompt_mask.sum() + batch.n_latent.sum()
         n_written = (batch.target >= 0).sum() + (batch.step_text >= 0).sum()
         n_token = int(n_read + n_written)
@@ -255,6 +279,7 @@ def latents_work(case):
 
     def think_and_back(side):
         batch, eps = case.batch(model.K + 1)
+        # any loss would do that has a gradient at every latent
         side.thoughts(batch, eps).sum().backward()
         model.zero_grad(set_to_none=True)
 
@@ -267,12 +292,16 @@ def rl_works(case, update):
     model, G = case.model, case.size.G
     model.stage = model.K + 1
     prompt, prompt_mask = case.prompts(case.size.questions)
+
+    # Drawn once, so that every side explores the same chains in every round
     noise = Noise.draw(model, len(prompt) * G, MAX_NEW, seed=1).at(slice(None), case.device)
 
     # One batch of chains, which every side reads and learns from
     chains = rollout(model, prompt, prompt_mask, MAX_NEW, noise, G)
     n_token = int(chains.n_latent.sum() + chains.n_token.sum())
     z = chains.z.unflatten(1, (model.K, -1)).flatten(0, 1)  # (N, c, D)
+
+    # Random advantages do: the work does not depend on their values
     g = torch.Generator().manual_seed(2)
     advantage = torch.randn(len(chains.z), 1, generator=g).to(case.device)
 
@@ -285,6 +314,7 @@ def rl_works(case, update):
         side.read_thoughts(z, case.decoder_eos, MAX_NEW)
 
     def learn(side):
+        # The paper's estimator, score. Against itself every ratio is 1: plain REINFORCE
         logp_z, logp_stop, logp_token = side.log_probs(prompt, prompt_mask, chains, G)[:3]
         logp = torch.cat((logp_z, logp_stop, logp_token), 1)
         loss, _ = surrogate(logp, logp.detach(), advantage)
@@ -321,13 +351,14 @@ def compare(case, every):
     Losses, gradients and log-probabilities must agree in float32, chains and thoughts must be the
     same. Raises UserError if minatp does not even agree with itself.
     """
-    # minatp's chains, greedy and sampled, which every side scores and reads
+    # minatp's chains, greedy and sampled, two of each question, which every side scores and reads
     case.set_ragged(True)
     case.model.stage = case.model.K + 1
     minatp = every["minatp"]
     prompts = case.prompts(case.size.check)
     chains = [minatp.rollout(*prompts, MAX_NEW, noise, 2) for noise in (None, check_noise(case))]
 
+    # minatp is compared, too, with a second run of itself
     same = dict(every)
     for name, side in every.items():
         if not side.bf16:  # the reference once more: in float32 they are the same
@@ -358,6 +389,8 @@ def compare(case, every):
 def difference(case, side, minatp, chains):
     """(largest relative error of a side's tensors, whether what must be equal is equal)."""
     largest, all_equal = 0.0, True
+
+    # Both sides compute piece by piece, so that only one piece of each is in memory
     pairs = zip(results(case, side, chains), results(case, minatp, chains))
     for (tensors, exact), (expected_tensors, expected_exact) in pairs:
         largest = worse(largest, largest_error(tensors, expected_tensors))
@@ -400,10 +433,12 @@ def losses_and_gradients(case, side, stage):
     """The losses of a side at one stage, and the gradient of each parameter, as flat tensors."""
     model = case.model
 
-    # sorted by name, because sides compute their losses in different orders
     batch, eps = case.batch(stage, case.rows[: case.size.check])
     losses = side.losses(batch, eps)
     total_loss(losses, batch.counts, BETA).backward()
+
+    # Sorted by name, because sides compute their losses in different orders. A parameter that has a
+    # gradient on one side alone makes the lists differ in length, which `largest_error` notices
     tensors = [losses[name].detach().view(1) for name in sorted(losses)]
     tensors += [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)
@@ -428,6 +463,7 @@ def largest_error(tensors, expected):
         return math.inf
     largest = 0.0
     for x, y in zip(tensors, expected):
+        # the clamp keeps 0/0 from being NaN: if both are 0 everywhere, they agree
         if len(x):
             largest = worse(largest, float((x - y).norm() / y.norm().clamp(min=1e-12)))
     return largest

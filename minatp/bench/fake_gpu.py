@@ -52,12 +52,18 @@ from ..tools import count
 from .cases import BETA, MAX_NEW, SIZES, paper_row
 
 META = torch.device("meta")
+
+# Compute capability 9.0, 32 threads in a warp
 SM_90 = GPUTarget("cuda", 90, 32)
 aten = torch.ops.aten
 
 # Operations that launch nothing
 FREE = count.FREE | {aten.detach, aten._unsafe_view, aten.lift_fresh_copy}
+
+# Operations that can move data from one device to another
 COPIES = {aten._to_copy, aten.copy_}
+
+# Products whose FLOPs are counted: their factors are the last two arguments
 PRODUCTS = {aten.mm, aten.bmm, aten.addmm}
 
 
@@ -74,14 +80,19 @@ def main(argv=None):
     if not 0 <= args.stage <= model.K + 1:
         raise UserError(f"command line: --stage must be 0 … {model.K + 1}, not {args.stage}")
 
+    # From here on, parts of torch, Triton and kernels/ are replaced
     gpu = FakeGPU()
     install(gpu)
     torch.manual_seed(0)
     model.stage = args.stage
+
+    # A micro-batch or a batch of rollouts, as shapes without numbers
     if args.rl:
         run_rollouts(gpu, model)
     else:
         run_sft(gpu, model)
+
+    # The counts, then what a CUDA graph could not hold
     print_regions(gpu)
     print_kernels(gpu)
     print_operations(gpu)
@@ -171,6 +182,8 @@ class FakeGPU(TorchDispatchMode):
         if not self.is_recording:
             return
         on_cpu = [x for x in inputs if x.device.type == "cpu"]
+
+        # An operation of CPU tensors alone launches nothing, so only a mixture is a fault
         if on_cpu and len(on_cpu) < len(inputs):
             shapes = [tuple(x.shape) for x in on_cpu]
             self.fault(f"{func} reads CPU tensors of shape {shapes}")
@@ -217,11 +230,13 @@ class FakeGPU(TorchDispatchMode):
         """x as autocast gives it to a product: a weight is cast once, anything else every time."""
         if x.dtype != torch.float32:
             return x
+
         # autocast keeps copies of leaves that require a gradient, and of nothing else
         if not (x.requires_grad and x.is_leaf):
             return x.to(torch.bfloat16)
         if id(x) not in self.cast_weights:
             with self.region("casts of weights"):
+                # the weight is kept as well, so that no other tensor can get its id
                 self.cast_weights[id(x)] = x, x.to(torch.bfloat16)
         _, copy = self.cast_weights[id(x)]
         return copy
@@ -260,6 +275,9 @@ def tensors_in(tree):
 def launches(func):
     """Whether an operation does work: it is no view, and no bare allocation."""
     returns = func._schema.returns
+
+    # A view shares memory with an argument and leaves it as it is. What works in place also shares
+    # memory, but writes it
     is_view = bool(returns)
     for value in returns:
         if value.alias_info is None or value.alias_info.is_write:
@@ -289,12 +307,14 @@ def install(gpu):
 def install_kernels(gpu):
     """Triton's kernels run on every device, which means that they are counted."""
 
+    # A launch kernel[grid](…) comes down to this call. The size of the grid is not counted
     def run(kernel, *args, grid, warmup, **kwargs):
         gpu.launch(kernel, *args, **kwargs)
 
     def use_triton(device, dtype=torch.float32):
         return True
 
+    # The first two let Triton specialise without a GPU; the third makes minatp choose the kernels
     driver.set_active(FakeDriver())
     JITFunction.run = run
     ops.use_triton = use_triton
@@ -309,6 +329,7 @@ def install_graphs(gpu):
     def none_done(self, mask):
         return 0
 
+    # These are looked up in kernels.graph at every call, so replacing them reaches all callers
     graph.use_graphs = use_graphs
     graph.record = gpu.record
     graph.DelayedCount.__call__ = none_done
@@ -333,6 +354,7 @@ def install_autocast(gpu):
             if not self.outer:
                 gpu.cast_weights.clear()
 
+    # Outside of autocast these two are torch's own
     def linear(x, weight, bias=None):
         if not gpu.autocasts or x.device != META:
             return real_linear(x, weight, bias)
@@ -342,6 +364,7 @@ def install_autocast(gpu):
     def layer_norm(x, *args, **kwargs):  # autocast computes it in float32
         return real_layer_norm(x.float() if gpu.autocasts else x, *args, **kwargs)
 
+    # kernels.ops asks these for the dtype of a product
     def is_autocast_enabled(device_type=None):
         return gpu.autocasts
 
@@ -377,6 +400,8 @@ def build_llama_1b(n_layer):
     """An ATP of llama-1b's sizes, with so many layers, on the meta device."""
     cfg = Config(**{**PRESETS["llama-1b"], "epochs": "1", "n_layer": n_layer})
     vocab_size = cfg.vocab_size + 3
+
+    # On the meta device its 2.5 billion parameters (at 16 layers) take no memory
     with META:
         model = ATP(llama_config(cfg, vocab_size), **cfg.switches)
     model.end = vocab_size - 1
@@ -392,6 +417,8 @@ def run_sft(gpu, model):
         f"question, {batch.text.shape[1]} of text, {batch.L} latents, {batch.n_candidate} "
         f"candidates, {len(batch.step_text)} thoughts to read"
     )
+
+    # All lengths are known. From here on tensors have shapes alone; the noise is keys, as on a GPU
     batch = batch.to(META)
     eps = ops.noise_keys(0, len(rows), model.c * model.K).to(META)
 
@@ -466,6 +493,7 @@ def print_kernels(gpu):
 def print_operations(gpu, n_most=14):
     """A table a region: its operations by bytes. All of a graph's, the first n_most of others."""
     for name, region in gpu.regions.items():
+        # what a graph holds is launched again at each replay, so it is shown in full
         shown = region.bytes.most_common(None if ", graph" in name else n_most)
         print0(f"\n{name}")
         for operation, n_byte in shown:

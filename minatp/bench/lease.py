@@ -72,6 +72,7 @@ def main(argv=None):
             traceback.print_exc(limit=-6)
             if lease.on_gpu and "CUDA error" in str(e):
                 return LOST_CONTEXT  # lease.sh continues with its next process
+            # what a failed part leaves in the gradients would change the next part's
             lease.model.zero_grad(set_to_none=True)
     return 0
 
@@ -105,6 +106,7 @@ class Lease:
 
     def watch_recordings(self):
         """Time every recording of a CUDA graph from now on."""
+        # kernels.graph looks `record` up at every call, so replacing it there reaches all callers
         real_record = graph.record
 
         def timed_record(work, device):
@@ -141,6 +143,7 @@ class Lease:
         for _ in range(n_warm):
             work()
 
+        # The GPU must be idle when a call begins, and done when its time is taken
         ms, n_recording = [], len(self.recording_ms)
         for _ in range(n):
             self.synchronize()
@@ -170,6 +173,7 @@ def without_graphs(work):
 
 def verify(lease):
     """The error of each kernel in bf16 over PyTorch's own, both against float64."""
+    # Without a GPU: the same cases at shapes that a CPU computes in seconds, for a test
     make_cases = bench.cases if lease.on_gpu else bench.small_cases
     for case in make_cases(lease.device, torch.bfloat16):
         try:
@@ -188,8 +192,11 @@ def same(lease):
     """
     case, model = lease.case, lease.model
     case.set_ragged(True)
+
+    # Fewer and shorter questions between two batches of eight
     short_prompts = [replace(row, prompt=row.prompt[:37]) for row in case.rows[:5]]
     for i, rows in enumerate((case.rows[:8], short_prompts, case.rows[8:16])):
+        # With graphs, then by autograd, on the same rows and noise
         losses, norms, samples = gradients(lease, rows)
         plain = without_graphs(partial(gradients, lease, rows))
         plain_losses, plain_norms, plain_samples = plain
@@ -201,6 +208,8 @@ def same(lease):
         cosines = []
         for name, sample in plain_samples.items():
             cosines.append(float(F.cosine_similarity(samples[name], sample, 0)))
+
+        # "keys": whether both ways give the same parameters a gradient
         lease.report(
             f"same {i}",
             {
@@ -247,6 +256,8 @@ def gradients(lease, rows):
     norms = {name: grad.float().norm().item() for name, grad in grads.items()}
     names = list(grads)
     samples = {}
+
+    # A part of each is enough: the whole embedding of llama-1b would be 1 GB
     for name in names[:3] + names[-3:]:
         samples[name] = grads[name].float().flatten()[:200_000].clone()
     model.zero_grad(set_to_none=True)
@@ -257,6 +268,8 @@ def memory(lease):
     """Whether steps of changing shapes leave memory behind."""
     if not lease.on_gpu:
         return
+
+    # Nothing of a step should stay allocated after it: graphs or caches that stay would add up
     mebibytes = []
     for i in range(6):
         gradients(lease, lease.case.rows[: 8 + 3 * i])
@@ -282,6 +295,7 @@ def sft(lease):
         loss.backward()
         if update:
             optimizer.step(loss, problems=[])
+            # `check`, which training calls at every log line, would empty it; nothing does so here
             optimizer.unchecked.clear()
         else:
             model.zero_grad(set_to_none=True)
@@ -307,6 +321,8 @@ class Exploration:
         self.device, self.G = lease.device, case.size.G
         self.prompt, self.prompt_mask = case.prompts(case.size.questions)
         n_chain = len(self.prompt) * self.G
+
+        # Drawn once, so that all calls make the same chains until set_ragged changes the weights
         self.noise = Noise.draw(self.model, n_chain, MAX_NEW, seed=1).at(slice(None), self.device)
         self.chains = None
 
@@ -338,6 +354,7 @@ def rl(lease):
 
     def learn():
         with autocast(lease.device):
+            # The paper's estimator, score: one pass over what was sampled
             new = log_probs(model, explore.prompt, explore.prompt_mask, chains, explore.G)
             logp = torch.cat((new.logp_z, new.logp_stop, new.logp_token), 1)
             each, _ = surrogate(logp, logp.detach(), advantage)
@@ -351,6 +368,8 @@ def rl(lease):
     # Chains that end at all lengths: rows leave the batch, and then steps are recorded anew
     case.set_ragged(True)
     lease.report("rollouts, ragged", lease.time(explore, n=3))
+
+    # With all rows kept. The difference is what leaving saves, less what recording anew costs
     with patch.object(rollout_module, "unfinished_rows", keep_all_rows):
         lease.report("rollouts, ragged, nobody leaves", lease.time(explore, n=3))
 
@@ -387,6 +406,8 @@ def profile(lease):
         events = profiler.key_averages()
         table = events.table(sort_by=key, row_limit=60, max_name_column_width=90)
         (lease.out / f"profile_{name}.txt").write_text(table)
+
+        # Names that are cut can become equal: a Counter adds their times
         ms = Counter()
         for event in events:
             ms[f"{event.key[:60]} × {event.count}"] += getattr(event, key) / 1e3
@@ -394,6 +415,7 @@ def profile(lease):
         lease.report(f"profile {name}, ms", {"all": ms.total(), **longest})
 
 
+# In this order by default: whether it is right comes before how fast it is
 PARTS = {
     "verify": verify,
     "same": same,

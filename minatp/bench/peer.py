@@ -29,6 +29,7 @@ from ..rollout import Rollout, choose_token
 from ..run.errors import UserError
 from ..run.huggingface import hf_config
 
+# Nothing else needs transformers, so this module can be imported without it
 try:
     import transformers
     from transformers import DynamicCache, LlamaForCausalLM, StaticCache
@@ -57,9 +58,13 @@ def as_hugging_face(llama):
     # the model's own parameters, which load_state_dict replaces, are never used
     with torch.device(llama.freq.device):
         model = LlamaForCausalLM(config)
+
+    # A tied Llama has no output matrix of its own; LlamaForCausalLM wants it by name all the same
     weights = dict(llama.named_parameters())
     if llama.cfg.tied:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+
+    # assign: the parameters themselves, where the default would copy their values
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -79,6 +84,7 @@ def as_rollout(z, n_latent, stopped, token):
 
     z (B, n, D), n_latent (B,), stopped (B,) bool, token (B, Tt) with −1 after the end of a row.
     """
+    # Comparisons take log-probabilities from log_probs, so those of a rollout stay empty
     used = torch.arange(z.shape[1], device=z.device) < n_latent[:, None]
     empty = z.new_zeros(len(z), 0)
     return Rollout(
@@ -171,6 +177,8 @@ class Reference:
         # Think, then read the text; logits of all columns, although only the text is labelled
         thought = self.think(self.columns(batch), eps)
         x = thought.x
+
+        # `think` proposes the last latent and does not read it; in stage 0 it reads nothing at all
         unread = slice(Tq + n - 1 if n else 0, x.shape[1])
         text_logits = self.read(x, thought.mask, unread, thought.cache).logits.float()
         logits = torch.cat((*thought.logits, text_logits), 1)
@@ -214,6 +222,8 @@ class Reference:
         n, Tq = self.n_latent, columns.n_prompt
         x, mask = self.embed(columns.ids), columns.mask.clone()
         cache, logits, mus, logvars = None, [], [], []
+
+        # What has to be read before latent t: for the first the prompt, then latent t − 1
         unread = slice(0, Tq)
         for t in range(n):
             # The hidden state of the last column before the latent
@@ -238,6 +248,7 @@ class Reference:
                 mask[decide(x[:, column], t), column : Tq + n] = False
             unread = slice(column, column + 1)
 
+        # μ and log σ² were appended for every row of every latent: n·B of (D,) -> (B, n, D)
         def by_row(values):
             if not n:
                 return None
@@ -252,6 +263,7 @@ class Reference:
         """
         start, end = unread.start, unread.stop
         if cache is not None:
+            # Nothing lies after `start` here: the cut is made because the authors' code makes it
             layers = [(kv.keys[:, :, :start], kv.values[:, :, :start]) for kv in cache.layers]
             cache = DynamicCache(layers)
         return self.policy(
@@ -268,6 +280,7 @@ class Reference:
 
         z (B, n, D): all latents.
         """
+        # Problems with fewer latent steps have no text for this one
         rows = (batch.step_index == s).nonzero()[:, 0]
         if not len(rows):
             return 0.0
@@ -298,11 +311,16 @@ class Reference:
         def decide(z, t):
             return self.stops(z, t, noise)
 
+        # The columns of the latents count as real until a row stops; <|end-latent|> always is
         room = torch.full((B, n + 1), self.end, device=device)  # latents and <|end-latent|>
         ids = torch.cat((prompt, room), 1)
         mask = torch.cat((prompt_mask, torch.ones_like(room, dtype=torch.bool)), 1)
+
+        # z ~ N(μ, (spread·σ)²): the noise is widened in place of σ
         eps = None if noise is None else noise.spread * draw_noise(noise.eps_keys, self.D)
         thought = self.think(Columns(ids, mask, Tq), eps, decide)
+
+        # A row's latents are those whose columns are still real
         x, mask = thought.x, thought.mask
         z = x[:, Tq : Tq + n]
         n_latent = mask[:, Tq : Tq + n].sum(1)
@@ -328,6 +346,8 @@ class Reference:
                 break
             x = torch.cat((x, self.embed(token)[:, None]), 1)
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+
+        # Only the stop head ends the thinking before n latents
         return as_rollout(z, n_latent, n_latent < n, torch.stack(words, 1))
 
     def stops(self, z, t, noise):
@@ -369,6 +389,7 @@ class Reference:
 
         Each chain reads its own prompt.
         """
+        # One pass over prompt, latents and words, with logits of all columns
         scored = self.scored(*repeat_prompts(prompt, prompt_mask, group), chains)
         out = self.policy(
             inputs_embeds=scored.x,
@@ -406,6 +427,8 @@ class Reference:
         h (B, n, D): the hidden state before each latent.
         """
         _, mu, logvar = self.propose(h, None)
+
+        # The decision at the first latent of each step: continue if the chain uses it, else stop
         logp = upcast(self.stop_head(chains.z[:, :: self.c])).log_softmax(-1)  # (B, K, 2)
         decision = torch.where(scored.used[:, :: self.c], logp[..., 0], logp[..., 1])
         logp_z = gaussian_log_prob(chains.z, mu, logvar) * scored.candidate
@@ -455,6 +478,7 @@ class Tuned(Reference):
             # the last candidate may be one that every row drops: then no row reads it
             candidate = self.propose(h, eps[:, t])
             candidates.append(candidate)
+            # all rows read it; where it is not used its column is masked for good
             if t < batch.L:
                 z, _, _ = candidate
                 mask = torch.cat((mask, used[:, t : t + 1]), 1)
@@ -495,9 +519,12 @@ class Tuned(Reference):
 
     def steps_nll(self, z, text):
         """The decoder's loss of all steps in one call. z (N, c, D), text (N, Ts)."""
+        # Each row: the latents of a step, then its text up to the last id
         x = torch.cat((z, self.decoder_embed(text[:, :-1].clamp(min=0))), 1)
         latent_mask = text.new_ones(len(text), self.c, dtype=torch.bool)
         mask = torch.cat((latent_mask, text[:, :-1] != IGNORE), 1)
+
+        # The hidden state after the last latent predicts the first id
         labelled = text != IGNORE
         h = self.hidden(self.decoder, x, mask)[:, self.c - 1 :]
         return token_nll(self.decoder.lm_head(h[labelled]), text[labelled]).sum()
@@ -532,6 +559,7 @@ class Tuned(Reference):
         # Write until every row has ended. The first thing read is <|end-latent|>
         token, words = torch.full_like(rows, self.end), []
         for i in range(max_new):
+            # rows that have ended read on, in masked columns
             mask = torch.cat((mask, writing[:, None]), 1)
             h = self.hidden(self.policy, self.embed(token)[:, None], mask, cache)[:, -1]
             logits = self.policy.lm_head(h)
@@ -540,12 +568,17 @@ class Tuned(Reference):
             writing = writing & ~self.ends(token)
             if not writing.any():
                 break
+
+        # If all rows stopped early, z has fewer columns than minatp's, which no comparison looks at
         z = torch.stack(thoughts, 1) if thoughts else h.new_zeros(B, 0, h.shape[-1])
         return as_rollout(z, n_latent, n_latent < n, torch.stack(words, 1))
 
     @torch.no_grad()
     def read_thoughts(self, z, eos, max_new):
         texts = [[] for _ in z]
+
+        # Thoughts that have ended stay in the batch until all have. The host keeps `writing`, since
+        # it collects the words
         writing = torch.ones(len(z), dtype=torch.bool)
         cache = self.empty_cache(self.decoder, z.shape[1] + max_new)
         mask, x = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device), z
@@ -558,6 +591,8 @@ class Tuned(Reference):
                     text.append(word)
             if not writing.any():
                 break
+
+            # The word is the next column, real in every row
             x = self.decoder_embed(token)[:, None]
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
         return texts

@@ -14,9 +14,13 @@ def build(cfg, problems):
     """
     if cfg.init:
         return build_from_init(cfg)
+
+    # From scratch: a tokenizer for these problems, and random weights for π
     tokenizer = train_tokenizer(problems, cfg.vocab_size)
     model = ATP(llama_config(cfg, len(tokenizer)), **cfg.switches)
     model.policy.init_weights()
+
+    # φ starts as a copy of π's lower layers. train.py copies π once more, after stage 0
     if model.decode:
         model.decoder.start_from(model.policy)
     model.end = tokenizer.end
@@ -25,6 +29,8 @@ def build(cfg, problems):
 
 def build_from_init(cfg):
     """`build` from a Hugging Face directory or an earlier run."""
+    # RL keeps the parts and the number of latents that SFT has settled. SFT may choose others; only
+    # the depth of φ is always that of --init, or that of π if --init has no φ
     switches = {}
     if cfg.stage == "rl":  # takes the model as it is
         check_thoughts(cfg)
@@ -49,6 +55,7 @@ def llama_config(cfg, vocab_size):
         block_size=cfg.block_size,
         rope_theta=cfg.rope_theta,
         rope_scaling=dict(LLAMA3_ROPE) if cfg.preset == "llama-1b" else None,
+        # the ids that train_tokenizer gives to <|bos|> and <|eos|>
         bos=0,
         eos=(1,),
     )

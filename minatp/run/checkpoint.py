@@ -21,6 +21,7 @@ from .errors import UserError
 from .huggingface import read_json, read_tensors, save_model
 from .saved import checkpoints, write_folder
 
+# The newest, and the one before it in case the newest turns out to be broken
 KEEP = 2  # checkpoints
 
 
@@ -48,6 +49,7 @@ def save_checkpoint(out, state, model, tokenizer, optimizer):
         save_file(named_moments(model, optimizer), folder / "optimizer.safetensors")
         (folder / "state.json").write_text(json.dumps(state) + "\n")
 
+    # Zero-padded, so that names sort by step. Older ones go once this one is on disk
     new = Path(out) / "checkpoints" / f"{state['step']:08d}"
     write_folder(new, write, bytes_on_disk(model, optimizer))
     remove_other_checkpoints(new)
@@ -55,6 +57,7 @@ def save_checkpoint(out, state, model, tokenizer, optimizer):
 
 def named_moments(model, optimizer):
     """Return {"parameter/moment": tensor on the CPU} of the optimizer's state."""
+    # A parameter that has had no gradient has no moments, as those of φ in RL
     moments = {}
     for name, p in model.named_parameters():
         for moment, value in optimizer.state.get(p, {}).items():
@@ -64,6 +67,7 @@ def named_moments(model, optimizer):
 
 def bytes_on_disk(model, optimizer=None):
     """Estimate the size of a saved model, with the optimizer's moments if there is one."""
+    # AdamW keeps two moments of each parameter, Muon one
     tensors = list(model.parameters())
     if optimizer:
         for state in optimizer.state.values():
@@ -95,6 +99,7 @@ def remove_other_checkpoints(new):
 
 def restore(folder, model, optimizer):
     """Load a checkpoint's moments into the optimizer; return its state.json. Raises UserError."""
+    # step, exp_avg and exp_avg_sq are AdamW's, momentum is Muon's (optim.py)
     moments, file = read_tensors(folder, "optimizer")
     for name, p in model.named_parameters():
         state = {}
@@ -105,6 +110,8 @@ def restore(folder, model, optimizer):
                 state[moment] = moments.pop(key).to(p.device)
         if state:
             optimizer.state[p] = state
+
+    # A moment that no parameter has taken shows that the checkpoint is of another model
     if moments:
         raise UserError(
             f"{file}:0: tensor {min(moments)} belongs to no parameter of this model; the "

@@ -11,6 +11,8 @@ from .terminal import print0
 
 def check_size(model, cfg):
     """Raise UserError if an option asks for another size of model than --init has."""
+    # Only the command line can contradict --init: a default gives way. --vocab-size is a limit for
+    # a tokenizer that is trained, and --init brings its own
     for f in fields(Size):
         if f.name not in cfg.given or f.name == "vocab_size":
             continue
@@ -28,11 +30,15 @@ def check_thoughts(cfg):
     Raises UserError if --init has none, or an option asks for another number.
     """
     saved = read_switches(cfg.init)
+
+    # Stage 0 will not do: there all reasoning is still text
     if not (saved.get("vae") and saved.get("decode") and saved.get("stage")):
         raise UserError(
             f"{cfg.init}:0: has no sampled latents or no decoder LM; start --stage rl from an SFT "
             "run of --method atp"
         )
+
+    # An option may repeat the numbers that SFT has settled, not change them
     for name in ("c", "K"):
         wanted = getattr(cfg, name)
         if name in cfg.given and wanted != saved[name]:
@@ -50,8 +56,12 @@ def check_latents(cfg):
     Prints which heads are added or dropped. Raises UserError.
     """
     saved, wanted = read_switches(cfg.init), cfg.switches
+
+    # A plain LLaMA, or a model at stage 0, does not think yet: any number will do
     if not saved.get("stage") or not cfg.latent:
         return
+
+    # c has to be equal. K may grow: the later stages of the curriculum teach the added steps
     for name in ("c", "K"):
         fits = wanted["c"] == saved["c"] if name == "c" else wanted["K"] >= saved["K"]
         if not fits:
@@ -59,6 +69,8 @@ def check_latents(cfg):
                 f"command line: --init {cfg.init} thinks with {flag(name)} {saved[name]}, not "
                 f"{wanted[name]}; give {flag(name)} {saved[name]}"
             )
+
+    # Parts may be added and dropped, but perhaps the user did not mean to
     for name, what in (("vae", "VAE"), ("stop", "stop head"), ("decode", "decoder LM")):
         if saved[name] and not wanted[name]:
             print0(f"note: --init {cfg.init} has a {what}: it is dropped")
@@ -69,6 +81,8 @@ def check_latents(cfg):
 def check_problems(cfg, splits, state):
     """Raise UserError if a resumed run would continue with other problems than it started with."""
     fingerprint = splits.fingerprint  # takes seconds for a large file
+
+    # A run that starts records the hash in its state, which every checkpoint holds
     if state.setdefault("data", fingerprint) != fingerprint:
         raise UserError(
             f"{cfg.data or cfg.out}:0: the problems are not those that this run started with (was "
@@ -87,6 +101,7 @@ def check_start(cfg, start, state):
 
 def fingerprint(model):
     """A short hash of a model's parameters: of the first few numbers of each."""
+    # Some numbers of each tensor are enough to notice a training, and quick to hash at 1B
     h = hashlib.sha256()
     for p in model.parameters():
         h.update(p.detach().flatten()[:64].cpu().numpy().tobytes())
@@ -95,6 +110,7 @@ def fingerprint(model):
 
 def refuse_rewards(reward, step, problems):
     """Raise NotFinite: some of the rewards (Q, G) are not finite."""
+    # Name a problem if any of its G rewards is not finite
     bad = [p for p, ok in zip(problems, reward.isfinite().all(1).tolist()) if not ok]
     raise NotFinite(
         f"step {step + 1}: a reward is not finite, and nothing was changed; problems "
@@ -104,6 +120,7 @@ def refuse_rewards(reward, step, problems):
 
 def format_sources(problems):
     """ "a.json:3,17 b.txt:5": where problems come from."""
+    # Group the line numbers by file, so that each path is printed once
     lines = {}
     for p in problems:
         path, _, line = p.source.rpartition(":")

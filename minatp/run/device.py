@@ -11,6 +11,7 @@ from kernels.common import is_out_of_memory
 
 from .errors import OutOfMemory, UserError
 
+# A model with fewer gets one thread of the CPU, see `place`
 SMALL = 10**7  # parameters
 
 
@@ -22,10 +23,14 @@ def pick_device(name):
         raise UserError(
             f"command line: --device {name!r} is not a device; give cpu, cuda or cuda:N"
         ) from None
+
+    # PyTorch knows other devices, such as mps, which this code does not support
     if device.type not in ("cpu", "cuda"):
         raise UserError(
             f"command line: --device {name!r} is not supported; give cpu, cuda or cuda:N"
         )
+
+    # Refuse an impossible MINATP_KERNELS here, not at the first kernel
     try:
         ops.use_triton(device)
     except ops.Unavailable as e:
@@ -85,8 +90,10 @@ def memory_guard(doing):
     try:
         yield
     except (RuntimeError, MemoryError) as e:
+        # a RuntimeError can be anything: its type or message tells a failed allocation apart
         if not is_out_of_memory(e):
             raise
+        # ask only here, because what is being computed changes while the guard is open
         what, batch, length, option = doing()
         raise OutOfMemory(
             f"{what}: out of memory with a batch of {batch} × {length} tokens: lower {option}"
@@ -97,6 +104,7 @@ def solving_guard(
     prompts, model, max_new, batch_size=500, option="--problems or --max-new", what="evaluation"
 ):
     """`memory_guard` around solving all prompts (lists of ids) in batches of batch_size."""
+    # The longest row: the prompt, all latents, <|end-latent|> and the answer
     length = max(map(len, prompts)) + model.c * model.K + 1 + max_new
     doing = Doing(what, min(batch_size, len(prompts)), length, option)
     return memory_guard(lambda: doing)

@@ -29,8 +29,12 @@ def start(device):
     this machine has more ranks than GPUs.
     """
     global RANK, WORLD_SIZE
+
+    # torchrun sets WORLD_SIZE; without it there are no others to join
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
+
+    # NCCL needs a GPU for each rank, here by its number on this machine; CPUs use gloo
     backend = "gloo"
     if device.type == "cuda":
         backend = "nccl"
@@ -42,6 +46,8 @@ def start(device):
                 f"start torchrun with --nproc-per-node {n_gpu}"
             )
         torch.cuda.set_device(device)
+
+    # The other ranks wait while rank 0 writes a checkpoint, hence so long a timeout
     dist.init_process_group(backend, timeout=timedelta(hours=1))
     RANK, WORLD_SIZE = dist.get_rank(), dist.get_world_size()
     return device
@@ -77,6 +83,8 @@ def all_gather(rows):
     """The tensor that `shard` has shared out, on all ranks. rows: this rank's share."""
     if WORLD_SIZE == 1:
         return rows
+
+    # Row i of rank r is row i·WORLD_SIZE + r of the whole
     shares = gather_objects(rows.cpu())
     return torch.stack(shares, 1).flatten(0, 1).to(rows.device)
 
@@ -85,6 +93,8 @@ def merge(rows):
     """Merge lists of equal length, one per rank. Each entry is None on all ranks but one."""
     if WORLD_SIZE == 1:
         return rows
+
+    # Send only what this rank has filled, with its place in the list
     shares = gather_objects([(i, row) for i, row in enumerate(rows) if row is not None])
     for share in shares:
         for i, row in share:
@@ -109,6 +119,8 @@ def all_reduce(values, device, weight=None):
     """
     if WORLD_SIZE == 1:
         return values
+
+    # A weighted mean: sum value·weight and the weights, in one call, and divide
     if weight is not None:
         weighted = {name: value * weight for name, value in values.items()}
         summed = all_reduce({**weighted, "weight": weight}, device)
@@ -128,6 +140,7 @@ def all_reduce(values, device, weight=None):
     totals = torch.stack(numbers)
     dist.all_reduce(totals)
 
+    # Back to the types that came in: counts are ints again
     summed = {}
     for (name, kind), total in zip(types.items(), totals):
         summed[name] = total if kind is torch.Tensor else kind(total)

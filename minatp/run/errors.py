@@ -22,6 +22,7 @@ from pathlib import Path
 # Error numbers of a disk that is full, for everybody, for this user, or for one file
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+# The shell's exit code for a process that a signal has ended is 128 + its number
 INTERRUPTED = 128 + 2  # as if SIGINT had ended the process
 BROKEN_PIPE = 128 + 13  # as if SIGPIPE had
 
@@ -64,10 +65,12 @@ class NotWritten(Ended):
 
     def __init__(self, path, error, needed):
         """error: the exception that was caught. needed: bytes that were to be written."""
+        # The system's reason; an error of safetensors has only its message
         self.why = getattr(error, "strerror", None) or error
         number = getattr(error, "errno", None)
         self.full = number is None or number in DISK_FULL  # safetensors' errors carry no number
 
+        # The path itself may not exist yet: look for free space in the nearest folder that does
         existing_parent = next(p for p in Path(path).absolute().parents if p.exists())
         free = shutil.disk_usage(existing_parent).free
         remedy = "free disk space" if self.full else "fix this"
@@ -101,6 +104,7 @@ def guarded(main, argv=None):
         print_error(e)
         return e.code
     except BrokenPipeError:
+        # or Python would complain once more when it flushes stdout at exit
         silence_stdout()
         return BROKEN_PIPE
     except OSError as e:
@@ -145,4 +149,5 @@ def print_error(message):
 
 def silence_stdout():
     """Discard everything written to stdout from here on, because nobody can read it."""
+    # On the descriptor, so that text which Python still buffers is discarded too
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

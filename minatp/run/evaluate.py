@@ -56,12 +56,16 @@ def solve(
     problem's result depends neither on that nor on its neighbours.
     """
     device = model.device
+
+    # Sort by length, so that little of a batch is padding, and take this rank's share
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     order = distributed.shard(order)
     chains = [None] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         prompt, prompt_mask = left_pad([prompts[i] for i in rows], tokenizer.end, device)
+
+        # Noise and forced latents belong to problems: each batch takes those of its rows
         result = rollout(
             model,
             prompt,
@@ -70,12 +74,16 @@ def solve(
             noise=noise and noise.at(rows, device),
             forced=forced and forced.at(rows, device),
         )
+
+        # Put each chain in the place of its prompt
         for b, chain in enumerate(as_text(model, tokenizer, result)):
             chains[rows[b]] = chain
             if keep_z:
                 chain.z = result.z[b, : chain.n_latent].cpu()
         if after_batch:
             after_batch()
+
+    # Give back what the large batches hold on a GPU, then complete the list from all ranks
     graph.release_memory()
     return distributed.merge(chains)
 
@@ -85,6 +93,8 @@ def solve(
 
 def wilson(k, n, z=1.959964):
     """The 95 % interval [low, high] of a share k/n (Wilson's score interval)."""
+    # The textbook interval, k/n ± 1.96 standard errors, has no width at 0 % and 100 %; this one
+    # has. (The clamps are against rounding.)
     centre = k / n + z * z / (2 * n)
     half = z * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
@@ -95,6 +105,8 @@ def measure(chains, problems):
     """Accuracy with its interval, lengths and coherence, of one Chain per problem."""
     n = len(problems)
     right = [reward.accuracy(chain.text, p.answer) for chain, p in zip(chains, problems)]
+
+    # Also by the number of true steps, since a mean hides that longer problems are harder
     n_by_steps = Counter(len(p.steps) for p in problems)
     right_by_steps = Counter(len(p.steps) for ok, p in zip(right, problems) if ok)
 
@@ -105,6 +117,7 @@ def measure(chains, problems):
         "n_problems": n,
         "accuracy": sum(right) / n,
         "accuracy_ci95": wilson(sum(right), n),
+        # a latent is one pass of π, as a word is, so the two are added up
         "latents": sum(c.n_latent for c in chains) / n,
         "answer_tokens": sum(c.n_token for c in chains) / n,
         "tokens": sum(c.n_latent + c.n_token for c in chains) / n,
@@ -127,6 +140,7 @@ def elect(chains, by):
         value = None if chain.answer is None else reward.number(chain.answer)
         return chain.answer if value is None else value
 
+    # A chain without an answer has no vote. If none has one, the first chain is elected
     votes = Counter(key(c) for c in chains if c.answer is not None)
     commonest = votes.most_common(1)[0][0] if votes else None
     return next(c for c in chains if key(c) == commonest)
@@ -138,11 +152,15 @@ def vote(samples, problems):
     samples: k lists of one Chain per problem.
     """
     n, k = len(problems), len(samples)
+
+    # Regroup: the k chains of each problem
     by_problem = list(zip(*samples))
     right = [
         [reward.accuracy(c.text, p.answer) for c in chains]
         for chains, p in zip(by_problem, problems)
     ]
+
+    # pass@k: the share with a right answer among k. mean: what a single draw solves
     n_pass = sum(any(row) for row in right)
     result = {
         "k": k,
@@ -150,6 +168,8 @@ def vote(samples, problems):
         "pass_ci95": wilson(n_pass, n),
         "mean": sum(map(sum, right)) / n / k,
     }
+
+    # What k draws are worth without labels: one chain is elected, then judged
     for by in ("majority", "coherence"):
         elected = [elect(chains, by) for chains in by_problem]
         n_right = sum(reward.accuracy(c.text, p.answer) for c, p in zip(elected, problems))
@@ -162,6 +182,7 @@ def paired(after, before, problems):
 
     The error is that of the paired differences; None if there is one problem.
     """
+    # +1, 0 or −1 for each problem: 0 if both solve it or neither does, however hard it is
     difference = torch.tensor(
         [
             reward.accuracy(a.text, p.answer) - reward.accuracy(b.text, p.answer)
@@ -187,6 +208,8 @@ def describe(result):
         f"{result['accuracy']:.1%} of {result['n_problems']} solved [{low:.1%}, {high:.1%}], "
         f"{result['latents']:.1f} latents + {result['answer_tokens']:.1f} tokens"
     )
+
+    # Not every result has these: coherence needs steps in words, `sampled` needs --votes
     if result["coherence"] is not None:
         text += f", coherence {result['coherence']:.1%}"
     if "sampled" in result:
@@ -215,9 +238,12 @@ def diagnose(run):
 
     Its reading is compared with that of the SFT policy's latents.
     """
+    # On 24 questions, a rough estimate that is cheap enough for every validation
     with run.autocast:
         share, total = reward_variance(run, run.splits.val[:24])
     result = {"thought_share": share, "reward_variance": total}
+
+    # φ is frozen, so drift > 0 means that π's latents have moved away from what φ can read
     if run.reading_rows:
         reading = reading_nll(run, run.model)
         result |= {"reading": reading, "drift": reading - run.reading_at_start}
@@ -237,6 +263,8 @@ def reading_nll(run, model):
     """−log p that φ gives the true steps of run.reading_rows, per step; None without any."""
     if not run.reading_rows:
         return None
+
+    # Teacher-forced, as in SFT, but at z = μ: no noise is given
     batch = collate(run.reading_rows, model.stage, model)
     with run.autocast:
         losses = sft_losses(model, batch.to(run.device))
@@ -251,10 +279,13 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     """
     cfg, model, Q = run.cfg, run.model, len(problems)
     n = n_thought * n_word
+
+    # Chains of one thought take latents and stops from one draw; each has words of its own
     noise = Noise.draw(model, Q * n, run.max_new, cfg.seed, spread=cfg.spread, greedy=cfg.greedy)
     same_thoughts = torch.arange(Q * n) // n_word * n_word
     noise.eps_keys, noise.stop = noise.eps_keys[same_thoughts], noise.stop[same_thoughts]
 
+    # All Q·n chains in one batch, rewarded as in training
     prompts = run.tokenizer.prompts([p.question for p in problems])
     prompt, prompt_mask = left_pad(prompts, run.tokenizer.end, run.device)
     all_rows = noise.at(slice(None), run.device)
@@ -269,6 +300,8 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     )
     R = R.view(Q, n_thought, n_word)
 
+    # The means over n_word words differ by within / n_word even if the thoughts do not matter: take
+    # that off, and what is left between them is due to the thoughts
     within = R.var(2).mean()
     between = (R.mean(2).var(1).mean() - within / n_word).clamp(min=0)
     total = between + within
@@ -280,12 +313,18 @@ def test(run):
     cfg, tests = run.cfg, {}
     for name, problems in run.splits.tests.items():
         start = time.perf_counter()
+
+        # The reported accuracy is that of the mean policy
         chains = run.solve(problems)
         result = tests[name] = measure(chains, problems)
         result["test_seconds"] = time.perf_counter() - start
+
+        # With --votes also sampled chains; their seeds follow from --seed
         if cfg.votes:
             seeds = [cfg.seed * 1000 + k for k in range(cfg.votes)]
             result["sampled"] = vote([run.solve(problems, seed) for seed in seeds], problems)
+
+        # More measures: on numbers not seen in training (built-in task), and against RL's start
         print0(f"test ({name}): {describe(result)}")
         if not cfg.data:
             test_new_numbers(run, problems, chains, result)
@@ -297,6 +336,8 @@ def test(run):
 def test_new_numbers(run, problems, chains, result):
     """The built-in task: measure the problems whose numbers occur in no problem to learn from."""
     cfg, splits = run.cfg, run.splits
+
+    # The questions of RL count in SFT as well, so that both are measured on the same problems
     learned_from = splits.train + (splits.answers or generate("answers", cfg.answers, 0))
     known = {numbers(p) for p in learned_from}
     new = [i for i, p in enumerate(problems) if numbers(p) not in known]
@@ -309,6 +350,7 @@ def test_new_numbers(run, problems, chains, result):
 
 def compare_with_start(run, name, problems, chains, result):
     """Add the accuracy of the model that RL started from, and what was gained over it."""
+    # The start solves the same problems, so that the gain is paired
     before = run.solve(problems, model=run.start_model)
     start = measure(before, problems)
     result |= {
@@ -341,6 +383,7 @@ def parse(argv):
 
     if args.file and args.longer:
         raise UserError("command line: give --file or --longer, not both")
+    # --max-new must be at least 1, the others at least 0
     negative = min(args.problems, args.votes, args.max_new - 1) < 0
     if negative or not 0 < args.temperature < math.inf or not 0 <= args.seed < 2**32:
         raise UserError(
@@ -356,6 +399,8 @@ def problems_of(args):
         return read_problems(args.file)[: args.problems or None]
     if args.longer:
         return generate("longer", args.problems or 3000, 0)
+
+    # All runs are measured on the test set of the first
     return test_set(args.run[0], args.problems)
 
 
@@ -369,6 +414,8 @@ def main(argv=None):
     first = None  # the chains of the first run
     for folder in args.run:
         chains, result = evaluate_run(folder, problems, device, args)
+
+        # Every later run is compared with the first, problem by problem
         if first:
             result |= paired(chains, first, problems)
         first = first or chains
@@ -384,11 +431,14 @@ def evaluate_run(folder, problems, device, args):
     model, tokenizer = load_model(folder)
     place(model, device).eval()
     prompts = encode_prompts(problems, tokenizer, model, args.max_new)
+
+    # The batches of one pass by the mean policy and of one pass for each vote
     advance = progress(folder, -(-len(prompts) // BATCH) * (1 + args.votes))
 
     def solve_all(noise=None):
         return solve(model, tokenizer, prompts, args.max_new, noise=noise, after_batch=advance)
 
+    # The mean policy, then a pass for each sampled chain, with noise of its own
     with solving_guard(prompts, model, args.max_new, BATCH), autocast(device):
         chains = solve_all()
         result = measure(chains, problems)

@@ -40,6 +40,7 @@ def claim_folder(cfg):
     folder = Path(cfg.out)
     lock, is_new, refusal = None, False, None
     try:
+        # Rank 0 alone takes the folder. Its refusal is kept, to be raised on every rank
         if distributed.RANK == 0 and not cfg.dry_run:
             is_new = not os.path.exists(folder)  # Path.exists raises for too long a name
             try:
@@ -54,6 +55,7 @@ def claim_folder(cfg):
             raise refusal
         yield
     finally:
+        # Remove an empty folder while it is still locked, so that no other run can be using it
         if lock is not None:
             if is_new:
                 with suppress(OSError):  # it is not empty
@@ -68,12 +70,16 @@ def lock_folder(folder):
     there it returns None.
     """
     lock = None
+
+    # The folder itself is locked, so no lock file is ever left behind
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if fcntl:
             lock = os.open(folder, os.O_RDONLY)
     except OSError as e:
         raise not_writable(folder, e) from None
+
+    # Do not wait for the lock: its owner may train for days
     if fcntl:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,6 +96,7 @@ def lock_folder(folder):
 
 def check_unused(cfg, folder):
     """Raise UserError if a new run would overwrite an earlier one."""
+    # A log alone does not count: that run ended before its first checkpoint
     holds_run = (folder / "summary.json").exists() or checkpoints(folder)
     if holds_run and not cfg.resume:
         raise UserError(
@@ -117,19 +124,25 @@ class Log:
         Records of later steps are removed: they will be computed again. The folder has to exist
         (`claim_folder`). Raises UserError if it cannot be written, or a record cannot be read.
         """
+        # Where it writes, and the clock
         self.out = Path(cfg.out)
         self.path = self.out / "metrics.jsonl"
         self.seconds_before = state["seconds"]
         self.start = time.perf_counter()
+
+        # What `open` sets, on rank 0
         self.file = None  # metrics.jsonl, open for writing; None on other ranks
         self.send = None  # of --sink
         self.validated = 0  # the step of the last validation
+
+        # Every rank must know which validations are done, or some would wait for others
         if distributed.RANK == 0:
             self.open(cfg, state)
         self.validated = distributed.broadcast(self.validated)
 
     def open(self, cfg, state):
         """Write config.json, and open metrics.jsonl without the records of later steps."""
+        # Find out whether the folder can be written, and create metrics.jsonl if it is missing
         try:
             self.send = open_sink(cfg, self.out, state)
             self.path.open("a").close()
@@ -154,6 +167,7 @@ class Log:
         """
         text = self.path.read_text(encoding="utf-8", errors="replace")
         for i, line in enumerate(text.splitlines(keepends=True), 1):
+            # cut short by a kill: what it recorded will be computed again
             if not line.endswith("\n"):
                 continue
             try:
@@ -170,6 +184,8 @@ class Log:
         if self.file is None:
             return
         line = json.dumps(record) + "\n"
+
+        # Flush, so that a run that is killed loses no record but the one being written
         try:
             self.file.write(line)
             self.file.flush()
@@ -189,6 +205,8 @@ class Log:
         """
         if self.file is None:
             return
+
+        # Seconds mean little without the device that they were measured on
         device_name = "cpu"
         if device.type == "cuda":
             device_name = torch.cuda.get_device_name(device)
@@ -215,6 +233,7 @@ def open_sink(cfg, out, state):
     state: that of the checkpoint that the run resumes from.
     Raises UserError if the package is not installed.
     """
+    # Imported only on request: neither package is among the requirements
     try:
         if cfg.sink == "tensorboard":
             return tensorboard_sink(out, state["step"])
@@ -262,6 +281,7 @@ def scalars(record, prefix=""):
     """The numbers of a record, {name: number}. Nested names are joined: "validation/accuracy"."""
     out = {}
     for name, value in record.items():
+        # an interval [low, high] becomes "accuracy_ci95/0" and "accuracy_ci95/1"
         if isinstance(value, list):
             value = dict(enumerate(value))
         if isinstance(value, dict):

@@ -80,6 +80,7 @@ class ConfigFile:
         if not 0 < value < 2**31:
             raise self.error(f'"{name}" must be positive, and below 2^31, not {value!r}')
 
+    # The value of a field, by its type. Without a default the field must be in the file
     def boolean(self, name, default):
         value = self.field(name, default)
         self.require(name, value, (bool,))
@@ -115,6 +116,8 @@ class ConfigFile:
 def read_config(path):
     """Read a LLaMA's config.json -> LlamaConfig. Raises UserError if llama.py cannot compute it."""
     file = ConfigFile(path)
+
+    # Refuse what llama.py would compute differently, before the sizes are read
     check_architecture(file)
     rope_theta, rope_scaling = read_rope(file)
 
@@ -150,6 +153,8 @@ def check_architecture(file):
     model_type = file.fields.get("model_type", "llama")
     if model_type != "llama":
         raise file.error(f'"model_type" is {model_type!r}; only llama can be loaded')
+
+    # What llama.py computes is also what a missing field means in transformers
     supported = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     for name, expected in supported.items():
         value = file.fields.get(name, expected)
@@ -198,6 +203,7 @@ def is_positive_number(value):
 
 def check_token_ids(file, cfg):
     """Raise UserError if bos or eos is not in the vocabulary."""
+    # The entries of a list are not checked so far. (`type`: to isinstance, True is an int)
     ids = (cfg.bos, *cfg.eos)
     all_valid = all(type(token) is int and token >= 0 for token in ids)
     if not cfg.eos or not all_valid:
@@ -274,6 +280,7 @@ def read_tensors(directory, name="model"):
             tensors[key] = value
             file_of[key] = file
 
+    # Broken weights would show only later, as a loss that is NaN
     for key, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(
@@ -289,6 +296,7 @@ def tensor_files(directory, name):
     if single_file.exists() or not index.exists():
         return [single_file]
 
+    # The index of a sharded model says which tensor is in which file
     weight_map = read_json(index).get("weight_map")
     is_map = isinstance(weight_map, dict) and len(weight_map) > 0
     if not is_map or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -320,6 +328,7 @@ def fill(module, tensors, file):
 
     file: where the tensors are from, for messages. Raises UserError.
     """
+    # Compare everything before the first copy, so that a module is never half filled
     parameters = dict(module.named_parameters())
     for name, p in parameters.items():
         if name not in tensors:
@@ -330,6 +339,7 @@ def fill(module, tensors, file):
                 f"asks for {tuple(p.shape)}"
             )
 
+    # A tensor that is left over belongs to another model than config.json describes
     extra = sorted(set(tensors) - set(parameters))
     if extra:
         shape = tuple(tensors[extra[0]].shape)
@@ -338,6 +348,7 @@ def fill(module, tensors, file):
             f"(such tensors: {len(extra)})"
         )
 
+    # copy_ also converts: published weights are bfloat16, the parameters float32
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[name])
@@ -403,6 +414,7 @@ def read_backend(path):
 
 def has_control_tokens(directory):
     """Whether the tokenizer of a directory had the control tokens when it was saved."""
+    # Look into the file: a Tokenizer adds them to every vocabulary that it wraps
     return START in (directory / "tokenizer.json").read_text(encoding="utf-8")
 
 
@@ -414,6 +426,8 @@ def add_control_tokens(model, tokenizer):
     """
     ids = tokenizer.encode("<<")
     source = ids if len(ids) == 1 else slice(None)
+
+    # π and φ share the tokenizer, so both get the rows
     control_tokens = [tokenizer.start, tokenizer.latent, tokenizer.end]
     model.policy.add_rows(control_tokens, source)
     if model.decode:
@@ -433,6 +447,7 @@ def load_model(directory, **switches):
     the directory lacks starts untrained: heads at their initial values, φ from the weights of π.
     Raises UserError naming the file that is wrong.
     """
+    # What describes the model comes first: it is quick to read, and to refuse
     directory = locate(directory)
     saved = read_switches(directory)
     cfg = read_config(directory / "config.json")
@@ -472,6 +487,7 @@ def read_switches(directory):
         return {}
     saved = read_json(path)
 
+    # A missing, misspelt or mistyped switch would build another model than was saved
     required = {"c": int, "K": int, "vae": bool, "stop": bool, "decode": bool, "stage": int}
     types = {**required, "longest": int, "decoder_layers": int}
     at_least_1 = {"c", "K", "longest", "decoder_layers"}
@@ -495,6 +511,8 @@ def heads_of(model):
 def fill_heads(model, directory, saved):
     """Copy the saved weights into the heads. saved: what `read_switches` returned."""
     tensors, file = read_tensors(directory, "heads")
+
+    # The switch of each head tells whether the saved model had it
     switch_of = {"latent_head": "vae", "stop_head": "stop"}
     for name, head in heads_of(model).items():
         prefix = name + "."
@@ -568,6 +586,7 @@ def write_json(path, value):
 
 def cpu_parameters(module, prefix=""):
     """Return {prefix + name: tensor on the CPU} of a module's parameters."""
+    # Parameters alone: buffers are computed. safetensors takes contiguous tensors only
     tensors = {}
     for name, p in module.named_parameters():
         tensors[prefix + name] = p.detach().cpu().contiguous()

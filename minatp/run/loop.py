@@ -45,6 +45,8 @@ class Run:
         self.cfg, self.splits, self.device = cfg, splits, device
         self.model, self.tokenizer = model, tokenizer
         self.autocast = autocast(device)  # `with run.autocast:` computes in bf16 on a GPU
+
+        # Where the loop is. is_log_due stays True in a dry run, so the KL is computed as well
         self.first_step = 0  # of the current stage
         self.step = 0
         self.is_log_due = True
@@ -62,6 +64,8 @@ class Run:
         Raises UserError.
         """
         cfg = self.cfg
+
+        # The model: of the checkpoint, from --init, or untrained
         saved = newest_checkpoint(cfg.out) if cfg.resume else None
         if cfg.stage == "rl":
             check_thoughts(cfg)
@@ -70,12 +74,15 @@ class Run:
         place(self.model, self.device).set_recompute(cfg.recompute)
         self.optimizer = GuardedOptimizer(build_optimizer(cfg, self.model), self.model, cfg.clip)
 
+        # Restore where a resumed run was; refuse other problems or another start than it had
         self.state = {"step": 0, "seconds": 0.0}
         if saved:
             self.state = checkpoint.restore(saved, self.model, self.optimizer.optimizer)
         check_problems(cfg, self.splits, self.state)
         if cfg.stage == "rl":
             self.load_start_model()
+
+        # The log, the averages of a log line that a stop has interrupted, and the encoded problems
         self.log = Log(cfg, self.state)
         self.meter = Meter(self.state.get("meter"), self.state.get("silent", 0))
         self.encode()
@@ -83,6 +90,8 @@ class Run:
     def load_start_model(self):
         """Load the SFT model that RL starts from and is compared with; its φ stays frozen."""
         self.start_model = load_model(self.cfg.init)[0].to(self.device)
+
+        # A run that starts records which model this is; a resumed one compares
         self.state.setdefault("start", fingerprint(self.start_model))
         check_start(self.cfg, self.start_model, self.state)
         self.model.decoder.requires_grad_(False)
@@ -90,10 +99,13 @@ class Run:
     def encode(self):
         """Encode all problems and check that they fit the model's context. Raises UserError."""
         cfg, splits, model = self.cfg, self.splits, self.model
+
+        # What the run learns from
         self.labelled = self.encode_problems(splits.train)
         self.max_new = self.longest_answer()
         if cfg.stage == "sft":
             self.answers_only = self.encode_problems(splits.answers, answer_only=True)
+            # φ must be allowed to write the longest step, or its readings would be cut short
             texts = [
                 text for row in self.labelled + self.answers_only for text in (*row.texts, row.rest)
             ]
@@ -102,8 +114,11 @@ class Run:
             # the built-in task keeps a set of its own for RL
             self.questions = [*splits.train, *splits.answers] if cfg.data else splits.answers
             self.prompts = self.encode_prompts(self.questions)
+            # validation problems that show how well φ still reads the latents (evaluate.diagnose)
             self.reading_rows = self.encode_problems([p for p in splits.val if p.steps][:200])
             self.reading_at_start = evaluate.reading_nll(self, self.start_model)
+
+        # Held-out problems are encoded to find one that is too long here, not after hours
         self.encode_problems(splits.held_out)
         self.encode_prompts(splits.held_out)
 
@@ -117,6 +132,8 @@ class Run:
         """Most tokens of an answer: of the longest labelled one, at the stage reached."""
         if self.cfg.max_new:
             return self.cfg.max_new
+
+        # Steps that are not latent at this stage are written before the answer
         model, longest = self.model, 16
         for row in self.labelled:
             written = row.lines[model.stage :] if model.stage <= model.K else []
@@ -142,6 +159,7 @@ class Run:
         """
         cfg, is_rl, n_restored = self.cfg, self.cfg.stage == "rl", self.state["step"]
         self.n_total, self.stage = n_total or n_step, stage
+        # the stage decides how many steps are still written in words
         self.max_new = self.longest_answer()
 
         # The run may have been stopped between a checkpoint and the validation that follows it
@@ -170,6 +188,8 @@ class Run:
                 self.write_log(n_done)
             is_validation_due = is_rl and (n_done % cfg.val_every == 0 or is_last)
             is_save_due = n_done % cfg.save_every == 0 or is_last or is_validation_due
+
+            # Ranks are signalled at different moments: all stop together, after the same step
             any_stop = distributed.all_reduce({"stop": int(stop_request.requested)}, self.device)[
                 "stop"
             ]
@@ -195,6 +215,8 @@ class Run:
 
         # Sorted by length, so that little of a micro-batch is padding
         rows = sorted(rows, key=lambda row: len(row.prompt))
+
+        # The noise goes by a row's place in the WHOLE batch; this rank takes its share of both
         keys = None
         if model.vae:
             keys = ops.noise_keys(self.seed_at(step), len(rows), model.c * model.K)
@@ -208,6 +230,7 @@ class Run:
         counts = {name: sum(b.counts[name] for b in batches) for name in batches[0].counts}
         counts = distributed.all_reduce(counts, self.device)
 
+        # `doing` says what is on the device while the caller computes it
         for i, batch in zip(starts, batches):
             eps_keys = None if keys is None else keys[i : i + size].to(self.device)
             length = batch.prompt.shape[1] + batch.L + batch.text.shape[1]
@@ -232,9 +255,12 @@ class Run:
 
     def write_log(self, n_done):
         """One line on the terminal and one record in metrics.jsonl: the averages since the last."""
+        # A step that was not taken ends the run here, before its NaN is averaged
         self.optimizer.check()
         means, speed, left = self.meter.read(self.n_total - n_done)
         record, line = {"step": n_done}, []
+
+        # SFT logs L and the means that it is made of; RL its rewards and the metrics of its updates
         if self.cfg.stage == "sft":
             grad_norm = means.pop("grad_norm")
             loss = total_loss(means, dict.fromkeys(means, 1), self.cfg.beta)
@@ -246,6 +272,8 @@ class Run:
             record |= means
             line += ["rl", f"step {n_done:5}/{self.n_total}"]
             line += [f"{name} {value:.3f}" for name, value in means.items()]
+
+        # Both also log the learning rate and the speed
         record |= {
             "lr": self.optimizer.lr,
             "tokens_per_second": speed,
@@ -256,8 +284,10 @@ class Run:
 
     def save(self, n_done):
         """Save a checkpoint, from which --resume continues."""
+        # Never save after a step that was refused: the run then ends with the checkpoint before it
         self.optimizer.check()
         self.state |= {"step": n_done, "seconds": self.log.seconds(), "meter": self.meter.state()}
+        # The warning of Meter.add then comes when it would have come without a resume
         if self.cfg.stage == "rl":
             self.state["silent"] = self.meter.n_silent
         checkpoint.save_checkpoint(
@@ -269,11 +299,14 @@ class Run:
         cfg = self.cfg
         if n_done <= self.log.validated:
             return
+
+        # Tokens per second are of training alone, so the meter stands still meanwhile
         with self.meter.paused():
             result = evaluate.measure(self.solve(self.splits.val), self.splits.val)
             if cfg.stage == "rl":
                 result |= evaluate.diagnose(self)
 
+        # The validation gets a record of its own in metrics.jsonl
         if cfg.stage == "sft":
             self.log.write({"step": n_done, "stage": self.stage, "validation": result})
             print0(f"stage {self.stage}  validation: {evaluate.describe(result)}")
@@ -290,6 +323,8 @@ class Run:
         model: the run's own by default.
         """
         cfg, model = self.cfg, model or self.model
+
+        # With a seed all of a chain is sampled; without, z = μ and the stops and words are greedy
         prompts = self.tokenizer.prompts([p.question for p in problems])
         noise = None
         if seed is not None:
@@ -312,6 +347,7 @@ class Run:
 
     def finish(self):
         """Save the model, test it once, write summary.json."""
+        # Save the model before the tests begin. `seconds` leaves out the time that they take
         seconds = self.log.seconds()
         checkpoint.save_final(self.cfg.out, self.model, self.tokenizer)
         tests = evaluate.test(self)
@@ -327,6 +363,8 @@ def learning_rate(cfg, i, n_step):
     warmup = min(cfg.warmup, n_step // 10)
     if i < warmup:
         return cfg.lr * (i + 1) / (warmup + 1)
+
+    # From the peak at share 0 down to a tenth of it at share 1
     share = (i - warmup) / max(1, n_step - warmup)
     return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
@@ -352,13 +390,17 @@ class GuardedOptimizer:
         loss: a scalar of all ranks. problems: what it is of; anything with a `source`.
         Returns the gradient's norm, before clipping.
         """
+        # Sum over the ranks first: clipping is by the norm of the whole batch's gradient
         distributed.all_reduce_gradients(self.model)
         with_gradient = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(with_gradient, self.clip)
 
+        # Mark a bad step on the device; once marked, found_inf stays 1
         loss_and_norm = torch.stack((loss.detach().float(), norm))
         is_bad = 1 - loss_and_norm.isfinite().all().float()
         self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, is_bad)
+
+        # Take the step, with the learning rate that Run.steps has set
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.step()
@@ -371,6 +413,8 @@ class GuardedOptimizer:
         steps, self.unchecked = self.unchecked, []
         if not steps:
             return
+
+        # One transfer for all steps since the last check
         values = torch.stack([loss_and_norm for loss_and_norm, _, _ in steps]).tolist()
         for (loss, norm), (_, n_done, problems) in zip(values, steps):
             if not math.isfinite(loss + norm):
@@ -391,6 +435,8 @@ class Meter:
         """
         self.n_silent = n_silent
         self.reset()
+
+        # Go on with a log line that began before the resume; its seconds count as passed
         if state:
             self.total = {name: torch.tensor(value) for name, value in state["total"].items()}
             self.count = state["count"]
@@ -441,6 +487,7 @@ class Meter:
 
     def read(self, n_left):
         """(means, tokens per second, time left for n_left more steps) since the last read."""
+        # Sums over steps by sums of counts: a batch with more words weighs more
         means = {
             name: float(total) / max(1, self.count[name]) for name, total in self.total.items()
         }

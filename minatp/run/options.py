@@ -38,15 +38,19 @@ METHODS = {
 
 # What --preset sets, and what it also sets with --stage rl; the command line wins
 PRESETS = {
+    # the rest of tiny are the defaults of the options below
     "tiny": dict(c=1),
     "llama-1b": dict(
+        # Llama-3.2-1B's sizes, and φ with all layers
         n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, n_inner=8192,
         block_size=131072, rope_theta=500000.0, vocab_size=128256, decoder_layers=0,
+        # the paper's SFT, with more frequent log lines
         K=10, optimizer="adamw", lr=1e-4, log_every=10,
     ),
 }
 RL_PRESETS = {
     "tiny": dict(init="out/sft", updates=1600, G=4, spread=4.0, estimator="path", anchor=1.0),
+    # the paper's lr and batch; its 8 rollouts are the default of --G
     "llama-1b": dict(init="out/sft", lr=1e-6, batch_size=16),
 }
 # fmt: on
@@ -89,6 +93,8 @@ class Data:
     data: str = opt("", "training problems: JSON, JSONL or iCoT text [the built-in task]")
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
     test: str = opt("", "test problems, several files separated by commas [as many again]")
+
+    # Sizes of the built-in sets; --val-size also of what is held out of --data
     labelled: int = opt(
         6000,
         "built-in task: training problems with steps; the default --epochs keep the number of "
@@ -124,6 +130,8 @@ class Latents:
     K: int = opt(4, "most reasoning steps kept latent", POSITIVE)
     beta: float = opt(1e-3, "weight of the KL term", NOT_NEGATIVE)
     init_logvar: float = opt(-4.0, "log σ² of an untrained latent head")
+
+    # Each switches off a part of ATP-Latent
     no_vae: bool = opt(False, "ablation: the latent is the hidden state itself")
     no_stop: bool = opt(False, "ablation: no stop head, always K steps")
     no_decoder: bool = opt(False, "ablation: no decoder LM")
@@ -133,6 +141,7 @@ class Latents:
 class Optim:
     """training"""
 
+    # How long, and how much at once
     epochs: str = opt(
         "",
         "epochs of each curriculum stage 0 … K+1, separated by commas, or one number for every "
@@ -144,6 +153,8 @@ class Optim:
         "problems per forward pass, with gradient accumulation; 0: the whole batch at once",
         NOT_NEGATIVE,
     )
+
+    # The optimizer and its learning rate
     optimizer: str = opt(
         "muon",
         "muon: for the matrices of the layers and of the latent head, AdamW for the rest; adamw: "
@@ -158,6 +169,8 @@ class Optim:
     clip: float = opt(
         1.0, "largest gradient norm (not the clipped ratio of --updates-per-batch)", POSITIVE
     )
+
+    # Extras: problems without steps, and less memory for more work
     answers_share: float = opt(
         0.0, "share of problems with an answer and no steps in each batch of the last stage"
     )
@@ -171,11 +184,14 @@ class Optim:
 class Explore:
     """rl"""
 
+    # How much is explored
     updates: int = opt(500, "batches of questions", POSITIVE)
     G: int = opt(8, "rollouts per question", POSITIVE)
     answers: int = opt(
         20000, "built-in task: problems with an answer and no steps, to explore on", POSITIVE
     )
+
+    # How chains are drawn, and what of them gets credit
     spread: float = opt(1.0, "of the noise in rollouts: z ~ N(μ, (spread·σ)²)", POSITIVE)
     estimator: str = opt(
         "score",
@@ -188,11 +204,15 @@ class Explore:
         "greedy words in rollouts: all randomness is in the latents and stops, and with "
         "--estimator score all credit; with path the stops alone are credited",
     )
+
+    # From rewards to updates
     baseline: str = opt(
         "mean", "mean (of the group) | rloo (of the others)", choices=("mean", "rloo")
     )
     normalise: bool = opt(False, "divide the advantage by the group's standard deviation")
     updates_per_batch: int = opt(1, "more than one clips the ratio, which is GRPO", POSITIVE)
+
+    # The reward
     w_acc: float = opt(1.0, "weight of the right answer", NOT_NEGATIVE)
     w_coh: float = opt(0.1, "weight of coherence", NOT_NEGATIVE)
     w_fmt: float = opt(0.5, "weight of the format", NOT_NEGATIVE)
@@ -202,6 +222,8 @@ class Explore:
         choices=("paper", "strict"),
     )
     no_answers: bool = opt(False, "the reward sees no answer: coherence and format alone")
+
+    # What holds the policy near SFT, and a control
     kl: float = opt(0.0, "weight of the KL to the SFT policy", NOT_NEGATIVE)
     anchor: float = opt(
         0.0, "weight of the SFT loss on labelled problems, beside the reward", NOT_NEGATIVE
@@ -214,6 +236,7 @@ class Explore:
 class Report:
     """evaluation and files"""
 
+    # Solving validation and test problems
     max_new: int = opt(
         0,
         "most tokens of an answer [as the longest training text needs, at least 16]",
@@ -224,6 +247,8 @@ class Report:
         0, "also sample this many chains per test problem: pass@k and majority vote", NOT_NEGATIVE
     )
     temperature: float = opt(1.0, "of those samples (not of RL's rollouts)", POSITIVE)
+
+    # Logs and checkpoints
     log_every: int = opt(50, "steps between log lines", POSITIVE)
     sink: str = opt(
         "",
@@ -263,6 +288,7 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
 
     def schedule(self):
         """[(curriculum stage, epochs)], without the stages of 0 epochs. Raises UserError."""
+        # Stages 0 … K + 1. A method without latents has stage 0 alone
         n_stage = self.K + 2 if self.latent else 1
         try:
             epochs = [float(number) for number in self.epochs.split(",")]
@@ -282,6 +308,7 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
 
     def check(self):
         """Raise UserError if a value is out of range or options contradict each other."""
+        # Each value by itself, then what must fit together
         for f in fields(self):
             check_value(f, getattr(self, f.name))
         self.check_size()
@@ -293,6 +320,8 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
 
     def check_size(self):
         """Refuse a model that cannot be built."""
+        # RoPE turns pairs of dimensions, so the size of a head is even. All key/value heads
+        # serve the same number of query heads
         require(
             self.n_embd % self.n_head == 0 and self.n_embd // self.n_head % 2 == 0,
             f"--n-embd {self.n_embd} must be an even multiple of --n-head {self.n_head}",
@@ -305,6 +334,8 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         # --init brings sizes of its own
         if self.init:
             return
+
+        # Latents and answer must leave room for a prompt, whose length is checked with the data
         length = f"--c {self.c} × --K {self.K} latents"
         if self.max_new:
             length += f" and --max-new {self.max_new}"
@@ -317,6 +348,8 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
             f"--decoder-layers {self.decoder_layers} must be at most --n-layer {self.n_layer}: "
             "φ starts from π's lower layers",
         )
+
+        # From scratch, a 1B model is only for data of the user's own, or for a dry run
         require(
             self.preset != "llama-1b" or self.dry_run or self.data,
             "--preset llama-1b needs --init DIR, a Hugging Face directory of Llama-3.2-1B",
@@ -346,10 +379,14 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
                 not is_off or has_part,
                 f"{option} contradicts --method {self.method}, which has none",
             )
+
+        # Without all three parts the method has a name of its own
         require(
             not (self.no_vae and self.no_stop and self.no_decoder),
             "--no-vae --no-stop --no-decoder is --method coconut; give that instead",
         )
+
+        # RL takes the model of --init as it is: to choose a method would change nothing
         is_full_atp = self.method == "atp" and not (self.no_vae or self.no_stop or self.no_decoder)
         require(
             self.stage != "rl" or is_full_atp,
@@ -364,6 +401,8 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         )
         if not self.answers_share or self.stage == "rl":
             return
+
+        # The schedule leaves out stages of 0 epochs, so its last entry may be an earlier stage
         require(
             self.latent and self.schedule()[-1][0] > self.K,
             "--answers-share applies to the last stage of a method that thinks in latents, and "
@@ -377,8 +416,10 @@ def check_value(f, value):
     sign = f.metadata["sign"]
     choices = f.metadata["choices"]
 
+    # NaN and infinity are valid floats to argparse and to JSON
     if f.type is float:
         require(math.isfinite(value), f"{option} must be a finite number")
+    # torch's generators take 32 bits of a seed, and no size comes near that
     if f.type is int:
         require(value < 2**32, f"{option} must be below 2^32, not {value}")
     if sign == POSITIVE:
@@ -424,6 +465,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
+        # argparse would print its usage and exit; here every mistake is one line
         unknown = "unrecognized arguments: "
         if message.startswith(unknown):
             message = self.suggest(message.removeprefix(unknown).split()[0])
@@ -489,6 +531,8 @@ def build_parser(description):
         "with --preset llama-1b, c with --stage rl, and d with both.",
         usage="python train.py [--option value …]",
     )
+
+    # Each group of options has a section of --help, with its docstring for a title
     for group_class in (General, Data, Latents, Optim, Explore, Size, Report):
         group = parser.add_argument_group(group_class.__doc__)
         for f in fields(group_class):
@@ -511,11 +555,13 @@ def preset_values(preset, stage):
 
 def describe_default(f):
     """The default of an option, and where it differs, for --help: " [500; rl 1600]"."""
+    # The default in each of the four combinations of preset and stage
     tiny = preset_values("tiny", "sft").get(f.name, f.default)
     large = preset_values("llama-1b", "sft").get(f.name, f.default)
     tiny_rl = preset_values("tiny", "rl").get(f.name, f.default)
     large_rl = preset_values("llama-1b", "rl").get(f.name, f.default)
 
+    # An empty string or a switch that is off says nothing; some help texts name their default
     shown = []
     if tiny != "" and tiny is not False and not f.metadata["help"].endswith("]"):
         shown.append(f"{tiny}")
@@ -535,6 +581,8 @@ def default_epochs(cfg):
     """The preset's --epochs."""
     if cfg.preset == "llama-1b":
         return "2"
+
+    # Stage 0; stages 1 … K − 1; stage K; and the last, in which every step is latent
     if cfg.latent:
         epochs = [5, *[0.5] * (cfg.K - 1), 0.8, 11]
     else:
@@ -569,6 +617,7 @@ def resumed(cfg, given):
         may_move.append("init")
     may_change = ("resume", "out", "device", "dry_run")
 
+    # An option may repeat what the run was started with, but not change it
     for name, value in given.items():
         old = getattr(run_cfg, name)
         if name in may_move and old and value:
@@ -579,6 +628,8 @@ def resumed(cfg, given):
                 f"{path}:1: the run was started {started}, not with {flag(name)} {value}; drop the "
                 "option"
             )
+
+    # Where and how it continues: this comes from the command line
     for name in may_change:
         setattr(run_cfg, name, getattr(cfg, name))
     return run_cfg

@@ -26,6 +26,7 @@ def read_problems(path, answers=True):
     if text.lstrip().startswith("["):
         return read_json_list(path, text, answers)
 
+    # The other two formats have a problem on each line
     parse_line = parse_icot
     if text.lstrip().startswith("{"):
         parse_line = parse_json
@@ -38,6 +39,7 @@ def read_problems(path, answers=True):
 
 def read_text(path):
     """The text of a file, which must not be blank. Raises UserError."""
+    # utf-8-sig skips the byte order mark with which editors on Windows may begin a file
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as e:
@@ -94,6 +96,7 @@ def read_json_list(path, text, answers):
 class Cursor:
     """A position in a JSON text, always on a character that is not blank, and its line."""
 
+    # JSON's white space, of which \s has more
     blanks = re.compile(r"[ \t\r\n]*")
 
     def __init__(self, text):
@@ -103,6 +106,7 @@ class Cursor:
     def move(self, position):
         """Move forward to `position`, then over the blanks that are there."""
         position = self.blanks.match(self.text, position).end()
+        # count the lines of all that is passed, the record and the blanks
         self.line += self.text.count("\n", self.position, position)
         self.position = position
 
@@ -122,11 +126,13 @@ def parse_json(where, line, answers):
     return parse_record(where, record, answers)
 
 
+# As short as possible, so that two steps on a line do not become one
 ICOT_STEP = re.compile("<<.*?>>")
 
 
 def parse_icot(where, line, answers):
     """A line of iCoT text -> Problem. where: "path:line"."""
+    # Nothing but steps may stand before ####: other words would be lost without notice
     question, bars, solution = line.partition("||")
     steps, hashes, answer = solution.partition("####")
     words_between_steps = ICOT_STEP.sub("", steps).strip()
@@ -139,6 +145,7 @@ def parse_icot(where, line, answers):
 # ---- a record ------------------------------------------------------------------------------------
 
 
+# name, type, and what a message calls it
 FIELDS = (
     ("question", str, "a string"),
     ("steps", list, "a list of strings"),
@@ -153,6 +160,8 @@ def parse_record(where, record, answers):
             f"{where}: a problem must be an object, not {type(record).__name__}; give question, "
             "steps and answer"
         )
+
+    # Where no answer is needed, a missing one is an empty one
     if not answers:
         record = {"answer": "", **record}
     check_fields(where, record)
@@ -215,6 +224,7 @@ def json_errors(where, hint):
     try:
         yield
     except (ValueError, RecursionError) as e:
+        # `where` is the position within the file, so take the reason alone (msg) from the error
         reason = getattr(e, "msg", e)
         raise UserError(f"{where}: is not valid JSON ({reason}); {hint}") from None
 

@@ -35,6 +35,8 @@ def replace_file(path, text):
         if os.path.exists(path) and not os.path.isfile(path):
             Path(path).write_text(text, encoding="utf-8")
             return
+
+        # Write, fsync and rename, as at the head of this file
         with tmp.open("w", encoding="utf-8") as f:
             f.write(text)
             f.flush()
@@ -68,6 +70,7 @@ def write_folder(path, write, needed):
 
         # Put it in the place of the older folder
         shutil.rmtree(old, ignore_errors=True)
+        # a folder cannot be renamed onto one that is not empty
         if path.exists():
             path.rename(old)
         tmp.rename(path)
@@ -76,6 +79,7 @@ def write_folder(path, write, needed):
         fsync(path.parent)
         fsync(path.parent.parent)
     except (OSError, SafetensorError) as e:
+        # safetensors reports a failed write in an exception of its own
         shutil.rmtree(tmp, ignore_errors=True)
         raise NotWritten(path, e, needed) from e
     shutil.rmtree(old, ignore_errors=True)
@@ -83,6 +87,7 @@ def write_folder(path, write, needed):
 
 def write_manifest(folder):
     """Write manifest.json: {"sha256": {file: hash}} of all files in the folder."""
+    # List the files before manifest.json is one of them
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     hashes = {str(file.relative_to(folder)): sha256(file) for file in files}
     (folder / "manifest.json").write_text(json.dumps({"sha256": hashes}, indent=2) + "\n")
@@ -90,6 +95,7 @@ def write_manifest(folder):
 
 def fault(folder):
     """Say what is wrong with a folder that write_folder has made; None if it is intact."""
+    # The manifest itself may be damaged: whatever it holds is a fault to report, not an error
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         changed = [name for name, h in manifest["sha256"].items() if sha256(folder / name) != h]
@@ -134,6 +140,8 @@ def newest_checkpoint(out):
         raise UserError(
             f"{out}/checkpoints:0: holds no checkpoint to resume from; start without --resume"
         )
+
+    # A broken one costs only the steps since the one before it
     for folder in reversed(folders):
         damage = fault(folder)
         if not damage:
@@ -148,10 +156,14 @@ def locate(directory):
     A directory that is not a run's is returned unchanged. Raises UserError.
     """
     directory = Path(directory)
+
+    # A run that has ended, or one that has saved a checkpoint
     if (directory / "final").is_dir():
         return directory / "final"
     if checkpoints(directory):
         return newest_checkpoint(directory)
+
+    # Otherwise a Hugging Face directory, or a mistake
     if not directory.is_dir():
         raise UserError(
             f"{directory}:0: is not a directory; give a Hugging Face directory, or the folder of a "

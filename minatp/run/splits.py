@@ -36,6 +36,7 @@ class Splits:
     @property
     def fingerprint(self):
         """A short hash of every problem, in order. A resumed run must have the same."""
+        # Without `source`: files may be moved
         contents = []
         for part in (self.train, self.answers, self.held_out):
             contents.append([(p.question, p.steps, p.answer) for p in part])
@@ -43,6 +44,7 @@ class Splits:
 
     def describe(self):
         """The number of problems of each kind, in one line."""
+        # With --no-answers RL also explores problems that have no answer
         incomplete = "with answers alone"
         if not all(p.answer for p in self.answers):
             incomplete = "without answers or steps"
@@ -59,6 +61,8 @@ class Splits:
 def load_splits(cfg):
     """The Splits of a Config. Raises UserError if --init was trained on a held-out question."""
     splits = split(cfg)
+
+    # The built-in sets never overlap; files may
     if cfg.data and cfg.init:
         check_init(cfg, splits)
     return splits
@@ -74,6 +78,8 @@ def check_init(cfg, splits):
             f"{cfg.init}:0: was trained on {len(leaked)} of the {len(held_out)} questions that are "
             "held out here; give --val, --test and --val-size as in its config.json, or other files"
         )
+
+    # A run whose files are gone cannot be checked: tell the user, and go on
     if why_unknown:
         note = f"unknown whether {cfg.init} was trained on questions held out here: {why_unknown}"
         splits.note = f"{splits.note}; {note}" if splits.note else note
@@ -88,13 +94,19 @@ def learned_questions(folder):
     cfg = options_of(folder)
     if not cfg:
         return set(), ""
+
+    # What --init has learned, this run has learned, and so on back to the first
     questions, why_unknown = set(), ""
     if cfg.init:
         questions, why_unknown = learned_questions(cfg.init)
+
+    # Which of its problems it has trained on: split them again as the run did
     try:
         splits = split(cfg)
     except UserError as e:  # its files have been moved or changed
         return questions, str(e)
+
+    # SFT leaves problems without steps alone unless --answers-share asks for them
     questions |= {p.question for p in splits.train}
     if cfg.stage == "rl" or cfg.answers_share > 0:
         questions |= {p.question for p in splits.answers}
@@ -106,6 +118,8 @@ def split(cfg):
     if cfg.data:
         return split_files(cfg)
     needs_answers = cfg.stage == "rl" or cfg.answers_share
+
+    # The same problems for every --seed, so that the runs of several seeds can be compared
     return Splits(
         train=generate("labelled", cfg.labelled, seed=0),
         answers=generate("answers", cfg.answers if needs_answers else 0, seed=0),
@@ -147,6 +161,7 @@ def hold_out(cfg, option, files, given):
     files: the option's value. Without any, --val-size of the given problems are held out.
     """
     if files:
+        # Test sets are named after their files, in the log and in summary.json
         paths = files.split(",")
         sets = {Path(path).name: read_problems(path) for path in paths}
         if len(sets) < len(paths):
@@ -155,6 +170,7 @@ def hold_out(cfg, option, files, given):
             )
         return sets, given
 
+    # The first of them: they are shuffled, and those with an answer come first
     n_with_answer = sum(bool(p.answer) for p in given)
     if n_with_answer <= cfg.val_size:
         lacking = "" if n_with_answer == len(given) else f" with an answer; give {option}"
@@ -167,6 +183,7 @@ def hold_out(cfg, option, files, given):
 
 def check_training(cfg, splits, kept):
     """Raise UserError if nothing is left to learn from. kept: all problems not held out."""
+    # SFT learns from steps, and so does RL's anchor; RL without it needs questions alone
     is_rl = cfg.stage == "rl"
     needs_steps = not is_rl or cfg.anchor or not kept
     if needs_steps and not splits.train:
@@ -184,6 +201,8 @@ def describe_omissions(cfg, given, kept, train):
     omissions = []
     if len(kept) < len(given):
         omissions.append(f"{len(given) - len(kept)} in the validation or test set")
+
+    # RL explores problems without steps, and --answers-share learns from them
     if len(train) < len(kept) and not cfg.answers_share and cfg.stage != "rl":
         omissions.append(f"{len(kept) - len(train)} without steps (see --answers-share)")
     return "left out of training: " + ", ".join(omissions) if omissions else ""
@@ -194,6 +213,7 @@ def describe_omissions(cfg, given, kept, train):
 
 def options_of(folder):
     """The Config of a run, from its folder, its final/ or a checkpoint; None for other folders."""
+    # final/ is one folder below the run's, a checkpoint is two
     folder = Path(folder).absolute()
     for candidate in [folder, *folder.parents][:3]:
         if (candidate / "metrics.jsonl").exists():
@@ -210,6 +230,8 @@ def test_set(folder, n=0, seed=0):
     cfg = options_of(folder) or Config()
     if not cfg.data:
         return generate("test", n or cfg.test_size, seed)
+
+    # Test files can be read by themselves; what was held out is found by splitting again
     if cfg.test:
         tests = [read_problems(path) for path in cfg.test.split(",")]
     else:
@@ -242,6 +264,7 @@ def encode_problems(cfg, problems, tokenizer, model, answer_only=False):
 
     answer_only: the steps of the problems are unknown.
     """
+    # no-cot answers at once: for it, problems have no steps
     if cfg.method == "no-cot":
         problems = [replace(p, steps=[]) for p in problems]
 

@@ -17,9 +17,11 @@ class Stop:
     kernel.
     """
 
+    # training: inside `with stop_request`, where a closed stdout does not end the run
     requested = training = False
 
     def __enter__(self):
+        # Elsewhere the handlers that were there before apply: Ctrl-C ends a program at once
         self.requested, self.training = False, True
         self.handlers = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -30,6 +32,7 @@ class Stop:
             signal.signal(s, handler)
 
     def request(self, *_):
+        # Only take note. The loop looks at it after the step, when it can save
         self.requested = True
         for s in self.handlers:
             signal.signal(s, signal.SIG_DFL)
@@ -61,6 +64,7 @@ def print0(text):
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
         except OSError:
+            # with nothing to save, the program ends (errors.guarded)
             if not stop_request.training:
                 raise
             silence_stdout()
@@ -82,11 +86,15 @@ def progress(what, n):
         n_done += 1
         if not sys.stderr.isatty():
             return
+
+        # After the last part the line is cleared, for what the program prints next
         text = ""
         if n_done < n:
             per_part = (time.perf_counter() - start) / n_done
             left = format_duration(per_part * (n - n_done))
             text = f"{what}: {n_done} of {n} batches, {left} left"
+
+        # Return to the start of the line, erase it, and write over it
         sys.stderr.write(f"\r\x1b[K{text}")
         sys.stderr.flush()
 

@@ -38,29 +38,37 @@ METHODS = {
     "ATP, β × 10": ["--beta", "1e-2"],
 }
 
+# With the preset's defaults (tiny: estimator path, σ × 4, anchor 1)
 RL = ["--stage", "rl"]
 
 # More SFT, of the last stage alone. {seconds}: as many epochs as take the time of the arm "RL";
 # {steps}: as many as have its number of optimizer steps
 MORE_SFT = ["--stage", "sft", "--epochs", "{seconds}"]
+# Three quarters of each batch are problems with an answer and no steps
 MORE_SFT_ON_ANSWERS = [*MORE_SFT, "--answers-share", "0.75"]
 
 # Stage 2, from the run "ATP"
 # fmt: off
 AFTER_ATP = {
     "RL":                                   RL,
+    # Is it the reward? Rewards of the wrong chains; as many steps of SFT, with no reward
     "RL, placebo (permuted rewards)":       [*RL, "--placebo"],
     "the anchor alone":                     ["--stage", "sft", "--epochs", "{steps}"],
+    # The terms of the reward
     "RL, no coherence":                     [*RL, "--w-coh", "0"],
     "RL, coherence only (sees no answer)":  [*RL, "--no-answers", "--w-coh", "1"],
+    # How widely to explore (the default is σ × 4)
     "RL, σ × 1":                            [*RL, "--spread", "1"],
     "RL, σ × 8":                            [*RL, "--spread", "8"],
+    # The paper's estimator: latents are actions with a density
     "RL, thoughts scored":                  [*RL, "--estimator", "score"],
     "RL, thoughts scored, greedy words":    [*RL, "--estimator", "score", "--greedy"],
+    # Advantage, KL and update. GRPO: 400 batches of 4 updates make as many steps as RL's 1,600
     "RL, normalised":                       [*RL, "--normalise"],
     "RL, leave one out":                    [*RL, "--baseline", "rloo"],
     "RL, KL 0.01":                          [*RL, "--kl", "0.01"],
     "RL, 4 updates a batch (GRPO)":         [*RL, "--updates-per-batch", "4", "--updates", "400"],
+    # A smaller learning rate (the default is 2e-3), no anchor, and both
     "RL, lr 3e-4":                          [*RL, "--lr", "3e-4"],
     "RL, no anchor":                        [*RL, "--anchor", "0"],
     "RL, no anchor, lr 3e-4":               [*RL, "--anchor", "0", "--lr", "3e-4"],
@@ -94,11 +102,13 @@ def main(argv=None):
     def train(job):
         study.train_arm(*job)
 
-    # The runs of a group go side by side; a group waits for those before it, from which it starts
+    # The runs of a group go side by side; a group waits for those before it, from which it starts.
+    # Threads will do, as each only waits for its process. list() raises the error of a failed run
     with ThreadPoolExecutor(args.jobs) as pool:
         for group in [stage_1, *stage_2]:
             list(pool.map(train, [(arm, seed) for arm in group for seed in args.seeds]))
 
+    # A table for each stage. That of stage 1 also has the runs that others start from
     methods = [arm for arm in METHODS if arm in stage_1]
     after = [arm for arm in arms_after() if arm in args.arms]
     tables = [table(study, arms, args.seeds) for arms in (methods, after) if arms]
@@ -120,6 +130,7 @@ def parse(argv):
     add("--options", default="", help="passed to every run of train.py, in one string")
     args = parser.parse_args(argv)
 
+    # The name of an arm can hold commas, so arms are separated by semicolons
     args.arms = options.among("--arms", args.arms, [*METHODS, *arms_after()])
     try:
         args.seeds = [int(seed) for seed in args.seeds.split(",")]
@@ -199,6 +210,7 @@ class Study:
         """
         # Was it started, or even finished, by an earlier command?
         out = self.folder(arm, seed)
+        # The arm's own options come last, and so win over the common ones
         arguments = [*self.common, *chosen, "--seed", str(seed), "--out", str(out)]
         started = bool(checkpoints(out))
         finished = (out / "summary.json").exists()
@@ -207,7 +219,7 @@ class Study:
         if finished:
             return out
 
-        # Start or resume it
+        # Start or resume it. (A resumed run has its options in its config.json)
         out.mkdir(parents=True, exist_ok=True)
         command = [TRAIN, *(["--resume", "--out", str(out)] if started else arguments)]
         print0(f"{arm}, seed {seed}: {' '.join(command)}")
@@ -228,6 +240,8 @@ class Study:
         """
         cfg = self.config("ATP", seed)
         steps_per_epoch = self.summary("ATP", seed)["training_problems"] / cfg["batch_size"]
+
+        # The budget in optimizer steps: those of RL, or the SFT steps that fit into RL's seconds
         n_step = {
             "steps": self.config("RL", seed)["updates"],
             "seconds": self.summary("RL", seed)["seconds"] / self.seconds_per_step(seed),
@@ -242,6 +256,8 @@ class Study:
         """Of the last stage of the run "ATP"."""
         text = (self.folder("ATP", seed) / "metrics.jsonl").read_text()
         records = [json.loads(line) for line in text.splitlines()]
+
+        # Only training records have seconds; validations have none
         last_stage = records[-1]["stage"]
         timed = [r for r in records if r["stage"] == last_stage and "seconds" in r]
 
@@ -275,6 +291,7 @@ def table(study, arms, seeds):
     One seed: accuracy with its 95 % interval. Several: with the accuracy of each. Arms of stage 2
     also have the points gained over the run that they start from.
     """
+    # All arms of a table are of one stage; stage 2 has one more column
     after = arms[-1] not in METHODS
     header = "| | accuracy | on new numbers | coherence | latents + tokens | seconds |"
     rule = "|---|---|---|---|---|---|"
@@ -324,10 +341,13 @@ def gained(runs, starts):
     One seed: that of the differences on the same problems, if it is known. Several: that of the
     mean.
     """
+    # A run and the one that it starts from have the same seed: the differences are paired
     gains = [100 * (run["accuracy"] - start["accuracy"]) for run, start in zip(runs, starts)]
     if len(gains) > 1:
         error = statistics.stdev(gains) / len(gains) ** 0.5
         return f"{statistics.fmean(gains):+.1f} ± {error:.1f}"
+
+    # Only a summary of RL has gain_se: RL is tested beside its start, problem by problem
     text = f"{gains[0]:+.1f}"
     if runs[0].get("gain_se") is not None:
         text += f" ± {100 * runs[0]['gain_se']:.1f}"

@@ -60,11 +60,15 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         operation = func.overloadpacket
+
+        # Of what does work, count the bytes of every tensor that goes in or comes out
         if not is_view(func) and operation not in FREE:
             leaves = tree_leaves((args, kwargs, out))
             tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             self.counts.ops += 1
             self.counts.bytes += sum(stored(t) for t in tensors)
+
+            # Indexing by a mask first has to find its True entries, and the host waits for how many
             by_mask = operation in INDEXED and any(is_mask(index) for index in args[1])
             self.counts.waits += by_mask or operation in WAITS
         return out
@@ -72,6 +76,7 @@ class Counter(TorchDispatchMode):
 
 def is_view(func):
     """Whether an operator returns views of its arguments, which it does not write."""
+    # In a schema Tensor(a) is an alias of an argument, and Tensor(a!) one that is written
     returns = func._schema.returns
     aliases = [r.alias_info for r in returns]
     return bool(returns) and all(a is not None and not a.is_write for a in aliases)
@@ -83,6 +88,7 @@ def is_mask(index):
 
 def stored(t):
     """Bytes of a tensor's elements; an expanded dimension counts once."""
+    # An expanded dimension has stride 0
     n = t.element_size()
     for size, stride in zip(t.shape, t.stride()):
         n *= size if stride or size == 0 else 1
@@ -98,6 +104,7 @@ def count(work):
         counter.counts.waits += 1
         return tolist(tensor)
 
+    # FlopCounterMode knows the matrix products, Counter every operation, the patch tolist()
     patched = patch.object(torch.Tensor, "tolist", counted_tolist)
     with FlopCounterMode(display=False) as flops, counter, patched:
         work()
@@ -119,10 +126,15 @@ def pass_bytes(cfg, rows, T, logits):
 
     They are the layers' weights, the keys and values, and, if `logits`, the output matrix.
     """
+    # Weights of a layer: the matrices of q and o, of k and v, and the three of the MLP
     attention = 2 * cfg.n_embd * cfg.head_dim * (cfg.n_head + cfg.n_kv_head)
     layer = attention + 3 * cfg.n_embd * cfg.n_inner
+
+    # The cache of all rows; and the output matrix, which is read only to choose a word
     cached = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * rows * T
     output = cfg.vocab_size * cfg.n_embd if logits else 0
+
+    # In bf16 a number takes two bytes
     return 2 * (cfg.n_layer * layer + cached + output)
 
 
@@ -134,10 +146,12 @@ def kept_bytes(module, work):
 
     A storage that is saved twice counts once.
     """
+    # By storage and not by tensor: views of one storage share its memory
     known = {p.untyped_storage().data_ptr() for p in module.parameters()}
     total = 0
     alive = []  # keeps the storages, so that no address is used again
 
+    # Autograd calls pack on every tensor that it saves, and keeps what pack returns
     def pack(t):
         nonlocal total
         storage = t.untyped_storage()
@@ -175,6 +189,7 @@ def training_memory(cfg, K, c, batch_size, row, recompute=False, scale=8):
     bytes_per_logit = 2 + 4 + 4 + 4 + 2
     per_row = activations_per_row(model, row, recompute, scale)
     return {
+        # float32; the moments are the two of AdamW
         "weights": 4 * n,
         "gradients": 4 * n,
         "moments": 8 * n,
@@ -192,12 +207,16 @@ def activations_per_row(model, row, recompute, scale):
     number of layers.
     """
     cfg, narrow_row = model.policy.cfg, with_few_ids(row)
+
+    # Count one problem and two of them, with one layer and with two
     by_layers = []
     for n_layer in (1, 2):
         small = narrow_model(model, n_layer, scale).set_recompute(recompute)
         one = kept_by_last_stage(small, [narrow_row])
         two = kept_by_last_stage(small, [narrow_row] * 2)
         by_layers.append(scale * (two - one))  # without what does not grow with the batch
+
+    # The second layer's bytes are those of each further one
     layer = by_layers[1] - by_layers[0]
     return by_layers[0] + (cfg.n_layer - 1) * layer
 
@@ -205,6 +224,8 @@ def activations_per_row(model, row, recompute, scale):
 def narrow_model(model, n_layer, scale):
     """An ATP of the same proportions, `scale` times narrower."""
     cfg = model.policy.cfg
+
+    # Fewer heads of the same size. A small vocabulary, as logits are counted by themselves
     small = LlamaConfig(
         vocab_size=64,
         n_layer=n_layer,
@@ -217,6 +238,8 @@ def narrow_model(model, n_layer, scale):
         eos=(1,),
     )
     narrow = ATP(small, c=model.c, K=model.K)
+
+    # Any id will do, here and in with_few_ids: what is kept depends on lengths alone
     narrow.end = 3
     return narrow
 
@@ -243,6 +266,8 @@ def kept_by_last_stage(model, rows):
     def loss():
         batch = collate(rows, model.K + 1, model)
         eps = torch.zeros(len(rows), batch.n_candidate, model.policy.cfg.n_embd)
+
+        # The kernels' references, which run anywhere, in the precision of a run on a GPU
         with patch.dict(os.environ, MINATP_KERNELS="torch"):
             with torch.autocast("cpu", torch.bfloat16):
                 return total_loss(sft_losses(model, batch, eps), batch.counts, 1e-3)

@@ -33,6 +33,7 @@ def dry_run(run, sft_gradients, dry_run_rl):
     check_folder(run)
     available = memory_of(device)
 
+    # A tenth of the memory is left for what is not counted
     def fits(model):
         return held_bytes(cfg, model) < 0.9 * available
 
@@ -47,6 +48,7 @@ def dry_run(run, sft_gradients, dry_run_rl):
 
     # Report on the data and the model
     problems = splits.train or splits.answers  # RL can do without labels
+    # The run has not started: set what its methods need
     run.labelled = run.encode_problems(problems)
     run.max_new = run.longest_answer()
     report_data(problems, run.labelled, run.tokenizer)
@@ -67,11 +69,13 @@ def dry_run(run, sft_gradients, dry_run_rl):
         print0("one step    not run: it does not fit here")
         return
 
-    # One step
+    # One step's gradients at each stage; no optimizer takes them
     for stage in stages:
         with timed_step(f"stage {stage}, {len(longest)} longest problems", device) as values:
             rows = [run.labelled[i] for i in longest]
             values |= mean_losses(*sft_gradients(run, rows, stage, 0))
+
+    # In RL those were the anchor's, if there is one; rollouts and policy gradients follow
     if cfg.stage == "rl":
         with timed_step(f"{len(longest)} longest questions × {cfg.G} rollouts", device) as values:
             values |= dry_run_rl(run, [problems[i] for i in longest])
@@ -90,6 +94,8 @@ def check_folder(run):
 def build_on_meta(cfg, problems):
     """(model, tokenizer) of an untrained model that takes no memory."""
     tokenizer = train_tokenizer(problems, cfg.vocab_size)
+
+    # The vocabulary is --vocab-size, although the tokenizer may have fewer tokens
     with torch.device("meta"):
         model = ATP(llama_config(cfg, cfg.vocab_size), **cfg.switches)
     model.end = tokenizer.end
@@ -119,6 +125,8 @@ def held_bytes(cfg, model):
 
     In RL φ has weights alone, and the start is kept for comparison.
     """
+    # For each weight 4 bytes, 4 for its gradient and 8 for its moments; in RL, 4 for the start's.
+    # φ is frozen in RL: no gradients, no moments
     n = n_parameters(model)
     return 16 * n if cfg.stage == "sft" else 20 * n - 12 * n_parameters(model.decoder)
 
@@ -129,6 +137,8 @@ def activation_bytes(run, row, stages):
     Every problem is taken to be as long as `row`.
     """
     cfg, model, device = run.cfg, run.model, run.device
+
+    # What is kept at once is a micro-batch's. Without stages (RL without an anchor) nothing is
     size = cfg.micro_batch or cfg.batch_size
     if (
         stages and next(model.parameters()).device.type != device.type
@@ -141,6 +151,8 @@ def activation_bytes(run, row, stages):
 
     def forward(n, stage):
         batch = collate([row] * n, stage, model).to(device)
+
+        # The values of ε do not change what is kept: zeros will do
         eps = None
         if model.vae:
             eps = torch.zeros(n, batch.n_candidate, model.policy.cfg.n_embd, device=device)
@@ -172,6 +184,7 @@ def report_data(problems, rows, tokenizer):
     print0(f"steps       {n_step}; {step_tokens} tokens as text")
     print0(f"answer      {spread([len(row.answer) for row in rows])} tokens")
 
+    # The last step should give the answer; where many do not, the data may have been misread
     with_steps = [p for p in problems if p.steps]
     n_odd = 0
     for p in with_steps:
@@ -189,10 +202,14 @@ def report_curriculum(run, problems):
     rows, model, tokenizer = run.labelled, run.model, run.tokenizer
 
     def decode(ids):
+        # (padding is IGNORE, which is negative)
         return tokenizer.decode([i for i in ids.tolist() if i >= 0])
 
     chosen = max(range(min(200, len(rows))), key=lambda i: len(rows[i].lines))
     print0(f"\nproblem     {problems[chosen].question}")
+
+    # A line for each stage: the latents, with what φ must write from each (if there is a φ),
+    # whether the stop head learns to stop after them, and what the policy must write
     for stage, epochs in run.cfg.schedule():
         batch = collate([rows[chosen]], stage, model)
         thoughts = [f" = {decode(ids)!r}" for ids in batch.step_text]
@@ -208,6 +225,8 @@ def report_memory(run, kept, available):
     start = ", those of the start" if cfg.stage == "rl" else ""
     held = gibibytes(held_bytes(cfg, run.model))
     text = f"memory      {held} for weights{start}, gradients and the optimizer"
+
+    # (0 in RL without an anchor, where SFT trains nothing)
     if kept:
         n = min(cfg.micro_batch or cfg.batch_size, len(run.labelled))
         text += f", and about {gibibytes(kept)} that a forward pass of {n} longest problems keeps"
@@ -235,6 +254,8 @@ def timed_step(what, device):
         torch.cuda.reset_peak_memory_stats(device)
     start, values = time.perf_counter(), {}
     yield values
+
+    # float() waits for the GPU: without it the time would be that of launching the work
     values = {name: float(value) for name, value in values.items()}
     seconds = time.perf_counter() - start
     peak = ""

@@ -56,11 +56,14 @@ class Edit:
 
 def parse(text):
     """ "swap 1 2" -> Edit. Raises UserError."""
+    # Runs of spaces become one, as they do where words are compared (find_replacement)
     match = FORM.fullmatch(" ".join(text.split()))
     numbers = []
     if match:
         groups = ("drop", "first", "second", "replace")
         numbers = [int(match[name]) for name in groups if match[name]]
+
+    # Thoughts are counted from 1, and a thought cannot change places with itself
     if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
         raise UserError(
             f'command line: --edit {text!r} is not an edit; write "drop 2", "swap 1 2" or '
@@ -103,6 +106,7 @@ def force(edit, model, chains, pool, seed=0):
     for i, own in enumerate(thoughts):
         new = None
         if len(own) >= edit.reach:
+            # (the next problem of the last one is the first)
             following = thoughts[(i + 1) % N]
             new = edit_thoughts(edit, own, following, draws[i], pool)
         edited.append(new)
@@ -110,7 +114,7 @@ def force(edit, model, chains, pool, seed=0):
     if not any(applies):
         raise no_chain_to_edit(edit, thoughts)
 
-    # The latents to force
+    # The latents to force, padded to cK. A chain that is not edited is forced to its own thoughts
     z = torch.zeros(N, c * model.K, D)
     n = torch.zeros(N, dtype=torch.long)
     for i, new in enumerate(edited):
@@ -141,6 +145,8 @@ def check(edit, model, chains):
 def no_chain_to_edit(edit, thoughts):
     """The UserError that says why an edit applies to no chain."""
     why = f"no chain has a thought {edit.reach}; edit an earlier one"
+
+    # Some chain is long enough: what is missing is a thought to put in
     if any(len(own) >= edit.reach for own in thoughts):
         why = (
             f"no thought of these or other problems is read as {edit.source!r}; "
@@ -159,6 +165,7 @@ def edit_thoughts(edit, own, following, draw, pool):
 
     following: the thoughts of the next problem. draw (c, D): from the prior.
     """
+    # The thoughts after the dropped one stay as they are: the model does not think them anew
     if edit.kind == "drop":
         return own[: edit.thought] + own[edit.thought + 1 :]
 
@@ -173,6 +180,7 @@ def edit_thoughts(edit, own, following, draw, pool):
 
 def find_replacement(edit, following, draw, pool):
     """The thought (c, D) to put in, or None if there is none."""
+    # Zeros, the draw from N(0, I), or the thought in the same place of the next problem
     if edit.source == "zero":
         return torch.zeros_like(draw)
     if edit.source == "prior":

@@ -21,6 +21,7 @@ from ..run.saved import replace_file
 from . import edit
 from .show import chain_rows, is_right
 
+# A step's operation can colour its point on the page; other spellings count as the ASCII sign
 OPERATION = re.compile(r"[+*/×÷−-]")
 ASCII = {"×": "*", "÷": "/", "−": "-"}
 N_READING = 3  # readings of a thought that the page shows
@@ -40,6 +41,7 @@ class Plane:
     @staticmethod
     def fit(chains, c):
         """The Plane of the thoughts of Chains; None if there are fewer than three thoughts."""
+        # Two points are always on a line: a plane needs three
         x = torch.cat([as_points(chain, c) for chain in chains])
         if len(x) < 3:
             return None
@@ -53,6 +55,8 @@ class Plane:
         largest = directions.abs().argmax(1, keepdim=True)
         basis = directions.T * directions.gather(1, largest).sign()[:, 0]
 
+        # A squared singular value is the variance along its direction, up to a constant. The scale
+        # puts the largest coordinate at ±1. (clamp: all thoughts may be the same)
         share = s[:2].pow(2) / s.pow(2).sum().clamp(min=1e-30)
         scale = ((x - mean) @ basis).abs().max().clamp(min=1e-30)
         return Plane(mean, basis / scale, share.tolist())
@@ -85,6 +89,8 @@ def add_details(columns, model, tokenizer, sampled):
     plane = Plane.fit(own.first_chains, model.c)
     for column in columns:
         column.plane = plane
+
+        # Read all chains at once; where the edit does not apply there is none
         applied = [chain for chain in column.first_chains if chain]
         readings = iter(read_chains(model, tokenizer, applied))
         column.readings = [next(readings) if chain else [] for chain in column.first_chains]
@@ -112,7 +118,8 @@ def read_latents(model, tokenizer, z):
     if model.vae:
         return [[] for _ in z]
 
-    # A hidden state predicts a word, as the last state of the question does
+    # A hidden state predicts a word, as the last state of the question does. Of the c latents of a
+    # thought the first is read
     p, token = model.policy.logits(z[:, 0]).softmax(-1).topk(N_READING)
     readings = []
     for ids, probabilities in zip(token.tolist(), p.tolist()):
@@ -154,6 +161,7 @@ def page_data(columns, problems):
     own = [column for column in columns if column.plane and not column.edit]
     plane_index = {id(column.plane): i for i, column in enumerate(own)}
     return {
+        # The columns: a run's own chains, or one edit of them
         "views": [
             {
                 "name": column.name,
@@ -165,6 +173,7 @@ def page_data(columns, problems):
             for column in columns
         ],
         "planes": [{"share": column.plane.share, "points": plane_points(column)} for column in own],
+        # Each with its chains, in the order of the views
         "problems": [
             {
                 "question": problem.question,
@@ -178,6 +187,7 @@ def page_data(columns, problems):
 
 def score(column, problems):
     """How many of a column's chains are right, of those whose answer is known."""
+    # An edit may not apply to a problem, and a question typed by the user has no known answer
     judged = [
         is_right(chain, problem)
         for chain, problem in zip(column.first_chains, problems)
@@ -193,6 +203,7 @@ def plane_points(column):
     points = []
     for i, chain in enumerate(column.first_chains):
         path = column.plane.path(chain, column.c)
+        # Without φ a thought has a place and no words
         words = chain.thoughts or [""] * len(path)
         for t, (place, text) in enumerate(zip(path, words)):
             points.append([*place, i, t, *operation_and_result(text), text])
@@ -202,6 +213,8 @@ def plane_points(column):
 def operation_and_result(step):
     """("+", 19.0) of "<<12+7=19>>"; "" and None if a step has none."""
     left = step.split("\n")[0].rpartition("=")[0]  # of its first line
+
+    # The commonest sign speaks for a step with several
     operations = Counter(ASCII.get(sign, sign) for sign in OPERATION.findall(left))
     operation = operations.most_common(1)[0][0] if operations else ""
     return operation, reward.result_as_float(step)

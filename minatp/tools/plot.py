@@ -13,7 +13,8 @@ from pathlib import Path
 from ..run.errors import UserError
 from ..run.options import Parser
 
-# Quantity -> the title of its panel, in the order of the panels
+# Quantity -> the title of its panel, in the order of the panels. Names are those of metrics.jsonl;
+# where one means two things, what follows the dot tells them apart
 TITLES = {
     "enc": "loss: words of the policy",
     "dec": "loss: φ reads the thoughts",
@@ -31,9 +32,10 @@ TITLES = {
     "signal": "groups with a signal",
     "kl.rl": "KL to the start",
 }
+# Losses that fall by orders of magnitude
 LOGARITHMIC = {"enc", "dec", "stop"}
 
-# In an SVG, text stays text: the file is small
+# In an SVG, text stays text: the file is small. A fixed salt makes the ids in it reproducible
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "minatp", "font.sans-serif": ["DejaVu Sans"]}
 
 
@@ -48,7 +50,7 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
 
-    # Without a display
+    # minatp itself does not require matplotlib. Agg draws without a display
     try:
         import matplotlib
     except ImportError:
@@ -99,6 +101,8 @@ def read(path):
     records = read_records(path, text)
     if not records:
         raise UserError(f"{path}:1: is empty; the run has written nothing yet")
+
+    # The lines are JSON with a step; their other values have not been checked
     try:
         return curves(records)
     except (LookupError, TypeError, ValueError, AttributeError) as e:
@@ -157,6 +161,7 @@ def curves(records):
         else:
             add("accuracy.step", step, measured["accuracy"], low, high)
         for key in ("latents", "coherence"):
+            # Coherence is None if thoughts are not in words
             if measured.get(key) is not None:
                 add(key, step, measured[key])
     return points
@@ -167,10 +172,12 @@ def curves(records):
 
 def figure(runs):
     """{name: curves} -> a matplotlib Figure."""
+    # Imported here, as matplotlib is optional. Figure, unlike pyplot, keeps no global state
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    # A grid of panels, four in a row; a run's curve has the run's colour in each
+    # A grid of panels, four in a row; a run's curve has the run's colour in each. (C0 … C9 are
+    # matplotlib's ten colours; C10 is C0 again)
     panels = [key for key in TITLES if any(key in points for points in runs.values())]
     n_column = min(4, len(panels))
     n_row = -(-len(panels) // n_column)
@@ -197,6 +204,8 @@ def draw_curve(axis, points, color):
     # With few points, show where they are
     dots = {"marker": "o", "markersize": 3} if len(x) < 16 else {}
     axis.plot(x, value, color=color, linewidth=1.2, **dots)
+
+    # Of all quantities accuracy alone has an interval
     if low[0] is not None:
         axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
@@ -209,6 +218,8 @@ def style_panel(axis, key):
     if key in LOGARITHMIC:
         axis.set_yscale("log")
         axis.minorticks_off()
+
+    # The axis counts curriculum stages or optimizer steps, in whole numbers
     x_label = "stage" if key == "accuracy.stage" else "step"
     axis.set_xlabel(x_label, fontsize=7.5, loc="right", labelpad=1)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -50,6 +50,7 @@ def main(argv=None):
             model, tokenizer, prompts, args.max_new, noise=noise, forced=forced, keep_z=True
         )
 
+    # The thoughts of the mean policy are probed, and its answers are what others are compared with
     with solving_guard(prompts, model, args.max_new, what="probe"), autocast(device):
         mean = solve()
         if not any(chain.n_latent for chain in mean):
@@ -82,6 +83,8 @@ def parse(argv):
             f"command line: --problems must be at least {FEWEST} and --max-new positive, not "
             f"{args.problems}, {args.max_new}"
         )
+
+    # torch's CPU generator looks at 32 bits of a seed: a larger one would repeat a smaller one
     if not 0 <= args.seed < 2**32:
         raise UserError(
             f"command line: --seed must not be negative or above 2^32 - 1, not {args.seed}"
@@ -113,6 +116,8 @@ def reading(chains, problems, c, seed):
     thoughts = [(i, t) for i, chain in enumerate(chains) for t in range(chain.n_latent // c)]
     problem_of = torch.tensor([i for i, _ in thoughts])
 
+    # What a thought should hold: the result of the problem's own step in that place, or of what φ
+    # reads in it (without φ there are no results, and that probe is left out)
     sources = {
         "as written": [problem.steps for problem in problems],
         "as φ reads it": [chain.thoughts for chain in chains],
@@ -193,6 +198,8 @@ class Parts:
 
 def split(group, seed):
     """Split the groups at random: a third to test, a sixth to choose the ridge, half to fit."""
+    # By problem and not by row: the thoughts of one problem share numbers, and on both sides of the
+    # split they would flatter the probe
     ids = group.unique()
     order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
     third, half = len(order) // 3, len(order) // 2
@@ -209,13 +216,17 @@ def ridge_fit(x, y, ridge):
 
     Returns a function of x (M, D) that predicts y (M, E).
     """
+    # Standardise, so that one penalty suits all dimensions
     mean, scale = x.mean(0), x.std(0).clamp(min=1e-9)
     level = y.mean(0)  # the intercept, which is not penalised
     z = (x - mean) / scale
+
+    # The normal equations: (zᵀz + ridge·I)·W = zᵀ(y − level)
     penalty = ridge * torch.eye(z.shape[1], dtype=z.dtype)
     W = torch.linalg.solve(z.T @ z + penalty, z.T @ (y - level))
 
     def predict(x):
+        # The fit's mean and scale, whatever rows these are
         return (x - mean) / scale @ W + level
 
     return predict
@@ -255,6 +266,8 @@ def using(model, solve, mean, problems, args):
         for key in ("n_problems", "accuracy", "accuracy_ci95", "latents"):
             row[key] = measured[key]
         row["same_answer"] = agreement(changed, mean)
+
+        # If the thoughts decide the answer, and not the question, it is the donor's
         if name == OTHER:
             row["donor_answer"] = agreement(changed, [mean[i] for i in donor.tolist()])
         rows.append(row)
@@ -266,6 +279,7 @@ def changed_thoughts(model, mean, seed):
 
     donor (N,): the problem whose thoughts each problem gets, one with about as many.
     """
+    # The chains' own thoughts, padded to cK
     N, D = len(mean), model.policy.cfg.n_embd
     n = torch.tensor([chain.n_latent for chain in mean])
     own = torch.zeros(N, model.c * model.K, D)
@@ -283,6 +297,7 @@ def changed_thoughts(model, mean, seed):
     donor = torch.empty(N, dtype=torch.long)
     donor[order] = torch.tensor(order[1:] + order[:1])
 
+    # "no thoughts" forces none of them (n = 0): the answer follows the question at once
     always = torch.ones(N, dtype=torch.bool)  # the answer follows the forced thoughts
     drawn = torch.randn(own.shape, generator=g)
     forced = {

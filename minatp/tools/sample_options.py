@@ -54,6 +54,8 @@ def parse(argv, description):
         args.problems = 50 if args.html else 4
     if args.n is None:
         args.n = 6 if args.html else 1
+
+    # A single chain is the mean policy's; several have to be sampled
     if args.temperature is None:
         args.temperature = float(args.n > 1)
     check(args)
@@ -79,6 +81,7 @@ def check(args):
             "command line: --vote must be majority or coherence, with --n of at least 2, not "
             f"{args.vote!r} of {args.n}"
         )
+    # (NaN fails every comparison, and so this one)
     temperature_ok = 0 <= args.temperature < math.inf
     if not temperature_ok or args.problems < 0 or not 0 <= args.seed < 2**32:
         raise UserError(
@@ -106,6 +109,7 @@ def read_questions(args):
 
     Raises UserError if there are none, or they cannot be read.
     """
+    # --problems 0 means all: [:None] takes everything
     limit = args.problems or None
     if args.question and args.file:
         raise UserError("command line: give a question or --file, not both")
@@ -115,6 +119,8 @@ def read_questions(args):
         return plain_questions([args.question], "command line")
     if args.file:
         return read_file(args.file)[:limit]
+
+    # All runs get the same problems: those of the first one's test set
     return test_set(args.run[0], args.problems, args.seed)
 
 
@@ -129,6 +135,7 @@ def read_stdin():
 
 def read_file(path):
     """Problems (JSON, JSONL, iCoT), or plain questions, one a line."""
+    # utf-8-sig drops the byte order mark that some editors write
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
@@ -144,6 +151,7 @@ def read_file(path):
 
 def plain_questions(lines, source):
     """Lines of text -> problems without an answer."""
+    # Empty lines are left out but counted: a problem's source is FILE:LINE, for messages
     problems = []
     for i, line in enumerate(lines, 1):
         if line.strip():

@@ -72,6 +72,7 @@ def chain_rows(chain, c, readings=()):
     for t in range(chain.n_latent // c):
         lines = lines_of(chain.thoughts[t]) if chain.thoughts else []
         first = len(rows)
+        # (A thought without words has a row, and is no step)
         row_of_step += range(first, first + len(lines))
         rows += [{"text": line, "thought": t} for line in lines or [""]]
         rows[first] |= thought_facts(chain, t, readings[t] if t < len(readings) else [])
@@ -132,6 +133,7 @@ def as_record(problem, chain, column):
         "edit": column.edit,
         "question": problem.question,
         "thoughts": chain.thoughts,
+        # The thoughts, then the lines written before the answer; "coherent" has a value for each
         "steps": chain.steps,
         "coherent": reward.coherent(chain.steps, chain.answer),
         "stop_prob": chain.stop_prob,
@@ -166,6 +168,7 @@ def print_chains(columns, problems, paint):
         print("\n" + paint("bold", problem.question))
         for column in columns:
             chains = column.chains[i]
+            # A single column needs no heading
             if len(columns) > 1:
                 note = "" if chains else ": does not apply"
                 print(paint("dim", f"  {column.name}{note}"))
@@ -178,6 +181,8 @@ def draw(problem, chain, c, paint):
     rows, row_of_step = chain_rows(chain, c)
     coherent = reward.coherent(chain.steps, chain.answer)
     used = dict(zip(row_of_step, coherent))  # row -> whether a later step or the answer uses it
+
+    # Texts are padded to one width, so that the facts align
     width = max([len(row["text"]) for row in rows] + [12])
 
     def draw_row(i):
@@ -211,8 +216,11 @@ def draw(problem, chain, c, paint):
 
 def draw_answer(problem, chain, paint):
     """The line with the answer, and whether it is right."""
+    # Without "### " there is no answer: show all that was written
     answer = chain.text if chain.answer is None else chain.answer
     line = f"  → {paint('bold', answer)}"
+
+    # right is None for a question whose answer is not known
     right = is_right(chain, problem)
     if right:
         line += paint("green", "  ✓")
@@ -237,7 +245,7 @@ def summary(column, columns, problems):
     ]
     right = f"{sum(judged)} of {len(judged)} right · " if judged else ""
 
-    # An edit is compared with the run's own chains
+    # An edit is compared with the run's own chains, which are its first column
     if column.edit:
         own = next(other for other in columns if other.run == column.run)
         return f"{column.name}: {effect_of_edit(column, own, problems, right)}"
@@ -257,6 +265,8 @@ def effect_of_edit(edited, own, problems, right):
     ]
     n_changed = sum(not evaluate.agree(before, after) for _, before, after in rows)
     text = f"another answer in {n_changed} of {len(rows)}"
+
+    # `right` is of the edited chains; count the unedited ones of the same problems
     if right:
         n_right = sum(bool(is_right(before, problem)) for problem, before, _ in rows)
         text += f" · {right}{n_right} unedited"
@@ -268,6 +278,8 @@ def lengths_and_speed(column):
     chains = [chain for chains in column.chains for chain in chains]
     n_latent = sum(chain.n_latent for chain in chains)
     n_token = sum(chain.n_token for chain in chains)
+
+    # A latent counts as a token: it is one position of the policy
     return (
         f"{n_latent / len(chains):.1f} latents + {n_token / len(chains):.1f} tokens a chain · "
         f"{(n_latent + n_token) / column.seconds:,.0f} tokens/s"
