@@ -53,10 +53,12 @@ def record(work, device):
 
 def capture(work, device):
     """One attempt of `record`."""
+    # popped: if this recording fails, the next begins with another stream and another pool
     stream, last_graph = held.pop(device, None) or (torch.cuda.Stream(device), None)
     pool = last_graph and last_graph.pool()
     graph = torch.cuda.CUDAGraph()
 
+    # a stream of its own, because CUDA records no graph on the default one
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         # thread_local: NCCL's threads may go on calling CUDA meanwhile
@@ -100,7 +102,8 @@ def write_where(x, index, value, mask):
     """x[index] = value where mask (n,) is True, in place. index: one index tensor or several, each
     (n,), without duplicates.
     """
-    mask = mask.view(-1, *[1] * (value.dim() - 1))
+    # store the old value where mask is False, because the shape of x[index[mask]] depends on data
+    mask = mask.view(-1, *[1] * (value.dim() - 1))  # (n, 1, …)
     x[index] = torch.where(mask, value.to(x.dtype), x[index])
 
 
@@ -112,6 +115,9 @@ def unfinished_rows(done, n_done, fixed_shape):
     about the same (most of it is reading the weights) and must be recorded anew.
     """
     fewest = len(done) / 2 if fixed_shape else 1
+
+    # finished rows are sorted to the end. A count that is one step late keeps a few of them, and
+    # drops no row that is unfinished
     if n_done >= fewest:
         return done.long().argsort(stable=True)[: len(done) - n_done]
     return None
@@ -139,7 +145,7 @@ class DelayedCount:
         if event:
             event.record()
 
-        # wait for the previous one
+        # wait for the previous one. Before the first it is 0, which is never too many
         previous, self.previous = self.previous, current
         if previous is None:
             return 0
@@ -160,12 +166,17 @@ class ReplayedStep:
 
     def __call__(self, work, *inputs):
         """work(*inputs). Every call passes the same `work`, and inputs of the same shapes."""
+        # the first call runs outside a graph, so that no recording compiles a kernel or allocates
+        # what outlives it
         if self.inputs is None:
             self.inputs = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
             return work(*self.inputs)
 
+        # a graph reads its inputs where they lay when it was recorded
         for own, new in zip(self.inputs, inputs):
             own.copy_(new)
+
+        # recording runs nothing, so the call that records is a replay, too
         if self.graph is None:
             device = inputs[0].device
             self.graph, self.result = record(lambda: work(*self.inputs), device)
