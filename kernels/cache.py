@@ -217,6 +217,9 @@ class StepCache:
     real or not. So every slot is below C = T − P, and no kernel checks it.
     """
 
+    # every call is of all rows: on a GPU a step costs the same for any number of them
+    fixed_shape = True
+
     def __init__(self, cfg, B, T, device):
         # sizes of the memory that is allocated later
         self.T = T
@@ -239,7 +242,7 @@ class StepCache:
 
         # steps as CUDA graphs
         self.replays_steps = graph.use_graphs(device)
-        self.replayed_step = graph.ReplayedStep()
+        self.work = self.replayed_step = None  # what is replayed, and its graph
 
     def open(self, valid):
         """Make room for new columns, real where valid (B, T); returns their position ids (B, T)."""
@@ -250,7 +253,6 @@ class StepCache:
         if self.start is None:
             self.start = T - valid.sum(1)
             self.P = T
-            self.valid = valid
             self.group_rows()
 
             # a query sees the real columns up to itself, and always itself: padding, whose result
@@ -364,14 +366,22 @@ class StepCache:
         return self.own[i]
 
     def step(self, work, *inputs):
-        """work(*inputs), which reads one column. If steps are CUDA graphs, the second step after a
-        `keep` is recorded, and from then on each is a replay.
+        """work(*inputs), which reads as many columns at every call. If steps are CUDA graphs, the
+        second call with the same `work` is recorded, and from then on each is a replay. A `keep`
+        begins anew.
         """
         if not self.replays_steps:
             return work(*inputs)
-        n_opened = self.n_opened + 1
+        if work is not self.work:
+            self.work, self.replayed_step = work, graph.ReplayedStep()
+
+        n_before, is_first = self.n_opened, self.replayed_step.inputs is None
         result = self.replayed_step(work, *inputs)
-        self.n_opened = n_opened  # a replay runs no Python, so `open` has not counted the column
+
+        # a replay runs no Python, so `open` has not counted its columns
+        if is_first:
+            self.n_step_columns = self.n_opened - n_before
+        self.n_opened = n_before + self.n_step_columns
         return result
 
     def keep(self, rows, group=None):
@@ -381,7 +391,7 @@ class StepCache:
         self.max_group = group or self.max_group
         self.owner = self.owner[rows]
         self.n_own = self.n_own[rows]
-        self.replayed_step = graph.ReplayedStep()  # other shapes: record anew
+        self.work = self.replayed_step = None  # other shapes: record anew
         self.group_rows()
 
         # copy the own columns of these rows; SelectRows leads their gradients back to the old ones
@@ -400,5 +410,5 @@ class StepCache:
         fork.own = list(self.own)
         fork.n_own = self.n_own.clone()
         fork.order_tokens = [None] * len(self.own)
-        fork.replayed_step = None
+        fork.work = fork.replayed_step = None
         return fork

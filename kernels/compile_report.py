@@ -27,8 +27,9 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
-from . import attention, cross_entropy, rows, vae
+from . import attention, cross_entropy, rows, sampling, vae
 from .cache import MAX_STEP_COLUMNS
+from .common import next_power_of_2
 
 # Triton's wheel brings NVIDIA's tools: cuobjdump and nvdisasm, which read a cubin.
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -67,7 +68,13 @@ class Case(NamedTuple):
 
 def cases():
     """Return a Case of every kernel, with the arguments that its launcher would pass."""
-    return [*vae_cases(), *attention_cases(), *row_cases(), *cross_entropy_cases()]
+    return [
+        *vae_cases(),
+        *attention_cases(),
+        *row_cases(),
+        *cross_entropy_cases(),
+        *sampling_cases(),
+    ]
 
 
 def vae_cases():
@@ -225,6 +232,27 @@ def cross_entropy_cases():
     return [
         Case("linear cross-entropy forward", forward, arguments),
         Case("linear cross-entropy backward", backward, arguments),
+    ]
+
+
+def sampling_cases():
+    """Return the kernels that choose a word: one drawn, and the likeliest."""
+    n_blocks = -(-V // sampling.BLOCK)
+    arguments = {
+        "logits_ptr": "bf16",
+        **pointers("fp32", "max sum u logp"),
+        "word_ptr": "i64",
+        "logits_row_stride": V,
+        "V": V,
+        "n_blocks": n_blocks,
+        "inverse_temperature": 1.0,
+        "BLOCK": sampling.BLOCK,
+        "BLOCKS": next_power_of_2(n_blocks),
+    }
+    return [
+        Case("sampling, blocks", sampling.block_sums_kernel, arguments),
+        Case("sampling, drawn", sampling.choose_word_kernel, arguments),
+        Case("sampling, likeliest", sampling.choose_word_kernel, {**arguments, "u_ptr": None}),
     ]
 
 

@@ -17,7 +17,7 @@ import os
 
 import torch
 
-from . import cross_entropy, rows, vae
+from . import cross_entropy, rows, sampling, vae
 from .cache import StepCache
 from .common import HAS_TRITON, as_rows
 
@@ -155,6 +155,17 @@ def linear_nll(h, W, target, temperature=1.0):
         return cross_entropy.linear_nll(h, W, target, temperature)
     dtype = compute_dtype(h)
     return cross_entropy.fused_linear_nll(h.to(dtype), W.to(dtype), target, temperature)
+
+
+def sample(logits, u=None, temperature=1.0):
+    """Choose a word of each row: logits (R, V), u (R,) uniform in [0, 1) -> word, log p, both (R,).
+
+    It is the first word at which the cumulative softmax(logits/temperature) reaches u. With u None
+    it is the likeliest. Kernel: kernels/sampling.py.
+    """
+    if has_kernel(logits):
+        return sampling.fused_sample(logits, u, temperature)
+    return sampling.sample(logits, u, temperature)
 
 
 # ---- attention -----------------------------------------------------------------------------------
