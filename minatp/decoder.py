@@ -21,11 +21,11 @@ from . import reward
 from .rollout import write
 
 
-def thought_nll(decoder, z, text):
+def thought_nll(decoder, z, text, text_at):
     """−log p of the text of each step, summed over its tokens.
 
     z (N, c, D): the step's latents. text (N, Ts): the step's ids and eos, IGNORE where padded.
-    Returns (N,).
+    text_at: where `text` has an id, (rows, columns). Returns (N,).
     """
     N, c, _ = z.shape
 
@@ -36,9 +36,8 @@ def thought_nll(decoder, z, text):
 
     # the hidden state after the last latent predicts the first id
     h = h[:, c - 1 :]  # (N, Ts, D)
-    labelled = text != IGNORE
-    nll = decoder.nll(h[labelled], text[labelled])
-    return nll.new_zeros(text.shape).masked_scatter(labelled, nll).sum(1)
+    nll = decoder.nll(h[text_at], text[text_at])
+    return nll.new_zeros(text.shape).index_put(text_at, nll).sum(1)
 
 
 @torch.no_grad()

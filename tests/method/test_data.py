@@ -177,3 +177,27 @@ def test_the_worked_example_of_the_docs():
         2: ([1, 2], [True, False], (2, 2), [3, 4, 3]),
         5: ([1, 3], [True, True], (3, 4), [4, 6, 4]),
     }
+
+
+def test_a_batch_knows_where_its_labels_are():
+    """c = 2. B uses both latent steps, A stops after one, and of C the answer alone is known."""
+    model, tokenizer = small_model()
+    model.c, model.K = 2, 2
+    two = ["<<5+7=12>>", "<<12*2=24>>"]
+    pair = [problems.Problem("A?", two[:1], "12"), problems.Problem("B?", two, "24")]
+    rows = data.encode(pair, tokenizer, model)
+    rows += data.encode([problems.Problem("C?", [], "7")], tokenizer, model, answer_only=True)
+    batch = data.collate(rows, model.K + 1, model)
+
+    def pairs(at):
+        return list(zip(*(index.tolist() for index in at)))
+
+    assert pairs(batch.used_at) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3)]
+    assert pairs(batch.stop_at) == [(0, 0), (0, 2), (1, 0), (1, 2)]
+    assert batch.stop_label.tolist() == [0, 1, 0, 0]
+
+    # words: what is gathered is what was put in
+    answers = [i for row in rows for i in row.answer]
+    assert batch.target[batch.target_at].tolist() == answers
+    texts = [*rows[0].texts, *rows[1].texts]
+    assert batch.step_text[batch.step_text_at].tolist() == [i for text in texts for i in text]

@@ -10,6 +10,7 @@ from minatp.rollout import rollout
 from minatp.run import options
 from minatp.run.loop import Run
 from minatp.sft import sft_losses, think
+from minatp.tools.count import count
 
 from small import SMALL, small_model
 
@@ -72,6 +73,22 @@ def test_recomputing_activations_changes_nothing(loaded):
         grads.append(gradients_of(model))
     for kept, recomputed in zip(*grads):
         assert torch.equal(kept, recomputed)
+
+
+def test_the_host_waits_for_nothing_in_a_micro_batch(loaded):
+    """Not even if some rows decide on the device when they stop."""
+    model, tokenizer = loaded
+    rows = data.encode(problems.generate("labelled", 5, 1), tokenizer, model)
+    rows += data.encode(problems.generate("answers", 3, 1), tokenizer, model, answer_only=True)
+    batch = data.collate(rows, model.K + 1, model)
+    eps = torch.zeros(len(rows), batch.n_candidate, model.policy.cfg.n_embd)
+
+    def learn():
+        losses = sft_losses(model, batch, eps)
+        assert losses.keys() == {"enc", "kl", "stop", "dec"}
+        sum(losses.values()).backward()
+
+    assert count(learn).waits == 0
 
 
 # ---- what is taught ------------------------------------------------------------------------------
