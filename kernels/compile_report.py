@@ -211,18 +211,21 @@ def row_cases():
 
 def cross_entropy_cases():
     """Return linear cross-entropy's kernels."""
-    # As LinearNLL launches them: rows of dl begin at multiples of 16 elements, and a share is a
-    # sixteenth of the vocabulary in whole tiles, 63 of 128 tokens.
+    # As LinearNLL launches them: a share is a sixteenth of the vocabulary in whole tiles, 63 of 128
+    # tokens, and a chunk is whole tiles, too. The first chunk starts at 0, and no later one at 1.
+    R = 6400
+    tile = cross_entropy.HALF_PRECISION_BLOCKS["BLOCK_V"]
     arguments = {
         **pointers("bf16", "h W dl"),
         **pointers("fp32", "max sum target_logit lse g"),
         "target_ptr": "i64",
-        "R": 6400,
+        "R": R,
         "V": V,
         "D": D,
         "h_row_stride": D,
         "W_row_stride": D,
-        "dl_row_stride": -(-V // 16) * 16,
+        "dl_row_stride": cross_entropy.chunk_width(R, V, tile),
+        "chunk_start": 0,
         "inverse_temperature": 1.0,
         "share_size": 8064,
         **cross_entropy.HALF_PRECISION_BLOCKS,

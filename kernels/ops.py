@@ -153,8 +153,7 @@ def linear_nll(h, W, target, temperature=1.0):
     """
     if not has_kernel(h, W):
         return cross_entropy.linear_nll(h, W, target, temperature)
-    dtype = compute_dtype(h)
-    return cross_entropy.fused_linear_nll(h.to(dtype), W.to(dtype), target, temperature)
+    return cross_entropy.fused_linear_nll(h.to(compute_dtype(h)), W, target, temperature)
 
 
 def sample(logits, u=None, temperature=1.0):

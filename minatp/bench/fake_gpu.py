@@ -63,7 +63,7 @@ FREE = count.FREE | {aten.detach, aten._unsafe_view, aten.lift_fresh_copy}
 # Operations that can move data from one device to another
 COPIES = {aten._to_copy, aten.copy_}
 
-# Products whose FLOPs are counted: their factors are the last two arguments
+# Products whose FLOPs are counted: their factors are the last two tensors among the arguments
 PRODUCTS = {aten.mm, aten.bmm, aten.addmm}
 
 
@@ -152,7 +152,8 @@ class FakeGPU(TorchDispatchMode):
         # Run it on the meta device, which only works out the shapes
         kwargs = kwargs or {}
         self.check_wait(func, args)
-        inputs = tensors_in((args, kwargs))
+        # (what is given as `out` is only written, and it is the result)
+        inputs = tensors_in((args, {**kwargs, "out": None}))
         result = func(*args, **kwargs)
         tensors = inputs + tensors_in(result)
         self.check_devices(func, inputs, tensors)
@@ -162,7 +163,7 @@ class FakeGPU(TorchDispatchMode):
         if launches(func) and (on_device or not inputs):
             self.here.add(str(func.overloadpacket), on_device)
             if func.overloadpacket in PRODUCTS:
-                a, b = args[-2:]
+                a, b = tensors_in(args)[-2:]
                 self.here.flops += 2 * a.numel() * b.shape[-1]
         return result
 

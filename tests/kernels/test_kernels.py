@@ -545,11 +545,12 @@ def test_rope(B, n_head, T, head_dim):
         (3, 7, 1031, 1.0),
         (2, 96, 65, 2.0),
         (19, 5, 3, 1.0),
+        (17, 16, 515, 1.3),
     ],
 )
 def test_linear_cross_entropy(R, D, V, temperature, monkeypatch):
-    # Several chunks of rows and shares of the vocabulary, small as these are
-    monkeypatch.setattr(cross_entropy, "CHUNK", 16)
+    # Several chunks and shares of the vocabulary, small as this is
+    monkeypatch.setattr(cross_entropy, "DL_ELEMENTS", 1024)
     monkeypatch.setattr(cross_entropy, "SHARES", 2)
     h = normal(R, 2 * D)[:, ::2]
     W = normal(V, D) / D**0.5
@@ -590,6 +591,32 @@ def test_linear_cross_entropy_of_extreme_logits_and_of_no_label():
     unlabelled = torch.full((4,), -100, device=DEVICE)
     assert not with_triton(ops.linear_nll, normal(4, 8), normal(9, 8), unlabelled).any()
     assert with_triton(ops.linear_nll, normal(0, 8), normal(9, 8), target[:0]).shape == (0,)
+
+
+def test_chunks_of_the_vocabulary_are_whole_tiles_within_the_budget():
+    V, tile = 128259, 128
+    for R in (1, 192, 2880, 6400, 100_000):
+        width = cross_entropy.chunk_width(R, V, tile)
+        assert width % tile == 0
+        assert R * width <= cross_entropy.DL_ELEMENTS
+        # the next wider one would not fit, or all tokens are in one chunk
+        assert R * (width + tile) > cross_entropy.DL_ELEMENTS or 0 <= width - V < tile
+    assert cross_entropy.chunk_width(10**9, V, tile) == tile
+
+
+def test_gradient_of_a_float32_weight_is_not_rounded_to_the_dtype_of_the_products():
+    h = normal(16, 32).half()
+    W = normal(65, 32).requires_grad_()
+    target = torch.randint(0, 65, (16,), device=DEVICE)
+
+    nll = cross_entropy.fused_linear_nll(h, W, target)
+    (dW,) = torch.autograd.grad(nll.sum(), W)
+    assert dW.dtype == torch.float32
+    assert not torch.equal(dW, dW.half().float())
+
+    exact = W.detach().half().double().requires_grad_()
+    nll = cross_entropy.linear_nll(h.double(), exact, target)
+    close(dW, *torch.autograd.grad(nll.sum(), exact), FP16, "dW")
 
 
 # ---- the hand-derived gradients ------------------------------------------------------------------
