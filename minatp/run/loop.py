@@ -393,7 +393,14 @@ class GuardedOptimizer:
         # Sum over the ranks first: clipping is by the norm of the whole batch's gradient
         distributed.all_reduce_gradients(self.model)
         with_gradient = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(with_gradient, self.clip)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient])
+
+        # Clip. On a GPU the optimizer's own kernel scales the gradients as it reads them, so that
+        # no pass over all of them is needed
+        if ops.use_triton(self.model.device):
+            self.optimizer.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(with_gradient, self.clip, norm)
 
         # Mark a bad step on the device; once marked, found_inf stays 1
         loss_and_norm = torch.stack((loss.detach().float(), norm))

@@ -811,6 +811,28 @@ def test_a_model_trains_the_same_with_the_kernels(monkeypatch):
     assert ((actual - expected) / expected).abs().max() <= 2e-5
 
 
+@pytest.mark.parametrize("clip", [0.5, 1e6])
+def test_the_optimizer_clips_as_it_reads_the_gradients(clip, monkeypatch):
+    """To the same steps as clipping first; and the largest norm may also be out of reach."""
+    cfg = options.parse([*TINY_MODEL.split(), "--optimizer", "muon"], "")
+    trained = []
+    for kernels in ("torch", "triton"):
+        monkeypatch.setenv("MINATP_KERNELS", kernels)
+        model = model_in_autocast_test()
+        optimizer = GuardedOptimizer(build_optimizer(cfg, model), model, clip)
+        optimizer.lr = 0.01
+        for size in (1.0, 30.0):
+            for seed, p in enumerate(model.parameters()):
+                generator = torch.Generator().manual_seed(seed)
+                p.grad = size * torch.randn(p.shape, generator=generator).to(DEVICE)
+            norm = optimizer.step(torch.zeros((), device=DEVICE), [])
+            assert norm > 30
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+
+    assert (optimizer.optimizer.grad_scale > 1) == (clip == 0.5)
+    close(trained[1], trained[0], 1e-5 if DEVICE == "cpu" else 1e-3)
+
+
 def model_in_autocast_test():
     torch.manual_seed(0)
     cfg = LlamaConfig(
