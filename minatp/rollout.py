@@ -137,14 +137,16 @@ THINKS, WRITES, DONE = range(3)
 
 
 @torch.no_grad()
-def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=None):
+def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=None, steps=None):
     """Think, stop and answer.
 
     prompt (Q, Tq): ids padded on the left; prompt_mask (Q, Tq) bool. Each prompt is read once and
     continued `group` times: B = Q·group rows, those of one prompt side by side.
     noise: a Noise of B rows, or None for the mean policy: z = μ, stop by argmax, greedy answer.
     forced: a Forced of B rows, or None. No stop is taken before the end of the forced latents,
-    whatever the stop head says. Returns a Rollout of B rows.
+    whatever the stop head says.
+    steps: every row thinks exactly so many steps, and the stop head is not asked; None: it is.
+    Returns a Rollout of B rows. Raises ValueError if the model has not learned so many steps.
 
     At every tick each unfinished row reads one position x, and its hidden state h decides:
 
@@ -154,7 +156,12 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
         WRITES    choose the next word from h; x ← the word. At eos or after max_new words: DONE
     """
     policy, c, device = model.policy, model.c, prompt.device
-    most = c * min(model.stage, model.K)  # latents of a row
+    most_steps = min(model.stage, model.K)
+    if steps is not None:
+        if not 0 <= steps <= most_steps:
+            raise ValueError(f"steps must be 0 … {most_steps}, not {steps}")
+        most_steps = steps
+    most = c * most_steps  # latents of a row
     eos = torch.tensor(policy.cfg.eos, device=device)
     end_latent = policy.embed(torch.tensor(model.end, device=device))  # (D,)
 
@@ -219,7 +226,7 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
 
         # At the first latent of a step the stop head reads the candidate: stop drops it
         stop = torch.zeros_like(due)
-        if model.stop:
+        if model.stop and steps is None:
             asked = due & (t % c == 0)
             logp = upcast(model.stop_head(z)).log_softmax(-1)  # (rows, 2): continue, stop
             if noise is None:

@@ -3,6 +3,7 @@
     python -m minatp.evaluate out/sft out/rl           the test set; the first run is the baseline
     python -m minatp.evaluate out/sft out/rl --longer  more steps than were ever taught
     python -m minatp.evaluate out/sft --votes 8        also pass@8 and votes of 8 sampled chains
+    python -m minatp.evaluate out/sft --latent-steps 0,1,2   also with exactly so many steps thought
 
 Every accuracy comes with its number of problems and its 95 % interval.
 """
@@ -26,7 +27,7 @@ from ..sft import sft_losses
 from . import distributed
 from .device import autocast, pick_device, place, solving_guard
 from .errors import UserError
-from .huggingface import load_model, locate
+from .huggingface import load_model, locate, read_switches
 from .options import Parser
 from .problem_files import read_problems
 from .splits import encode_prompts, generate, test_set
@@ -44,6 +45,7 @@ def solve(
     batch_size=BATCH,
     noise=None,
     forced=None,
+    steps=None,
     keep_z=False,
     after_batch=None,
 ):
@@ -51,7 +53,8 @@ def solve(
 
     By the mean policy if noise is None.
 
-    noise (Noise), forced (Forced): of all prompts. keep_z: the Chains keep their latents.
+    noise (Noise), forced (Forced): of all prompts. steps: how many steps every chain thinks, or
+    None if the stop head decides. keep_z: the Chains keep their latents.
     after_batch: called after each batch; it may raise. Prompts of like length share a batch; a
     problem's result depends neither on that nor on its neighbours.
     """
@@ -73,6 +76,7 @@ def solve(
             max_new,
             noise=noise and noise.at(rows, device),
             forced=forced and forced.at(rows, device),
+            steps=steps,
         )
 
         # Put each chain in the place of its prompt
@@ -219,6 +223,25 @@ def describe(result):
             f"majority {s['majority']:.1%}, coherence {s['coherence']:.1%}"
         )
     return text
+
+
+def interval(result):
+    """The 95 % interval of an accuracy, for a table."""
+    low, high = result["accuracy_ci95"]
+    return f"[{low:6.1%}, {high:6.1%}]"
+
+
+def describe_latent_steps(rows):
+    """A table with a line for each of the `rows` that by_latent_steps returns."""
+    columns = f"{'accuracy':>8}  {'95 %':>16}  {'latents + tokens':>16}  problems"
+    lines = [f"  latent steps  {columns}  over the free run"]
+    for row in rows:
+        length = f"{row['latents']:.1f} + {row['answer_tokens']:.1f}"
+        lines.append(
+            f"{row['steps']:14}  {row['accuracy']:8.1%}  {interval(row)}  {length:>16}  "
+            f"{row['n_problems']:8}  {describe_gain(row)}"
+        )
+    return "\n".join(lines)
 
 
 def describe_gain(result):
@@ -374,6 +397,11 @@ def parse(argv):
     add("--longer", action="store_true", help="problems of the built-in task with 5 and 6 steps")
     add("--problems", type=int, default=0, help="how many; 0: all [%(default)s]")
     add("--votes", type=int, default=0, help="chains to sample for each problem [%(default)s]")
+    add(
+        "--latent-steps",
+        default="",
+        help="also solve with exactly so many latent steps, the stop head not asked: 0,1,2 …",
+    )
     add("--temperature", type=float, default=1.0, help="of the sampled chains [%(default)s]")
     add("--seed", type=int, default=0, help="of the sampled chains [%(default)s]")
     add("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
@@ -390,7 +418,36 @@ def parse(argv):
             "command line: --problems, --votes and --seed must not be negative, --max-new and "
             "--temperature must be positive"
         )
+    args.latent_steps = parse_latent_steps(args.latent_steps)
     return args
+
+
+def parse_latent_steps(text):
+    """ "0,1,2" -> [0, 1, 2], in ascending order. Raises UserError."""
+    numbers = text.split(",") if text else []
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise UserError(
+            "command line: --latent-steps must be whole numbers separated by commas, such as "
+            f"0,1,2, not {text!r}"
+        )
+    return sorted({int(number) for number in numbers})
+
+
+def check_latent_steps(folder, latent_steps):
+    """Raise UserError unless the run in a folder can think so many steps."""
+    # A plain LLaMA, or a run that has only learned to write its steps, has no latent step
+    saved = read_switches(folder)
+    most = min(saved["stage"], saved["K"]) if saved else 0
+    if latent_steps and not most:
+        raise UserError(
+            f"command line: --latent-steps: {folder} does not think in latents; leave the option "
+            "out for this run"
+        )
+    if latent_steps and latent_steps[-1] > most:
+        raise UserError(
+            f"command line: --latent-steps {latent_steps[-1]}: {folder} has learned at most {most} "
+            f"latent steps; give 0 … {most}"
+        )
 
 
 def problems_of(args):
@@ -410,6 +467,7 @@ def main(argv=None):
     device = pick_device(args.device)
     for folder in args.run:  # before the first is measured
         locate(folder)
+        check_latent_steps(folder, args.latent_steps)
 
     first = None  # the chains of the first run
     for folder in args.run:
@@ -424,6 +482,8 @@ def main(argv=None):
         else:
             gain = f"; {describe_gain(result)}" if "gain" in result else ""
             print0(f"{folder}: {describe(result)}{gain}")
+            if args.latent_steps:
+                print0(describe_latent_steps(result["latent_steps"]))
 
 
 def evaluate_run(folder, problems, device, args):
@@ -432,11 +492,20 @@ def evaluate_run(folder, problems, device, args):
     place(model, device).eval()
     prompts = encode_prompts(problems, tokenizer, model, args.max_new)
 
-    # The batches of one pass by the mean policy and of one pass for each vote
-    advance = progress(folder, -(-len(prompts) // BATCH) * (1 + args.votes))
+    # The batches of one pass by the mean policy, and of one for each vote and number of steps
+    n_pass = 1 + args.votes + len(args.latent_steps)
+    advance = progress(folder, -(-len(prompts) // BATCH) * n_pass)
 
-    def solve_all(noise=None):
-        return solve(model, tokenizer, prompts, args.max_new, noise=noise, after_batch=advance)
+    def solve_all(noise=None, steps=None):
+        return solve(
+            model,
+            tokenizer,
+            prompts,
+            args.max_new,
+            noise=noise,
+            steps=steps,
+            after_batch=advance,
+        )
 
     # The mean policy, then a pass for each sampled chain, with noise of its own
     with solving_guard(prompts, model, args.max_new, BATCH), autocast(device):
@@ -449,4 +518,19 @@ def evaluate_run(folder, problems, device, args):
                 noise = Noise.draw(model, len(prompts), args.max_new, seed, args.temperature)
                 samples.append(solve_all(noise))
             result["sampled"] = vote(samples, problems)
+        if args.latent_steps:
+            result["latent_steps"] = by_latent_steps(solve_all, args.latent_steps, chains, problems)
     return chains, result
+
+
+def by_latent_steps(solve, latent_steps, free, problems):
+    """Measure chains of a given number of latent steps: a list of dicts, one for each number.
+
+    solve(steps=n) -> a Chain for each problem, whose latents are the model's own. free: the Chains
+    in which the stop head decides, with which each is compared, problem by problem.
+    """
+    rows = []
+    for n in latent_steps:
+        chains = solve(steps=n)
+        rows.append({"steps": n, **measure(chains, problems), **paired(chains, free, problems)})
+    return rows

@@ -244,7 +244,8 @@ def r2(prediction, y):
 def using(model, solve, mean, problems, args):
     """Accuracy with the run's own thoughts and with changed ones: a list of dicts.
 
-    Each problem keeps its number of thoughts, unless they are those of another problem.
+    Zeros and draws from the prior are as many thoughts as the problem's own. Another problem's
+    thoughts may be more or fewer, and at a wider σ the stop head decides anew how many there are.
     """
     # Put other thoughts in place of the run's own
     forced, donor = changed_thoughts(model, mean, args.seed)
@@ -330,8 +331,9 @@ def table(report):
         lines += ["", f"{title:32} {columns}"]
     for row in report["reading"]:
         lines.append(
-            f"{row['result']:32} {row['r2']:6.3f}  {row['accuracy']:8.1%}  {interval(row)}  "
-            f"{row['commonest']:9.1%}  {row['n_steps']} ({row['n_problems']})"
+            f"{row['result']:32} {row['r2']:6.3f}  {row['accuracy']:8.1%}  "
+            f"{evaluate.interval(row)}  {row['commonest']:9.1%}  "
+            f"{row['n_steps']} ({row['n_problems']})"
         )
 
     # Using
@@ -339,16 +341,10 @@ def table(report):
     lines += ["", f"{'thoughts':32} {columns}"]
     for row in report["using"]:
         line = (
-            f"{row['thoughts']:32} {row['accuracy']:8.1%}  {interval(row)}  "
+            f"{row['thoughts']:32} {row['accuracy']:8.1%}  {evaluate.interval(row)}  "
             f"{row['same_answer']:16.1%}  {row['latents']:7.1f}  {row['n_problems']}"
         )
         if "donor_answer" in row:
             line += f"   the other problem's answer: {row['donor_answer']:.1%}"
         lines.append(line)
     return "\n".join(lines)
-
-
-def interval(row):
-    """The 95 % interval of an accuracy."""
-    low, high = row["accuracy_ci95"]
-    return f"[{low:6.1%}, {high:6.1%}]"
