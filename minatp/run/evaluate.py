@@ -3,7 +3,7 @@
     python -m minatp.evaluate out/sft out/rl           the test set; the first run is the baseline
     python -m minatp.evaluate out/sft out/rl --longer  more steps than were ever taught
     python -m minatp.evaluate out/sft --votes 8        also pass@8 and votes of 8 sampled chains
-    python -m minatp.evaluate out/sft --latent-steps 0,1,2   also with exactly so many steps thought
+    python -m minatp.evaluate out/sft --latent-steps 0,1,2,3   also with so many steps exactly
 
 Every accuracy comes with its number of problems and its 95 % interval.
 """
@@ -234,12 +234,15 @@ def interval(result):
 def describe_latent_steps(rows):
     """A table with a line for each of the `rows` that by_latent_steps returns."""
     columns = f"{'accuracy':>8}  {'95 %':>16}  {'latents + tokens':>16}  problems"
-    lines = [f"  latent steps  {columns}  over the free run"]
+    lines = [f"  latent steps  {columns}  points over the free run"]
     for row in rows:
         length = f"{row['latents']:.1f} + {row['answer_tokens']:.1f}"
+        gain = f"{100 * row['gain']:+.1f}"
+        if row["gain_se"] is not None:
+            gain += f" ± {100 * row['gain_se']:.1f}"
         lines.append(
             f"{row['steps']:14}  {row['accuracy']:8.1%}  {interval(row)}  {length:>16}  "
-            f"{row['n_problems']:8}  {describe_gain(row)}"
+            f"{row['n_problems']:8}  {gain}"
         )
     return "\n".join(lines)
 
@@ -400,7 +403,7 @@ def parse(argv):
     add(
         "--latent-steps",
         default="",
-        help="also solve with exactly so many latent steps, the stop head not asked: 0,1,2 …",
+        help="also think exactly so many steps, without asking the stop head; such as 0,1,2,3",
     )
     add("--temperature", type=float, default=1.0, help="of the sampled chains [%(default)s]")
     add("--seed", type=int, default=0, help="of the sampled chains [%(default)s]")
@@ -424,13 +427,18 @@ def parse(argv):
 
 def parse_latent_steps(text):
     """ "0,1,2" -> [0, 1, 2], in ascending order. Raises UserError."""
-    numbers = text.split(",") if text else []
-    if not all(number.strip().isdecimal() for number in numbers):
+    if not text:
+        return []
+    try:
+        numbers = sorted({int(number) for number in text.split(",")})
+        if numbers[0] < 0:
+            raise ValueError
+    except ValueError:
         raise UserError(
-            "command line: --latent-steps must be whole numbers separated by commas, such as "
+            "command line: --latent-steps must be whole numbers ≥ 0 separated by commas, such as "
             f"0,1,2, not {text!r}"
-        )
-    return sorted({int(number) for number in numbers})
+        ) from None
+    return numbers
 
 
 def check_latent_steps(folder, latent_steps):

@@ -133,7 +133,7 @@ def test_the_table_has_a_line_for_each_number_of_latent_steps(folder, capsys):
     assert none.split()[0] == "0" and " 0.0 + " in none
     assert two.split()[0] == "2" and " 4.0 + " in two
     for line in (none, two):
-        assert "24  gained +0.0 points ± 0.0 (standard error)" in line
+        assert line.endswith("24  +0.0 ± 0.0")
 
 
 def test_latent_steps_that_cannot_be_are_one_line(folder, tmp_path, capsys):
@@ -152,5 +152,5 @@ def test_latent_steps_that_cannot_be_are_one_line(folder, tmp_path, capsys):
 
     assert "has learned at most 2 latent steps; give 0 … 2" in refusal(folder, "1,3")
     assert "does not think in latents" in refusal(tmp_path / "cot", "0,1")
-    for wrong in ("1;2", "-1", "two", "1,", "²"):
-        assert "must be whole numbers separated by commas" in refusal(folder, wrong)
+    for wrong in ("1;2", "-1", "two", "1,", "²", "9" * 5000):
+        assert "must be whole numbers ≥ 0 separated by commas" in refusal(folder, wrong)
