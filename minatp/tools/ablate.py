@@ -1,4 +1,4 @@
-"""Every comparison of the README in one command: train each arm that is not finished, print tables.
+"""Every comparison of docs/results.md in one command: train what is not finished, print tables.
 
     python -m minatp.ablate --out out/ablate --seeds 0,1,2 --jobs 2
     python -m minatp.ablate --options "--labelled 4000" --arms "RL; control: more SFT" --out out/few
