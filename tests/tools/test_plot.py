@@ -1,5 +1,6 @@
 """Learning curves and sinks: every record of a run gets there, and a broken one is named."""
 
+import json
 import sys
 from types import ModuleType
 
@@ -17,7 +18,7 @@ from small import SMALL
 
 
 def test_curves_have_every_quantity_of_sft(folder):
-    curves = plot.read(folder / "metrics.jsonl")
+    curves = plot.read(folder / "metrics.jsonl")[folder]
     assert {"enc", "dec", "stop", "kl.sft", "accuracy.stage", "latents"} <= curves.keys()
     assert [stage for stage, *_ in curves["accuracy.stage"]] == [0, 1, 2, 3]
 
@@ -29,11 +30,47 @@ def test_curves_have_every_quantity_of_rl():
     assert curves["acc"] == [(5, 0.3, None, None)]
 
 
+def save_latent_steps(path, run_folder, accuracies):
+    """A line as minatp.evaluate --latent-steps --json prints it."""
+    rows = [
+        {"steps": n, "accuracy": accuracy, "accuracy_ci95": [accuracy - 0.1, accuracy + 0.1]}
+        for n, accuracy in enumerate(accuracies)
+    ]
+    record = {"run": str(run_folder), "accuracy": 0.5, "latent_steps": rows}
+    path.write_text(json.dumps(record) + "\n")
+
+
+def test_accuracy_by_latent_steps_is_a_curve_of_the_run(folder, tmp_path):
+    save_latent_steps(tmp_path / "steps.jsonl", folder / "final", [0.25, 0.75])
+    curves = plot.read(tmp_path / "steps.jsonl")
+    points = [pytest.approx((0, 0.25, 0.15, 0.35)), pytest.approx((1, 0.75, 0.65, 0.85))]
+    free = [(0, 0.5, None, None)]
+    assert curves == {folder: {"free": free, "accuracy.latent_steps": points}}
+
+
+def test_learning_curves_and_latent_steps_share_a_picture(folder, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    save_latent_steps(tmp_path / "steps.jsonl", folder, [0.25, 0.75])
+    drawn, figure = [], plot.figure
+
+    def keep(runs):
+        drawn.append(runs)
+        return figure(runs)
+
+    monkeypatch.setattr(plot, "figure", keep)
+    run(plot.main, folder, tmp_path / "steps.jsonl", "-o", tmp_path / "c.svg")
+    [[curves]] = [runs.values() for runs in drawn]
+    assert {"enc", "accuracy.stage", "accuracy.latent_steps"} <= curves.keys()
+    picture = (tmp_path / "c.svg").read_text()
+    assert "accuracy by latent steps" in picture
+    assert "stroke-dasharray" in picture  # the accuracy of the free run
+
+
 def test_the_picture_has_a_panel_for_each_quantity(folder, tmp_path):
     pytest.importorskip("matplotlib")
     run(plot.main, folder / "metrics.jsonl", folder, "-o", tmp_path / "c.svg")
     picture = (tmp_path / "c.svg").read_text()
-    n_panel = len(plot.read(folder / "metrics.jsonl"))
+    n_panel = len(plot.read(folder / "metrics.jsonl")[folder])
     n_row = -(-n_panel // 4)
     assert picture.count('<g id="axes_') == 4 * n_row
     assert 'id="legend_1"' in picture
@@ -65,6 +102,9 @@ def test_a_picture_without_a_suffix_is_a_png(folder, tmp_path, capsys, monkeypat
         ('{"step": 1, "validation": {}}\n', ":0: has a record that no run"),
         ('{"step": 1, "stage": 0, "validation": null}\n', ":0: has a record that no run"),
         ("[1]\n", ':1: has no "step"'),
+        ('{"run": "r", "accuracy": 0.5}\n', ':1: has no "step" and no "latent_steps"'),
+        ('{"run": "r", "latent_steps": 3}\n', ":0: has a record that no run"),
+        ('{"run": 3, "latent_steps": []}\n', ":0: has a record that no run"),
         ("[" * 100_000, ":1: is not valid JSON"),
         ("7" * 5000, ":1: is not valid JSON"),
         (None, ":0: cannot be read"),
