@@ -442,16 +442,19 @@ def parse_latent_steps(text):
 
 
 def check_latent_steps(folder, latent_steps):
-    """Raise UserError unless the run in a folder can think so many steps."""
+    """Raise UserError unless the run in a folder can think so many steps (an ascending list)."""
+    if not latent_steps:
+        return
+
     # A plain LLaMA, or a run that has only learned to write its steps, has no latent step
     saved = read_switches(folder)
     most = min(saved["stage"], saved["K"]) if saved else 0
-    if latent_steps and not most:
+    if not most:
         raise UserError(
             f"command line: --latent-steps: {folder} does not think in latents; leave the option "
             "out for this run"
         )
-    if latent_steps and latent_steps[-1] > most:
+    if latent_steps[-1] > most:
         raise UserError(
             f"command line: --latent-steps {latent_steps[-1]}: {folder} has learned at most {most} "
             f"latent steps; give 0 … {most}"
