@@ -446,7 +446,7 @@ class Floor:
 def fit_prices(records):
     """(seconds per operation, seconds per FLOP) that explain minatp's times best.
 
-    Least squares of the relative errors; neither price is negative. Returns two floats.
+    Least squares of the relative errors; neither price is negative.
     """
     # Of each work: seconds, operations, FLOPs. Those that could not be counted tell nothing
     own = [record["sides"]["minatp"] for record in records]
