@@ -69,6 +69,7 @@ class AttentionShape:
 
 
 def attention_case(device, dtype, shape):
+    # The names of attention.py: N prefixes of P columns; B rows with room for C own columns.
     N, P = shape.n_prompt, shape.n_prefix
     B = N * shape.group
     C = shape.n_own + 1
@@ -91,6 +92,8 @@ def attention_case(device, dtype, shape):
         return [*new, *prefix, *own]
 
     def kernel(q, k, v, prefix_k, prefix_v, own_k, own_v):
+        # In its backward pass StorePrefix returns what was added to gradient buffers, so it serves
+        # for the own columns, too. The joint order token makes both nodes wait for AttendStep.
         prefix = Columns(prefix_k.detach(), prefix_v.detach())
         own = Columns(own_k.detach(), own_v.detach())
         prefix_token = StorePrefix.apply(prefix, prefix_k, prefix_v)
@@ -99,6 +102,7 @@ def attention_case(device, dtype, shape):
         o, _ = AttendStep.apply(prefix, own, order_token, q, k, v, cos, sin, layout)
         return o
 
+    # Angles in the dtype of q: verify() also runs the reference in float64.
     def reference(q, k, v, *columns):
         rope = (cos.to(q.dtype), sin.to(q.dtype))
         return attention.step_reference(q, k, v, *rope, *columns, layout)
@@ -110,6 +114,8 @@ def attention_case(device, dtype, shape):
         all_v = torch.cat((prefix_v[layout.owner], own_v, v), 2)
         return rows.rotate(q, *rope), all_k, all_v
 
+    # PyTorch's own attention takes one tensor of all columns, and a mask. It hides the padding, and
+    # the last own column, which is the room for the new one.
     mask = attention.visible_mask(layout, P, C)[:, None]
     enable_gqa = shape.n_head > shape.n_kv_head
 
@@ -123,6 +129,9 @@ def attention_case(device, dtype, shape):
     peers = {"SDPA": sdpa}
     if device.type == "cuda":  # FlexAttention has no backward pass on a CPU
         peers["FlexAttention"] = flex_attention_peer(rotated_and_joined, mask[:, 0])
+
+    # Forward reads a key and a value in bf16, 2 + 2 bytes. Backward reads them again, and reads and
+    # writes their float32 gradients, 2 × (4 + 4).
     return Case(
         name=f"latent attention, {N} × {shape.group} rows, {P} + {shape.n_own} columns",
         inputs=inputs,
@@ -143,6 +152,8 @@ def attention_layout(device, shape):
     N, group = shape.n_prompt, shape.group
     B = N * group
     n_own = torch.full((B,), shape.n_own, device=device, dtype=torch.int32)
+
+    # Left padding of 0, 7, 14, … columns, but less than half of the prefix.
     return attention.Layout(
         start=arange(N) * 7 % (shape.n_prefix // 2),
         owner=arange(B) // group,
@@ -159,7 +170,7 @@ def flex_attention_peer(rotated_and_joined, mask):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
-    block_masks = []
+    block_masks = []  # one, after the first call
 
     def visible(b, head, q_index, kv_index):
         return mask[b, q_index, kv_index]
@@ -179,6 +190,7 @@ def flex_attention_peer(rotated_and_joined, mask):
 
 
 def vae_case(device, dtype, R, D):
+    # A seed and an offset for each row, and the ε that the kernel draws from them.
     keys = ops.noise_keys(5, R).to(device)
     eps = vae.draw_noise(keys, D)
 
@@ -199,6 +211,7 @@ def vae_case(device, dtype, R, D):
     def compiled_with_randn(mu, logvar):
         return torch.compile(with_randn)(mu, logvar)
 
+    # Bytes as in the table of vae.py, mode draw.
     return Case(
         name=f"reparameterisation, {R} × {D}",
         inputs=inputs,
@@ -214,6 +227,7 @@ def vae_case(device, dtype, R, D):
 
 
 def norm_case(device, dtype, R, D):
+    # Not among the inputs: the kernel computes the weight's gradient, but it is not verified here.
     weight = torch.randn(D, device=device).to(dtype)
 
     def inputs():
@@ -225,6 +239,7 @@ def norm_case(device, dtype, R, D):
     def reference(x, branch):
         return rows.add_rms_norm(x, branch, weight.to(x.dtype), 1e-5)
 
+    # Four tensors in bf16 each way: x, branch, s and y; then the gradients of s and y, s, and ds.
     return Case(
         name=f"add + RMSNorm, {R} × {D}",
         inputs=inputs,
@@ -239,6 +254,7 @@ def swiglu_case(device, dtype, R, inner):
     def inputs():
         return [torch.randn(R, inner, device=device).to(dtype) for _ in range(2)]
 
+    # Three tensors in bf16 forward: gate, up, y. Five backward: dy, gate, up, dgate, dup.
     return Case(
         name=f"SwiGLU, {R} × {inner}",
         inputs=inputs,
@@ -253,6 +269,7 @@ def cross_entropy_case(device, dtype, R, D, V):
     target = torch.randint(0, V, (R,), device=device)
 
     def inputs():
+        # W is scaled so that the logits have a variance of about 1.
         h = torch.randn(R, D, device=device).to(dtype)
         W = torch.randn(V, D, device=device).to(dtype)
         return [h, W * D**-0.5]
@@ -263,6 +280,7 @@ def cross_entropy_case(device, dtype, R, D, V):
     def reference(h, W):
         return cross_entropy.linear_nll(h, W, target)
 
+    # With a product its speed is given in operations, and the bytes are not used.
     return Case(
         name=f"linear cross-entropy, {R} × {V}",
         inputs=inputs,
@@ -278,12 +296,15 @@ def cases(device, dtype):
     """Return what is timed: the shapes of llama-1b."""
     llama = {"n_head": 32, "n_kv_head": 8, "head_dim": 64}
     R, D, inner, V = 6400, 2048, 8192, 128259
+
+    # A batch of rollouts in RL; a batch of SFT; two long prompts, where splits fill the GPU.
     attention_shapes = [
         AttentionShape(n_prompt=16, group=8, n_prefix=200, n_own=20, **llama),
         AttentionShape(n_prompt=32, group=1, n_prefix=140, n_own=10, **llama),
         AttentionShape(n_prompt=2, group=1, n_prefix=8192, n_own=20, **llama),
     ]
     return [
+        # Enough latents to saturate the memory, and one latent of each row of an SFT batch.
         vae_case(device, dtype, 65536, D),
         vae_case(device, dtype, 32, D),
         *[attention_case(device, dtype, shape) for shape in attention_shapes],
@@ -316,8 +337,11 @@ def results(function, inputs, upstream=None):
 
     Upstream gradients differ from element to element. They are drawn unless they are given.
     """
+    # Detached, so that the same inputs serve several functions.
     leaves = [x.detach().requires_grad_() for x in inputs]
     outputs = as_list(function(*leaves))
+
+    # One draw for all functions, rounded to the dtype of each one's results.
     if upstream is None:
         upstream = [torch.randn_like(y, dtype=torch.float32) for y in outputs]
     cast_upstream = [g.to(y.dtype) for g, y in zip(upstream, outputs)]
@@ -339,6 +363,8 @@ def verify(case):
     torch.manual_seed(0)
     inputs = case.inputs()
     double_inputs = [x.double() for x in inputs]
+
+    # Three runs on the same numbers: the kernel, and PyTorch in the kernel's dtype and in float64.
     from_kernel, upstream = results(case.kernel, inputs)
     from_pytorch, _ = results(case.reference, inputs, upstream)
     exact, _ = results(case.reference, double_inputs, upstream)
@@ -346,6 +372,7 @@ def verify(case):
     def error(x, x_exact):
         return float((x.double() - x_exact).norm() / x_exact.norm())
 
+    # A rounded number is off by eps/2 of its size at most, and by about half of that on average.
     rounding = torch.finfo(inputs[0].dtype).eps / 4
     ratios = [
         error(ours, truth) / max(error(theirs, truth), rounding)
@@ -365,6 +392,7 @@ def capture(function, copies, backward):
             function(*inputs)
 
     def run_forward_and_backward(inputs):
+        # grad(), because backward() would also add to each input's .grad.
         outputs = as_list(function(*inputs))
         upstream = [torch.ones_like(y) for y in outputs]
         torch.autograd.grad(outputs, inputs, upstream)
@@ -384,6 +412,7 @@ def capture(function, copies, backward):
             run_all()
     torch.cuda.synchronize()
 
+    # One graph, so that what is timed is the GPU's work and not Python's.
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run_all()
@@ -392,17 +421,19 @@ def capture(function, copies, backward):
 
 def microseconds(work):
     """Return how long the GPU takes for work()."""
+    # The GPU notes the time when it reaches an event.
     begin = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
     begin.record()
     work()
     end.record()
     end.synchronize()
-    return 1e3 * begin.elapsed_time(end)
+    return 1e3 * begin.elapsed_time(end)  # from milliseconds
 
 
 def ceilings(device):
     """Return bytes read and written per µs by a copy, and operations per µs of a bf16 product."""
+    # 1 GiB each, far more than an L2 cache holds.
     source, destination = (
         torch.empty(2**29, dtype=torch.bfloat16, device=device) for _ in range(2)
     )
@@ -414,6 +445,8 @@ def ceilings(device):
     def product():
         torch.matmul(a, b)
 
+    # The fastest of 20, because a ceiling is what the GPU can do. A copy reads and writes; an n × n
+    # product is n³ multiplications and n³ additions.
     copy_time = min(microseconds(copy) for _ in range(20))
     product_time = min(microseconds(product) for _ in range(20))
     return 2 * source.nbytes / copy_time, 2 * 8192**3 / product_time
@@ -437,6 +470,7 @@ def race(case, backward, settings):
     n_copies = max(1, min(50, 2 * l2_cache // size + 1))
     copies = [[x.requires_grad_() for x in case.inputs()] for _ in range(n_copies)]
 
+    # Capture all before any is timed. A peer that fails is reported; the kernel must not fail.
     replays = {}
     failed = {}
     for name, function in contenders(case, settings.peers).items():
@@ -454,6 +488,8 @@ def race(case, backward, settings):
             times[name].append(microseconds(replay) / n_copies)
 
     direction = "forward + backward" if backward else "forward"
+
+    # A ratio is taken round by round, where the clock's changes cancel; the median comes after.
     lines = []
     for name, values in times.items():
         time_us = torch.tensor(values)
@@ -488,10 +524,13 @@ def contenders(case, peers):
 
 def describe_speed(case, backward, time_us, settings):
     """Return two cells of a row: the speed, and its share of the ceiling."""
+    # Forward is one product, backward two, dh and dW. 10⁶ operations per µs are 1 TFLOP/s.
     if case.product:
         operations = case.product * (3 if backward else 1)
         speed = operations / time_us
         return f"{speed / 1e6:.0f} TFLOP/s | {speed / settings.product_speed:.0%}"
+
+    # 10³ bytes per µs are 1 GB/s.
     moved = case.forward_bytes + (case.backward_bytes if backward else 0)
     speed = moved / time_us
     return f"{speed / 1e3:.0f} GB/s | {speed / settings.copy_speed:.0%}"
@@ -535,6 +574,7 @@ def main(argv=None):
     for case in cases(device, torch.bfloat16):
         # One kernel that fails leaves the others' figures worth having.
         try:
+            # Verify. What is wrong is not timed.
             ratio = verify(case)
             checks.append(f"| {case.name} | {ratio:.2f} |")
             if not ratio <= LIMIT:  # NaN fails, too
@@ -543,6 +583,8 @@ def main(argv=None):
                     "so it was not timed"
                 )
                 continue
+
+            # Time, forward alone and then both ways.
             for backward in (False, True):
                 timed = race(case, backward, settings)
                 lines += timed
@@ -550,7 +592,7 @@ def main(argv=None):
         except Exception as error:
             message = " ".join(str(error).split())[:300]
             failures.append(f"{case.name}: {type(error).__name__}: {message}")
-        finally:
+        finally:  # after each case: an interrupted run keeps its figures
             write_results(args.out, settings, checks, lines, failures)
 
     for failure in failures:
@@ -563,6 +605,8 @@ def write_results(path, settings, checks, lines, failures):
     heads = (
         "| | pass | | µs | speed | share of the ceiling | its time over the kernel's (p10–p90) |"
     )
+
+    # What it ran on and that machine's ceilings; the errors; the times; what failed.
     text = [
         "# Kernels, measured",
         "",

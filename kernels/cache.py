@@ -57,13 +57,16 @@ class Columns:
         """Return what was added to the columns `slot` (B, T; −1: no column), and clear it:
         (dk, dv), each (B, h_kv, T, hd), 0 where there is no column.
         """
-        is_real = (slot >= 0)[:, None, :, None]
-        column = slot.clamp(min=0)[:, None, :, None].long()
+        # gather needs a valid index everywhere: a position without a column takes column 0, and the
+        # product with is_real drops what is found there
+        is_real = (slot >= 0)[:, None, :, None]  # (B, 1, T, 1)
+        column = slot.clamp(min=0)[:, None, :, None].long()  # (B, 1, T, 1)
 
         collected = []
         for buffer in self.grad_buffers():
             index = column.expand(-1, buffer.shape[1], -1, buffer.shape[3])
             added = buffer.gather(2, index) * is_real
+
             # subtract instead of writing 0: columns that are not real share index 0 with a real one
             buffer.scatter_add_(2, index, -added)
             collected.append(added)
@@ -71,6 +74,8 @@ class Columns:
 
 
 # ---- operations on a layer's columns, as nodes of autograd ---------------------------------------
+# In each forward, new_empty(()) is the order token that the node returns. In each backward, its
+# gradient, whose value does not matter either, goes on to the node before.
 
 
 class StorePrefix(torch.autograd.Function):
@@ -100,6 +105,9 @@ class AttendStep(torch.autograd.Function):
         inputs = StepInputs(q, k, v, cos, sin)
         o, lse = attention.run_forward(inputs, prefix.kv, own.kv, layout)
         ctx.save_for_backward(*inputs, o, lse)
+
+        # the caches are not saved tensors, because later calls write to them. What they write are
+        # other columns: those that this step has read stay as they are
         ctx.prefix = prefix
         ctx.own = own
         ctx.layout = layout
@@ -112,6 +120,9 @@ class AttendStep(torch.autograd.Function):
         prefix, own = ctx.prefix, ctx.own
         if do.stride(3) != 1:  # the kernels take any strides but that of the last dimension
             do = do.contiguous()
+
+        # dk and dv are those of the new positions, later steps' shares included. The gradients of
+        # all columns read stay in the buffers, until the node that wrote the columns collects them
         caches = (prefix.kv, own.kv)
         grads = (prefix.grad_buffers(), own.grad_buffers())
         dq, dk, dv = attention.run_backward(
@@ -141,6 +152,8 @@ class ReadColumns(torch.autograd.Function):
         P = ctx.prefix.kv.k.shape[2]
         prefix_grads = ctx.prefix.grad_buffers()
         own_grads = ctx.own.grad_buffers()
+
+        # the rows that share a prefix add up in it; own columns belong to one row
         for grad, prefix_grad, own_grad in zip((dk.float(), dv.float()), prefix_grads, own_grads):
             prefix_grad.index_add_(0, ctx.owner, grad[:, :, :P])
             own_grad[:, :, : ctx.n_own] += grad[:, :, P:]
@@ -157,8 +170,9 @@ class AppendColumns(torch.autograd.Function):
         ctx.own = own
         ctx.slot = slot
         ctx.dtype = k.dtype
-        b, t = real
+
         # only real positions: the others have no column
+        b, t = real
         for buffer, new in zip(own.kv, (k, v)):
             buffer[b, :, slot[b, t]] = new[b, :, t].to(buffer.dtype)
         return k.new_empty(())
@@ -186,7 +200,7 @@ class SelectRows(torch.autograd.Function):
         # a row that was repeated receives the sum; one that was dropped receives nothing
         for old_grad, new_grad in zip(ctx.old.grad_buffers(), ctx.new.grad_buffers()):
             old_grad.index_add_(0, ctx.rows, new_grad)
-        ctx.new.grad = None
+        ctx.new.grad = None  # passed on, as in StorePrefix
         return None, None, order_token, None
 
 
@@ -203,7 +217,11 @@ class StepCache:
     real or not. So every slot is below C = T − P, and no kernel checks it.
     """
 
+    # every call is of all rows: on a GPU a step costs the same for any number of them
+    fixed_shape = True
+
     def __init__(self, cfg, B, T, device):
+        # sizes of the memory that is allocated later
         self.T = T
         self.n_kv_head = cfg.n_kv_head
         self.head_dim = cfg.head_dim
@@ -222,8 +240,9 @@ class StepCache:
         self.P = 0  # columns of the prefix
         self.n_opened = 0  # columns opened after the prefix; no row has more of its own
 
+        # steps as CUDA graphs
         self.replays_steps = graph.use_graphs(device)
-        self.replayed_step = graph.ReplayedStep()
+        self.work = self.replayed_step = None  # what is replayed, and its graph
 
     def open(self, valid):
         """Make room for new columns, real where valid (B, T); returns their position ids (B, T)."""
@@ -234,8 +253,10 @@ class StepCache:
         if self.start is None:
             self.start = T - valid.sum(1)
             self.P = T
-            self.valid = valid
             self.group_rows()
+
+            # a query sees the real columns up to itself, and always itself: padding, whose result
+            # is not used, must not be a softmax over nothing
             t = torch.arange(T, device=valid.device)
             itself = t == t[:, None]
             self.mask = ((valid[:, None] & (t <= t[:, None])) | itself)[:, None]  # (B, 1, T, T)
@@ -246,6 +267,8 @@ class StepCache:
         self.slot = torch.where(valid, n_before[:, None] + rank, -1)
         self.n_own += valid.sum(1)  # in place: a replayed step finds it at this address
         self.n_opened += T
+
+        # the counts are those before this call: attention has the new columns as inputs
         self.layout = Layout(
             **self.groups, max_group=self.max_group, n_own=n_before.int(), slot=self.slot.int()
         )
@@ -257,13 +280,17 @@ class StepCache:
             visible = attention.visible_mask(self.layout, self.P, self.n_opened - T)
             self.mask = visible[:, None]  # (B, 1, T, columns)
             self.real = valid.nonzero(as_tuple=True)
+
+        # positions count a row's real columns: in the prefix, of its own, and in this call
         return ((self.n_prefix_real + n_before)[:, None] + rank).clamp(min=0)
 
     def group_rows(self):
         """Sort the rows by their prefix: the parts of a Layout that change only here."""
+        # members[member_offsets[n] : member_offsets[n + 1]] are the rows of prefix n
         members = self.owner.argsort(stable=True)
         prefix = torch.arange(len(self.start) + 1, device=members.device)
         member_offsets = torch.searchsorted(self.owner[members], prefix)
+
         self.groups = dict(
             start=self.start.int(),
             owner=self.owner.int(),
@@ -317,30 +344,44 @@ class StepCache:
         """Append a long pass to layer i; returns the keys and values of all columns, the prefix's,
         the own ones before this call, and k and v.
         """
+        # no row has more than n_before own columns, and the mask hides those that a row lacks
         own = self.own_columns(i, k)
         n_before = self.n_opened - k.shape[2]
         old_k, old_v, order_token = ReadColumns.apply(
             self.prefix[i], own, self.order_tokens[i], self.owner, n_before
         )
+
+        # this pass attends to k and v themselves, so autograd knows its share of their gradient;
+        # AppendColumns brings what later calls add
         self.order_tokens[i] = AppendColumns.apply(own, order_token, k, v, self.slot, self.real)
         return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
 
     def own_columns(self, i, k):
         """Layer i's own columns, allocated at the first call after the prefix."""
         if self.own[i] is None:
+            # zeros: a long pass multiplies columns that a row has not filled by a weight of 0, and
+            # 0·NaN is NaN
             shape = (len(self.owner), self.n_kv_head, self.T - self.P, self.head_dim)
             self.own[i] = Columns(k.new_zeros(shape), k.new_zeros(shape))
         return self.own[i]
 
     def step(self, work, *inputs):
-        """work(*inputs), which reads one column. If steps are CUDA graphs, the second step after a
-        `keep` is recorded, and from then on each is a replay.
+        """work(*inputs), which reads as many columns at every call. If steps are CUDA graphs, the
+        second call with the same `work` is recorded, and from then on each is a replay. A `keep`
+        begins anew.
         """
         if not self.replays_steps:
             return work(*inputs)
-        n_opened = self.n_opened + 1
+        if work is not self.work:
+            self.work, self.replayed_step = work, graph.ReplayedStep()
+
+        n_before, is_first = self.n_opened, self.replayed_step.inputs is None
         result = self.replayed_step(work, *inputs)
-        self.n_opened = n_opened  # a replay runs no Python, so `open` has not counted the column
+
+        # a replay runs no Python, so `open` has not counted its columns
+        if is_first:
+            self.n_step_columns = self.n_opened - n_before
+        self.n_opened = n_before + self.n_step_columns
         return result
 
     def keep(self, rows, group=None):
@@ -350,8 +391,10 @@ class StepCache:
         self.max_group = group or self.max_group
         self.owner = self.owner[rows]
         self.n_own = self.n_own[rows]
-        self.replayed_step = graph.ReplayedStep()  # other shapes: record anew
+        self.work = self.replayed_step = None  # other shapes: record anew
         self.group_rows()
+
+        # copy the own columns of these rows; SelectRows leads their gradients back to the old ones
         for i, old in enumerate(self.own):
             if old is None:
                 continue
@@ -363,8 +406,9 @@ class StepCache:
         Keys, values and their gradient buffers are shared; the order tokens are not.
         """
         fork = copy(self)
+        # `keep` replaces entries of the list, and `open` writes to n_own
         fork.own = list(self.own)
         fork.n_own = self.n_own.clone()
         fork.order_tokens = [None] * len(self.own)
-        fork.replayed_step = None
+        fork.work = fork.replayed_step = None
         return fork

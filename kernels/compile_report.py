@@ -27,9 +27,11 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
-from . import attention, cross_entropy, rows, vae
+from . import attention, cross_entropy, rows, sampling, vae
 from .cache import MAX_STEP_COLUMNS
+from .common import next_power_of_2
 
+# Triton's wheel brings NVIDIA's tools: cuobjdump and nvdisasm, which read a cubin.
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # llama-1b with the three tokens that latent reasoning adds
@@ -43,6 +45,7 @@ V = 128259
 # A batch of rollouts: 16 questions × 8
 B = 128
 GROUP = 8
+# Not multiples of 16, as most lengths are not, so the compiler can assume nothing of them.
 PREFIX_COLUMNS = 139  # of a question, in the KV cache
 OWN_COLUMNS = 37  # of a rollout
 
@@ -58,15 +61,25 @@ class Case(NamedTuple):
 
 
 # ---- cases: the arguments of a launch ------------------------------------------------------------
+# One dict serves a forward and a backward kernel: `build` takes from it what a kernel's signature
+# names. Of a number that is not a constexpr, only its type and whether it is 1 or a multiple of 16
+# matter, because a launch tells the compiler nothing else.
 
 
 def cases():
     """Return a Case of every kernel, with the arguments that its launcher would pass."""
-    return [*vae_cases(), *attention_cases(), *row_cases(), *cross_entropy_cases()]
+    return [
+        *vae_cases(),
+        *attention_cases(),
+        *row_cases(),
+        *cross_entropy_cases(),
+        *sampling_cases(),
+    ]
 
 
 def vae_cases():
     """Return the VAE's kernels, forward and backward, in each of their four modes."""
+    # Mode given, when the loss uses z. The other modes are changes to it.
     arguments = {
         **pointers("bf16", "mu logvar dmu dlogvar"),
         **pointers("fp32", "dz z kl logp dkl dlogp"),
@@ -80,6 +93,9 @@ def vae_cases():
         "source_ptr": "fp32",
         "dsource_ptr": None,
     }
+
+    # draw reads a seed and an offset per row. score and mean make no z; score alone has a gradient
+    # for its source, which is z.
     no_new_z = {"z_ptr": None, "dz_ptr": None, "HAS_DZ": False}
     modes = {
         "draw": {"source_ptr": "i64", "source_row_stride": 2},
@@ -87,6 +103,7 @@ def vae_cases():
         "score": {"dsource_ptr": "fp32", **no_new_z},
         "mean": {"source_ptr": None, **no_new_z},
     }
+
     kernels = {
         "forward": vae.reparameterise_forward_kernel,
         "backward": vae.reparameterise_backward_kernel,
@@ -100,6 +117,7 @@ def vae_cases():
 
 def attention_cases():
     """Return attention's kernels for one new position, and for as many as one step takes."""
+    # As split_prefix does it, 139 columns are two splits of 96 and 43.
     arguments = {
         **pointers("bf16", "q k v k_cache v_cache o do dq dk dv"),
         **pointers("fp32", "cos sin part_o part_lse lse part_dq k_grad v_grad"),
@@ -113,6 +131,8 @@ def attention_cases():
         "split_width": 96,
         "BT": 16,
     }
+
+    # q, k, v and do lie in memory as the projections leave them, (B, T, heads, d), here for T = 1.
     for tensor, heads in {"q": N_HEAD, "k": N_KV_HEAD, "v": N_KV_HEAD, "do": N_HEAD}.items():
         arguments[f"stride_{tensor}b"] = heads * HEAD_DIM
         arguments[f"stride_{tensor}h"] = HEAD_DIM
@@ -121,6 +141,7 @@ def attention_cases():
     result = []
     # One new position is a step of the rollouts, in groups. Several are an answer in SFT.
     for T, group in ((1, GROUP), (MAX_STEP_COLUMNS, 1)):
+        # The tile sizes of run_forward and run_backward in attention.py.
         queries_per_row = T * N_HEAD // N_KV_HEAD
         group_tile = attention.query_tile(group, queries_per_row)
         row_tile = attention.query_tile(1, queries_per_row)
@@ -130,6 +151,7 @@ def attention_cases():
             "backward, prefix": (attention.prefix_backward_kernel, {"BM": group_tile, "BN": 16}),
             "backward, own": (attention.own_backward_kernel, {"BM": 16, "BN": 16}),
         }
+
         constants = attention.head_constants(N_HEAD, N_KV_HEAD, HEAD_DIM, T)
         for name, (kernel, tile) in kernels.items():
             sizes = {**constants, **tile}
@@ -140,6 +162,9 @@ def attention_cases():
 def row_cases():
     """Return the kernels of a layer's rows: RMSNorm, RoPE, SwiGLU."""
     n_rows = B * PREFIX_COLUMNS
+
+    # The residual stream is float32, and what the products read or write is bf16. There is a branch
+    # to add, and g, a gradient of the sum from its other uses.
     norm = {
         **pointers("fp32", "x weight sum g ds rstd partial_dw"),
         **pointers("bf16", "branch y dy"),
@@ -151,6 +176,8 @@ def row_cases():
         "HAS_G": True,
         **rows.whole_row_blocks(D),
     }
+
+    # q of a long pass: a view (B, heads, T, d) of what the projection writes, (B, T, heads, d).
     rope = {
         **pointers("bf16", "x y"),
         **pointers("fp32", "cos sin"),
@@ -165,6 +192,8 @@ def row_cases():
         "BLOCK_H": HEAD_DIM // 2,
         "BLOCK_ROWS": 32,
     }
+
+    # gate and up are two products of their own, so a row is INNER wide.
     swiglu = {
         **pointers("bf16", "gate up y dy dgate dup"),
         **dict.fromkeys(["gate_row_stride", "up_row_stride", "dy_row_stride", "n_cols"], INNER),
@@ -182,6 +211,8 @@ def row_cases():
 
 def cross_entropy_cases():
     """Return linear cross-entropy's kernels."""
+    # As LinearNLL launches them: rows of dl begin at multiples of 16 elements, and a share is a
+    # sixteenth of the vocabulary in whole tiles, 63 of 128 tokens.
     arguments = {
         **pointers("bf16", "h W dl"),
         **pointers("fp32", "max sum target_logit lse g"),
@@ -204,6 +235,27 @@ def cross_entropy_cases():
     ]
 
 
+def sampling_cases():
+    """Return the kernels that choose a word: one drawn, and the likeliest."""
+    n_blocks = -(-V // sampling.BLOCK)
+    arguments = {
+        "logits_ptr": "bf16",
+        **pointers("fp32", "max sum u logp"),
+        "word_ptr": "i64",
+        "logits_row_stride": V,
+        "V": V,
+        "n_blocks": n_blocks,
+        "inverse_temperature": 1.0,
+        "BLOCK": sampling.BLOCK,
+        "BLOCKS": next_power_of_2(n_blocks),
+    }
+    return [
+        Case("sampling, blocks", sampling.block_sums_kernel, arguments),
+        Case("sampling, drawn", sampling.choose_word_kernel, arguments),
+        Case("sampling, likeliest", sampling.choose_word_kernel, {**arguments, "u_ptr": None}),
+    ]
+
+
 def pointers(dtype, names):
     """Return arguments that point at tensors: "x y" -> {"x_ptr": dtype, "y_ptr": dtype}."""
     return {f"{name}_ptr": dtype for name in names.split()}
@@ -214,6 +266,7 @@ def pointers(dtype, names):
 
 def build(kernel, arguments, sm):
     """Return triton's compiled kernel for compute capability sm, as a launch would compile it."""
+    # What a launch finds out from its arguments: types, constants, and what is known of the rest.
     signature = {}
     constants = {}
     hints = {}
@@ -229,6 +282,8 @@ def build(kernel, arguments, sm):
             constants[(i,)] = value
             continue
 
+        # All others have a type. PyTorch allocates at multiples of 16 bytes; where strides are
+        # multiples of 16, too, the compiler can load several elements at once.
         if is_pointer:
             signature[name] = "*" + value
         elif is_int:
@@ -238,6 +293,7 @@ def build(kernel, arguments, sm):
         if is_pointer or (is_int and value % 16 == 0):
             hints[(i,)] = [["tt.divisibility", 16]]
 
+    # A case without num_warps or num_stages gets Triton's defaults, as its launch does.
     options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
     source = ASTSource(kernel, signature, constants, hints)
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
@@ -245,6 +301,7 @@ def build(kernel, arguments, sm):
 
 def measure(compiled, sm):
     """Return {column of the table: value} of a compiled kernel."""
+    # The tools read files.
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         ptx = Path(folder, "kernel.ptx")
@@ -257,6 +314,8 @@ def measure(compiled, sm):
         arch = f"--gpu-name={sm_arch_from_capability(sm)}"
         log = output_of(get_ptxas(sm).path, "-v", arch, ptx, "-o", Path(folder, "again.cubin"))
 
+    # A matrix instruction shows that tl.dot runs on tensor cores: HMMA, or what sm_90 (HGMMA) and
+    # sm_100 (UTC…MMA) have brought.
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     matrix_instructions = set(re.findall(r"\b(HGMMA|UTC\w*MMA|HMMA)\b", disassembly))
     return {
@@ -284,12 +343,14 @@ def report(sms):
     failures = []
     for case in cases():
         for sm in sms:
+            # A kernel that does not compile is listed, and the others are measured all the same.
             try:
                 measured = measure(build(case.kernel, case.arguments, sm), sm)
             except (TritonError, RuntimeError, subprocess.CalledProcessError) as error:
                 message = " ".join(str(error).split())[-300:]
                 failures.append(f"{case.name}, sm_{sm}: does not compile: {message}")
                 continue
+
             values = " | ".join(str(value) for value in measured.values())
             lines.append(f"| {case.name} | {sm} | {values} |")
             if measured["spilled"]:
@@ -309,6 +370,7 @@ def main(argv=None):
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
 
+    # The table goes to stdout, and to the file; what failed goes to stderr.
     table, failures = report([int(sm) for sm in args.sm.split(",")])
     text = f"Triton {triton.__version__}, shapes of llama-1b in bf16\n\n{table}\n"
     sys.stdout.write(text)

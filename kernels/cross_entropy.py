@@ -30,7 +30,10 @@ from .common import as_rows, ceil_div, empty_contiguous, next_power_of_2, tl, tr
 
 IGNORE = -100  # the target of a position that has none, as in PyTorch
 CHUNK = 1024  # rows whose dl is in memory at a time: enough for cuBLAS to run at full speed
-SHARES = 16  # of the vocabulary in the forward pass
+
+# Shares of the vocabulary in the forward pass: 1,024 rows are only 8 blocks of rows, too few
+# programs for a large GPU. With 16 shares they are 128 programs.
+SHARES = 16
 
 # Tiles for 16-bit inputs: rows and tokens of a tile, and columns of h multiplied at a time
 HALF_PRECISION_BLOCKS = {
@@ -92,6 +95,7 @@ def logits_tile(
     BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return h[row_ids]·W[v_ids]ᵀ, (BLOCK_ROWS, BLOCK_V) float32."""
+    # A product over all of D is added up from slices of BLOCK_D columns, which fit on the chip.
     logits = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)
     for start in range(0, D, BLOCK_D):
         col_ids = start + tl.arange(0, BLOCK_D)
@@ -122,6 +126,8 @@ def linear_nll_forward_kernel(
     row_ids = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row_ids < R
     share = tl.program_id(1)
+
+    # No token is −1 or IGNORE: where there is no target, its logit stays 0.
     target = tl.load(target_ptr + row_ids, row_mask, other=-1)
 
     # Over the tiles so far: the largest logit, Σ exp(logit − largest), and the target's logit
@@ -144,15 +150,18 @@ def linear_nll_forward_kernel(
         )  # fmt: skip
         logits = tl.where(v_mask, logits * inverse_temperature, -float("inf"))
 
-        # A new maximum rescales the sum so far.
+        # A new maximum rescales the sum so far. Every tile has a token, so new_max is finite, and
+        # at the first tile the old sum counts 0·exp(−inf) = 0.
         new_max = tl.maximum(running_max, tl.max(logits, 1))
         rescale = tl.exp(running_max - new_max)
         running_sum = running_sum * rescale + tl.sum(tl.exp(logits - new_max[:, None]), 1)
         running_max = new_max
 
+        # At most one tile of one share has the target; the others add 0.
         is_target = v_ids[None, :] == target[:, None]
         target_logit += tl.sum(tl.where(is_target, logits, 0.0), 1)
 
+    # A program owns its entries of the three results, so nothing is atomic.
     out_offsets = share * R + row_ids
     tl.store(max_ptr + out_offsets, running_max, row_mask)
     tl.store(sum_ptr + out_offsets, running_sum, row_mask)
@@ -168,6 +177,7 @@ def linear_nll_backward_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of dl, BLOCK_ROWS × BLOCK_V."""
+    # The rows are those of one chunk, and R is their number.
     row_ids = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     v_ids = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     row_mask = row_ids < R
@@ -192,6 +202,7 @@ def linear_nll_backward_kernel(
     g = tl.where(has_target, g, 0.0)
     dl = tl.where(has_target[:, None], p_minus_one_hot * g[:, None], 0.0)
 
+    # The store rounds dl to the dtype of h and W, for the products with them.
     dl_ptrs = dl_ptr + row_ids[:, None] * dl_row_stride + v_ids[None, :]
     tl.store(dl_ptrs, dl, row_mask[:, None] & (v_ids < V)[None, :])
 
@@ -227,6 +238,7 @@ class LinearNLL(torch.autograd.Function):
         share_size = tiles_per_share * blocks["BLOCK_V"]
         shares = ceil_div(V, share_size)
 
+        # What the programs leave of a row's logits: three numbers for each share
         share_max = h.new_empty(shares, R, dtype=torch.float32)
         share_sum = h.new_empty(shares, R, dtype=torch.float32)
         target_logit = h.new_empty(shares, R, dtype=torch.float32)
@@ -254,6 +266,7 @@ class LinearNLL(torch.autograd.Function):
         blocks = product_blocks(h, V)
         g = g.float().contiguous()
 
+        # dW is a sum over chunks: in 16 bits, each addition would round it. A frozen W needs none.
         dh = empty_contiguous(h)
         dW = W.new_zeros(V, D, dtype=torch.float32) if ctx.needs_input_grad[1] else None
 
@@ -271,6 +284,8 @@ class LinearNLL(torch.autograd.Function):
                 ctx.inverse_temperature,
                 **blocks,
             )  # fmt: skip
+
+            # The next chunk overwrites dl, so both of its products are taken here.
             dh[chunk] = dl[:n_rows] @ W
             if dW is not None:
                 dW += dl[:n_rows].T @ h[chunk]

@@ -53,10 +53,12 @@ def record(work, device):
 
 def capture(work, device):
     """One attempt of `record`."""
+    # popped: if this recording fails, the next begins with another stream and another pool
     stream, last_graph = held.pop(device, None) or (torch.cuda.Stream(device), None)
     pool = last_graph and last_graph.pool()
     graph = torch.cuda.CUDAGraph()
 
+    # a stream of its own, because CUDA records no graph on the default one
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         # thread_local: NCCL's threads may go on calling CUDA meanwhile
@@ -84,24 +86,14 @@ def release_memory():
 
 # ---- for loops whose steps are graphs ------------------------------------------------------------
 # Nothing in a recorded step may ask the device for a number, and shapes must not depend on data. So
-# with fixed_shape a step computes every row, and writes only the rows that it is meant for.
+# with fixed_shape a step computes every row, and a mask says which results count.
 
 
 def rows_where(mask, fixed_shape):
-    """Indices (n,) of the rows where mask (B,) is True. With fixed_shape, of all rows:
-    `write_where` then leaves the others unchanged.
-    """
+    """Indices (n,) of the rows where mask (B,) is True; with fixed_shape, of all rows."""
     if fixed_shape:
         return torch.arange(len(mask), device=mask.device)
     return mask.nonzero()[:, 0]
-
-
-def write_where(x, index, value, mask):
-    """x[index] = value where mask (n,) is True, in place. index: one index tensor or several, each
-    (n,), without duplicates.
-    """
-    mask = mask.view(-1, *[1] * (value.dim() - 1))
-    x[index] = torch.where(mask, value.to(x.dtype), x[index])
 
 
 def unfinished_rows(done, n_done, fixed_shape):
@@ -112,6 +104,9 @@ def unfinished_rows(done, n_done, fixed_shape):
     about the same (most of it is reading the weights) and must be recorded anew.
     """
     fewest = len(done) / 2 if fixed_shape else 1
+
+    # finished rows are sorted to the end. A count that is one step late keeps a few of them, and
+    # drops no row that is unfinished
     if n_done >= fewest:
         return done.long().argsort(stable=True)[: len(done) - n_done]
     return None
@@ -120,33 +115,36 @@ def unfinished_rows(done, n_done, fixed_shape):
 class DelayedCount:
     """Counts the True entries of a mask that only grows.
 
-    delayed: each call returns the previous call's count. The host launches a step and then waits
-    for the one before it, so the GPU always has work queued.
+    delayed: only every `every`-th call waits for the device, and then for a count that the call
+    before it has started, so the GPU always has work queued. The others return what is known.
     """
 
-    def __init__(self, delayed):
-        self.delayed = delayed
-        self.previous = None  # (count on its way to the host, the event after its copy)
+    def __init__(self, delayed, every=4):
+        self.delayed, self.every = delayed, every
+        self.n_call = 0
+        self.started = None  # (count on its way to the host, the event after its copy)
+        self.known = 0  # never too many
 
     def __call__(self, mask):
-        count = mask.sum()
         if not self.delayed:
-            return int(count)
+            return int(mask.sum())
+        self.n_call += 1
 
-        # start copying this count to the host
-        event = torch.cuda.Event() if count.is_cuda else None
-        current = count.to("cpu", non_blocking=True), event
-        if event:
-            event.record()
+        # wait for the count of the call before
+        if self.started is not None and self.n_call % self.every == 0:
+            count, event = self.started
+            if event:
+                event.synchronize()
+            self.known = int(count)
 
-        # wait for the previous one
-        previous, self.previous = self.previous, current
-        if previous is None:
-            return 0
-        previous_count, previous_event = previous
-        if previous_event:
-            previous_event.synchronize()
-        return int(previous_count)
+        # start a count for the next call, if that one waits
+        if (self.n_call + 1) % self.every == 0:
+            count = mask.sum()
+            event = torch.cuda.Event() if count.is_cuda else None
+            self.started = count.to("cpu", non_blocking=True), event
+            if event:
+                event.record()
+        return self.known
 
 
 class ReplayedStep:
@@ -160,12 +158,17 @@ class ReplayedStep:
 
     def __call__(self, work, *inputs):
         """work(*inputs). Every call passes the same `work`, and inputs of the same shapes."""
+        # the first call runs outside a graph, so that no recording compiles a kernel or allocates
+        # what outlives it
         if self.inputs is None:
             self.inputs = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
             return work(*self.inputs)
 
+        # a graph reads its inputs where they lay when it was recorded
         for own, new in zip(self.inputs, inputs):
             own.copy_(new)
+
+        # recording runs nothing, so the call that records is a replay, too
         if self.graph is None:
             device = inputs[0].device
             self.graph, self.result = record(lambda: work(*self.inputs), device)

@@ -35,9 +35,12 @@ MIN_ELEMENTS = 2**17
 
 def weight_gradient(x, dy, dtype, has_bias):
     """(dW, db) of all calls, db None without a bias: x (..., in), dy (..., out)."""
+    # all rows of all calls, one below the other: the product sums over them
     x = as_rows(x)
     dy = as_rows(dy)
     dW = (dy.t() @ x).to(dtype)
+
+    # summed in the parameter's dtype, because dy may have autocast's
     db = dy.sum(0, dtype=dtype) if has_bias else None
     return dW, db
 
@@ -50,15 +53,18 @@ class WeightGradient(torch.autograd.Function):
         ctx.calls = calls
         ctx.dtype = W.dtype
         ctx.has_bias = b is not None
+
+        # LinearCall returns no gradient of the dummy: it arrives here as None, not as zeros
         ctx.set_materialize_grads(False)
         return W.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
+        # by now every call that leads to the loss has added its pair
         xs, dys = zip(*ctx.calls)
         dW, db = weight_gradient(torch.cat(xs), torch.cat(dys), ctx.dtype, ctx.has_bias)
-        ctx.calls.clear()
+        ctx.calls.clear()  # free them
         return None, dW, db
 
 
@@ -90,6 +96,8 @@ class DeferredLinear:
     def __init__(self, linear, buffer=None):
         self.linear = linear
         self.buffer = buffer
+
+        # takes each call's (x, dy): a list, or a CallBuffer, which has `append`, too
         self.calls = [] if buffer is None else buffer
         self.dummy = None
         self.W = None  # until the first call
@@ -99,11 +107,14 @@ class DeferredLinear:
         W, b = self.linear.weight, self.linear.bias
         if self.buffer is None:
             self.dummy = WeightGradient.apply(self.calls, W, b)
+
+        # detached: no gradient reaches W and b through these copies
         self.W = W.detach().to(dtype)
         self.b = None if b is None else b.detach().to(dtype)
 
     def __call__(self, x):
         """x (..., in) -> (..., out)."""
+        # not before the first call: only inside autocast is the dtype known
         if self.W is None:
             self.prepare(compute_dtype(x))
         return LinearCall.apply(self.calls, self.dummy, x.to(self.W.dtype), self.W, self.b)
@@ -122,6 +133,7 @@ def large_linears(modules):
 @contextmanager
 def replaced_forwards(forwards):
     """Inside, each module of {module: function} has the function as its forward."""
+    # an attribute of the instance hides the method of its class
     for module, forward in forwards.items():
         module.forward = forward
     try:
@@ -148,9 +160,14 @@ class CallBuffer:
     def append(self, call):
         """Store (x, dy) of the current call."""
         x, dy = call
+
+        # zeros, because a layer may be called for some latents only: π does not read those that are
+        # fed to no row
         if self.x is None:
             self.x = x.new_zeros(self.n_calls, *x.shape)
             self.dy = dy.new_zeros(self.n_calls, *dy.shape)
+
+        # the row is read from the device, so that each replay of a graph writes another
         self.x.index_copy_(0, self.index, x[None])
         self.dy.index_copy_(0, self.index, dy[None])
 
@@ -162,10 +179,13 @@ class CallBuffers:
     """
 
     def __init__(self, modules, n_calls, device):
+        # one tensor, shared by the buffers of all layers
         self.index = torch.zeros(1, dtype=torch.long, device=device)
         self.layers = {}  # {Linear: its DeferredLinear}
         for m in large_linears(modules):
             self.layers[m] = DeferredLinear(m, CallBuffer(n_calls, self.index))
+
+        # the parameters whose gradients are found here, and need no other sum
         self.parameters = {p for m in self.layers for p in m.parameters()}
 
     def recording(self):

@@ -44,10 +44,13 @@ def run(loop, model, h, cache, plan):
 
     Returns the fields of its Latent, each (B, n_candidate, …) or None, and n_latent (B,).
     """
+    # the weights are inputs of the node only so that it can return their gradients
     n_layer = len(cache.order_tokens)
     chain = Chain(loop, model, cache, plan)
     outputs = ReplayedChain.apply(chain, h, *cache.order_tokens, *chain_weights(model))
     *fields, n_latent = outputs[:-n_layer]
+
+    # whatever the cache reads from here on comes after this node
     cache.order_tokens = list(outputs[-n_layer:])
     return fields, n_latent
 
@@ -57,6 +60,8 @@ def run(loop, model, h, cache, plan):
 
 def chain_modules(model):
     """π's layers and final norm, and whatever lies between its hidden state and z."""
+    # π counts by its layers and final norm: a latent passes neither its embedding nor its logits.
+    # φ and the stop head read z, but make neither z nor the next h
     not_passed = ("policy", "decoder", "stop_head")
     heads = [module for name, module in model.named_children() if name not in not_passed]
     return [*model.policy.model["layers"], model.policy.model["norm"], *heads]
@@ -76,6 +81,7 @@ def replaced_parameters(modules, replacements):
                 if p in replacements:
                     places.append((module._parameters, name, p))
 
+    # straight into the modules' dicts: setattr refuses a plain tensor in a parameter's place
     for parameters, name, p in places:
         parameters[name] = replacements[p]
     try:
@@ -100,6 +106,7 @@ class ReplayedChain(torch.autograd.Function):
         loop, model, cache, plan = chain
         n_own = cache.n_own.clone()  # before the chain
 
+        # the cache runs this step once, records it, and replays it from then on
         def read_column(z, is_fed):
             return model.policy.step(z, is_fed, cache)
 
@@ -136,7 +143,7 @@ class ReplayedChain(torch.autograd.Function):
             per_column.append(eps)
         per_column = [x.transpose(0, 1).contiguous() for x in per_column]  # (n_candidate, B, …)
 
-        # one latent at a time, the last one first
+        # one latent at a time, the last one first. dh: the gradient of the h that follows it
         again = RecomputedLatent(ctx.model, ctx.cache, ctx.spread, used, n_candidate=len(hidden))
         replayed = ReplayedStep()
         dh = torch.zeros_like(hidden[0])
@@ -144,6 +151,8 @@ class ReplayedChain(torch.autograd.Function):
             for t in reversed(range(len(hidden))):
                 again.buffers.index.fill_(t)
                 column = [x[t] for x in per_column]
+
+                # latents from L on were fed to no row, and the loop's h stayed what it was
                 if t < ctx.L:
                     is_fed = t < n_latent
                     n_before = n_own + n_latent.clamp(max=t)
@@ -151,6 +160,7 @@ class ReplayedChain(torch.autograd.Function):
                 elif used:
                     dh = again.of_unfed_latent(hidden[t], dh, *column)
 
+        # in the order of the node's inputs; None for a weight that has no gradient
         weights = chain_weights(ctx.model)
         gradients = again.weight_gradients()
         return None, dh, *d_order_tokens, *(gradients.get(p) for p in weights)
@@ -222,9 +232,12 @@ class RecomputedLatent:
                 next_outputs, next_grads = self.read_again(latent.z, *reading)
                 outputs += next_outputs
                 grads += next_grads
+
+            # allow_unused: a candidate that was not fed has not passed π's weights
             inputs = [h, *leaves.values()]
             dh, *d_leaves = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
 
+        # in place: a graph adds to the same memory at each replay
         for total, grad in zip(self.sums.values(), d_leaves):
             if grad is not None:
                 total += grad

@@ -105,10 +105,7 @@ def latent_loop(model, h, plan, feed):
         if t < plan.L:
             h = feed(latent.z, t < n_latent)
 
-    return hidden, stack(latents), n_latent
-
-
-def stack(latents):
-    """A list of n Latents (B, …) -> one Latent (B, n, …)."""
+    # A list of Latents (B, …) -> one Latent (B, n_candidate, …)
     fields = zip(*latents)
-    return Latent(*(None if field[0] is None else torch.stack(field, 1) for field in fields))
+    stacked = (None if field[0] is None else torch.stack(field, 1) for field in fields)
+    return hidden, Latent(*stacked), n_latent

@@ -16,9 +16,9 @@ import torch
 
 from kernels.common import cast_once, upcast
 from kernels.cross_entropy import IGNORE
-from kernels.graph import DelayedCount, unfinished_rows
 
 from . import reward
+from .rollout import write
 
 
 def thought_nll(decoder, z, text):
@@ -51,41 +51,12 @@ def read_thoughts(decoder, z, eos, max_new):
     if not N:
         return []
 
-    # Steps that have ended leave the batch, at once or, with CUDA graphs, when they are half of it
     cache = decoder.cache(N, c + max_new)
-    fixed_shape = cache.replays_steps
-    rows = torch.arange(N, device=z.device)  # the step that each row of the batch is
-    writing = torch.ones(N, dtype=torch.bool, device=z.device)
-    word = rows.new_full((N,), eos)
-    text = rows.new_full((N, max_new), eos)
-
-    def tick(t, h=None):
-        """Read the last word of every row (or take h (rows, D) as read) and write the t-th.
-
-        t: a tensor, (). A row that has ended writes eos.
-        """
-        if h is None:
-            h = decoder.step(decoder.embed(word), writing, cache)
-        word.copy_(torch.where(writing, decoder.logits(h).argmax(-1), eos))
-        text[rows, t.expand_as(rows)] = word
-        writing.copy_(word != eos)
-
-    count_done = DelayedCount(fixed_shape)
     with cast_once(decoder):
         all_real = torch.ones(N, c, dtype=torch.bool, device=z.device)
         h = decoder(z, all_real, cache, last=1)[:, 0]
-        tick(torch.zeros_like(rows[0]), h)
-        for t in range(1, max_new):
-            n_done = count_done(~writing)
-            if n_done == len(rows):
-                break
-            keep = unfinished_rows(~writing, n_done, fixed_shape)
-            if keep is not None:
-                rows, writing, word = rows[keep], writing[keep], word[keep]
-                cache.keep(keep)
-                count_done = DelayedCount(fixed_shape)
-            cache.step(tick, torch.full_like(rows[0], t))
-    return [ids[: ids.index(eos)] if eos in ids else ids for ids in text.tolist()]
+        token, _ = write(decoder, h, cache, max_new, [eos])
+    return [[i for i in ids if i not in (eos, -1)] for ids in token.tolist()]
 
 
 @torch.no_grad()

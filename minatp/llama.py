@@ -73,13 +73,18 @@ class KVCache:
     later columns flows back into earlier ones.
     """
 
-    # whether `step` is a CUDA graph; kernels/cache.py has a cache where it is
+    # True in the cache of kernels/cache.py: whether `step` is a CUDA graph, and whether a step must
+    # compute all rows
     replays_steps = False
+    fixed_shape = False
 
     def __init__(self, cfg, B, T, device):
         self.length = 0
         self.valid = torch.zeros(B, T, dtype=torch.bool, device=device)  # (B, T): real columns
         self.count = torch.zeros(B, 1, dtype=torch.long, device=device)  # (B, 1): how many so far
+        # The rows that take part in the next calls: all, or a LongTensor without repeats. Without
+        # autograd, the others may wait, and cost nothing
+        self.rows = slice(None)
         self.shape = B, cfg.n_kv_head, T, cfg.head_dim
         self.kv = [None] * cfg.n_layer  # of each layer: (keys, values)
 
@@ -88,16 +93,16 @@ class KVCache:
 
         Returns their position ids (B, T_new).
         """
-        position = self.count + valid.long().cumsum(1) - 1
+        position = self.count[self.rows] + valid.long().cumsum(1) - 1
         start, end = self.length, self.length + valid.shape[1]
-        self.valid[:, start:end] = valid
-        self.count = self.count + valid.sum(1, keepdim=True)
+        self.valid[self.rows, start:end] = valid
+        self.count[self.rows] += valid.sum(1, keepdim=True)
         self.length = end
 
         # Each new column sees the real columns up to itself; always itself, so that no row is empty
         column = torch.arange(end, device=valid.device)
         own = column[start:, None]
-        visible = self.valid[:, None, :end] & (column <= own)
+        visible = self.valid[self.rows, None, :end] & (column <= own)
         self.mask = (visible | (column == own))[:, None]  # (B, 1, T_new, length)
         return position.clamp(min=0)
 
@@ -110,13 +115,11 @@ class KVCache:
             self.kv[i] = k, v
             return k, v
         if self.kv[i] is None:
-            self.kv[i] = tuple(
-                torch.empty(self.shape, dtype=k.dtype, device=k.device) for _ in range(2)
-            )
+            self.kv[i] = k.new_zeros(self.shape), v.new_zeros(self.shape)
         start = self.length - k.shape[2]
         for buffer, new in zip(self.kv[i], (k, v)):
-            buffer[:, :, start : self.length] = new
-        return tuple(buffer[:, :, : self.length] for buffer in self.kv[i])
+            buffer[self.rows, :, start : self.length] = new
+        return tuple(buffer[self.rows, :, : self.length] for buffer in self.kv[i])
 
     def attend(self, i, q, k, v, rope):
         """Append k, v (B, h_kv, T_new, hd) to layer i and attend to it.

@@ -6,13 +6,14 @@ It knows nothing of text: prompts come in and chains go out as ids and latents (
 them into words).
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
 
 from kernels import ops
 from kernels.common import upcast
-from kernels.graph import DelayedCount, rows_where, unfinished_rows, write_where
+from kernels.graph import DelayedCount, rows_where, unfinished_rows
 
 from .chain import read_prompt
 
@@ -133,171 +134,173 @@ class Rollout:
         return replace(self, **selected)
 
 
-THINKS, WRITES, DONE = range(3)
-
-
 @torch.no_grad()
 def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=None, steps=None):
-    """Think, stop and answer.
+    """Think, stop and answer -> a Rollout of B = Q·group rows.
 
     prompt (Q, Tq): ids padded on the left; prompt_mask (Q, Tq) bool. Each prompt is read once and
-    continued `group` times: B = Q·group rows, those of one prompt side by side.
+    continued `group` times, and the rows of one prompt stand side by side.
     noise: a Noise of B rows, or None for the mean policy: z = μ, stop by argmax, greedy answer.
     forced: a Forced of B rows, or None. No stop is taken before the end of the forced latents,
     whatever the stop head says.
     steps: every row thinks exactly so many steps, and the stop head is not asked; None: it is.
-    Returns a Rollout of B rows. Raises ValueError if the model has not learned so many steps.
-
-    At every tick each unfinished row reads one position x, and its hidden state h decides:
-
-        THINKS    propose z from h. At the first latent of a step the stop head may drop it:
-                      then x ← <|end-latent|>, and the row WRITES from the next tick on;
-                  otherwise x ← z, unless the row has all its latents: x ← <|end-latent|>, WRITES
-        WRITES    choose the next word from h; x ← the word. At eos or after max_new words: DONE
+    Raises ValueError if the model has not learned so many steps.
     """
-    policy, c, device = model.policy, model.c, prompt.device
-    most_steps = min(model.stage, model.K)
+    policy = model.policy
+    n_step = min(model.stage, model.K)  # most steps of thought
     if steps is not None:
-        if not 0 <= steps <= most_steps:
-            raise ValueError(f"steps must be 0 … {most_steps}, not {steps}")
-        most_steps = steps
-    most = c * most_steps  # latents of a row
-    eos = torch.tensor(policy.cfg.eos, device=device)
-    end_latent = policy.embed(torch.tensor(model.end, device=device))  # (D,)
+        if not 0 <= steps <= n_step:
+            raise ValueError(f"steps must be 0 … {n_step}, not {steps}")
+        n_step = steps
+    h, cache = read_prompt(policy, prompt, prompt_mask, model.c * n_step + 1 + max_new, group)
+    out = Rollout.empty(model, len(h), max_new, noise, h.device)
 
-    # Read the prompts, and make room for what each of the B chains will be
-    h, cache = read_prompt(policy, prompt, prompt_mask, most + 1 + max_new, group)
-    B, D = h.shape
-    out = Rollout.empty(model, B, max_new, noise, device)
-    eps = noise and ops.prepare_noise(noise.eps_keys, D)  # ε; on a GPU still its keys
+    # 1. All rows think. One that stops waits for the others
+    think(model, h, cache, n_step, out, noise, forced, may_stop=steps is None)
 
-    # How many latents each row may have
-    limit = torch.full((B,), most, device=device)
-    if forced is not None:
-        limit = torch.where(forced.ends, forced.n, most).clamp(max=most)
-
-    # On a CPU, rows_where gives the rows that are due, and write_where(a, i, v, due) is a[i] = v.
-    # In a CUDA graph shapes are fixed: rows_where gives all rows, write_where stores what is due
-    fixed_shape = cache.replays_steps
-
-    # The state of the batch. It is written in place, and ticks are counted on the device, because
-    # a CUDA graph replays a tick on the same memory
-    rows = torch.arange(B, device=device)  # which of the B chains each row is
-    doing = torch.zeros_like(rows)  # THINKS, WRITES or DONE
-    x = end_latent.repeat(B, 1)  # (rows, D) what each row reads next
-
-    def write_words(h, writes):
-        """Where writes (rows,): choose the next word from hidden states h (rows, D)."""
-        b = rows_where(writes, fixed_shape)
-        if not len(b):
-            return
-        row, due = rows[b], writes[b]
-
-        # The n-th word of each chain, greedy or sampled
-        n = out.n_token[row].clamp(max=max_new - 1)
-        token, logp = choose_token(policy.logits(h[b]), noise, row, n)
-        write_where(out.token, (row, n), token, due)
-        write_where(out.logp_token, (row, n), logp, due)
-        out.n_token[row] += due
-
-        # It is read next, unless it ends the answer
-        write_where(x, b, policy.embed(token), due)
-        ended = (token[:, None] == eos).any(1) | (n + 1 == max_new)
-        write_where(doing, b, torch.where(ended, DONE, WRITES), due)
-
-    def think(h, t, thinks):
-        """Where thinks (rows,): propose latent t from h (rows, D), and stop there or keep it."""
-        b = rows_where(thinks, fixed_shape)
-        if not len(b):
-            return
-        row, due = rows[b], thinks[b]
-        column = t.clamp(max=most - 1).expand(len(b))
-
-        # Propose z ~ N(μ, σ²), or take the forced latent
-        latent = model.propose(h[b], noise and eps[row, column], spread=out.spread)
-        z = latent.z
-        if forced is not None:
-            is_forced = t < forced.n[row]
-            z = torch.where(is_forced[:, None], forced.z[row, column], z)
-        write_where(out.z, (row, column), z, due)
-        if model.vae:
-            write_where(out.logvar, (row, column), latent.logvar, due)
-            write_where(out.logp_z, (row, column), latent.logp, due)
-
-        # At the first latent of a step the stop head reads the candidate: stop drops it
-        stop = torch.zeros_like(due)
-        if model.stop and steps is None:
-            asked = due & (t % c == 0)
-            logp = upcast(model.stop_head(z)).log_softmax(-1)  # (rows, 2): continue, stop
-            if noise is None:
-                stop = logp[:, 1] > logp[:, 0]
-            else:
-                stop = noise.stop[row, column // c] < logp[:, 1].exp()
-            stop = stop & asked
-            if forced is not None:
-                stop = stop & ~is_forced
-            step = row, column // c
-            write_where(out.stop_prob, step, logp[:, 1].exp(), asked)
-            write_where(out.logp_stop, step, torch.where(stop, logp[:, 1], logp[:, 0]), asked)
-            write_where(out.stopped, row, stop, due)
-
-        # A latent that is kept is read next; after a stop it is <|end-latent|>
-        out.n_latent[row] += due & ~stop
-        write_where(x, b, z, due & ~stop)
-        write_where(doing, b, torch.where(stop, WRITES, THINKS), due)
-
-    def tick(t, h=None):
-        """Read one position of every row (or take h (rows, D) as read) and decide what comes next.
-
-        t: a tensor, ().
-        """
-        if h is None:
-            h = policy.step(x, doing < DONE, cache)
-        # Who does what at this tick: decided before the state below is overwritten
-        thinks = (doing == THINKS) & (t < limit[rows])
-        writes = doing == WRITES
-
-        # A row that has had all its latents reads <|end-latent|>, then writes. So would any other,
-        # but write_words and think overwrite it below
-        x.copy_(end_latent)
-        doing.clamp_(min=WRITES)
-        write_words(h, writes)
-        think(h, t, thinks)
-
-    # The first tick has read the prompt already. Done rows leave the batch, at once or, in CUDA
-    # graphs, when they are half of it: an early stop saves real work
-    count_done = DelayedCount(fixed_shape)
-    tick(torch.zeros_like(rows[0]), h)
-    for t in range(1, most + max_new + 1):
-        n_done = count_done(doing == DONE)
-        if n_done == len(rows):
-            break
-        keep = unfinished_rows(doing == DONE, n_done, fixed_shape)
-        if keep is not None:
-            rows, doing, x = rows[keep], doing[keep], x[keep]
-            cache.keep(keep)
-            count_done = DelayedCount(fixed_shape)
-        cache.step(tick, torch.full_like(rows[0], t))
+    # 2. All rows read <|end-latent|> and write
+    all_rows = torch.ones(len(h), dtype=torch.bool, device=h.device)
+    end_latent = torch.full((len(h),), model.end, device=h.device)
+    h = policy.step(policy.embed(end_latent), all_rows, cache)
+    token, logp_token = write(policy, h, cache, max_new, policy.cfg.eos, noise)
+    out.n_token = (token >= 0).sum(1)
 
     # Trim to the longest answer
     longest = int(out.n_token.max())
-    out.token, out.logp_token = out.token[:, :longest], out.logp_token[:, :longest]
+    out.token, out.logp_token = token[:, :longest], logp_token[:, :longest]
     return out
 
 
-def choose_token(logits, noise, row, n):
-    """The n-th words (rows,) of some rows and their log-probabilities, from logits (rows, V).
+# On a GPU a step of either loop is a CUDA graph, which is recorded once and replayed on the same
+# memory (kernels/graph.py). So its state is written in place, it counts on the device, and shapes
+# are fixed: all rows are computed, and a mask says whose results count. On a CPU only the rows that
+# are due are computed: an early stop saves work.
 
-    Greedy, or by inverting the cumulative distribution at the uniform number drawn for that word.
+
+def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
+    """Think at most n_step steps after hidden states h (B, D), which are overwritten.
+
+    may_stop: whether the stop head is asked; if it is not, every row thinks all its steps.
+    `out`, a Rollout of B rows, receives the latents, their densities, and the stops.
     """
-    logits = upcast(logits)
-    if noise and noise.temperature != 1:
-        logits = logits / noise.temperature
-    logp = logits.log_softmax(-1)
-    if noise is None or noise.token is None:
-        token = logp.argmax(-1)
-    else:
-        cdf = logp.exp().cumsum(-1)
-        u = noise.token[row, n][:, None] * cdf[:, -1:]
-        token = torch.searchsorted(cdf, u)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return token, logp.gather(1, token[:, None])[:, 0]
+    policy, c = model.policy, model.c
+    B, D = h.shape
+    eps = noise and ops.prepare_noise(noise.eps_keys, D)  # ε; on a GPU still its keys
+    fixed_shape = cache.fixed_shape
+
+    # How many latents each row may have, and which rows still think
+    limit = torch.full((B,), c * n_step, device=h.device)
+    if forced is not None:
+        limit = torch.where(forced.ends, forced.n, limit).clamp(max=c * n_step)
+    thinks = limit > 0
+
+    def think_step(s):
+        """Step s, a tensor (), of every row that still thinks: c latents, or a stop."""
+        b = rows_where(thinks, fixed_shape)
+        step = s.expand_as(b)
+        for j in range(c):
+            # Propose z ~ N(μ, σ²), or take the forced latent
+            t = c * step + j
+            latent = model.propose(h[b], noise and eps[b, t], spread=out.spread)
+            z = latent.z
+            if forced is not None:
+                is_forced = t < forced.n[b]
+                z = torch.where(is_forced[:, None], forced.z[b, t], z)
+            out.z[b, t] = z
+            if model.vae:
+                out.logvar[b, t] = latent.logvar
+                out.logp_z[b, t] = latent.logp
+
+            # At the first latent of a step the stop head reads the candidate: a stop drops it
+            if j == 0 and model.stop and may_stop:
+                logp = upcast(model.stop_head(z)).log_softmax(-1)  # (rows, 2): continue, stop
+                if noise is None:
+                    stop = logp[:, 1] > logp[:, 0]
+                else:
+                    stop = noise.stop[b, step] < logp[:, 1].exp()
+                if forced is not None:
+                    stop = stop & ~is_forced
+                out.stop_prob[b, step] = logp[:, 1].exp()
+                out.logp_stop[b, step] = torch.where(stop, logp[:, 1], logp[:, 0])
+                thinks[b] = thinks[b] & ~stop
+
+                # Go on with the others
+                goes_on = rows_where(~stop, fixed_shape)
+                b, step, z = b[goes_on], step[goes_on], z[goes_on]
+                if not len(b):
+                    return
+
+            # Read it, for the next
+            cache.rows = b
+            h[b] = policy.step(z, thinks[b], cache)
+            out.n_latent += thinks
+        thinks.logical_and_(out.n_latent < limit)
+
+    count_done = DelayedCount(fixed_shape, every=math.ceil(4 / c))  # 4 latents
+    for s in range(n_step):
+        if count_done(~thinks) == B:
+            break
+        cache.step(think_step, torch.full((), s, device=h.device))
+    cache.rows = slice(None)
+
+    # A row that stopped has one more candidate than latents. Clear what no row proposed
+    out.stopped = out.n_latent < limit
+    column = torch.arange(out.z.shape[1], device=h.device)
+    unproposed = column >= (out.n_latent + out.stopped)[:, None]  # (B, cK)
+    undecided = unproposed[:, ::c]  # (B, K)
+    out.z.masked_fill_(unproposed[..., None], 0)
+    if model.vae:
+        out.logvar.masked_fill_(unproposed[..., None], 0)
+    out.logp_z.masked_fill_(unproposed, 0)
+    out.stop_prob.masked_fill_(undecided, torch.nan)
+    out.logp_stop.masked_fill_(undecided, 0)
+
+
+@torch.no_grad()
+def write(llama, h, cache, max_new, eos, noise=None):
+    """Write after hidden states h (B, D), each row up to one of the ids `eos`, at most max_new ids.
+
+    noise: a Noise of B rows; None: greedy. Returns the ids (B, max_new), −1 past the end of a row,
+    and their log-probabilities (B, max_new). Both the policy and φ write with it.
+    """
+    B = len(h)
+    is_sampled = noise is not None and noise.token is not None
+    temperature = noise.temperature if noise else 1.0
+    eos = torch.tensor(eos, device=h.device)
+    token = torch.full((B, max_new), -1, device=h.device)
+    logp_token = torch.zeros(B, max_new, device=h.device)
+
+    # The rows that are still in the batch: which each is, whether it writes, its last word
+    rows = torch.arange(B, device=h.device)
+    writes = torch.ones(B, dtype=torch.bool, device=h.device)
+    word = torch.zeros_like(rows)
+
+    def write_word(n, h=None):
+        """Read the last word of every row (or take h (rows, D) as read), and write the n-th."""
+        if h is None:
+            h = llama.step(llama.embed(word), writes, cache)
+        column = n.expand_as(rows)
+
+        # The word at which the cumulative softmax(logits/temperature) reaches u, or the likeliest
+        u = noise.token[rows, column] if is_sampled else None
+        chosen, logp = ops.sample(llama.logits(h), u, temperature)
+        token[rows, column] = torch.where(writes, chosen, -1)
+        logp_token[rows, column] = torch.where(writes, logp, 0.0)
+        word.copy_(chosen)
+        writes.logical_and_((chosen[:, None] != eos).all(1))
+
+    # Rows that have ended leave the batch: at once or, in CUDA graphs, when they are half of it
+    fixed_shape = cache.fixed_shape
+    count_done = DelayedCount(fixed_shape)
+    write_word(torch.zeros_like(rows[0]), h)
+    for n in range(1, max_new):
+        n_done = count_done(~writes)
+        if n_done == len(rows):
+            break
+        keep = unfinished_rows(~writes, n_done, fixed_shape)
+        if keep is not None:
+            rows, writes, word = rows[keep], writes[keep], word[keep]
+            cache.keep(keep)
+            count_done = DelayedCount(fixed_shape)
+        cache.step(write_word, torch.full_like(rows[0], n))
+    return token, logp_token

@@ -450,12 +450,14 @@ def run_rollouts(gpu, model):
         f"{prompt.shape[1]} tokens of question, {MAX_NEW} of answer"
     )
 
-    # A tick is the policy's step, its heads and the choice of a word; the rest is bookkeeping
+    # The two loops, and the parts of a step in them; the rest of it is bookkeeping
     set_region(gpu, rollout, "read_prompt", "prompt, forward")
+    set_region(gpu, rollout, "think", "thinking")
+    set_region(gpu, rollout, "write", "writing")
     set_region(gpu, Llama, "step")
     set_region(gpu, Llama, "logits")
     set_region(gpu, ATP, "propose")
-    set_region(gpu, rollout, "choose_token")
+    set_region(gpu, ops, "sample")
     with gpu, gpu.region("rollouts"), torch.autocast("meta"):
         rollout.rollout(model, prompt, prompt_mask, MAX_NEW, noise, size.G)
 

@@ -23,9 +23,10 @@ import torch
 
 from kernels.common import upcast
 from kernels.cross_entropy import IGNORE, token_nll
+from kernels.sampling import sample
 from kernels.vae import draw_noise, gaussian_log_prob, kl_normal
 
-from ..rollout import Rollout, choose_token
+from ..rollout import Rollout
 from ..run.errors import UserError
 from ..run.huggingface import hf_config
 
@@ -326,7 +327,6 @@ class Reference:
         n_latent = mask[:, Tq : Tq + n].sum(1)
 
         # Write. Each word reads everything again, and has logits of everything, for the last one
-        rows = torch.arange(B, device=device)
         writing = torch.ones(B, dtype=torch.bool, device=device)
         words = []
         for i in range(max_new):
@@ -337,7 +337,7 @@ class Reference:
                 use_cache=False,
             )
             logits = out.logits.float()
-            token, _ = choose_token(logits[:, -1], noise, rows, torch.full_like(rows, i))
+            token = self.choose(logits[:, -1], noise, i)
             words.append(token.masked_fill(~writing, -1))
 
             # Rows that have ended stay in the batch until all have
@@ -349,6 +349,12 @@ class Reference:
 
         # Only the stop head ends the thinking before n latents
         return as_rollout(z, n_latent, n_latent < n, torch.stack(words, 1))
+
+    def choose(self, logits, noise, i):
+        """The i-th word of every row, greedy or drawn, from logits (B, V)."""
+        if noise is None or noise.token is None:
+            return sample(logits)[0]
+        return sample(logits, noise.token[:, i], noise.temperature)[0]
 
     def stops(self, z, t, noise):
         """Whether each row (B,) stops at latent t, its candidate being z (B, D)."""
@@ -564,7 +570,7 @@ class Tuned(Reference):
             mask = torch.cat((mask, writing[:, None]), 1)
             h = self.hidden(self.policy, self.embed(token)[:, None], mask, cache)[:, -1]
             logits = self.policy.lm_head(h)
-            token, _ = choose_token(logits, noise, rows, torch.full_like(rows, i))
+            token = self.choose(logits, noise, i)
             words.append(token.masked_fill(~writing, -1))
             writing = writing & ~self.ends(token)
             if not writing.any():

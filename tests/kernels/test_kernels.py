@@ -422,6 +422,41 @@ def test_the_cache_agrees_with_the_models_own_and_runs_backward_twice(monkeypatc
             close(a, x, 5 * FP32)
 
 
+# ---- choosing words ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "R, V, dtype, temperature",
+    [
+        (5, 7, torch.float32, 1.0),
+        (3, 1024, torch.float32, 0.7),
+        (65, 5001, torch.float32, 1.3),
+        (33, 3000, torch.float16, 1.0),
+    ],
+)
+def test_sampling_inverts_the_exact_cdf(R, V, dtype, temperature):
+    logits = (3 * normal(R, V + 3)).to(dtype)[:, :V]  # rows that are not contiguous
+    u = torch.rand(R, device=DEVICE)
+    u[:2] = torch.tensor([0.0, 1 - 2**-24])  # both ends
+    word, logp = with_triton(ops.sample, logits, u, temperature)
+
+    # in float64, it is the same word unless u lies on a boundary
+    exact_logp = (logits.double() / temperature).log_softmax(-1)
+    cdf = exact_logp.exp().cumsum(-1)
+    exact_word = (cdf < u.double()[:, None]).sum(1).clamp(max=V - 1)
+    at_boundary = (cdf - u[:, None]).abs().amin(1) < 1e-5
+    assert ((word == exact_word) | at_boundary).all()
+    close(logp, exact_logp.gather(1, word[:, None])[:, 0], 2 * FP32)
+
+
+@pytest.mark.parametrize("V", [7, 1024, 3000])
+def test_the_likeliest_word_is_the_first_of_the_likeliest(V):
+    logits = normal(9, V).round()  # with many ties
+    word, logp = with_triton(ops.sample, logits)
+    assert torch.equal(word, logits.argmax(-1))
+    close(logp, logits.double().log_softmax(-1).amax(-1), 2 * FP32)
+
+
 # ---- rows and the output matrix ------------------------------------------------------------------
 
 

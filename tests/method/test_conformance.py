@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minatp import data, rl, rollout, sft
+from minatp import chain, data, rl, rollout, sft
 from minatp.decoder import read_thoughts
 from minatp.problems import Problem
 from minatp.run.huggingface import fill, load_model, read_config
@@ -254,26 +254,24 @@ def test_log_probabilities_of_rollouts(model, tokenizer):
             assert (row[n:] == 0).all()
 
 
-@pytest.fixture
-def margins(monkeypatch):
-    """By how much the likeliest word led the second, at the closest word of each chain."""
-    closest = torch.full((len(QUESTIONS),), torch.inf)
-    choose_token = rollout.choose_token
+def smallest_margin(policy, prompt, prompt_mask, z, end, ids):
+    """By how much the likeliest word led the second, at the closest of the words `ids` of a chain.
 
-    def watch(logits, noise, chain, n):
-        first, second = logits.topk(2).values.unbind(-1)
-        closest[chain] = closest[chain].minimum(first - second)
-        return choose_token(logits, noise, chain, n)
-
-    monkeypatch.setattr(rollout, "choose_token", watch)
-    return closest
+    prompt, prompt_mask (1, Tq); z (1, T, D): its latents; end: the id of <|end-latent|>.
+    """
+    text = policy.embed(torch.tensor([[end, *ids[:-1]]]))
+    x = torch.cat((z, text), 1)
+    _, cache = chain.read_prompt(policy, prompt, prompt_mask, x.shape[1])
+    h = policy(x, torch.ones(x.shape[:2], dtype=torch.bool), cache, last=len(ids))
+    first, second = policy.logits(h).topk(2).values.unbind(-1)
+    return (first - second).detach().amin(1)
 
 
 def up_to_eos(ids, eos):
     return ids[: ids.index(eos)] if eos in ids else ids
 
 
-def test_generation_and_decoded_steps(model, tokenizer, margins):
+def test_generation_and_decoded_steps(model, tokenizer):
     answers = [gold["answer_ids"] for gold in GOLD["generate"]]
     readings = [ids for gold in GOLD["generate"] for ids in gold["decoded_step_ids"]]
     longest_answer = max(map(len, answers))
@@ -281,8 +279,6 @@ def test_generation_and_decoded_steps(model, tokenizer, margins):
     prompt, prompt_mask = data.left_pad(tokenizer.prompts(QUESTIONS), tokenizer.end)
 
     chains = rollout.rollout(model, prompt, prompt_mask, longest_answer)
-    smallest_margins = [gold["smallest_logit_margin"] for gold in GOLD["generate"]]
-    assert_each_close(margins, smallest_margins, "smallest_logit_margin")
     for b, gold in enumerate(GOLD["generate"]):
         assert chains.n_latent[b] == gold["latents"]
         assert chains.token[b, : chains.n_token[b]].tolist() == gold["answer_ids"]
@@ -291,7 +287,14 @@ def test_generation_and_decoded_steps(model, tokenizer, margins):
         assert_each_close(chains.stop_prob[b, :n_decision], gold["stop_probs"], f"stop{b}")
         assert chains.stop_prob[b, n_decision:].isnan().all()
 
-        z = chains.z[b, : gold["latents"]].unflatten(0, (-1, model.c))  # (steps, c, D)
+        z = chains.z[b, : gold["latents"]]
+        margin = smallest_margin(
+            model.policy, prompt[b : b + 1], prompt_mask[b : b + 1], z[None], model.end,
+            gold["answer_ids"],
+        )  # fmt: skip
+        assert_each_close(margin, [gold["smallest_logit_margin"]], f"margin{b}")
+
+        z = z.unflatten(0, (-1, model.c))  # (steps, c, D)
         eos = tokenizer.eos[0]
         texts = read_thoughts(model.decoder, z, eos, longest_reading)
         assert texts == [up_to_eos(ids, eos) for ids in gold["decoded_step_ids"]]

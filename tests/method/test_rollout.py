@@ -95,7 +95,7 @@ def test_finished_rows_cost_nothing(model, tokenizer, monkeypatch):
 # ---- fixed shapes --------------------------------------------------------------------------------
 
 
-def never_counts(delayed):
+def never_counts(delayed, every=None):
     """In place of DelayedCount: the host never learns that a row is done."""
 
     def count(mask):
@@ -106,14 +106,13 @@ def never_counts(delayed):
 
 @pytest.fixture
 def fixed_shapes(monkeypatch):
-    """As on a GPU, where a tick is a CUDA graph: every row is computed, and what it may keep is
+    """As on a GPU, where a step is a CUDA graph: every row is computed, and what it may keep is
     kept.
     """
 
     def turn_on():
-        monkeypatch.setattr(KVCache, "replays_steps", True)
-        for module in ("decoder", "rollout"):
-            monkeypatch.setattr(f"minatp.{module}.DelayedCount", never_counts)
+        monkeypatch.setattr(KVCache, "fixed_shape", True)
+        monkeypatch.setattr("minatp.rollout.DelayedCount", never_counts)
 
     return turn_on
 

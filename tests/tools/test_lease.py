@@ -183,9 +183,13 @@ def test_the_fake_gpu_counts_an_sft_step():
 def test_the_fake_gpu_counts_rollouts():
     regions, shown = count_regions("--rl")
     assert "FAULT" not in shown
-    assert regions["rollouts, graph"]["replays"] == 35  # of 20 latents and 16 words, but the first
-    for part in ("step", "logits", "choose_token", "propose"):
-        assert regions[f"rollouts, graph: {part}"]["launches"] > 0
+
+    # of 10 steps of thought the first is run; of 16 words the first needs no step
+    assert regions["thinking, graph"]["replays"] == 9
+    assert regions["writing, graph"]["replays"] == 14
+    for loop, parts in (("thinking", "propose step"), ("writing", "step logits sample")):
+        for part in parts.split():
+            assert regions[f"{loop}, graph: {part}"]["launches"] > 0
     for name, region in regions.items():
         assert region["waits"] == 0, name
 
