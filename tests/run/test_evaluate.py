@@ -69,3 +69,10 @@ def test_who_is_elected():
     no_answer = chain_of("words")
     assert elect([no_answer], "majority") is no_answer
     assert elect([no_answer, coherent], "majority") is coherent
+
+
+def test_votes_count_answers_as_the_reward_reads_them():
+    seven, also_seven, eight = (chain_of(text, []) for text in ("### 7", "### $7.00.", "### 8"))
+    assert elect([eight, seven, also_seven], "majority") is seven
+    far, also_far, near = (chain_of(text, []) for text in ("### Far", "### far", "### near"))
+    assert elect([near, far, also_far], "majority") is far
