@@ -141,8 +141,7 @@ def elect(chains, by):
         chains = [c for c, value in zip(chains, coherence) if value == max(coherence)]
 
     def key(chain):  # "5" and "5.0" are one answer
-        value = None if chain.answer is None else reward.number(chain.answer)
-        return chain.answer if value is None else value
+        return None if chain.answer is None else reward.reading(chain.answer)
 
     # A chain without an answer has no vote. If none has one, the first chain is elected
     votes = Counter(key(c) for c in chains if c.answer is not None)

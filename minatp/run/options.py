@@ -90,7 +90,10 @@ class General:
 class Data:
     """data"""
 
-    data: str = opt("", "training problems: JSON, JSONL or iCoT text [the built-in task]")
+    data: str = opt(
+        "",
+        "training problems: JSON, JSONL, iCoT, or as published (docs/scaling.md) [the built-in task]",
+    )
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
     test: str = opt("", "test problems, several files separated by commas [as many again]")
 

@@ -22,7 +22,7 @@ def parse(argv, description):
         help="folder of a run, or of a saved model; several: a,b or --run twice [out/sft]")
     add("--file", help="problems (JSON, JSONL, iCoT) or plain questions, one a line")
     add("--problems", type=int,
-        help="how many of a file or of the test set; 0: all [4, or 50 with --html]")
+        help="how many, from the first; 0: all [4, or 50 with --html; of stdin all]")
     add("--html", default="", metavar="FILE", help="write one self-contained page for the browser")
     add("--edit", action="append", default=[],
         help="edit the mean chain and think on from there; may be repeated")
@@ -50,7 +50,9 @@ def parse(argv, description):
             f"command line: --n {args.n} chains of --temperature 0 would all be the same; "
             "drop one of the two options"
         )
-    if args.problems is None:
+    if args.problems is None and args.question == "-":
+        args.problems = 0
+    elif args.problems is None:
         args.problems = 50 if args.html else 4
     if args.n is None:
         args.n = 6 if args.html else 1
