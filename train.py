@@ -284,7 +284,7 @@ def policy_gradients(run, explored, advantage, informative, old):
     group = our_informative.nonzero()[:, 0].to(device)
     rows = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
     prompt, prompt_mask = explored.prompt[group], explored.prompt_mask[group]
-    rolled = explored.rollout.select(rows)
+    rolled = explored.rollout.at(rows)
     chain_advantage = (
         distributed.shard(advantage)[our_informative].view(-1, 1).to(device)
     )  # (rows, 1)

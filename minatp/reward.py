@@ -110,12 +110,6 @@ def form(text, ended):
 # ---- the steps -----------------------------------------------------------------------------------
 
 
-def sides(step):
-    """The texts left and right of a step's last "="; two empty ones without "="."""
-    left, equals, right = step.translate(SYMBOLS).rpartition("=")
-    return (left, right) if equals else ("", "")
-
-
 def parts(match):
     """A match of IN_STEP -> [its value, and of a fraction such as 3/4 also 3 and 4], some None."""
     sign, top, bottom = match.groups()
@@ -128,7 +122,8 @@ def parts(match):
 
 def result(step):
     """The number after a step's last "=", or None. That of "3/4" is 0.75, and of "30%" 0.3."""
-    match = IN_STEP.search(sides(step)[1])
+    _, equals, right = step.translate(SYMBOLS).rpartition("=")
+    match = IN_STEP.search(right) if equals else None
     return parts(match)[0] if match else None
 
 
@@ -144,7 +139,8 @@ def operands(step):
     "3/4" is a number like 3 and 4; "6/3" is a division to be carried out: 2 is no operand of it.
     """
     found = []
-    for match in IN_STEP.finditer(sides(step)[0]):
+    left = step.translate(SYMBOLS).rpartition("=")[0]
+    for match in IN_STEP.finditer(left):
         value, *fraction = parts(match)
         is_division = fraction and value is not None and value.denominator == 1
         found += fraction if is_division else [value, *fraction]
@@ -192,7 +188,7 @@ def true(step):
     A value that no decimal number has, such as 10/3, may be rounded: to 3.3 or 3.33, not to 3.
     False if it is not arithmetic.
     """
-    left, right = sides(step)
+    left, _, right = step.translate(SYMBOLS).rpartition("=")
     r = result(step)
     if r is None or len(left) > LONGEST:
         return False

@@ -419,7 +419,7 @@ def run_sft(gpu, model):
     )
 
     # All lengths are known. From here on tensors have shapes alone; the noise is keys, as on a GPU
-    batch = batch.to(META)
+    batch = batch.at(device=META)
     eps = ops.noise_keys(0, len(rows), model.c * model.K).to(META)
 
     # The parts that have a region of their own
@@ -444,7 +444,7 @@ def run_rollouts(gpu, model):
     rows = [paper_row(model.end) for _ in range(size.questions)]
     prompt, prompt_mask = data.left_pad([row.prompt for row in rows], model.end, META)
     noise = rollout.Noise.draw(model, size.questions * size.G, MAX_NEW, seed=1)
-    noise = noise.at(slice(None), META)
+    noise = noise.at(device=META)
     print0(
         f"rollouts, stage {model.stage}: {size.questions} questions × {size.G}, "
         f"{prompt.shape[1]} tokens of question, {MAX_NEW} of answer"

@@ -292,7 +292,7 @@ def reading_nll(run, model):
     # Teacher-forced, as in SFT, but at z = μ: no noise is given
     batch = collate(run.reading_rows, model.stage, model)
     with run.autocast:
-        losses = sft_losses(model, batch.to(run.device))
+        losses = sft_losses(model, batch.at(device=run.device))
     return float(losses["dec"]) / batch.counts["dec"]
 
 
@@ -313,7 +313,7 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     # All Q·n chains in one batch, rewarded as in training
     prompts = run.tokenizer.prompts([p.question for p in problems])
     prompt, prompt_mask = left_pad(prompts, run.tokenizer.end, run.device)
-    all_rows = noise.at(slice(None), run.device)
+    all_rows = noise.at(device=run.device)
     result = rollout(model, prompt, prompt_mask, run.max_new, all_rows, n)
     graph.release_memory()
     chains = as_text(model, run.tokenizer, result)

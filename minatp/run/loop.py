@@ -236,7 +236,7 @@ class Run:
             length = batch.prompt.shape[1] + batch.L + batch.text.shape[1]
             what = f"sft, stage {stage}, step {step + 1}"
             self.doing = Doing(what, len(batch.prompt), length, "--micro-batch or --batch-size")
-            yield batch.to(self.device), eps_keys, counts
+            yield batch.at(device=self.device), eps_keys, counts
         self.doing = self.between_batches
 
     def memory_guard(self):

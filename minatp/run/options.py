@@ -92,7 +92,7 @@ class Data:
 
     data: str = opt(
         "",
-        "training problems: JSON, JSONL, iCoT, or as published (docs/scaling.md) [the built-in task]",
+        "training problems: JSON, JSONL, iCoT, or published (docs/scaling.md) [built-in task]",
     )
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
     test: str = opt("", "test problems, several files separated by commas [as many again]")

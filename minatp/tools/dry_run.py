@@ -150,7 +150,7 @@ def activation_bytes(run, row, stages):
         return parts["activations"] + parts["logits"]
 
     def forward(n, stage):
-        batch = collate([row] * n, stage, model).to(device)
+        batch = collate([row] * n, stage, model).at(device=device)
 
         # The values of ε do not change what is kept: zeros will do
         eps = None
