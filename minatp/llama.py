@@ -262,7 +262,13 @@ class Llama(nn.Module):
         return self
 
     def start_from(self, other):
-        """Copy weights of another Llama of the same width, of its lower layers if it has more."""
+        """Copy weights of another Llama of the same width, of its lower layers if it has more.
+
+        Raises ValueError if it has fewer.
+        """
+        n, n_other = self.cfg.n_layer, other.cfg.n_layer
+        if n > n_other:
+            raise ValueError(f"{n} layers cannot start from the weights of {n_other}")
         own = self.state_dict()
         self.load_state_dict({k: v for k, v in other.state_dict().items() if k in own})
 

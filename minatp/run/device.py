@@ -9,6 +9,7 @@ import torch
 from kernels import ops
 from kernels.common import is_out_of_memory
 
+from . import distributed
 from .errors import OutOfMemory, UserError
 
 # A model with fewer gets one thread of the CPU, see `place`
@@ -48,9 +49,9 @@ def check_gpu(device, name):
         )
     # cuDNN's attention makes a plan for every shape, and shapes change here with every batch
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # Triton launches on the current device, wherever the tensors are. Under torchrun each rank sets
-    # its own
-    if device.index is not None and "LOCAL_RANK" not in os.environ:
+    # Triton launches on the current device, wherever the tensors are. Several ranks each set their
+    # own later (distributed.start)
+    if device.index is not None and distributed.n_started() == 1:
         torch.cuda.set_device(device)
 
 

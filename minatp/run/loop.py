@@ -21,14 +21,7 @@ from ..rollout import Noise
 from ..sft import total_loss
 from . import checkpoint, distributed, evaluate
 from .build import build, n_parameters
-from .checks import (
-    check_problems,
-    check_size,
-    check_start,
-    check_thoughts,
-    fingerprint,
-    format_sources,
-)
+from .checks import check_problems, check_start, fingerprint, format_sources
 from .device import Doing, autocast, memory_guard, place, solving_guard
 from .errors import NotFinite
 from .folder import Log
@@ -67,10 +60,7 @@ class Run:
 
         # The model: of the checkpoint, from --init, or untrained
         saved = newest_checkpoint(cfg.out) if cfg.resume else None
-        if cfg.stage == "rl":
-            check_thoughts(cfg)
         self.model, self.tokenizer = load_model(saved) if saved else build(cfg, self.splits.train)
-        check_size(self.model, cfg)
         place(self.model, self.device).set_recompute(cfg.recompute)
         self.optimizer = GuardedOptimizer(build_optimizer(cfg, self.model), self.model, cfg.clip)
 

@@ -107,7 +107,7 @@ class Data:
 
 @dataclass
 class Size:
-    """model (from scratch; --init brings its own)"""
+    """model (from scratch; --init brings its own, which an option may repeat)"""
 
     n_layer: int = opt(2, "layers", POSITIVE)
     n_head: int = opt(4, "query heads", POSITIVE)
@@ -119,17 +119,22 @@ class Size:
     vocab_size: int = opt(
         1024, "most tokens of the tokenizer, which is trained on the data", POSITIVE
     )
-    decoder_layers: int = opt(2, "layers of the decoder LM; 0: as many as the policy", NOT_NEGATIVE)
+    decoder_layers: int = opt(
+        2,
+        "layers of the decoder LM, if there is one; also of a new one beside --init, which gets "
+        "the policy's lower layers; 0: all",
+        NOT_NEGATIVE,
+    )
 
 
 @dataclass
 class Latents:
-    """latents"""
+    """latents (of a method that has them)"""
 
     c: int = opt(2, "latents per reasoning step", POSITIVE)
     K: int = opt(4, "most reasoning steps kept latent", POSITIVE)
     beta: float = opt(1e-3, "weight of the KL term", NOT_NEGATIVE)
-    init_logvar: float = opt(-4.0, "log σ² of an untrained latent head")
+    init_logvar: float = opt(-4.0, "log σ² of a latent head that starts untrained")
 
     # Each switches off a part of ATP-Latent
     no_vae: bool = opt(False, "ablation: the latent is the hidden state itself")
@@ -144,8 +149,8 @@ class Optim:
     # How long, and how much at once
     epochs: str = opt(
         "",
-        "epochs of each curriculum stage 0 … K+1, separated by commas, or one number for every "
-        "stage [the preset's]",
+        "SFT: epochs of each curriculum stage 0 … K+1, separated by commas, or one number for "
+        "every stage [the preset's]",
     )
     batch_size: int = opt(32, "problems per step", POSITIVE)
     micro_batch: int = opt(
@@ -172,7 +177,7 @@ class Optim:
 
     # Extras: problems without steps, and less memory for more work
     answers_share: float = opt(
-        0.0, "share of problems with an answer and no steps in each batch of the last stage"
+        0.0, "SFT: share of problems with an answer and no steps in each batch of the last stage"
     )
     recompute: bool = opt(
         False, "recompute MLP activations in the backward pass: less memory, a fifth more work"
@@ -182,13 +187,15 @@ class Optim:
 # With --stage rl the presets set other values of some: RL_PRESETS above
 @dataclass
 class Explore:
-    """rl"""
+    """rl (without a say in SFT, but for --answers)"""
 
     # How much is explored
     updates: int = opt(500, "batches of questions", POSITIVE)
     G: int = opt(8, "rollouts per question", POSITIVE)
     answers: int = opt(
-        20000, "built-in task: problems with an answer and no steps, to explore on", POSITIVE
+        20000,
+        "built-in task: problems with an answer and no steps, to explore on or for --answers-share",
+        POSITIVE,
     )
 
     # How chains are drawn, and what of them gets credit

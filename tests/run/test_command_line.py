@@ -6,6 +6,7 @@ import pytest
 
 import train
 from minatp.run import options
+from minatp.run.options import Data, Explore, General, Latents, Optim, Report, Size
 from minatp.run.saved import checkpoints
 from minatp.run.splits import test_set as load_test_set  # pytest would collect its own name
 
@@ -175,5 +176,5 @@ def test_help_shows_every_option_and_its_default(capsys):
     assert f"latents per reasoning step [{tiny.c}; llama-1b {large.c}]" in shown
     assert f"of weights, data order and noise [{tiny.seed}]" in shown
 
-    for group in ("run", "data", "latents", "training", "rl", "evaluation and files"):
-        assert f" {group}: --" in shown
+    for group in (General, Data, Latents, Optim, Explore, Size, Report):
+        assert f" {group.__doc__}: --" in shown
