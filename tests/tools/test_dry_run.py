@@ -156,6 +156,18 @@ def test_a_model_too_large_to_build_is_counted(tmp_path, never, capsys, monkeypa
     assert "do not end on a step" in output
 
 
+def test_the_preset_of_smollm2_has_its_shape(never, capsys, monkeypatch):
+    """The published file has as many parameters; φ has six of the thirty layers."""
+
+    def one_mebibyte(device):
+        return 2**20
+
+    monkeypatch.setattr(dry_run, "memory_of", one_mebibyte)
+    argv = ("--labelled", 20, "--answers", 20, "--val-size", 5, "--test-size", 5)
+    go("--preset", "smollm2-135m", *argv, "--dry-run", "--out", never)
+    assert "policy 134,515,008, decoder 49,552,704" in capsys.readouterr().out
+
+
 def test_activations_of_a_model_left_on_the_cpu_are_computed():
     """A saved model can be too large for the GPU."""
     model, tokenizer = small_model()
