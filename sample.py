@@ -16,7 +16,7 @@ import time
 
 from minatp.rollout import Noise
 from minatp.run import evaluate
-from minatp.run.device import autocast, pick_device, place, solving_guard
+from minatp.run.device import autocast, pick_device, pick_dtype, place, solving_guard
 from minatp.run.errors import run_command
 from minatp.run.huggingface import load_model, locate
 from minatp.run.splits import encode_prompts
@@ -75,7 +75,8 @@ def think(folder, name, problems, args, device):
         seconds = time.perf_counter() - start
         columns.append(show.Column(name, edit_text, model.c, chains, seconds))
 
-    with solving_guard(prompts, model, args.max_new, what="sample"), autocast(device):
+    dtype = pick_dtype(args.dtype, device, model)
+    with solving_guard(prompts, model, args.max_new, what="sample"), autocast(device, dtype):
         # The mean chain of each problem …
         start = time.perf_counter()
         if args.html or not args.temperature:

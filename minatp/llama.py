@@ -111,7 +111,7 @@ class KVCache:
             return k, v
         if self.kv[i] is None:
             self.kv[i] = tuple(
-                torch.empty(self.shape, dtype=k.dtype, device=k.device) for _ in range(2)
+                torch.empty(self.shape, dtype=new.dtype, device=new.device) for new in (k, v)
             )
         start = self.length - k.shape[2]
         for buffer, new in zip(self.kv[i], (k, v)):
@@ -128,14 +128,14 @@ class KVCache:
         n = q.shape[2]
         cos, sin = rope
         # RoPE: the halves x₁, x₂ of a head turn by the angle of its position:
-        # (x₁·cos − x₂·sin, x₂·cos + x₁·sin)
-        k, v = self.append(i, ops.rotate(k, cos, sin), v)
-        q = ops.rotate(q, cos[:, :, -n:], sin[:, :, -n:])
+        # (x₁·cos − x₂·sin, x₂·cos + x₁·sin). The cache keeps keys and values in one dtype
+        k, v = self.append(i, ops.rotate(k, cos, sin).to(k.dtype), v)
+        q = ops.rotate(q, cos[:, :, -n:], sin[:, :, -n:]).to(q.dtype)
         mask = self.mask[:, :, -n:]
 
         # softmax(q·kᵀ/√hd)·v
         if n > 1 or q.is_cuda:
-            return masked_sdpa(q, k.to(q.dtype), v.to(q.dtype), mask)
+            return masked_sdpa(q, k, v, mask)
         # One new position: the heads of a group are the rows of one product, and no key is copied
         B, h, _, hd = q.shape
         q = q.reshape(B, k.shape[1], -1, hd)  # (B, h_kv, h/h_kv, hd)

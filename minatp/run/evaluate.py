@@ -24,10 +24,10 @@ from ..problems import numbers
 from ..rollout import Noise, rollout
 from ..sft import sft_losses
 from . import distributed
-from .device import autocast, pick_device, place, solving_guard
+from .device import autocast, pick_device, pick_dtype, place, solving_guard
 from .errors import UserError
 from .huggingface import load_model, locate
-from .options import Parser
+from .options import Parser, add_device_options
 from .problem_files import read_problems
 from .splits import encode_prompts, generate, test_set
 from .terminal import print0, progress
@@ -377,7 +377,7 @@ def parse(argv):
     add("--temperature", type=float, default=1.0, help="of the sampled chains [%(default)s]")
     add("--seed", type=int, default=0, help="of the sampled chains [%(default)s]")
     add("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
-    add("--device", default="", help="cpu | cuda | cuda:N [cuda if there is one]")
+    add_device_options(parser)
     add("--json", action="store_true", help="one JSON object per run")
     args = parser.parse_args(argv)
 
@@ -439,7 +439,8 @@ def evaluate_run(folder, problems, device, args):
         return solve(model, tokenizer, prompts, args.max_new, noise=noise, after_batch=advance)
 
     # The mean policy, then a pass for each sampled chain, with noise of its own
-    with solving_guard(prompts, model, args.max_new, BATCH), autocast(device):
+    dtype = pick_dtype(args.dtype, device, model)
+    with solving_guard(prompts, model, args.max_new, BATCH), autocast(device, dtype):
         chains = solve_all()
         result = measure(chains, problems)
         if args.votes:

@@ -111,6 +111,12 @@ class General:
     dry_run: bool = opt(False, "check data and sizes, run one step, write nothing")
     seed: int = opt(0, "of weights, data order and noise", NOT_NEGATIVE)
     device: str = opt("", "cpu | cuda | cuda:N [cuda if there is one]")
+    dtype: str = opt(
+        "",
+        "float32 | bfloat16, of the products; weights, optimizer and losses stay float32 [bfloat16 "
+        "on a GPU, and for 10 million parameters or more on a CPU that multiplies it in hardware]",
+        choices=("float32", "bfloat16"),
+    )
 
 
 @dataclass
@@ -513,6 +519,16 @@ class Parser(argparse.ArgumentParser):
         if similar:
             return f"there is no option {word}; did you mean {similar[0]}?"
         return f"there is no option {word}; --help lists them"
+
+
+def add_device_options(parser):
+    """Give the parser of a tool --device and --dtype, as train.py has them."""
+    for f in fields(General):
+        if f.name in ("device", "dtype"):
+            help, choices = f.metadata["help"], f.metadata["choices"] or None
+            parser.add_argument(
+                flag(f.name), default=f.default, help=help, choices=choices, metavar="STR"
+            )
 
 
 def among(option, text, known):

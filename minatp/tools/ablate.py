@@ -288,6 +288,7 @@ def check_same_options(out, arguments):
     """Raise UserError if the run in `out` has other options than these arguments of train.py."""
     wanted = asdict(options.parse(arguments, ""))
     had = asdict(options.of_run(out / "config.json"))
+    wanted["dtype"] = wanted["dtype"] or had["dtype"]  # without --dtype the run has settled it
     free = ("device", "resume", "out", "init")  # these may differ: where it runs, not what it is
     different = [
         options.flag(name) for name in wanted if wanted[name] != had[name] and name not in free

@@ -43,6 +43,7 @@ def dry_run(run, sft_gradients, dry_run_rl):
     if cfg.init or fits(run.model):
         run.model, run.tokenizer = build(cfg, splits.train)
     model = run.model
+    run.settle_dtype()
     if fits(model):
         model.to(device).set_recompute(cfg.recompute)
 

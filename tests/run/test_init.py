@@ -73,6 +73,7 @@ VERDICTS = {
     "dry_run":           ("--dry-run",                  "t t t t t t  t t"),
     "seed":              ("--seed 1",                   "t t t t t t  t t"),
     "device":            ("--device cpu",               "t t t t t t  t t"),
+    "dtype":             ("--dtype bfloat16",           "t t t t t t  t t"),
     "data":              ("--data d",                   "t t t t t t  t t"),
     "val":               ("--data d --val v",           "t t t t t t  t t"),
     "test":              ("--data d --test t",          "t t t t t t  t t"),
