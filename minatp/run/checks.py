@@ -13,8 +13,8 @@ from .terminal import print0
 def check_init(cfg):
     """Raise UserError if an option contradicts the model of --init. No weights are read.
 
-    Every option is taken, refused here, or has no say beside --init and says so in --help. Prints
-    which parts of --init are dropped, and which it lacks.
+    Every option is taken, refused here, or has no effect, which --help then says. Prints which
+    parts of --init are dropped, and which it lacks.
     """
     directory = locate(cfg.init)
     llama, saved = read_config(directory / "config.json"), read_switches(directory)

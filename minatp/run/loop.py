@@ -37,7 +37,7 @@ class Run:
     def __init__(self, cfg, splits, device, model=None, tokenizer=None):
         self.cfg, self.splits, self.device = cfg, splits, device
         self.model, self.tokenizer = model, tokenizer
-        if model:
+        if model is not None:
             self.settle_dtype()
 
         # Where the loop is. is_log_due stays True in a dry run, so the KL is computed as well
@@ -87,8 +87,9 @@ class Run:
         if cfg.resume and not cfg.dtype:
             cfg.dtype = "bfloat16" if self.device.type == "cuda" else "float32"
 
-        # config.json records the choice, so that a resumed run keeps it
-        cfg.dtype = pick_dtype(cfg.dtype, self.device, self.model)
+        # config.json records the choice, so that a resumed run keeps it. All ranks take rank 0's:
+        # the CPUs of several machines can differ
+        cfg.dtype = distributed.broadcast(pick_dtype(cfg.dtype, self.device, self.model))
         self.autocast = autocast(self.device, cfg.dtype)
 
     def load_start_model(self):

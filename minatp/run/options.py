@@ -220,7 +220,7 @@ class Optim:
 # With --stage rl the presets set other values of some: RL_PRESETS above
 @dataclass
 class Explore:
-    """rl (without a say in SFT, but for --answers)"""
+    """rl (no effect in SFT, except --answers)"""
 
     # How much is explored
     updates: int = opt(500, "batches of questions", POSITIVE)

@@ -133,9 +133,9 @@ VERDICTS = {
     "save_every":        ("--save-every 9",             "t t t t t t  t t"),
 }
 
-# Where --help says that an option has no say: words of its group's title or of its own text
+# Where --help says that an option has no effect: words of its group's title or of its own text
 FREE = {
-    "rl": "without a say in SFT",
+    "rl": "no effect in SFT",
     "sft": "SFT: ",
     "latents": "of a method that has them",
     "decoder": "the decoder LM, if there is one",

@@ -193,6 +193,14 @@ def test_ablate_trains_every_run_once_and_first_those_that_others_need(trained, 
     cfg = options.of_run(tmp_path / "SFT-on-answers-alone.0" / "config.json")
     assert cfg.epochs.startswith("0,0,0,0,0,")
 
+    # A run settles its dtype, which is another one only if it is asked for
+    config = tmp_path / "ATP.0" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}))
+    ablate.main(again)
+    assert len(trained) == 7
+    assert guarded(ablate.main, [*again, "--options", "--dtype bfloat16"]) == 2
+    assert "ran with another --dtype" in capsys.readouterr().err
+
     # With other options it would be another run
     capsys.readouterr()
     assert guarded(ablate.main, [*again, "--options", "--lr 0.5"]) == 2
