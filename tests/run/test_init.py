@@ -4,6 +4,8 @@ VERDICTS knows all options and all kinds of --init. An option without a row fail
 """
 
 import re
+import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from minatp.run.checks import check_init
 from minatp.run.errors import UserError
 from minatp.run.huggingface import load_model, save_model
 
-from runs import MODEL
+from runs import MODEL, TINY, go
 
 # ---- the starts ----------------------------------------------------------------------------------
 
@@ -232,6 +234,51 @@ def test_an_option_may_repeat_what_the_start_has(column, words, starts):
 ])  # fmt: skip
 def test_the_line_says_what_contradicts(words, reason, starts, refused):
     refused(train.main, ["--init", starts["hub"], *words.split()], "command line: ", reason)
+
+
+# ---- what is read --------------------------------------------------------------------------------
+
+# Read while the command line is parsed, or only with --data
+READ_ELSEWHERE = {"preset", "val", "test"}
+
+
+@contextmanager
+def reads():
+    """Yield a set to which the name of every option is added that something but a check reads."""
+    names, read = set(VERDICTS), set()
+
+    def watch(cfg, name):
+        if name in names and not is_check(sys._getframe(1)):
+            read.add(name)
+        return object.__getattribute__(cfg, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(options.Config, "__getattribute__", watch, raising=False)
+        yield read
+
+
+def is_check(frame):
+    """Whether an option is read to parse or check it, or to copy all of them into a file."""
+    while frame:
+        function = frame.f_code.co_name
+        if function.startswith("check_") or function in ("parse", "asdict"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_a_run_reads_what_is_taken_and_nothing_that_is_free(stage, finished, commands, tmp_path):
+    """The start of RL has been taught, so that there are rewards to learn from."""
+    command = [*TINY, "--init", finished] if stage == "sft" else commands["rl"]
+    with reads() as read:
+        go(*command, "--votes", 1, "--out", tmp_path / "out")
+
+    of_stage = [v for v in verdicts() if v[2] == (stage, "atp", "atp")]
+    taken = {name for name, _, _, verdict in of_stage if verdict == "t"}
+    free = {name for name, _, _, verdict in of_stage if verdict == "f"}
+    assert taken - READ_ELSEWHERE - read == set()
+    assert free & read == set()
 
 
 # ---- what is built -------------------------------------------------------------------------------
