@@ -25,10 +25,10 @@ from ..problems import numbers
 from ..rollout import Noise, rollout
 from ..sft import sft_losses
 from . import distributed
-from .device import autocast, pick_device, place, solving_guard
+from .device import autocast, pick_device, pick_dtype, place, solving_guard
 from .errors import UserError
 from .huggingface import load_model, locate, read_switches
-from .options import Parser
+from .options import Parser, add_device_options
 from .problem_files import read_problems
 from .splits import encode_prompts, generate, test_set
 from .terminal import print0, progress
@@ -407,7 +407,7 @@ def parse(argv):
     add("--temperature", type=float, default=1.0, help="of the sampled chains [%(default)s]")
     add("--seed", type=int, default=0, help="of the sampled chains [%(default)s]")
     add("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
-    add("--device", default="", help="cpu | cuda | cuda:N [cuda if there is one]")
+    add_device_options(parser)
     add("--json", action="store_true", help="one JSON object per run")
     args = parser.parse_args(argv)
 
@@ -518,7 +518,8 @@ def evaluate_run(folder, problems, device, args):
         )
 
     # The mean policy, then a pass for each sampled chain, with noise of its own
-    with solving_guard(prompts, model, args.max_new, BATCH), autocast(device):
+    dtype = pick_dtype(args.dtype, device, model)
+    with solving_guard(prompts, model, args.max_new, BATCH), autocast(device, dtype):
         chains = solve_all()
         result = measure(chains, problems)
         if args.votes:

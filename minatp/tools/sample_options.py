@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..problems import Problem
 from ..run.errors import UserError
-from ..run.options import Parser, flag
+from ..run.options import Parser, add_device_options, flag
 from ..run.problem_files import check_text, read_problems
 from ..run.splits import test_set
 from . import edit
@@ -35,7 +35,7 @@ def parse(argv, description):
     add("--seed", type=int, default=0,
         help="of the samples and of the choice of problems [%(default)s]")
     add("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
-    add("--device", default="", help="cpu | cuda | cuda:N [cuda if there is one]")
+    add_device_options(parser)
     add("--json", action="store_true", help="one JSON object per chain")
     # fmt: on
     args = parser.parse_args(argv)
