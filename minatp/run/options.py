@@ -124,8 +124,7 @@ class Data:
     """data"""
 
     data: str = opt(
-        "",
-        "training problems: JSON, JSONL, iCoT, or published (docs/scaling.md) [built-in task]",
+        "", "training problems: JSON, JSONL, iCoT or a published set [the built-in task]"
     )
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
     test: str = opt("", "test problems, several files separated by commas [as many again]")
