@@ -77,8 +77,8 @@ def sft(run):
             # 1. The gradient of L_enc + L_dec + L_stop + β·L_KL
             losses, counts = sft_gradients(run, problems, stage, step)
 
-            # 2. Sum the gradients over ranks, clip them, take a step, clear them. Only a look is taken
-            # at the losses: if their sum or a gradient is not finite, there is no step
+            # 2. Sum the gradients over ranks, clip them, take a step, and clear them. If the sum of
+            # the losses or a gradient is not finite, there is no step
             grad_norm = run.optimizer.step(sum(losses.values()), problems)
             run.meter.add({**losses, "grad_norm": grad_norm}, counts, counts["position"])
 

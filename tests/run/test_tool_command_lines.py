@@ -107,6 +107,25 @@ def test_the_gain_on_one_problem_has_no_error(finished, tmp_path, capsys, recwar
     assert not recwarn
 
 
+PUBLISHED = {
+    "gsm8k.jsonl": {"question": "1 cup and 1 more?", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"},
+    "gsmhard.jsonl": {"input": "1 cup and 1 more?", "target": 2.0},
+    "svamp.json": [{"Body": "Ada has 1 cup.", "Question": "And 1 more?", "Answer": 2.0}],
+    "multiarith.json": [{"sQuestion": "1 cup and 1 more?", "lSolutions": [2.0]}],
+}
+
+
+def test_published_sets_are_evaluated_by_one_command(finished, tmp_path, capsys):
+    for name, content in PUBLISHED.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    files = [str(tmp_path / name) for name in PUBLISHED]
+    argv = [finished, "--file", ",".join(files), "--max-new", "4"]
+    assert guarded(evaluate.main, [*map(str, argv), "--json"]) == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [result["file"] for result in results] == files
+    assert [result["n_problems"] for result in results] == [1, 1, 1, 1]
+
+
 # ---- ablate --------------------------------------------------------------------------------------
 
 
