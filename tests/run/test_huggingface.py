@@ -12,7 +12,7 @@ from minatp.latent import ATP
 from minatp.optim import build_optimizer
 from minatp.run import huggingface, options
 from minatp.run.checkpoint import save_checkpoint
-from minatp.run.huggingface import TOKENIZER_FILES, load_model, save_model
+from minatp.run.huggingface import TOKENIZER_FILES, load_model, read_config, save_model
 
 from runs import MODEL
 
@@ -133,3 +133,114 @@ def test_shards_are_joined(tmp_path):
     of_one_file, _ = load_model(MODEL, K=3)
     of_shards, _ = load_model(tmp_path, K=3)
     assert_same_parameters(of_one_file.policy, of_shards.policy)
+
+
+# ---- how others write the same model -------------------------------------------------------------
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A directory with a copy of the tied model, to be changed."""
+    shutil.copytree(MODEL, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def change_tensors(directory, change):
+    """Replace the tensors of a directory by change({name: tensor})."""
+    file = directory / "model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+def change_config(directory, **fields):
+    """Set fields of config.json."""
+    config = directory / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+
+
+def assert_loads_as_the_original(directory):
+    original, _ = load_model(MODEL)
+    loaded, _ = load_model(directory)
+    assert_same_parameters(loaded.policy, original.policy)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_that_a_wrapper_has_changed(prefix, copy):
+    change_tensors(copy, lambda tensors: {prefix + name: t for name, t in tensors.items()})
+    assert_loads_as_the_original(copy)
+
+
+def test_names_of_layers_compiled_one_by_one(copy):
+    change_tensors(
+        copy,
+        lambda tensors: {
+            name.replace("layers.0.", "layers.0._orig_mod."): t for name, t in tensors.items()
+        },
+    )
+    assert_loads_as_the_original(copy)
+
+
+@pytest.mark.parametrize("names", [[HEAD], [EMBEDDING, HEAD]])
+def test_the_one_table_of_a_tied_model_under_any_name(names, copy):
+    def rename(tensors):
+        table = tensors.pop(EMBEDDING)
+        return tensors | {name: table.clone() for name in names}
+
+    change_tensors(copy, rename)
+    assert_loads_as_the_original(copy)
+
+
+OPTIONAL = (
+    "head_dim num_key_value_heads tie_word_embeddings attention_bias mlp_bias rope_scaling "
+    "rope_parameters rope_theta max_position_embeddings rms_norm_eps hidden_act"
+).split()
+
+
+def test_null_in_config_json_is_as_absent(copy):
+    without = json.loads((copy / "config.json").read_text())
+    for name in OPTIONAL:
+        without.pop(name, None)
+    (copy / "config.json").write_text(json.dumps(without))
+    absent = read_config(copy / "config.json")
+
+    change_config(copy, **dict.fromkeys(OPTIONAL))
+    assert read_config(copy / "config.json") == absent
+
+    # the defaults of transformers
+    assert absent.n_kv_head == absent.n_head
+    assert absent.head_dim == absent.n_embd // absent.n_head
+    assert (absent.tied, absent.rope_theta, absent.rope_scaling) == (False, 10000.0, None)
+    assert (absent.block_size, absent.norm_eps) == (2048, 1e-6)
+
+
+def test_rope_is_read_in_either_spelling(copy):
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+
+    def read(**fields):
+        spelled = {"rope_theta": None, "rope_scaling": None, "rope_parameters": None, **fields}
+        change_config(copy, **spelled)
+        cfg = read_config(copy / "config.json")
+        return cfg.rope_theta, cfg.rope_scaling
+
+    older = {**scaling, "type": "llama3"}
+    del older["rope_type"]
+    both_types = {**scaling, "type": "llama3"}
+    for fields in (
+        {"rope_theta": 5e5, "rope_scaling": scaling},
+        {"rope_theta": 5e5, "rope_scaling": older},
+        {"rope_theta": 5e5, "rope_scaling": both_types},
+        {"rope_parameters": {**scaling, "rope_theta": 5e5, "partial_rotary_factor": 1.0}},
+        {"rope_parameters": scaling, "rope_theta": 5e5},
+    ):
+        assert read(**fields) == (5e5, scaling), fields
+
+    plain = {"rope_theta": 1e5, "rope_type": "default"}
+    assert read(rope_parameters=plain) == (1e5, None)
+    assert read(rope_theta=1e5, rope_parameters={"rope_theta": None}) == (1e5, None)
