@@ -30,8 +30,17 @@ from .saved import locate
 DTYPES = ("F64", "F32", "F16", "BF16")
 DEQUANTISE = "dequantise the model first (in transformers: dequantize, then save_pretrained)"
 
-# Files that belong to a tokenizer: a model that is saved again keeps them unchanged
-TOKENIZER_FILES = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+# Files that belong to a tokenizer: a model that is saved again keeps them. (Other forms of the
+# vocabulary, such as tokenizer.model, are left behind: they lack the control tokens)
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    TOKENIZER_CONFIG,
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder with further chat templates
 
 
 def read_json(path):
@@ -445,13 +454,27 @@ def read_tokenizer(directory, cfg):
         if backend.id_to_token(token) is None:
             raise UserError(f"{path}:1: has no token {token}, which config.json calls bos or eos")
 
-    # Keep the files that belong to it, to save them with the model
-    files = {}
-    for name in TOKENIZER_FILES:
-        file = path.parent / name
-        if file.is_file():
-            files[name] = file.read_bytes()
-    return Tokenizer(backend, cfg.bos, cfg.eos, files)
+    return Tokenizer(backend, cfg.bos, cfg.eos, files_of_tokenizer(path.parent))
+
+
+def files_of_tokenizer(directory):
+    """The files beside tokenizer.json that are saved with the model: {name: bytes}.
+
+    Raises UserError if tokenizer_config.json cannot be read.
+    """
+    templates = sorted((directory / CHAT_TEMPLATES).glob("*.jinja"))
+    names = [*TOKENIZER_FILES, *(f"{CHAT_TEMPLATES}/{file.name}" for file in templates)]
+    files = {name: directory / name for name in names if (directory / name).is_file()}
+    contents = {name: file.read_bytes() for name, file in files.items()}
+
+    # With either of these fields transformers follows them instead of tokenizer.json, which has bos
+    # put before a text and nothing else (tokenizer.py)
+    if TOKENIZER_CONFIG in files:
+        fields = read_json(files[TOKENIZER_CONFIG])
+        bos_alone = {"add_bos_token": True, "add_eos_token": False}
+        if bos_alone.keys() & fields.keys() and fields != fields | bos_alone:
+            contents[TOKENIZER_CONFIG] = json.dumps(fields | bos_alone, indent=2).encode()
+    return contents
 
 
 def read_backend(path):
@@ -621,17 +644,18 @@ def save_tokenizer(directory, tokenizer):
     """Write tokenizer.json and the files that belong to it."""
     tokenizer.backend.save(str(directory / "tokenizer.json"))
     for name, content in tokenizer.files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(content)
 
     # transformers needs these two, and a tokenizer trained here comes without them
-    if "tokenizer_config.json" not in tokenizer.files:
+    if TOKENIZER_CONFIG not in tokenizer.files:
         tokenizer_config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "bos_token": tokenizer.backend.id_to_token(tokenizer.bos),
             "eos_token": tokenizer.backend.id_to_token(tokenizer.eos[0]),
         }
-        write_json(directory / "tokenizer_config.json", tokenizer_config)
+        write_json(directory / TOKENIZER_CONFIG, tokenizer_config)
     if "generation_config.json" not in tokenizer.files:
         generation = {"bos_token_id": tokenizer.bos, "eos_token_id": one_or_list(tokenizer.eos)}
         write_json(directory / "generation_config.json", generation)

@@ -555,6 +555,10 @@ BAD_TOKENIZERS = [
         edit_json(TOKENIZER, added_tokens=[]), f"{TOKENIZER}:1",
         "has no token 384, which config.json calls bos or eos",
     ),
+    (
+        overwrite("tokenizer_config.json", b"{"), "tokenizer_config.json:1",
+        "is not valid JSON",
+    ),
 ]
 # fmt: on
 
