@@ -418,13 +418,21 @@ def parse(argv):
 
     if args.file and args.longer:
         raise UserError("command line: give --file or --longer, not both")
-    # --max-new must be at least 1, the others at least 0
-    negative = min(args.problems, args.votes, args.max_new - 1) < 0
-    if negative or not 0 < args.temperature < math.inf or not 0 <= args.seed < 2**32:
-        raise UserError(
-            "command line: --problems, --votes and --seed must not be negative, --max-new and "
-            "--temperature must be positive"
-        )
+    # (NaN fails every comparison. torch's CPU generator looks at 32 bits of a seed)
+    for option, value, is_valid, expected in (
+        ("--problems", args.problems, args.problems >= 0, "not be negative"),
+        ("--votes", args.votes, args.votes >= 0, "not be negative"),
+        ("--max-new", args.max_new, args.max_new > 0, "be positive"),
+        (
+            "--temperature",
+            args.temperature,
+            0 < args.temperature < math.inf,
+            "be positive and finite",
+        ),
+        ("--seed", args.seed, 0 <= args.seed < 2**32, "not be negative or above 2^32 - 1"),
+    ):
+        if not is_valid:
+            raise UserError(f"command line: {option} must {expected}, not {value}")
     args.latent_steps = parse_latent_steps(args.latent_steps)
     return args
 

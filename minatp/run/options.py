@@ -395,7 +395,8 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         published = PUBLISHED.get(self.preset)
         require(
             not published or self.dry_run or self.data,
-            f"--preset {self.preset} needs --init DIR, a Hugging Face directory of {published}",
+            f"--preset {self.preset} needs --init DIR, a Hugging Face directory of {published}; to "
+            "train it from scratch, give --data, or --dry-run to look at its size",
         )
 
     def check_data(self):

@@ -81,6 +81,22 @@ def test_probe_command_lines(seed, finished, refused):
 
 
 @pytest.mark.parametrize(
+    "option, value, reason",
+    [
+        ("--problems", -1, "must not be negative, not -1"),
+        ("--votes", -2, "must not be negative, not -2"),
+        ("--max-new", 0, "must be positive, not 0"),
+        ("--temperature", 0, "must be positive and finite, not 0.0"),
+        ("--temperature", "inf", "must be positive and finite, not inf"),
+        ("--temperature", "nan", "must be positive and finite, not nan"),
+        ("--seed", 2**32, "must not be negative or above 2^32 - 1, not 4294967296"),
+    ],
+)
+def test_evaluate_command_lines(option, value, reason, finished, refused):
+    refused(evaluate.main, [finished, option, value], "command line: ", f"{option} {reason}")
+
+
+@pytest.mark.parametrize(
     "main, argv", [(evaluate.main, []), (probe.main, []), (sample.main, ["--run"])]
 )
 def test_tools_out_of_memory_exit_4(main, argv, finished, capsys, monkeypatch):
