@@ -21,11 +21,10 @@ from minatp.reward import chain_reward
 from minatp.rl import advantages, kl_to_start, log_probs, surrogate
 from minatp.rollout import Noise, Rollout, rollout
 from minatp.run import distributed, options
-from minatp.run.checks import refuse_rewards
+from minatp.run.checks import check_init, refuse_rewards
 from minatp.run.device import Doing, pick_device
 from minatp.run.errors import run_command
 from minatp.run.folder import claim_folder
-from minatp.run.huggingface import locate
 from minatp.run.loop import Run
 from minatp.run.splits import load_splits
 from minatp.run.terminal import print0, stop_request
@@ -39,7 +38,7 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     with claim_folder(cfg):
         if cfg.init and not (cfg.resume and cfg.stage == "sft"):
-            locate(cfg.init)  # fail before the data is read
+            check_init(cfg)  # before the data is read
         run = Run(cfg, load_splits(cfg), device)
         print0(run.splits.describe())
         if cfg.dry_run:
@@ -78,8 +77,8 @@ def sft(run):
             # 1. The gradient of L_enc + L_dec + L_stop + β·L_KL
             losses, counts = sft_gradients(run, problems, stage, step)
 
-            # 2. A step of the optimizer on the gradients, summed over ranks and clipped. The sum of
-            # the losses is only looked at: if it or a gradient is not finite, no step is taken
+            # 2. Sum the gradients over ranks, clip them, take a step, and clear them. If the sum of
+            # the losses or a gradient is not finite, there is no step
             grad_norm = run.optimizer.step(sum(losses.values()), problems)
             run.meter.add({**losses, "grad_norm": grad_norm}, counts, counts["position"])
 
@@ -114,7 +113,7 @@ def curriculum_batches(run, stage):
 
 
 def sft_gradients(run, problems, stage, step, weight=1.0):
-    """Add the gradient of the SFT loss of a batch, times `weight`, to the parameters.
+    """Accumulate the gradient of the SFT loss of a batch, times `weight`, in the parameters' .grad.
 
     problems: a list of Encoded. Returns (losses, counts): the four losses, each summed over the
     batch, and how many terms each sum has.
@@ -268,7 +267,7 @@ def judge(run, chains, problems, step):
 
 
 def policy_gradients(run, explored, advantage, informative, old):
-    """Add the policy gradient of the informative groups to the parameters.
+    """Accumulate the policy gradient of the informative groups in the parameters' .grad.
 
     The gradient is that of −Σ advantage·log π over their chains, divided by the number of all
     chains. (The value of the loss means nothing: at the first update every ratio is 1.)
@@ -284,7 +283,7 @@ def policy_gradients(run, explored, advantage, informative, old):
     group = our_informative.nonzero()[:, 0].to(device)
     rows = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
     prompt, prompt_mask = explored.prompt[group], explored.prompt_mask[group]
-    rolled = explored.rollout.select(rows)
+    rolled = explored.rollout.at(rows)
     chain_advantage = (
         distributed.shard(advantage)[our_informative].view(-1, 1).to(device)
     )  # (rows, 1)

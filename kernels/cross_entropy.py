@@ -31,7 +31,10 @@ from .common import as_rows, ceil_div, mm_float32, next_power_of_2, tl, triton, 
 
 IGNORE = -100  # the target of a position that has none, as in PyTorch
 DL_ELEMENTS = 2**27  # of dl that are in memory at a time: 268 MB
-SHARES = 16  # of the vocabulary in the forward pass
+
+# Shares of the vocabulary in the forward pass: 1,024 rows are only 8 blocks of rows, too few
+# programs for a large GPU. With 16 shares they are 128 programs.
+SHARES = 16
 
 # Tiles for 16-bit inputs: rows and tokens of a tile, and columns of h multiplied at a time
 HALF_PRECISION_BLOCKS = {
@@ -93,6 +96,7 @@ def logits_tile(
     BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return h[row_ids]·W[v_ids]ᵀ, (BLOCK_ROWS, BLOCK_V) float32."""
+    # A product over all of D is added up from slices of BLOCK_D columns, which fit on the chip.
     logits = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)
     for start in range(0, D, BLOCK_D):
         col_ids = start + tl.arange(0, BLOCK_D)
@@ -123,6 +127,8 @@ def linear_nll_forward_kernel(
     row_ids = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row_ids < R
     share = tl.program_id(1)
+
+    # No token is −1 or IGNORE: where there is no target, its logit stays 0.
     target = tl.load(target_ptr + row_ids, row_mask, other=-1)
 
     # Over the tiles so far: the largest logit, Σ exp(logit − largest), and the target's logit
@@ -145,15 +151,18 @@ def linear_nll_forward_kernel(
         )  # fmt: skip
         logits = tl.where(v_mask, logits * inverse_temperature, -float("inf"))
 
-        # A new maximum rescales the sum so far.
+        # A new maximum rescales the sum so far. Every tile has a token, so new_max is finite, and
+        # at the first tile the old sum counts 0·exp(−inf) = 0.
         new_max = tl.maximum(running_max, tl.max(logits, 1))
         rescale = tl.exp(running_max - new_max)
         running_sum = running_sum * rescale + tl.sum(tl.exp(logits - new_max[:, None]), 1)
         running_max = new_max
 
+        # At most one tile of one share has the target; the others add 0.
         is_target = v_ids[None, :] == target[:, None]
         target_logit += tl.sum(tl.where(is_target, logits, 0.0), 1)
 
+    # A program owns its entries of the three results, so nothing is atomic.
     out_offsets = share * R + row_ids
     tl.store(max_ptr + out_offsets, running_max, row_mask)
     tl.store(sum_ptr + out_offsets, running_sum, row_mask)
@@ -197,8 +206,8 @@ def linear_nll_backward_kernel(
     g = tl.where(has_target, g, 0.0)
     dl = tl.where(has_target[:, None], p_minus_one_hot * g[:, None], 0.0)
 
-    # dl has room for whole tiles, so no column is masked and a thread stores 16 bytes at a time.
-    # Nobody reads the columns past V
+    # The store rounds dl to the dtype of h, for the products. dl has room for whole tiles, so no
+    # column is masked and a thread stores 16 bytes at a time. Nobody reads the columns past V.
     dl_ptrs = dl_ptr + row_ids[:, None] * dl_row_stride + col_ids[None, :]
     tl.store(dl_ptrs, dl, row_mask[:, None])
 
@@ -245,6 +254,7 @@ class LinearNLL(torch.autograd.Function):
         share_size = tiles_per_share * blocks["BLOCK_V"]
         shares = ceil_div(V, share_size)
 
+        # What the programs leave of a row's logits: three numbers for each share
         share_max = h.new_empty(shares, R, dtype=torch.float32)
         share_sum = h.new_empty(shares, R, dtype=torch.float32)
         target_logit = h.new_empty(shares, R, dtype=torch.float32)
@@ -272,6 +282,8 @@ class LinearNLL(torch.autograd.Function):
         blocks = product_blocks(h, V)
         g = g.float().contiguous()
 
+        # dh is a sum over chunks: in 16 bits, each addition would round it. A chunk has all of its
+        # rows of dW. A frozen W needs none.
         dh = h.new_zeros(R, D, dtype=torch.float32)
         dW = W.new_empty(V, D, dtype=torch.float32) if ctx.needs_input_grad[1] else None
 
@@ -290,6 +302,8 @@ class LinearNLL(torch.autograd.Function):
                 ctx.inverse_temperature, start,
                 **blocks,
             )  # fmt: skip
+
+            # The next chunk overwrites dl, so both of its products are taken here.
             dl_chunk = dl[:, :n_tokens]
             dh += mm_float32(dl_chunk, W[chunk])
             if dW is not None:

@@ -359,7 +359,8 @@ class Floor:
     """The least time that each work can take on the case's GPU.
 
     Products run at the measured product rate. Positions that are read one after another each read
-    the weights. AdamW reads and writes 28 bytes a parameter.
+    the weights, and the keys and values up to their own. AdamW reads and writes 28 bytes a
+    parameter.
     """
 
     def __init__(self, case):
@@ -378,8 +379,8 @@ class Floor:
         size, n_chain = self.size, self.size.questions * self.size.G
 
         # The works of RL, and evaluation. Generation takes its positions one after another
-        if work == "reading thoughts":
-            return self.one_by_one(MAX_NEW, n_chain * self.K, self.c + MAX_NEW, logits=True)
+        if work == "reading thoughts":  # the c latents at once, then all words but the last
+            return self.one_by_one(MAX_NEW, n_chain * self.K, self.c, logits=True)
         if work == "RL update":  # it leaves the decoder as it is
             return flops / self.machine.flops + self.adamw - self.adamw_decoder
         if work == "rollouts":
@@ -392,14 +393,22 @@ class Floor:
         return seconds + self.adamw if work.startswith("SFT") else seconds
 
     def one_by_one(self, n_pass, rows, T, logits):
-        """n_pass passes, each of one position of `rows` sequences of length T."""
-        # limited by reading weights, keys and values, or by the products
-        bytes_read = count.pass_bytes(self.llama, rows, T, logits)
+        """n_pass passes, each of one position of `rows` sequences, whose length is T at the first.
+
+        Each makes its sequence longer by one.
+        """
+        # The products of a pass
         n_parameter = self.n_layer_parameter
         if logits:
             n_parameter += self.llama.vocab_size * self.llama.n_embd
-        flops = 2 * rows * n_parameter
-        return n_pass * max(bytes_read / self.machine.bandwidth, flops / self.machine.flops)
+        products = 2 * rows * n_parameter / self.machine.flops
+
+        # Each pass is limited by them, or by reading weights, keys and values
+        seconds = 0.0
+        for length in range(T, T + n_pass):
+            bytes_read = count.pass_bytes(self.llama, rows, length, logits)
+            seconds += max(bytes_read / self.machine.bandwidth, products)
+        return seconds
 
     def generation(self, n_prompt, rows):
         """Read n_prompt prompts, then think and write in `rows` rows."""
@@ -408,9 +417,10 @@ class Floor:
         # The tokens of all prompts are read at once, so the products are the limit
         prompts = 2 * self.n_layer_parameter * n_prompt * T / self.machine.flops
 
-        # Then n latents and MAX_NEW words, one after another. Only words need logits
-        thinking = self.one_by_one(n, rows, T + n, logits=False)
-        writing = self.one_by_one(MAX_NEW, rows, T + n + MAX_NEW, logits=True)
+        # Then n latents, <|end-latent|> and all words but the last, one after another. Only words
+        # need logits
+        thinking = self.one_by_one(n, rows, T + 1, logits=False)
+        writing = self.one_by_one(MAX_NEW, rows, T + n + 1, logits=True)
         return prompts + thinking + writing
 
     def training(self, work, flops):
@@ -423,7 +433,7 @@ class Floor:
         n, rows = self.c * n_step, self.size.batch
 
         # One latent after another, forwards, then the gradient of its input: each reads the weights
-        chain = 2 * self.one_by_one(n, rows, self.n_prompt + n, logits=False)
+        chain = 2 * self.one_by_one(n, rows, self.n_prompt + 1, logits=False)
 
         # All other FLOPs, weight gradients included, are large products
         flops_of_chain = 4 * n * rows * self.n_layer_parameter
@@ -450,11 +460,12 @@ def fit_prices(records):
     ones = torch.ones(len(own), 1, dtype=torch.float64)
     per_op, per_flop = torch.linalg.lstsq(A, ones).solution[:, 0].tolist()
 
-    # If one price would be negative, the other explains it all
-    op_alone, flop_alone = (1 / A.mean(0)).tolist()
     if per_op >= 0 and per_flop >= 0:
-        return [per_op, per_flop]
-    return [op_alone, 0.0] if per_flop < 0 else [0.0, flop_alone]
+        return per_op, per_flop
+
+    # If one price would be negative, the other explains it all: least squares again, of one column
+    op_alone, flop_alone = (A.sum(0) / A.square().sum(0)).tolist()
+    return (op_alone, 0.0) if per_flop < 0 else (0.0, flop_alone)
 
 
 def measure_growth(case, per_op, per_flop, rounds):
@@ -511,11 +522,11 @@ def growth_step(case, K, batch, question):
 
     # Ids below 256 are in the vocabulary of both presets
     rows = [paper_row(256, question, K)] * batch
-    batch, eps = case.batch(K + 1, rows)
+    collated, eps = case.batch(K + 1, rows)
 
     def step():
-        losses = sft_losses(model, batch, eps)
-        total_loss(losses, batch.counts, BETA).backward()
+        losses = sft_losses(model, collated, eps)
+        total_loss(losses, collated.counts, BETA).backward()
         model.zero_grad(set_to_none=True)
 
     return step

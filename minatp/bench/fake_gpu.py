@@ -158,9 +158,9 @@ class FakeGPU(TorchDispatchMode):
         tensors = inputs + tensors_in(result)
         self.check_devices(func, inputs, tensors)
 
-        # Count what touches the device, and what makes a tensor from nothing
+        # Count what touches the device; what works on the CPU alone launches nothing
         on_device = [x for x in tensors if x.device == META]
-        if launches(func) and (on_device or not inputs):
+        if launches(func) and on_device:
             self.here.add(str(func.overloadpacket), on_device)
             if func.overloadpacket in PRODUCTS:
                 a, b = tensors_in(args)[-2:]
@@ -420,7 +420,7 @@ def run_sft(gpu, model):
     )
 
     # All lengths are known. From here on tensors have shapes alone; the noise is keys, as on a GPU
-    batch = batch.to(META)
+    batch = batch.at(device=META)
     eps = ops.noise_keys(0, len(rows), model.c * model.K).to(META)
 
     # The parts that have a region of their own
@@ -445,7 +445,7 @@ def run_rollouts(gpu, model):
     rows = [paper_row(model.end) for _ in range(size.questions)]
     prompt, prompt_mask = data.left_pad([row.prompt for row in rows], model.end, META)
     noise = rollout.Noise.draw(model, size.questions * size.G, MAX_NEW, seed=1)
-    noise = noise.at(slice(None), META)
+    noise = noise.at(device=META)
     print0(
         f"rollouts, stage {model.stage}: {size.questions} questions × {size.G}, "
         f"{prompt.shape[1]} tokens of question, {MAX_NEW} of answer"

@@ -11,8 +11,9 @@ sft       times of SFT steps
 rl        times of rollouts, of reading their thoughts, and of the policy gradient
 profile   kernels by time, in profile_sft.txt and profile_rollouts.txt
 
-If a part fails, the others run all the same. Each figure is written to OUT/lease.json as soon as it
-is known, because a lease can end at any moment. lease.sh makes the most of ten minutes.
+If a part fails, the others run all the same, but for one thing: after a CUDA error no part of this
+process could use the GPU, so it ends, with exit code 3. Each figure is written to OUT/lease.json as
+soon as it is known, because a lease can end at any moment. lease.sh makes the most of ten minutes.
 """
 
 import json
@@ -40,7 +41,7 @@ from ..optim import build_optimizer
 from ..rl import log_probs, surrogate
 from ..rollout import Noise, rollout
 from ..run.device import autocast, pick_device
-from ..run.errors import run_command
+from ..run.errors import UserError, run_command
 from ..run.loop import GuardedOptimizer
 from ..run.options import Parser, among
 from ..sft import sft_losses, total_loss
@@ -59,8 +60,10 @@ def main(argv=None):
     add("--rounds", type=int, default=5, help="most times that each work is timed [%(default)s]")
     args = parser.parse_args(argv)
     parts = among("part", ";".join(args.parts), PARTS)
+    if args.rounds < 1:
+        raise UserError(f"command line: --rounds must be positive, not {args.rounds}")
 
-    # Every part runs, whatever happens to the others
+    # A part that fails does not keep the others from running, as long as the GPU can be used
     lease = Lease(args.preset, pick_device(args.device), args.out, args.rounds)
 
     for name in parts:
@@ -197,30 +200,35 @@ def same(lease):
     short_prompts = [replace(row, prompt=row.prompt[:37]) for row in case.rows[:5]]
     for i, rows in enumerate((case.rows[:8], short_prompts, case.rows[8:16])):
         # With graphs, then by autograd, on the same rows and noise
-        losses, norms, samples = gradients(lease, rows)
+        with_graphs = gradients(lease, rows)
         plain = without_graphs(partial(gradients, lease, rows))
-        plain_losses, plain_norms, plain_samples = plain
+        lease.report(f"same {i}", compare_gradients(with_graphs, plain))
+    model.zero_grad(set_to_none=True)
 
-        # The norm of every gradient; and the direction of some, which a norm does not show
-        differences = []
-        for name, norm in plain_norms.items():
+
+def compare_gradients(with_graphs, plain):
+    """How far two results of `gradients` differ, in the gradients that both of them have."""
+    losses, norms, samples = with_graphs
+    plain_losses, plain_norms, plain_samples = plain
+
+    # The norm of every gradient; and the direction of some, which a norm does not show
+    differences = []
+    for name, norm in plain_norms.items():
+        if name in norms:
             differences.append((abs(norms[name] - norm) / (norm + 1e-12), name))
-        cosines = []
-        for name, sample in plain_samples.items():
+    cosines = []
+    for name, sample in plain_samples.items():
+        if name in samples:
             cosines.append(float(F.cosine_similarity(samples[name], sample, 0)))
 
-        # "keys": whether both ways give the same parameters a gradient
-        lease.report(
-            f"same {i}",
-            {
-                "losses": losses,
-                "without graphs": plain_losses,
-                "norms differ by": largest_difference(differences),
-                "least cosine": least(cosines),
-                "keys": norms.keys() == plain_norms.keys(),
-            },
-        )
-    model.zero_grad(set_to_none=True)
+    # "keys": whether both ways give the same parameters a gradient
+    return {
+        "losses": losses,
+        "without graphs": plain_losses,
+        "norms differ by": largest_difference(differences),
+        "least cosine": least(cosines),
+        "keys": norms.keys() == plain_norms.keys(),
+    }
 
 
 def largest_difference(differences):
@@ -323,7 +331,7 @@ class Exploration:
         n_chain = len(self.prompt) * self.G
 
         # Drawn once, so that all calls make the same chains until set_ragged changes the weights
-        self.noise = Noise.draw(self.model, n_chain, MAX_NEW, seed=1).at(slice(None), self.device)
+        self.noise = Noise.draw(self.model, n_chain, MAX_NEW, seed=1).at(device=self.device)
         self.chains = None
 
     def __call__(self):

@@ -393,7 +393,8 @@ class Reference:
     def log_probs(self, prompt, prompt_mask, chains, group=1):
         """As rl.log_probs: those of latents (B, n), stops (B, K) and words (B, Tt) of a Rollout.
 
-        Each chain reads its own prompt.
+        Each chain reads its own prompt. The chains are taken to have spread 1 and temperature 1, as
+        all chains of the benchmark have.
         """
         # One pass over prompt, latents and words, with logits of all columns
         scored = self.scored(*repeat_prompts(prompt, prompt_mask, group), chains)
@@ -428,7 +429,7 @@ class Reference:
         return Scored(x, mask, used, written, used | dropped)
 
     def latent_log_probs(self, h, chains, scored):
-        """Log-probabilities of latents (B, n) and stops (B, K).
+        """Log-probabilities of latents (B, n), drawn with spread 1, and stops (B, K).
 
         h (B, n, D): the hidden state before each latent.
         """

@@ -2,6 +2,7 @@
 floors agree with a calculation by hand.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -193,6 +194,12 @@ def test_counts_are_those_of_the_arithmetic():
     assert count.stored(torch.zeros(1, 8).expand(100, 8)) == 4 * 8
 
 
+def test_bytes_are_those_of_every_argument_and_every_result():
+    a = torch.randn(4, 8)
+    assert count.count(lambda: a.add_(1)).bytes == 2 * 4 * 32  # read and written
+    assert count.count(lambda: a * a).bytes == 3 * 4 * 32  # read, read and written
+
+
 # ---- predictions ---------------------------------------------------------------------------------
 
 
@@ -204,6 +211,24 @@ def test_the_floors_agree_with_a_calculation_by_hand(rows, logits, floor_ms):
     """Llama-3.2-1B on an H200: a latent step, or with logits the token of an answer; T = 140."""
     seconds = count.pass_bytes(LLAMA_1B, rows, 140, logits) / 4.3e12
     assert round(1e3 * seconds, 2) == floor_ms
+
+
+def test_a_position_is_charged_the_keys_and_values_before_it_and_its_own(case):
+    machine = count.Machine(bandwidth=1e9, flops=math.inf)
+    floor = bench.Floor(SimpleNamespace(**{**vars(case), "machine": machine}))
+    llama = case.model.policy.cfg
+
+    def seconds(T, logits):
+        return count.pass_bytes(llama, 5, T, logits) / 1e9
+
+    three = [seconds(T, logits=False) for T in (10, 11, 12)]
+    assert floor.one_by_one(3, 5, 10, logits=False) == pytest.approx(sum(three))
+
+    # The K latents follow the prompts, then <|end-latent|> and all words but the last
+    n_prompt, K = max(len(row.prompt) for row in case.rows), case.model.K
+    thinking = [seconds(n_prompt + i, logits=False) for i in range(1, K + 1)]
+    writing = [seconds(n_prompt + K + i, logits=True) for i in range(1, cases.MAX_NEW + 1)]
+    assert floor.generation(5, 5) == pytest.approx(sum(thinking) + sum(writing))
 
 
 def test_the_memory_agrees_with_a_calculation_by_hand():
@@ -233,6 +258,16 @@ def test_no_price_is_negative():
         records.append({"sides": {"minatp": own}})
     per_op, per_flop = bench.fit_prices(records)
     assert per_op == 0 and per_flop > 0
+
+    # No other price of a FLOP explains the times as well
+    def error(price):
+        relative_errors = []
+        for record in records:
+            own = record["sides"]["minatp"]
+            relative_errors.append(price * own["flops"] / own["seconds"][0] - 1)
+        return sum(e * e for e in relative_errors)
+
+    assert error(per_flop) < min(error(0.99 * per_flop), error(1.01 * per_flop))
 
 
 # ---- the command line ----------------------------------------------------------------------------

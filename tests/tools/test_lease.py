@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kernels import graph
 from minatp.bench import lease
@@ -110,6 +111,24 @@ def test_a_part_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch):
     assert figures["works"] == 1
 
 
+def test_a_gradient_that_only_one_way_has_is_reported():
+    losses = {"enc": 2.0}
+    ones, opposite = torch.ones(3), -torch.ones(3)
+    both = losses, {"a": 1.0, "b": 2.0}, {"a": ones, "b": opposite}
+    a_alone = losses, {"a": 1.0}, {"a": ones}
+    for with_graphs, plain in ((both, a_alone), (a_alone, both)):
+        compared = lease.compare_gradients(with_graphs, plain)
+        assert not compared["keys"]
+        assert compared["norms differ by"] == (0, "a")
+        assert compared["least cosine"] == pytest.approx(1)
+    assert lease.compare_gradients(both, both)["keys"]
+
+
+def test_a_lease_without_a_round_is_refused(tmp_path, capsys):
+    assert guarded(lease.main, ["tiny", "cpu", str(tmp_path), "--rounds", "0"]) == 2
+    assert capsys.readouterr().err == "command line: --rounds must be positive, not 0\n"
+
+
 def test_a_part_that_does_not_exist_is_named(tmp_path, capsys):
     assert guarded(lease.main, ["tiny", "cpu", str(tmp_path), "speed"]) == 2
     assert "there is no 'speed'; there are verify; same;" in capsys.readouterr().err
@@ -201,6 +220,10 @@ def copy_to_the_device():
 
 
 with gpu:
+    torch.ones(3)  # on the CPU alone: no launch
+    assert not gpu.here.launches
+    torch.ones(3, device="meta")
+    assert gpu.here.launches.total() == 1
     ask_for_a_shape()  # outside a recording that is no fault
     assert not gpu.faults and gpu.waits.total() == 1
     for work in (ask_for_a_shape, ask_for_a_shape_by_a_mask, read_a_cpu_tensor, copy_to_the_device):
