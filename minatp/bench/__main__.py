@@ -4,6 +4,10 @@
                                                 misses its gate
     python -m minatp.bench --preset llama-1b    one GPU: the paper's size, bf16 compute over
                                                 float32 masters
+    python -m minatp.bench --preset llama-1b --fake
+                                no GPU: its launches, bytes, FLOPs, waits and recordings, counted,
+                                and a modelled time; exits with 1 after a fault, or if a gate that
+                                was met is missed. With --works each operation is shown, too
 
 A side must compute the same losses, gradients, chains and log-probabilities, or it is not timed.
 All sides take turns, round by round, and a ratio is that of two times of the same round: median
@@ -23,7 +27,7 @@ from unittest.mock import patch
 
 import torch
 
-from kernels.common import is_out_of_memory
+from kernels.common import HAS_TRITON, is_out_of_memory
 
 from ..run.build import llama_config, n_parameters
 from ..run.device import autocast, pick_device
@@ -54,6 +58,8 @@ UNCOUNTED = count.Counts(ops=math.nan, bytes=math.nan, flops=math.nan, waits=mat
 def main(argv=None):
     # The model, and which sides and works are wanted
     args = parse(argv)
+    if args.fake:
+        return count_without_gpu(args)
     device = pick_device(args.device or {"tiny": "cpu", "llama-1b": "cuda"}[args.preset])
     case = Case(args.preset, device)
 
@@ -98,6 +104,18 @@ def main(argv=None):
     return int(bool(misses))
 
 
+def count_without_gpu(args):
+    """The exit code of --fake. Raises UserError."""
+    if not HAS_TRITON:
+        raise UserError("command line: --fake needs triton, which is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("command line: TRITON_INTERPRET=1 leaves --fake no kernels; unset it")
+
+    from . import fake  # here, because it cannot be imported without Triton
+
+    return fake.main(args)
+
+
 def parse(argv):
     """The command line. Raises UserError."""
     parser = Parser(__doc__, "minatp.bench")
@@ -111,6 +129,8 @@ def parse(argv):
         help="what is timed, separated by semicolons; growth only if all of it is [all]",
     )
     add("--device", default="", help="cpu | cuda | cuda:N [tiny: cpu; llama-1b: cuda]")
+    add("--fake", action="store_true", help="count what a GPU would do, without one: llama-1b only")
+    add("--layers", type=int, default=16, help="of both LMs, with --fake [%(default)s]")
     add("--out", default="", help="also write all figures to this JSON file")
     args = parser.parse_args(argv)
     if args.preset not in SIZES:
@@ -119,6 +139,10 @@ def parse(argv):
         )
     if args.rounds < 1:
         raise UserError(f"command line: --rounds must be positive, not {args.rounds}")
+    if args.fake and args.preset != "llama-1b":
+        raise UserError("command line: --fake counts the steps of llama-1b: add --preset llama-1b")
+    if args.layers < 1:
+        raise UserError(f"command line: --layers must be positive, not {args.layers}")
     return args
 
 
