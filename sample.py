@@ -16,7 +16,7 @@ import time
 
 from minatp.rollout import Noise
 from minatp.run import evaluate
-from minatp.run.device import autocast, pick_device, place, solving_guard
+from minatp.run.device import autocast, pick_device, pick_dtype, place, solving_guard
 from minatp.run.errors import run_command
 from minatp.run.huggingface import load_model, locate
 from minatp.run.splits import encode_prompts
@@ -77,7 +77,8 @@ def think(folder, name, problems, args, device):
         n_position = show.count_positions(solved)
         columns.append(show.Column(name, edit_text, model.c, chains, seconds, n_position))
 
-    with solving_guard(prompts, model, args.max_new, what="sample"), autocast(device):
+    dtype = pick_dtype(args.dtype, device, model)
+    with solving_guard(prompts, model, args.max_new, what="sample"), autocast(device, dtype):
         # The mean chain of each problem …
         start = time.perf_counter()
         if args.html or not args.temperature:

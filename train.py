@@ -21,11 +21,10 @@ from minatp.reward import chain_reward
 from minatp.rl import advantages, kl_to_start, log_probs, surrogate
 from minatp.rollout import Noise, Rollout, rollout
 from minatp.run import distributed, options
-from minatp.run.checks import refuse_rewards
+from minatp.run.checks import check_init, refuse_rewards
 from minatp.run.device import Doing, pick_device
 from minatp.run.errors import run_command
 from minatp.run.folder import claim_folder
-from minatp.run.huggingface import locate
 from minatp.run.loop import Run
 from minatp.run.splits import load_splits
 from minatp.run.terminal import print0, stop_request
@@ -39,7 +38,7 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     with claim_folder(cfg):
         if cfg.init and not (cfg.resume and cfg.stage == "sft"):
-            locate(cfg.init)  # fail before the data is read
+            check_init(cfg)  # before the data is read
         run = Run(cfg, load_splits(cfg), device)
         print0(run.splits.describe())
         if cfg.dry_run:
@@ -284,7 +283,7 @@ def policy_gradients(run, explored, advantage, informative, old):
     group = our_informative.nonzero()[:, 0].to(device)
     rows = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
     prompt, prompt_mask = explored.prompt[group], explored.prompt_mask[group]
-    rolled = explored.rollout.select(rows)
+    rolled = explored.rollout.at(rows)
     chain_advantage = (
         distributed.shard(advantage)[our_informative].view(-1, 1).to(device)
     )  # (rows, 1)

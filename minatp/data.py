@@ -4,11 +4,37 @@ Stage k of the curriculum replaces the first k written steps of each problem by 
 the rest as text (docs/method.md, Stage 1). `collate` is where that happens.
 """
 
-from dataclasses import dataclass, fields
+import unicodedata
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from kernels.cross_entropy import IGNORE
+
+# What word processors write for ' and "
+PLAIN_QUOTES = str.maketrans(dict.fromkeys("‘’‚‛′´`", "'") | dict.fromkeys("“”„‟″", '"'))
+
+
+def normal_form(text):
+    """A text as it is compared with others: two spellings of one question become equal.
+
+    It is in Unicode's NFKC, with plain quotes, no upper case, and single spaces for white space.
+    """
+    text = unicodedata.normalize("NFKC", text.translate(PLAIN_QUOTES))
+    return " ".join(text.casefold().split())
+
+
+class Rows:
+    """A dataclass of tensors, with a row for each problem or chain, and of other values."""
+
+    def at(self, rows=slice(None), device=None):
+        """The same with the rows `rows` (all, by default) of every tensor, on a device."""
+        tensors = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if torch.is_tensor(value):
+                tensors[f.name] = value[rows].to(device or value.device)
+        return replace(self, **tensors)
 
 
 @dataclass
@@ -89,7 +115,7 @@ def check_length(row, problem, model, always_K):
 
 
 @dataclass
-class Batch:
+class Batch(Rows):
     """B problems at one stage.
 
     The prompt is padded on the left, so that latents align; the text after them on the right.
@@ -123,13 +149,6 @@ class Batch:
     n_candidate: int
     # what each loss is a mean over, and "position": how many the policy reads
     counts: dict
-
-    def to(self, device):
-        moved = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            moved[f.name] = value.to(device) if torch.is_tensor(value) else value
-        return Batch(**moved)
 
 
 def pad(rows, value, left=False):

@@ -7,7 +7,7 @@ them into words).
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -16,10 +16,11 @@ from kernels.common import upcast
 from kernels.graph import DelayedCount, rows_where, unfinished_rows
 
 from .chain import read_prompt
+from .data import Rows
 
 
 @dataclass
-class Noise:
+class Noise(Rows):
     """All random numbers of B rollouts.
 
     They are drawn before any batch is made, so that batching does not change a problem's luck.
@@ -48,19 +49,9 @@ class Noise:
             temperature=temperature,
         )
 
-    def at(self, rows, device):
-        """The noise of some rows, on a device."""
-        token = None if self.token is None else self.token[rows].to(device)
-        return replace(
-            self,
-            eps_keys=self.eps_keys[rows].to(device),
-            stop=self.stop[rows].to(device),
-            token=token,
-        )
-
 
 @dataclass
-class Forced:
+class Forced(Rows):
     """Latents that a rollout must take in place of its own first ones: for edits and probes."""
 
     # (B, cK, D)
@@ -70,13 +61,9 @@ class Forced:
     # (B,) bool: the answer follows them; otherwise the model thinks on from there
     ends: torch.Tensor
 
-    def at(self, rows, device):
-        """Those of some rows, on a device."""
-        return Forced(self.z[rows].to(device), self.n[rows].to(device), self.ends[rows].to(device))
-
 
 @dataclass
-class Rollout:
+class Rollout(Rows):
     """B finished chains. Entries past the end of a row are 0, of token −1, of stop_prob NaN."""
 
     # (B, cK, D) the used latents, then the candidate dropped at a stop
@@ -123,15 +110,6 @@ class Rollout:
             spread=noise.spread if noise else 1.0,
             temperature=noise.temperature if noise else 1.0,
         )
-
-    def select(self, rows):
-        """The chains `rows` (a LongTensor) alone."""
-        selected = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if torch.is_tensor(value):
-                selected[f.name] = value[rows]
-        return replace(self, **selected)
 
 
 @torch.no_grad()

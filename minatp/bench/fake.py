@@ -91,7 +91,7 @@ class Model:
         counts = batch.counts
 
         # All lengths are known. From here on tensors have shapes alone; the noise is keys
-        batch = batch.to(META)
+        batch = batch.at(device=META)
         eps = ops.noise_keys(0, len(rows), model.c * model.K).to(META)
 
         def work():
@@ -120,7 +120,7 @@ class Model:
         self.model.stage = self.model.K + 1
         prompt, prompt_mask = self.prompts(SIZE.questions)
         noise = rollout.Noise.draw(self.model, SIZE.questions * SIZE.G, MAX_NEW, seed=1)
-        noise = noise.at(slice(None), META)
+        noise = noise.at(device=META)
 
         def explore():
             with self.gpu.region("rollouts"), torch.autocast("meta"):

@@ -25,10 +25,10 @@ from ..problems import numbers
 from ..rollout import Noise, rollout
 from ..sft import sft_losses
 from . import distributed
-from .device import autocast, pick_device, place, solving_guard
+from .device import autocast, pick_device, pick_dtype, place, solving_guard
 from .errors import UserError
 from .huggingface import load_model, locate, read_switches
-from .options import Parser
+from .options import Parser, add_device_options
 from .problem_files import read_problems
 from .splits import encode_prompts, generate, test_set
 from .terminal import print0, progress
@@ -141,8 +141,7 @@ def elect(chains, by):
         chains = [c for c, value in zip(chains, coherence) if value == max(coherence)]
 
     def key(chain):  # "5" and "5.0" are one answer
-        value = None if chain.answer is None else reward.number(chain.answer)
-        return chain.answer if value is None else value
+        return None if chain.answer is None else reward.reading(chain.answer)
 
     # A chain without an answer has no vote. If none has one, the first chain is elected
     votes = Counter(key(c) for c in chains if c.answer is not None)
@@ -293,7 +292,7 @@ def reading_nll(run, model):
     # Teacher-forced, as in SFT, but at z = μ: no noise is given
     batch = collate(run.reading_rows, model.stage, model)
     with run.autocast:
-        losses = sft_losses(model, batch.to(run.device))
+        losses = sft_losses(model, batch.at(device=run.device))
     return float(losses["dec"]) / batch.counts["dec"]
 
 
@@ -314,7 +313,7 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     # All Q·n chains in one batch, rewarded as in training
     prompts = run.tokenizer.prompts([p.question for p in problems])
     prompt, prompt_mask = left_pad(prompts, run.tokenizer.end, run.device)
-    all_rows = noise.at(slice(None), run.device)
+    all_rows = noise.at(device=run.device)
     result = rollout(model, prompt, prompt_mask, run.max_new, all_rows, n)
     graph.release_memory()
     chains = as_text(model, run.tokenizer, result)
@@ -408,7 +407,7 @@ def parse(argv):
     add("--temperature", type=float, default=1.0, help="of the sampled chains [%(default)s]")
     add("--seed", type=int, default=0, help="of the sampled chains [%(default)s]")
     add("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
-    add("--device", default="", help="cpu | cuda | cuda:N [cuda if there is one]")
+    add_device_options(parser)
     add("--json", action="store_true", help="one JSON object per run")
     args = parser.parse_args(argv)
 
@@ -519,7 +518,8 @@ def evaluate_run(folder, problems, device, args):
         )
 
     # The mean policy, then a pass for each sampled chain, with noise of its own
-    with solving_guard(prompts, model, args.max_new, BATCH), autocast(device):
+    dtype = pick_dtype(args.dtype, device, model)
+    with solving_guard(prompts, model, args.max_new, BATCH), autocast(device, dtype):
         chains = solve_all()
         result = measure(chains, problems)
         if args.votes:

@@ -219,6 +219,7 @@ class Log:
             "tests": tests,
             "seconds": seconds,
             "device": device_name,
+            "dtype": cfg.dtype,
             **more,
         }
         replace_file(self.out / "summary.json", json.dumps(record, indent=2) + "\n")

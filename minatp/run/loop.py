@@ -21,15 +21,8 @@ from ..rollout import Noise
 from ..sft import total_loss
 from . import checkpoint, distributed, evaluate
 from .build import build, n_parameters
-from .checks import (
-    check_problems,
-    check_size,
-    check_start,
-    check_thoughts,
-    fingerprint,
-    format_sources,
-)
-from .device import Doing, autocast, memory_guard, place, solving_guard
+from .checks import check_problems, check_start, fingerprint, format_sources
+from .device import Doing, autocast, memory_guard, pick_dtype, place, solving_guard
 from .errors import NotFinite
 from .folder import Log
 from .huggingface import load_model
@@ -44,7 +37,8 @@ class Run:
     def __init__(self, cfg, splits, device, model=None, tokenizer=None):
         self.cfg, self.splits, self.device = cfg, splits, device
         self.model, self.tokenizer = model, tokenizer
-        self.autocast = autocast(device)  # `with run.autocast:` computes in bf16 on a GPU
+        if model is not None:
+            self.settle_dtype()
 
         # Where the loop is. is_log_due stays True in a dry run, so the KL is computed as well
         self.first_step = 0  # of the current stage
@@ -67,11 +61,9 @@ class Run:
 
         # The model: of the checkpoint, from --init, or untrained
         saved = newest_checkpoint(cfg.out) if cfg.resume else None
-        if cfg.stage == "rl":
-            check_thoughts(cfg)
         self.model, self.tokenizer = load_model(saved) if saved else build(cfg, self.splits.train)
-        check_size(self.model, cfg)
         place(self.model, self.device).set_recompute(cfg.recompute)
+        self.settle_dtype()
         self.optimizer = GuardedOptimizer(build_optimizer(cfg, self.model), self.model, cfg.clip)
 
         # Restore where a resumed run was; refuse other problems or another start than it had
@@ -86,6 +78,19 @@ class Run:
         self.log = Log(cfg, self.state)
         self.meter = Meter(self.state.get("meter"), self.state.get("silent", 0))
         self.encode()
+
+    def settle_dtype(self):
+        """Settle --dtype, which can depend on the model. `with run.autocast:` computes in it."""
+        cfg = self.cfg
+
+        # A run of a version that had no --dtype goes on as it began
+        if cfg.resume and not cfg.dtype:
+            cfg.dtype = "bfloat16" if self.device.type == "cuda" else "float32"
+
+        # config.json records the choice, so that a resumed run keeps it. All ranks take rank 0's:
+        # the CPUs of several machines can differ
+        cfg.dtype = distributed.broadcast(pick_dtype(cfg.dtype, self.device, self.model))
+        self.autocast = autocast(self.device, cfg.dtype)
 
     def load_start_model(self):
         """Load the SFT model that RL starts from and is compared with; its φ stays frozen."""
@@ -145,7 +150,7 @@ class Run:
         cfg = self.cfg
         print0(
             f"{what}: {n_parameters(self.model):,} parameters, {len(self.tokenizer):,} tokens in "
-            f"the vocabulary, {work} on {self.device}; files in {cfg.out}"
+            f"the vocabulary, {work} on {self.device} in {cfg.dtype}; files in {cfg.out}"
         )
 
     # ---- the loop --------------------------------------------------------------------------------
@@ -236,7 +241,7 @@ class Run:
             length = batch.prompt.shape[1] + batch.L + batch.text.shape[1]
             what = f"sft, stage {stage}, step {step + 1}"
             self.doing = Doing(what, len(batch.prompt), length, "--micro-batch or --batch-size")
-            yield batch.to(self.device), eps_keys, counts
+            yield batch.at(device=self.device), eps_keys, counts
         self.doing = self.between_batches
 
     def memory_guard(self):

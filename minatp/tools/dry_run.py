@@ -43,6 +43,7 @@ def dry_run(run, sft_gradients, dry_run_rl):
     if cfg.init or fits(run.model):
         run.model, run.tokenizer = build(cfg, splits.train)
     model = run.model
+    run.settle_dtype()
     if fits(model):
         model.to(device).set_recompute(cfg.recompute)
 
@@ -61,13 +62,16 @@ def dry_run(run, sft_gradients, dry_run_rl):
     longest = by_length[: cfg.batch_size]
     if cfg.stage == "rl":
         model.decoder.requires_grad_(False)
-        run.start_model = load_model(cfg.init)[0].to(device)
     stages = stages_to_try(cfg, model)
     kept = activation_bytes(run, run.labelled[longest[0]], stages)
     report_memory(run, kept, available)
     if held_bytes(cfg, model) + kept > 0.9 * available or not fits(model):
         print0("one step    not run: it does not fit here")
         return
+
+    # It fits, and so does the start that RL is compared with
+    if cfg.stage == "rl":
+        run.start_model = load_model(cfg.init)[0].to(device)
 
     # One step's gradients at each stage; no optimizer takes them
     for stage in stages:
@@ -150,7 +154,7 @@ def activation_bytes(run, row, stages):
         return parts["activations"] + parts["logits"]
 
     def forward(n, stage):
-        batch = collate([row] * n, stage, model).to(device)
+        batch = collate([row] * n, stage, model).at(device=device)
 
         # The values of ε do not change what is kept: zeros will do
         eps = None
@@ -228,7 +232,7 @@ def report_memory(run, kept, available):
 
     # (0 in RL without an anchor, where SFT trains nothing)
     if kept:
-        n = min(cfg.micro_batch or cfg.batch_size, len(run.labelled))
+        n = cfg.micro_batch or cfg.batch_size
         text += f", and about {gibibytes(kept)} that a forward pass of {n} longest problems keeps"
     print0(f"{text}; {run.device} has {gibibytes(available)}")
 

@@ -19,10 +19,10 @@ import torch
 from .. import reward
 from ..rollout import Forced, Noise
 from ..run import evaluate
-from ..run.device import autocast, pick_device, place, solving_guard
+from ..run.device import autocast, pick_device, pick_dtype, place, solving_guard
 from ..run.errors import UserError
 from ..run.huggingface import load_model
-from ..run.options import Parser
+from ..run.options import Parser, add_device_options
 from ..run.problem_files import read_problems
 from ..run.splits import encode_prompts, test_set
 from ..run.terminal import print0
@@ -51,7 +51,8 @@ def main(argv=None):
         )
 
     # The thoughts of the mean policy are probed, and its answers are what others are compared with
-    with solving_guard(prompts, model, args.max_new, what="probe"), autocast(device):
+    dtype = pick_dtype(args.dtype, device, model)
+    with solving_guard(prompts, model, args.max_new, what="probe"), autocast(device, dtype):
         mean = solve()
         if not any(chain.n_latent for chain in mean):
             raise UserError(
@@ -74,7 +75,7 @@ def parse(argv):
     add("--problems", type=int, default=1000, help="how many of them [%(default)s]")
     add("--seed", type=int, default=0, help="of the split, the shuffle and the noise [%(default)s]")
     add("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
-    add("--device", default="", help="cpu | cuda | cuda:N [cuda if there is one]")
+    add_device_options(parser)
     add("--json", action="store_true", help="print one JSON object instead of tables")
     args = parser.parse_args(argv)
 

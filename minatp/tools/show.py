@@ -141,7 +141,7 @@ def as_record(problem, chain, column):
         "thoughts": chain.thoughts,
         # The thoughts, then the lines written before the answer; "coherent" has a value for each
         "steps": chain.steps,
-        "coherent": reward.coherent(chain.steps, chain.answer),
+        "coherent": [bool(users) for users in reward.links(chain.steps, chain.answer)],
         "stop_prob": chain.stop_prob,
         "sigma": chain.sigma,
         "text": chain.text,
@@ -185,8 +185,8 @@ def print_chains(columns, problems, paint):
 def draw(problem, chain, c, paint):
     """The lines that show one Chain. c: latents per thought."""
     rows, row_of_step = chain_rows(chain, c)
-    coherent = reward.coherent(chain.steps, chain.answer)
-    used = dict(zip(row_of_step, coherent))  # row -> whether a later step or the answer uses it
+    # row -> the later steps, or the answer, that use it
+    used = dict(zip(row_of_step, reward.links(chain.steps, chain.answer)))
 
     # Texts are padded to one width, so that the facts align
     width = max([len(row["text"]) for row in rows] + [12])

@@ -235,7 +235,7 @@ def test_replayed_steps_are_the_steps(monkeypatch, tapes):
     model.to(DEVICE)
 
     prompt, prompt_mask = data.left_pad([[5, 6], [7] * 5], model.end, DEVICE)
-    noise = Noise.draw(model, 4, 12, 530).at(slice(None), DEVICE)  # half of the rows end sooner
+    noise = Noise.draw(model, 4, 12, 530).at(device=DEVICE)  # half of the rows end sooner
     z = torch.randn(4, 4, 16, generator=torch.Generator().manual_seed(50))[:, :2].to(DEVICE)
 
     def rollout_and_texts(choice):
@@ -299,7 +299,7 @@ def sft_batch(model):
         )
 
     problems = [problem(3, 3), problem(1, 1), problem(0, 0, answer_only=True)]
-    return data.collate(problems, model.K + 1, model).to(DEVICE)
+    return data.collate(problems, model.K + 1, model).at(device=DEVICE)
 
 
 def rl_chains():

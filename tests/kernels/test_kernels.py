@@ -820,9 +820,9 @@ def everything_under_autocast():
     """
     model = model_in_autocast_test()
     problems = [encoded_problem(3, 2), encoded_problem(1, 1)]
-    batch = collate(problems, model.K, model).to(DEVICE)
+    batch = collate(problems, model.K, model).at(device=DEVICE)
     prompt, prompt_mask = left_pad([[5, 6], [7] * 5], model.end, DEVICE)
-    noise = Noise.draw(model, 4, 8, 1).at(slice(None), DEVICE)
+    noise = Noise.draw(model, 4, 8, 1).at(device=DEVICE)
 
     values = []
     with torch.autocast(DEVICE, torch.float16):

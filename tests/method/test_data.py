@@ -45,7 +45,7 @@ def test_every_step_is_right_and_leads_to_the_answer(sets):
         for p in sets[which]:
             assert 1 <= len(p.steps) <= 6
             assert reward.same(str(reward.result(p.steps[-1])), p.answer)
-            assert all(reward.coherent(p.steps, p.answer)), p
+            assert all(reward.links(p.steps, p.answer)), p
             for step in p.steps:
                 a, op, b, result = STEP.fullmatch(step).groups()
                 assert calculate(int(a), op, int(b)) == int(result)
@@ -83,6 +83,20 @@ def test_some_problems_have_several_step_orders():
     for begins_with in ("first", "second"):
         assert (begins_with, "**+-") in orders
         assert (begins_with, "*-*-") in orders
+
+
+# ---- spellings of a question ---------------------------------------------------------------------
+
+
+def test_spellings_of_one_question_have_one_normal_form():
+    plain = 'lena\'s "short" walk takes 12 minutes.'
+    for spelling in (
+        "Lena’s “short” walk takes 12 minutes.",
+        '  lena\'s  "short"\nwalk takes\N{NO-BREAK SPACE}12 minutes. ',
+        'LENA\'S "SHORT" WALK TAKES １２ MINUTES.',
+    ):
+        assert data.normal_form(spelling) == plain
+    assert data.normal_form("Lena has 12 jars.") != data.normal_form("Lena has 1 2 jars.")
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------

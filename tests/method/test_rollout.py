@@ -39,7 +39,7 @@ def prompts_of(tokenizer, n, seed):
 
 def draw(model, *args, **options):
     """Noise.draw, on the CPU."""
-    return Noise.draw(model, *args, **options).at(slice(None), "cpu")
+    return Noise.draw(model, *args, **options).at(device="cpu")
 
 
 @pytest.mark.parametrize("sampled", [False, True])

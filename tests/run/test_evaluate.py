@@ -88,3 +88,10 @@ def test_each_number_of_latent_steps_is_compared_with_the_free_run():
     assert (none["tokens"], two["tokens"]) == (3, 5)
     assert (none["gain"], two["gain"]) == (-0.5, 0.5)
     assert none["gain_se"] == pytest.approx(0.5)  # of the differences −1 and 0
+
+
+def test_votes_count_answers_as_the_reward_reads_them():
+    seven, also_seven, eight = (chain_of(text, []) for text in ("### 7", "### $7.00.", "### 8"))
+    assert elect([eight, seven, also_seven], "majority") is seven
+    far, also_far, near = (chain_of(text, []) for text in ("### Far", "### far", "### near"))
+    assert elect([near, far, also_far], "majority") is far

@@ -158,6 +158,19 @@ def trained(monkeypatch):
     return names
 
 
+# fmt: off
+@pytest.mark.parametrize("arm, folders", [
+    ("Coconut", ["Coconut.0"]),
+    ("RL, leave one out", ["ATP.0", "RL--leave-one-out.0"]),
+    ("ATP, β × 10, then RL", ["ATP--β---10.0", "ATP--β---10--then-RL.0"]),
+    ("control: more SFT", ["ATP.0", "RL.0", "control--more-SFT.0"]),
+])
+# fmt: on
+def test_ablate_trains_no_run_that_is_not_needed(arm, folders, trained, tmp_path):
+    ablate.main(["--out", str(tmp_path), "--arms", arm])
+    assert trained == folders
+
+
 def test_ablate_trains_every_run_once_and_first_those_that_others_need(trained, tmp_path, capsys):
     # A run that was killed before it had saved anything
     (tmp_path / "ATP.0").mkdir()
@@ -179,6 +192,14 @@ def test_ablate_trains_every_run_once_and_first_those_that_others_need(trained, 
     assert len(trained) == 7
     cfg = options.of_run(tmp_path / "SFT-on-answers-alone.0" / "config.json")
     assert cfg.epochs.startswith("0,0,0,0,0,")
+
+    # A run settles its dtype, which is another one only if it is asked for
+    config = tmp_path / "ATP.0" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}))
+    ablate.main(again)
+    assert len(trained) == 7
+    assert guarded(ablate.main, [*again, "--options", "--dtype bfloat16"]) == 2
+    assert "ran with another --dtype" in capsys.readouterr().err
 
     # With other options it would be another run
     capsys.readouterr()

@@ -89,3 +89,17 @@ def test_questions_are_read_from_stdin(show_json, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("One?\n\nTwo?\n"))
     records = show_json("-")
     assert [record["question"] for record in records] == ["One?", "Two?"]
+
+
+@pytest.mark.parametrize("option, n", [([], 6), (["--problems", "5"], 5)])
+def test_all_questions_are_read_from_stdin_unless_some_are_asked_for(
+    option, n, show_json, monkeypatch
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO("One more?\n" * 6))
+    assert len(show_json("-", *option)) == n
+
+
+def test_a_published_test_set_is_shown_as_it_is(show_json, tmp_path):
+    (tmp_path / "set.json").write_text('[{"sQuestion": "How many?", "lSolutions": [21.0]}]')
+    [record] = show_json("--file", str(tmp_path / "set.json"))
+    assert (record["question"], record["gold"]) == ("How many?", "21")
