@@ -182,14 +182,26 @@ def count_once(work, device, bf16=True):
         return count.count(work)
 
 
-def attempt(work, model):
-    """work(), or None if it runs out of memory; cached memory is then freed."""
+def attempt(work, model, failures=None, name=None):
+    """work(), or None if it runs out of memory; cached memory is then freed.
+
+    failures: a dict, of a peer. Whatever the peer raises then ends this work for it and nothing
+    else, and failures[name] is the reason.
+    """
     try:
         return work()
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
+    except Exception as e:
+        # after a CUDA error nothing in this process can use the GPU
+        is_lost = "CUDA error" in str(e)
+        if is_out_of_memory(e):
+            reason = "ran out of memory"
+        elif failures is None or is_lost:
             raise
+        else:
+            reason = f"failed ({type(e).__name__}: {' '.join(str(e).split())[:120]})"
     # after the except clause, whose traceback holds on to what was computed
+    if failures is not None:
+        failures[name] = reason
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
 
@@ -208,23 +220,25 @@ def measure_all(case, every, names, rounds, save):
             continue
 
         # Printed and saved at once: a later work may run out of memory
-        record = {"work": name, "tokens": work.n_token, "sides": measure(case, every, work, rounds)}
+        failures = {}
+        measured = measure(case, every, work, rounds, failures)
+        record = {"work": name, "tokens": work.n_token, "sides": measured}
         records.append(record)
         describe(record, case)
         save(records)
-        for side in every:
-            if side not in record["sides"]:
-                print0(f"    {side:18} ran out of memory: no time, and no win for minatp")
+        for side, reason in failures.items():
+            print0(f"    {side:18} {reason}: no time, and no win for minatp")
     return records
 
 
-def measure(case, every, work, rounds):
+def measure(case, every, work, rounds, failures):
     """Time one work, all sides in turn, and count it.
 
     Returns {side: {"seconds": [one a round], "peak": bytes, and the fields of count.Counts}},
-    without the sides that run out of memory. Raises OutOfMemory if minatp does.
+    without the sides that fail: `failures` receives {side: why}. Raises OutOfMemory if minatp runs
+    out of memory, and whatever else minatp raises.
     """
-    counts = warm_up(case, every, work)
+    counts = warm_up(case, every, work, failures)
     names = list(counts)
     seconds = {name: [] for name in names}
     peak = dict.fromkeys(names, 0)
@@ -234,9 +248,9 @@ def measure(case, every, work, rounds):
         for name in names[first:] + names[:first]:
             side = every[name]
             once = partial(time_once, partial(work.run, side), case.device, side.bf16)
-            timed = attempt(once, case.model)
+            timed = attempt(once, case.model, *of_peer(name, failures))
 
-            # A side that runs out of memory in any round is not timed at all
+            # A side that fails in any round is not timed at all
             if timed is None:
                 names.remove(name)
                 continue
@@ -246,13 +260,19 @@ def measure(case, every, work, rounds):
     return {name: {"seconds": seconds[name], "peak": peak[name], **counts[name]} for name in names}
 
 
-def warm_up(case, every, work):
-    """{side: counts} of the sides that have enough memory for a work. Compiles every kernel."""
+def of_peer(name, failures):
+    """The last arguments of `attempt`: what minatp raises is raised."""
+    return () if name == "minatp" else (failures, name)
+
+
+def warm_up(case, every, work, failures):
+    """{side: counts} of the sides that do not fail at a work. Compiles every kernel."""
     counts = {}
     for name, side in every.items():
-        # One call that is not timed: sides without enough memory drop out here
+        # One call that is not timed: sides that fail or have too little memory drop out here
         run = partial(work.run, side)
-        if attempt(partial(time_once, run, case.device, side.bf16), case.model) is None:
+        once = partial(time_once, run, case.device, side.bf16)
+        if attempt(once, case.model, *of_peer(name, failures)) is None:
             continue
 
         # On a GPU only minatp is counted: to count the reference there takes minutes

@@ -11,10 +11,12 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [
@@ -916,6 +918,44 @@ def test_the_benchmark_notices_nan_in_one_gradient():
     case = bench.small_cases(torch.device(DEVICE), torch.float16)[0]
     case.kernel = nan_in_the_gradient_of_logvar
     assert math.isnan(bench.verify(case))
+
+
+def test_attention_is_compared_with_a_fused_kernel_of_pytorch(monkeypatch):
+    """With enable_gqa and a mask PyTorch has none on a GPU, and would be a weak peer."""
+    asked = []
+    real_sdpa = F.scaled_dot_product_attention
+
+    def sdpa(q, k, v, **options):
+        asked.append((q.shape[1] == k.shape[1], options.get("enable_gqa", False)))
+        return real_sdpa(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    case = bench.small_cases(torch.device(DEVICE), torch.float32)[1]
+    inputs = case.inputs()
+    exact = case.reference(*[x.double() for x in inputs])
+    close(case.peers["SDPA"](*inputs), exact, 4 * FP32)
+    assert asked == [(True, False)]
+
+
+def test_the_timed_inputs_exceed_the_l2_cache():
+    l2_cache = 60 * 2**20  # of an H200
+    for case in bench.small_cases(torch.device("cpu"), torch.bfloat16):
+        size = sum(x.nbytes for x in case.inputs())
+        assert bench.copies_beyond(l2_cache, size) * size > 2 * l2_cache
+    assert bench.copies_beyond(l2_cache, 10**9) == 1
+
+
+def test_a_lease_draws_words_with_the_kernel_and_notices_wrong_ones(monkeypatch):
+    on_cpu = SimpleNamespace(on_gpu=False, device=torch.device(DEVICE))
+    assert lease.wrong_words(on_cpu) == 0
+    real_sample = sampling.fused_sample
+
+    def next_word(logits, u):
+        word, logp = real_sample(logits, u)
+        return (word + 1) % logits.shape[1], logp
+
+    monkeypatch.setattr(sampling, "fused_sample", next_word)
+    assert lease.wrong_words(on_cpu) == 4
 
 
 def test_a_lease_notices_nan_in_any_gradient():

@@ -33,7 +33,7 @@ FIGURES = {
         "reading thoughts",
         "RL gradients",
         "rollouts, ragged",
-        "rollouts, ragged, nobody leaves",
+        "rollouts, ragged, rows leave",
         "rollouts without graphs",
     ],
     "profile": ["profile sft, ms", "profile rollouts, ms"],
@@ -134,9 +134,83 @@ def test_a_part_that_does_not_exist_is_named(tmp_path, capsys):
     assert "there is no 'speed'; there are verify; same;" in capsys.readouterr().err
 
 
-def test_the_script_of_a_lease_is_one_that_bash_can_read():
+def test_a_recording_that_fails_ends_the_process(tmp_path, monkeypatch):
+    """What it leaves behind cannot be trusted; lease.sh continues with its next process."""
+
+    def fails(lease):
+        raise graph.CaptureFailed("ValueError while recording")
+
+    monkeypatch.setattr(graph, "record", graph.record)  # which a lease replaces
+    monkeypatch.setitem(lease.PARTS, "same", fails)
+    argv = ["tiny", "cpu", str(tmp_path), "same", "memory"]
+    assert lease.main(argv) == lease.LOST_CONTEXT
+    figures = json.loads((tmp_path / "lease.json").read_text())
+    assert figures["FAILED same"] == "CaptureFailed: ValueError while recording"
+
+
+# ---- the script ----------------------------------------------------------------------------------
+
+TESTS = [f"tests/kernels/test_graph.py::test_{i}[a b]" for i in range(19)]
+
+# Stands in for python3: it notes how it is called
+PYTHON = """#!/bin/bash
+echo "$TRITON_INTERPRET $@" >> "$OUT/calls.txt"
+case "$*" in
+    *"import pytest_timeout"*) exit {no_timeouts} ;;
+    *--collect-only*) printf '%s\\n' {tests} "19 tests collected" ;;
+esac
+"""
+
+
+def run_script(tmp_path, no_timeouts):
+    """The calls of python3 that lease.sh makes, (TRITON_INTERPRET, arguments)."""
+    quoted = " ".join(f"'{name}'" for name in TESTS)
+    programs = {
+        "python3": PYTHON.format(no_timeouts=no_timeouts, tests=quoted),
+        "nvidia-smi": "#!/bin/bash\n",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    out = tmp_path / "out"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(out)}
     script = ROOT / "minatp" / "bench" / "lease.sh"
-    subprocess.run(["bash", "-n", script], check=True)
-    text = script.read_text()
+    subprocess.run(["bash", str(script)], env=environment, check=True, capture_output=True)
+    return [line.split(" ", 1) for line in (out / "calls.txt").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("no_timeouts", [0, 1])
+def test_the_script_of_a_lease_tests_with_eight_workers(tmp_path, no_timeouts):
+    calls = run_script(tmp_path, no_timeouts)
+
+    # each test once, and no plugin that may be missing
+    workers = [argv for _, argv in calls if "-rfE" in argv]
+    assert len(workers) == 8
+    shares = [argv.partition("no:cacheprovider ")[2] for argv in workers]
+    for name in TESTS:
+        assert sum(share.count(name) for share in shares) == 1
+    for argv in workers:
+        assert ("--timeout 120" in argv) == (no_timeouts == 0)
+
+
+def test_the_script_of_a_lease_asks_for_truth_before_times_and_for_the_peer_last(tmp_path):
+    calls = run_script(tmp_path, no_timeouts=1)
+    parts = []
+    for _, argv in calls:
+        if "minatp.bench.lease" in argv:
+            parts.append(argv.split("llama-1b cuda ")[1].split(" ", 1)[1])
+    assert parts == ["verify same memory", "sft", "rl", "profile"]
+    _, last = calls[-1]
+    assert last.startswith("-m minatp.bench --preset llama-1b --sides tuned")
+    for name in ("SFT, last stage", "rollouts"):
+        assert name in last
+
+    # Triton compiles: its interpreter does not run with every NumPy
+    assert {interpreted for interpreted, _ in calls} == {"0"}
+
+
+def test_the_tests_of_a_lease_exist():
+    text = (ROOT / "minatp" / "bench" / "lease.sh").read_text()
     for path in ("tests/kernels/test_graph.py", "tests/kernels/test_kernels.py"):
         assert path in text and (ROOT / path).exists()
