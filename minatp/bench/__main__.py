@@ -141,6 +141,8 @@ def parse(argv):
         raise UserError(f"command line: --rounds must be positive, not {args.rounds}")
     if args.fake and args.preset != "llama-1b":
         raise UserError("command line: --fake counts the steps of llama-1b: add --preset llama-1b")
+    if args.fake and (args.sides or args.device):
+        raise UserError("command line: --fake compares and times nothing: drop --sides, --device")
     if args.layers < 1:
         raise UserError(f"command line: --layers must be positive, not {args.layers}")
     return args

@@ -412,9 +412,10 @@ def main(args):
 
     # A line a work
     print0(
-        f"llama-1b with {args.layers} layers on a GPU that is not there; ms by the model of "
-        "minatp/bench/fake_gpu.py\n\n"
-        "work                  launches       GB    TFLOP waits late recordings kernels"
+        f"llama-1b with {args.layers} layers, on a GPU that is not there\n"
+        "late: waits for what the device did before its last step; variants: of Triton kernels;\n"
+        "ms: by the model in minatp/bench/fake_gpu.py; device: for so long the device computes\n\n"
+        "work                  launches       GB    TFLOP waits late recordings variants"
         "        ms  (device)    floor"
     )
     counts, regions = {}, {}
@@ -441,7 +442,7 @@ def main(args):
 def print_work(name, counts, floor):
     print0(
         f"{name:20}{counts.launches:10,}{counts.bytes / 1e9:9.1f}{counts.flops / 1e12:9.2f}"
-        f"{counts.waits:6}{counts.late_waits:5}{counts.recordings:11}{counts.specialisations:8}"
+        f"{counts.waits:6}{counts.late_waits:5}{counts.recordings:11}{counts.specialisations:9}"
         f"{counts.ms:10.1f}{counts.device_ms:10.1f}" + (f"{floor:9.1f}" if floor else "")
     )
 
@@ -462,7 +463,9 @@ def print_regions(work, regions):
 
 def print_gates(measured):
     """A line a gate. Returns those that are missed and should hold."""
-    print0(f"\nRL step: {rl_ms(measured):.1f} ms\n\n{'gate':42}{'now':>9}{'most':>9}")
+    floor = sum(FLOORS[work] for work in RL_STEP)
+    print0(f"\nRL step: {rl_ms(measured):.1f} ms, floor {floor:.1f}\n")
+    print0(f"{'gate':42}{'now':>9}{'most':>9}")
     missed = []
     for gate in GATES:
         figure = gate.figure(measured)

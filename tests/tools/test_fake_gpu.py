@@ -263,6 +263,7 @@ def test_only_a_gate_that_was_met_before_fails(monkeypatch, capsys):
     [
         (["--fake"], "add --preset llama-1b"),
         (["--preset", "llama-1b", "--fake", "--layers", "0"], "--layers must be positive"),
+        (["--preset", "llama-1b", "--fake", "--sides", "tuned"], "drop --sides, --device"),
     ],
 )
 def test_mistakes_get_one_line(argv, message, capsys):
