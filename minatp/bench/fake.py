@@ -1,7 +1,7 @@
 """python -m minatp.bench --preset llama-1b --fake: what minatp costs on a GPU, without one.
 
-Each work below runs once on the fake GPU (fake_gpu.py) to warm up, and once more to be counted. A
-work is a process of its own: nothing that an earlier one has compiled or recorded is there.
+Each work below runs once on the fake GPU (fake_gpu.py) to warm up, and once more to be counted. As
+in a process of its own, no kernel has been compiled before it.
 
 The exit code is 1 after a fault, or if a gate is missed that was met before (`GATES`).
 """
@@ -40,7 +40,7 @@ NO_WAITS = ("chain", "thinking", "writing", "prompt", "optimizer")
 # ---- what runs -----------------------------------------------------------------------------------
 
 
-class Model:
+class Works:
     """llama-1b with so many layers on the meta device, its optimizer, and what they work on."""
 
     def __init__(self, gpu, n_layer):
@@ -58,7 +58,7 @@ class Model:
         self.optimizer.lr = 1e-4
         torch.manual_seed(0)
 
-    def works(self):
+    def by_name(self):
         """{name: function}: what is counted. A function prepares a work, and returns it."""
         return {
             "SFT, first stage": partial(self.sft, 0),
@@ -247,15 +247,17 @@ def run(gpu, prepare):
 
 def count_recordings(gpu, n_batch):
     """How many graphs so many SFT steps of the last stage record, with batches of many shapes."""
-    model = Model(gpu, n_layer=1)
-    rows = random_rows(16 * SIZE.batch, model.model.end)
+    works = Works(gpu, n_layer=1)
+    model = works.model
+    rows = random_rows(16 * SIZE.batch, model.end)
     order = data.batches([row.length for row in rows], SIZE.batch, seed=0)
     with gpu:
         gpu.begin_process()
         gpu.begin()
         for _, chosen in zip(range(n_batch), order):
-            model.sft_gradients(model.model.K + 1, [rows[i] for i in chosen])()
-            model.model.zero_grad(set_to_none=True)
+            gradients = works.sft_gradients(model.K + 1, [rows[i] for i in chosen])
+            gradients()
+            model.zero_grad(set_to_none=True)
     return gpu.n_recording
 
 
@@ -265,7 +267,7 @@ def specialisations(n_layer, n_batch):
     Replaces parts of torch, for good.
     """
     gpu = fake_gpu()
-    for prepare in Model(gpu, n_layer).works().values():
+    for prepare in Works(gpu, n_layer).by_name().values():
         run(gpu, prepare)
     count_recordings(gpu, n_batch)
     return list(gpu.specialisations.values())
@@ -328,12 +330,16 @@ class Measured:
     regions: dict  # work -> {name: Region}
     n_recording: int  # of 100 SFT steps
 
-    def launches(self, work, region, n_latent=1):
-        """Launches of a recorded step of a region, its parts included."""
-        names = [name for name in self.regions[work] if name.split(":")[0] == f"{region}, graph"]
-        if not names:  # nothing was recorded
+    def launches(self, work, region, n):
+        """Launches of a recorded step of a region, its parts included. The loop has n steps."""
+        regions = self.regions[work]
+        parts = [regions[name] for name in regions if name.split(":")[0] == f"{region}, graph"]
+        if not parts:  # nothing was recorded
             return math.nan
-        return sum(self.regions[work][name].launches.total() for name in names) / n_latent
+
+        # A graph is one step, and is replayed for each but the first, or it is all n of them
+        n_launch = sum(part.launches.total() for part in parts)
+        return n_launch / n if parts[0].n_replay == 1 else n_launch
 
     def plumbing(self):
         """GB that the backward pass of SFT's last stage moves, but for products and kernels."""
@@ -346,24 +352,28 @@ class Measured:
         return n_byte / 1e9
 
 
-PRODUCTS = {"aten.mm", "aten.bmm", "aten.addmm", "aten._scaled_dot_product_efficient_attention"}
-PRODUCTS.add("aten._scaled_dot_product_efficient_attention_backward")
+SDPA = "aten._scaled_dot_product_efficient_attention"
+PRODUCTS = {"aten.mm", "aten.bmm", "aten.addmm", SDPA, f"{SDPA}_backward"}
+
+# Of the paper: latents of a chain, and of a step of thought
+N_LATENT = 20
+C = 2
 
 
 def latent_step(measured):
-    return measured.launches("SFT, last stage", "chain, forward")
+    return measured.launches("SFT, last stage", "chain, forward", N_LATENT)
 
 
 def latent_backward_step(measured):
-    return measured.launches("SFT, last stage", "chain, backward")
+    return measured.launches("SFT, last stage", "chain, backward", N_LATENT)
 
 
 def thinking_tick(measured):
-    return measured.launches("rollouts", "thinking", n_latent=2)  # a step has c = 2 latents
+    return measured.launches("rollouts", "thinking", N_LATENT // C) / C
 
 
 def writing_tick(measured):
-    return measured.launches("rollouts", "writing")
+    return measured.launches("rollouts", "writing", MAX_NEW)
 
 
 def waits_of_sft(measured):
@@ -371,7 +381,7 @@ def waits_of_sft(measured):
 
 
 def waits_of_a_tick(measured):
-    return measured.counts["rollouts"].late_waits / (20 + MAX_NEW)
+    return measured.counts["rollouts"].late_waits / (N_LATENT + MAX_NEW)
 
 
 def sft_ms(measured):
@@ -406,8 +416,7 @@ GATES = [
 def main(args):
     """Returns the exit code. args: the command line of python -m minatp.bench."""
     gpu = fake_gpu()
-    model = Model(gpu, args.layers)
-    works = model.works()
+    works = Works(gpu, args.layers).by_name()
     chosen = among("--works", args.works, works)
 
     # A line a work

@@ -214,7 +214,7 @@ class FakeGPU(TorchDispatchMode):
         # Count what touches the device; what works on the CPU alone launches nothing
         on_device = [x for x in inputs + outputs if x.device == META]
         if launches(func) and on_device:
-            n_byte = moved(func.overloadpacket, inputs, outputs or written(func, args))
+            n_byte = moved(func.overloadpacket, inputs, outputs or written(func, args, kwargs))
             self.count(str(func.overloadpacket), n_byte, flops_of(func, args, kwargs, result))
         return result
 
@@ -402,12 +402,12 @@ def moved(operation, inputs, outputs):
     return sum(count.stored(x) for x in tensors if x.device == META)
 
 
-def written(func, args):
+def written(func, args, kwargs):
     """The tensors that an operation without a result writes, by its schema."""
     tensors = []
     for argument, value in zip(func._schema.arguments, args):
         # AdamW writes its gradients only if it scales them
-        is_kept = argument.name == "grads"
+        is_kept = argument.name == "grads" and kwargs.get("grad_scale") is None
         if argument.alias_info is not None and argument.alias_info.is_write and not is_kept:
             tensors += tensors_in(value)
     return tensors
@@ -429,7 +429,7 @@ def install(gpu, most_words):
     """
     install_numbers(gpu, most_words)
     install_kernels(gpu)
-    install_attention()
+    install_attention(gpu)
     install_graphs(gpu)
     install_optimizer()
     install_autocast(gpu)
@@ -481,15 +481,19 @@ def install_kernels(gpu):
     ops.use_triton = use_triton
 
 
-def install_attention():
+def install_attention(gpu):
     """PyTorch's SDPA under a mask: one fused kernel each way, as on a GPU.
 
     On the meta device it would be products and a softmax.
     """
 
     def sdpa(q, k, v, attn_mask, enable_gqa=False):
-        if enable_gqa:
-            raise AssertionError("with grouped heads and a mask a GPU has no fused kernel")
+        # With fewer key heads it has no fused kernel
+        n_group = q.shape[1] // k.shape[1]
+        if n_group > 1:
+            gpu.fault("SDPA with grouped heads and a mask falls back to products and a softmax")
+            k = k.repeat_interleave(n_group, 1)
+            v = v.repeat_interleave(n_group, 1)
 
         # The mask becomes numbers to be added to the scores
         zero, hidden = q.new_zeros(()), q.new_full((), -math.inf)

@@ -115,6 +115,7 @@ def test_the_optimizer_moves_28_bytes_a_parameter_and_the_clip_12(counted):
 
 FAULTY = """
 import torch
+import torch.nn.functional as F
 from kernels import rows
 from minatp.bench import fake_gpu
 
@@ -165,6 +166,10 @@ with gpu:
         with gpu.region(work.__name__):
             gpu.record(work, x.device)
 
+    # a GPU has no fused kernel for it
+    q, k = torch.zeros(1, 4, 2, 8, device="meta"), torch.zeros(1, 2, 3, 8, device="meta")
+    F.scaled_dot_product_attention(q, k, k, attn_mask=torch.ones(2, 3, device="meta") > 0)
+
     # once launched, a kernel can be recorded; in another process it is new again
     launch_a_new_kernel()
     gpu.record(launch_a_new_kernel, x.device)
@@ -195,7 +200,8 @@ def test_the_fake_gpu_notices_what_a_graph_cannot_hold():
     assert faults_in("launch_a_new_kernel") == [is_new]
     assert faults_in("another process") == [is_new]
     assert "int() waits for the device in elsewhere > loop: part" in faults
-    assert len(faults) == 9
+    assert "SDPA with grouped heads and a mask falls back" in " ".join(faults)
+    assert len(faults) == 10
 
 
 # ---- bytes and time ------------------------------------------------------------------------------
@@ -236,6 +242,17 @@ def test_the_host_runs_ahead_of_the_device_until_it_waits_or_records():
         clock.record()
     clock.launch(100)
     assert clock.now == 328 + 500 + 8 + 100
+
+
+def test_a_graph_of_one_latent_and_a_graph_of_all_are_counted_alike():
+    def launches_of_a_latent(n_launch, n_replay):
+        region = fake_gpu.Region(n_replay=n_replay)
+        region.launches["aten.mm"] = n_launch
+        regions = {"chain, forward, graph": region, "chain, forward": fake_gpu.Region()}
+        return fake.latent_step(fake.Measured({}, {"SFT, last stage": regions}, 0))
+
+    assert launches_of_a_latent(210, n_replay=19) == 210
+    assert launches_of_a_latent(20 * 150, n_replay=1) == 150
 
 
 # ---- gates and the command line ------------------------------------------------------------------
