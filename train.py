@@ -77,8 +77,8 @@ def sft(run):
             # 1. The gradient of L_enc + L_dec + L_stop + β·L_KL
             losses, counts = sft_gradients(run, problems, stage, step)
 
-            # 2. A step of the optimizer on the gradients, summed over ranks and clipped. The sum of
-            # the losses is only looked at: if it or a gradient is not finite, no step is taken
+            # 2. Sum the gradients over ranks, clip them, take a step, and clear them. If the sum of
+            # the losses or a gradient is not finite, there is no step
             grad_norm = run.optimizer.step(sum(losses.values()), problems)
             run.meter.add({**losses, "grad_norm": grad_norm}, counts, counts["position"])
 
@@ -113,7 +113,7 @@ def curriculum_batches(run, stage):
 
 
 def sft_gradients(run, problems, stage, step, weight=1.0):
-    """Add the gradient of the SFT loss of a batch, times `weight`, to the parameters.
+    """Accumulate the gradient of the SFT loss of a batch, times `weight`, in the parameters' .grad.
 
     problems: a list of Encoded. Returns (losses, counts): the four losses, each summed over the
     batch, and how many terms each sum has.
@@ -267,7 +267,7 @@ def judge(run, chains, problems, step):
 
 
 def policy_gradients(run, explored, advantage, informative, old):
-    """Add the policy gradient of the informative groups to the parameters.
+    """Accumulate the policy gradient of the informative groups in the parameters' .grad.
 
     The gradient is that of −Σ advantage·log π over their chains, divided by the number of all
     chains. (The value of the loss means nothing: at the first update every ratio is 1.)

@@ -52,7 +52,7 @@ def read_thoughts(decoder, z, eos, max_new):
         return []
 
     cache = decoder.cache(N, c + max_new)
-    with cast_once(decoder):
+    with cast_once(decoder):  # saves casts under autocast, and changes no result
         all_real = torch.ones(N, c, dtype=torch.bool, device=z.device)
         h = decoder(z, all_real, cache, last=1)[:, 0]
         token, _ = write(decoder, h, cache, max_new, [eos])
@@ -85,7 +85,7 @@ def top_readings(decoder, z, eos, n, max_new):
 
         # every beam could end here
         for row, logp_eos in enumerate(logp[..., eos].tolist()):
-            ended[row] += [(ids[row][b], p) for b, p in enumerate(logp_eos)]
+            ended[row] += [(ids[row][b], beam_logp) for b, beam_logp in enumerate(logp_eos)]
             ended[row] = sorted(ended[row], key=lambda text: -text[1])[:n]
         logp[..., eos] = -torch.inf
 
@@ -100,13 +100,13 @@ def top_readings(decoder, z, eos, n, max_new):
         # a text only gets less likely as it grows: stop once no beam can overtake the n that have
         # ended
         best_open = total[:, 0].tolist()
-        if all(len(texts) == n and texts[-1][1] >= p for texts, p in zip(ended, best_open)):
+        if all(len(texts) == n and texts[-1][1] >= best for texts, best in zip(ended, best_open)):
             break
         first_row = torch.arange(N, device=z.device)[:, None] * n_beam
         cache.keep((first_row + parent).flatten())
         one_real = torch.ones(N * n, 1, dtype=torch.bool, device=z.device)
         h = decoder(decoder.embed(token.flatten())[:, None], one_real, cache)[:, 0]
-    return [[(words, math.exp(p)) for words, p in texts] for texts in ended]
+    return [[(words, math.exp(text_logp)) for words, text_logp in texts] for texts in ended]
 
 
 # ---- whole chains --------------------------------------------------------------------------------

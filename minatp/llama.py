@@ -227,8 +227,8 @@ class Block(nn.Module):
         x, y = self.input_layernorm(x, branch)
         y = self.self_attn(y, n, rope, cache, i)
         x, y = self.post_attention_layernorm(x if n == x.shape[1] else x[:, -n:], y)
-        # Not for a single column: a step of the chain of latents keeps its inputs for the weights'
-        # gradients
+        # Not for a single column, whose inputs are kept anyway, for the gradients of the weights
+        # (deferred_weight_gradients in chain.walk)
         if self.recompute and torch.is_grad_enabled() and y.shape[1] > 1:
             return x, checkpoint(self.mlp, y, use_reentrant=False)
         return x, self.mlp(y)

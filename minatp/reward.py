@@ -28,8 +28,8 @@ NUMERAL = r"\.?\d(?:[\d.,]*\d)?(?:[eE][+-]?\d+|%)?"
 WELL_FORMED = re.compile(r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}|%)?")
 
 # An answer: its sign on either side of a currency, its number, and words or a unit. A second number
-# or a formula may not follow, so that neither a list of guesses nor a calculation is an answer
-ANSWER = re.compile(rf"([+-]?(?:[$€£] ?)?|[$€£] ?[+-])({NUMERAL})([^\d=<>]*)")
+# or an operator may not follow, so that neither a list of guesses nor a calculation is an answer
+ANSWER = re.compile(rf"([+-]?(?:[$€£] ?)?|[$€£] ?[+-])({NUMERAL})(?!\s*[-+*/#])([^\d=<>]*)")
 
 # A number in a step, or a fraction of two. A minus after a number or a bracket is an operator, not
 # a sign: "-3", "(-3)" and "2*-3" hold −3, but "5-3", "5 - 3" and "(1+1)-3" hold 3

@@ -23,7 +23,8 @@ from .data import Rows
 class Noise(Rows):
     """All random numbers of B rollouts.
 
-    They are drawn before any batch is made, so that batching does not change a problem's luck.
+    They are drawn, or fixed by keys, before any batch is made, so that batching does not change
+    the random draws of a problem.
     """
 
     # (B, cK, 2) the seed and offset of each latent's ε (kernels/vae.py)
@@ -149,10 +150,13 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
     return out
 
 
-# On a GPU a step of either loop is a CUDA graph, which is recorded once and replayed on the same
-# memory (kernels/graph.py). So its state is written in place, it counts on the device, and shapes
-# are fixed: all rows are computed, and a mask says whose results count. On a CPU only the rows that
-# are due are computed: an early stop saves work.
+# On a CPU the two loops compute only the rows that are still active, so an early stop saves work.
+# There, cache.step(f, x) is f(x), rows_where(mask) is mask.nonzero()[:, 0], count_done(mask) is
+# int(mask.sum()), and unfinished_rows gives the rows to keep (None: all of them).
+#
+# On a GPU a step is a CUDA graph, recorded once and replayed on the same memory (kernels/graph.py).
+# So state is written in place, steps are counted on the device, and shapes are fixed: all rows are
+# computed, and a mask says whose results count.
 
 
 def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
@@ -221,7 +225,8 @@ def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
         cache.step(think_step, torch.full((), s, device=h.device))
     cache.rows = slice(None)
 
-    # A row that stopped has one more candidate than latents. Clear what no row proposed
+    # A row that stopped has one more candidate than latents. Clear what was written past a row's
+    # end: with fixed shapes, ended rows were computed as well
     out.stopped = out.n_latent < limit
     column = torch.arange(out.z.shape[1], device=h.device)
     unproposed = column >= (out.n_latent + out.stopped)[:, None]  # (B, cK)

@@ -127,10 +127,10 @@ def check_latents(cfg, saved):
 
 def check_problems(cfg, splits, state):
     """Raise UserError if a resumed run would continue with other problems than it started with."""
-    fingerprint = splits.fingerprint  # takes seconds for a large file
+    digest = splits.fingerprint  # takes seconds for a large file
 
     # A run that starts records the hash in its state, which every checkpoint holds
-    if state.setdefault("data", fingerprint) != fingerprint:
+    if state.setdefault("data", digest) != digest:
         raise UserError(
             f"{cfg.data or cfg.out}:0: the problems are not those that this run started with (was "
             "a file changed?); restore them, or start again in another --out"

@@ -4,6 +4,7 @@
     python -m minatp.evaluate out/sft out/rl --longer  more steps than were ever taught
     python -m minatp.evaluate out/sft --votes 8        also pass@8 and votes of 8 sampled chains
     python -m minatp.evaluate out/sft --latent-steps 0,1,2,3   also with so many steps exactly
+    python -m minatp.evaluate out/sft --file gsm8k_test.jsonl,SVAMP.json   each of several sets
 
 Every accuracy comes with its number of problems and its 95 % interval.
 """
@@ -395,7 +396,11 @@ def parse(argv):
     parser = Parser(__doc__, "minatp.evaluate")
     add = parser.add_argument
     add("run", nargs="+", help="folders of runs, or of saved models")
-    add("--file", default="", help="problems (JSON, JSONL, iCoT) [the first run's test set]")
+    add(
+        "--file",
+        default="",
+        help="problems, as for --data; a,b: several [the first run's test set]",
+    )
     add("--longer", action="store_true", help="problems of the built-in task with 5 and 6 steps")
     add("--problems", type=int, default=0, help="how many; 0: all [%(default)s]")
     add("--votes", type=int, default=0, help="chains to sample for each problem [%(default)s]")
@@ -413,13 +418,21 @@ def parse(argv):
 
     if args.file and args.longer:
         raise UserError("command line: give --file or --longer, not both")
-    # --max-new must be at least 1, the others at least 0
-    negative = min(args.problems, args.votes, args.max_new - 1) < 0
-    if negative or not 0 < args.temperature < math.inf or not 0 <= args.seed < 2**32:
-        raise UserError(
-            "command line: --problems, --votes and --seed must not be negative, --max-new and "
-            "--temperature must be positive"
-        )
+    # (NaN fails every comparison. torch's CPU generator looks at 32 bits of a seed)
+    for option, value, is_valid, expected in (
+        ("--problems", args.problems, args.problems >= 0, "not be negative"),
+        ("--votes", args.votes, args.votes >= 0, "not be negative"),
+        ("--max-new", args.max_new, args.max_new > 0, "be positive"),
+        (
+            "--temperature",
+            args.temperature,
+            0 < args.temperature < math.inf,
+            "be positive and finite",
+        ),
+        ("--seed", args.seed, 0 <= args.seed < 2**32, "not be negative or above 2^32 - 1"),
+    ):
+        if not is_valid:
+            raise UserError(f"command line: {option} must {expected}, not {value}")
     args.latent_steps = parse_latent_steps(args.latent_steps)
     return args
 
@@ -460,40 +473,48 @@ def check_latent_steps(folder, latent_steps):
         )
 
 
-def problems_of(args):
-    """The problems that the command line asks for."""
+def problem_sets(args):
+    """The sets of problems that the command line asks for: {their file, or "": a list}."""
     if args.file:
-        return read_problems(args.file)[: args.problems or None]
+        return {file: read_problems(file)[: args.problems or None] for file in args.file.split(",")}
     if args.longer:
-        return generate("longer", args.problems or 3000, 0)
+        return {"": generate("longer", args.problems or 3000, 0)}
 
     # All runs are measured on the test set of the first
-    return test_set(args.run[0], args.problems)
+    return {"": test_set(args.run[0], args.problems)}
 
 
 def main(argv=None):
     args = parse(argv)
-    problems = problems_of(args)
+    sets = problem_sets(args)
     device = pick_device(args.device)
     for folder in args.run:  # before the first is measured
         locate(folder)
         check_latent_steps(folder, args.latent_steps)
 
-    first = None  # the chains of the first run
-    for folder in args.run:
-        chains, result = evaluate_run(folder, problems, device, args)
+    for file, problems in sets.items():
+        first = None  # the chains of the first run
+        for folder in args.run:
+            chains, result = evaluate_run(folder, problems, device, args)
 
-        # Every later run is compared with the first, problem by problem
-        if first:
-            result |= paired(chains, first, problems)
-        first = first or chains
-        if args.json:
-            print0(json.dumps({"run": folder, **result}))
-        else:
-            gain = f"; {describe_gain(result)}" if "gain" in result else ""
-            print0(f"{folder}: {describe(result)}{gain}")
-            if args.latent_steps:
-                print0(describe_latent_steps(result["latent_steps"]))
+            # Every later run is compared with the first, problem by problem
+            if first:
+                result |= paired(chains, first, problems)
+            first = first or chains
+            report(folder, file, result, args)
+
+
+def report(folder, file, result, args):
+    """Print the result of one run on one set."""
+    if args.json:
+        of_file = {"file": file} if file else {}
+        print0(json.dumps({"run": folder, **of_file, **result}))
+        return
+    gain = f"; {describe_gain(result)}" if "gain" in result else ""
+    of_file = f" on {file}" if file else ""
+    print0(f"{folder}{of_file}: {describe(result)}{gain}")
+    if args.latent_steps:
+        print0(describe_latent_steps(result["latent_steps"]))
 
 
 def evaluate_run(folder, problems, device, args):

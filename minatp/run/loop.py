@@ -249,7 +249,7 @@ class Run:
         return memory_guard(lambda: self.doing)
 
     def seed_at(self, step, stream=0):
-        """The seed of one step's chance, the same whether or not the run was stopped before it.
+        """The seed of one step's random draws, the same whether or not the run was resumed.
 
         stream: 0 SFT, 1 rollouts, 2 the placebo; they are independent. (torch's CPU generator takes
         the low 32 bits of a seed.)

@@ -124,8 +124,7 @@ class Data:
     """data"""
 
     data: str = opt(
-        "",
-        "training problems: JSON, JSONL, iCoT, or published (docs/scaling.md) [built-in task]",
+        "", "training problems: JSON, JSONL, iCoT or a published set [the built-in task]"
     )
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
     test: str = opt("", "test problems, several files separated by commas [as many again]")
@@ -396,7 +395,8 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         published = PUBLISHED.get(self.preset)
         require(
             not published or self.dry_run or self.data,
-            f"--preset {self.preset} needs --init DIR, a Hugging Face directory of {published}",
+            f"--preset {self.preset} needs --init DIR, a Hugging Face directory of {published}; to "
+            "train it from scratch, give --data, or --dry-run to look at its size",
         )
 
     def check_data(self):

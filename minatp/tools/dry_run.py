@@ -1,5 +1,6 @@
 """`train.py --dry-run`: data, curriculum, model and one step, before hours are spent on them."""
 
+import math
 import os
 import statistics
 import time
@@ -118,9 +119,11 @@ def stages_to_try(cfg, model):
 
 
 def memory_of(device):
-    """Bytes of memory of a device."""
+    """Bytes of memory of a device; infinity if the system does not tell (Windows)."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):
+        return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -234,7 +237,8 @@ def report_memory(run, kept, available):
     if kept:
         n = cfg.micro_batch or cfg.batch_size
         text += f", and about {gibibytes(kept)} that a forward pass of {n} longest problems keeps"
-    print0(f"{text}; {run.device} has {gibibytes(available)}")
+    has = gibibytes(available) if available < math.inf else "an unknown amount"
+    print0(f"{text}; {run.device} has {has}")
 
 
 def gibibytes(n):

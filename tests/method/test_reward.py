@@ -41,7 +41,9 @@ def test_numbers_are_exact():
         ("1 2 3 4", None),
         ("5 or 6", None),
         ("3/4", None),
-        ("12=3", None),
+        ("12=", None),
+        ("12 *", None),
+        ("12>>", None),
         ("--5", None),
         # a step, words
         ("<<1+2=3>>", None),

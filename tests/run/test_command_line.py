@@ -74,7 +74,11 @@ SMALL_SETS = ("--labelled", 40, "--test-size", 5, "--val-size", 5)
     ("--test x.json", "--test needs --data"),
     ("--val x.json", "--val needs --data"),
     ("--data a --test x/a,y/a", "two files of the same name"),
-    ("--preset llama-1b", "--preset llama-1b needs --init"),
+    (
+        "--preset llama-1b",
+        "--preset llama-1b needs --init DIR, a Hugging Face directory of Llama-3.2-1B; to train it "
+        "from scratch, give --data, or --dry-run",
+    ),
     ("--preset smollm2-135m", "a Hugging Face directory of SmolLM2-135M-Instruct"),
     ("--stage rl --method cot", "uses the method of --init"),
     ("--stage rl --no-stop", "uses the method of --init"),

@@ -424,6 +424,12 @@ INDEX = "model.safetensors.index.json"
 NORM = "model.norm.weight"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
+
+def edit_rope(parameters):
+    """Write RoPE's parameters as transformers 5 does."""
+    return edit_json(CONFIG, rope_scaling=None, rope_parameters=parameters)
+
+
 # (damage, file, reason)
 # fmt: off
 BAD_CONFIGS = [
@@ -466,20 +472,28 @@ BAD_CONFIGS = [
     ),
     (edit_json(CONFIG, eos_token_id=None), f"{CONFIG}:1", '"eos_token_id" one or a list of them'),
     (
-        edit_json(CONFIG, rope_parameters="yarn"), f"{CONFIG}:1",
+        edit_rope("yarn"), f"{CONFIG}:1",
         "must be an object, not 'yarn'",
     ),
     (
-        edit_json(CONFIG, rope_parameters={"rope_type": "yarn"}), f"{CONFIG}:1",
+        edit_rope({"rope_type": "yarn"}), f"{CONFIG}:1",
         "RoPE of type 'yarn'",
     ),
     (
-        edit_json(CONFIG, rope_parameters=LLAMA3), f"{CONFIG}:1",
+        edit_rope(LLAMA3), f"{CONFIG}:1",
         'needs a positive number "original_max_position_embeddings"',
     ),
     (
-        edit_json(CONFIG, rope_parameters={"rope_theta": "big"}), f"{CONFIG}:1",
+        edit_rope({"rope_theta": "big"}), f"{CONFIG}:1",
         '"rope_theta" must be a positive number',
+    ),
+    (
+        edit_rope({"partial_rotary_factor": 0.5}), f"{CONFIG}:1",
+        '"partial_rotary_factor" other than 1.0 is not supported',
+    ),
+    (
+        edit_json(CONFIG, quantization_config={"quant_method": "fp8"}), f"{CONFIG}:1",
+        "the weights are quantised; dequantise the model first",
     ),
 ]
 BAD_WEIGHTS = [
@@ -504,6 +518,22 @@ BAD_WEIGHTS = [
         set_tensor(NORM, torch.full((64,), float("nan"))), f"{WEIGHTS}:0",
         f"tensor {NORM} holds NaN",
     ),
+    (
+        set_tensor(NORM, torch.ones(64).to(torch.float8_e4m3fn)), f"{WEIGHTS}:0",
+        f"tensor {NORM} is of type F8_E4M3, not of 16, 32 or 64 bits in floating point; dequantise",
+    ),
+    (
+        set_tensor(NORM, torch.ones(64, dtype=torch.int8)), f"{WEIGHTS}:0",
+        f"tensor {NORM} is of type I8, not of 16, 32 or 64 bits in floating point; dequantise",
+    ),
+    (
+        set_tensor("lm_head.weight", torch.ones(384, 64)), f"{WEIGHTS}:0",
+        'lm_head.weight differs from model.embed_tokens.weight, but config.json has "tie_word',
+    ),
+    (
+        set_tensor("_orig_mod." + NORM, torch.ones(64)), f"{WEIGHTS}:0",
+        f"holds tensor {NORM} twice",
+    ),
     (make_index("{"), f"{INDEX}:1", "is not valid JSON"),
     (make_index('{"weight_map": {}}'), f"{INDEX}:1", '"weight_map" must map'),
     (make_index(f'{{"weight_map": {{"{NORM}": 7}}}}'), f"{INDEX}:1", '"weight_map" must map'),
@@ -524,6 +554,10 @@ BAD_TOKENIZERS = [
     (
         edit_json(TOKENIZER, added_tokens=[]), f"{TOKENIZER}:1",
         "has no token 384, which config.json calls bos or eos",
+    ),
+    (
+        overwrite("tokenizer_config.json", b"{"), "tokenizer_config.json:1",
+        "is not valid JSON",
     ),
 ]
 # fmt: on

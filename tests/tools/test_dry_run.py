@@ -175,3 +175,12 @@ def test_activations_of_a_model_left_on_the_cpu_are_computed():
     run = Run(options.parse(SMALL, ""), None, torch.device("cpu"), model, tokenizer)
     run.device = torch.device("cuda")
     assert dry_run.activation_bytes(run, row, [model.K + 1]) > 0
+
+
+def test_a_system_that_does_not_tell_its_memory(monkeypatch, never, capsys):
+    """As Windows, which has no os.sysconf."""
+    monkeypatch.delattr(dry_run.os, "sysconf")
+    go(*SMALL, "--dry-run", "--out", never)
+    output = capsys.readouterr().out
+    assert "cpu has an unknown amount" in output
+    assert "one step    stage" in output

@@ -155,18 +155,7 @@ def test_an_unknown_sink_is_named(capsys):
 
 
 def test_sinks_get_the_records_of_the_file(tmp_path, monkeypatch):
-    started, logged = [], []
-    wandb = ModuleType("wandb")
-
-    def init(**settings):
-        started.append(settings)
-
-    def log(values, step):
-        logged.append((step, values))
-
-    wandb.init, wandb.log = init, log
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-
+    wandb = stand_in_for_wandb(monkeypatch)
     out = tmp_path / "out"
     out.mkdir()
     cfg = options.parse(["--out", str(out), "--sink", "wandb"], "")
@@ -174,12 +163,51 @@ def test_sinks_get_the_records_of_the_file(tmp_path, monkeypatch):
     file = Log(cfg, {"step": 0, "seconds": 0.0})
     file.write({"step": 3, "loss": 0.5, "validation": validation})
 
-    assert started[0]["project"] == "minatp"
-    assert started[0]["config"]["sink"] == "wandb"
+    assert wandb.settings["project"] == "minatp"
+    assert wandb.settings["config"]["sink"] == "wandb"
     values = {
+        "step": 3,
         "loss": 0.5,
         "validation/accuracy": 0.25,
         "validation/accuracy_ci95/0": 0.1,
         "validation/accuracy_ci95/1": 0.4,
     }
-    assert logged == [(3, values)]
+    assert wandb.logged == [values]
+
+
+def test_wandb_keeps_a_validation_of_the_step_at_which_a_run_was_stopped(tmp_path, monkeypatch):
+    wandb = stand_in_for_wandb(monkeypatch)
+    cfg = options.parse(["--out", str(tmp_path), "--sink", "wandb"], "")
+    log = Log(cfg, {"step": 0, "seconds": 0.0})
+    log.write({"step": 10, "loss": 0.5})
+    resumed = Log(cfg, {"step": 10, "seconds": 1.0})
+    resumed.write({"step": 10, "validation": {"accuracy": 0.25}})
+
+    assert wandb.logged == [{"step": 10, "loss": 0.5}, {"step": 10, "validation/accuracy": 0.25}]
+    assert wandb.axis_of == {"step": None, "*": "step"}
+
+
+def stand_in_for_wandb(monkeypatch):
+    """A module of wandb's name. As the real one, it drops what is logged at a step gone by."""
+    wandb = ModuleType("wandb")
+    wandb.logged, wandb.axis_of, wandb.settings = [], {}, None
+    last_step = -1
+
+    def init(**settings):
+        nonlocal last_step
+        wandb.settings = settings
+        last_step += 1  # a resumed run goes on after what it has logged
+
+    def define_metric(name, step_metric=None):
+        wandb.axis_of[name] = step_metric
+
+    def log(values, step=None):
+        nonlocal last_step
+        step = last_step + 1 if step is None else step
+        if step >= last_step:
+            wandb.logged.append(values)
+            last_step = step
+
+    wandb.init, wandb.define_metric, wandb.log = init, define_metric, log
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return wandb
