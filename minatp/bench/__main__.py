@@ -126,7 +126,8 @@ def parse(argv):
     add(
         "--works",
         default="",
-        help="what is timed, separated by semicolons; growth only if all of it is [all]",
+        help="what is timed, or counted with --fake, separated by semicolons; growth only if all "
+        "of it is timed [all]",
     )
     add("--device", default="", help="cpu | cuda | cuda:N [tiny: cpu; llama-1b: cuda]")
     add("--fake", action="store_true", help="count what a GPU would do, without one: llama-1b only")

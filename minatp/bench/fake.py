@@ -304,11 +304,11 @@ RL_STEP = ("rollouts", "reading thoughts", "score", "update")
 #     latent step, forward                         1.24        1.18  ms
 #     latent step, backward                        3.6         3.71
 #     step of a rollout                            2.05        1.97
-#     SFT, first stage                            97          93.2
-#     SFT, last stage                            265 – 290   279.6
+#     SFT, first stage                            97          92.8
+#     SFT, last stage                            265 – 290   279.3
 #     rollouts, those of cf08be8                  99 – 109    96
-#     reading thoughts                           164         164.6
-#     RL step, with the rollouts of cf08be8      375 – 470   364
+#     reading thoughts                           164         164.5
+#     RL step, with the rollouts of cf08be8      375 – 470   363
 
 
 @dataclass

@@ -63,6 +63,16 @@ WRITE_ROWS = {aten.index_copy_, aten.index_put_, aten.index_add_, aten.scatter_}
 # Operations that write their first argument without reading it
 OVERWRITE = {aten.copy_, aten.fill_, aten.zero_}
 
+# Operations that take a shape or a dtype from their first argument, and nothing else
+CREATE = {
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+}
+
 
 # ---- the model of time ---------------------------------------------------------------------------
 
@@ -391,7 +401,9 @@ def launches(func):
 
 def moved(operation, inputs, outputs):
     """Bytes that an operation reads and writes: each of its tensors once, with exceptions."""
-    if operation in OVERWRITE:
+    if operation in CREATE:
+        tensors = outputs
+    elif operation in OVERWRITE:
         tensors = inputs[1:] + outputs
     elif operation in READ_ROWS:  # the rows that it returns, and not the others
         tensors = inputs[1:] + 2 * outputs

@@ -207,13 +207,14 @@ def test_the_fake_gpu_notices_what_a_graph_cannot_hold():
 # ---- bytes and time ------------------------------------------------------------------------------
 
 
-def test_what_reads_or_writes_some_rows_does_not_move_the_table():
+def test_what_uses_some_rows_or_the_shape_of_a_table_does_not_move_it():
     table = torch.empty(1000, 8, device="meta")
     ids = torch.empty(5, dtype=torch.long, device="meta")
     rows = torch.empty(5, 8, device="meta")
     n_byte = 5 * 8 * 4 + 5 * 8 * 4 + 5 * 8  # the rows, read and written; the ids
     assert fake_gpu.moved(aten.embedding, [table, ids], [rows]) == n_byte
     assert fake_gpu.moved(aten.index_copy_, [table, ids, rows], [table]) == n_byte
+    assert fake_gpu.moved(aten.new_zeros, [table], [rows]) == 5 * 8 * 4
     assert fake_gpu.moved(aten.copy_, [rows, rows], [rows]) == 2 * 5 * 8 * 4
     assert fake_gpu.moved(aten.add, [rows, rows], [rows]) == 3 * 5 * 8 * 4
 
