@@ -105,6 +105,7 @@ class Run:
         """Encode all problems and check that they fit the model's context. Raises UserError."""
         cfg, splits, model = self.cfg, self.splits, self.model
 
+        # What the run learns from, and what it is judged on
         self.encode_rows()
         if cfg.stage == "sft":
             # φ must be allowed to write the longest step, or its readings would be cut short
