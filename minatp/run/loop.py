@@ -425,6 +425,10 @@ class GuardedOptimizer:
         self.optimizer, self.model, self.clip = optimizer, model, clip
         self.lr, self.n_done = 0.0, 0  # learning rate of the next step; how many came before it
         self.unchecked = []  # of each step since the last check: (loss and norm, n_done, problems)
+
+        # On a GPU the optimizer's own kernel scales the gradients as it reads them, so that clipping
+        # needs no pass over all of them
+        self.clips_in_step = ops.use_triton(model.device)
         optimizer.found_inf = torch.zeros((), device=model.device)
 
     def step(self, loss, problems):
@@ -438,9 +442,8 @@ class GuardedOptimizer:
         with_gradient = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient])
 
-        # Clip. On a GPU the optimizer's own kernel scales the gradients as it reads them, so that
-        # no pass over all of them is needed
-        if ops.use_triton(self.model.device):
+        # Clip
+        if self.clips_in_step:
             self.optimizer.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1)
         else:
             torch.nn.utils.clip_grads_with_norm_(with_gradient, self.clip, norm)
