@@ -426,7 +426,7 @@ class GuardedOptimizer:
         self.lr, self.n_done = 0.0, 0  # learning rate of the next step; how many came before it
         self.unchecked = []  # of each step since the last check: (loss and norm, n_done, problems)
 
-        # On a GPU the optimizer's own kernel scales the gradients as it reads them, so that clipping
+        # On a GPU the optimizer's own kernel scales the gradients as it reads them, and clipping
         # needs no pass over all of them
         self.clips_in_step = ops.use_triton(model.device)
         optimizer.found_inf = torch.zeros((), device=model.device)
