@@ -86,6 +86,11 @@ def test_a_latent_of_an_sft_step_reads_the_weights_once(counted):
     assert forward["flops"] == 32 * weights
 
 
+def test_an_sft_step_never_waits_for_the_device(counted):
+    for stage in ("first", "last"):
+        assert counted["works"][f"SFT, {stage} stage"]["waits"] == 0
+
+
 def test_rollouts_replay_one_graph_for_thinking_and_one_for_writing(counted):
     # of 10 steps of thought the first is run; of 16 words the first needs no step
     _, n_thinking = parts(counted, "rollouts", "thinking")
