@@ -143,8 +143,8 @@ def rl(run):
 
     With --estimator score the latents are actions, with the density that they were drawn from. With
     path, the default of the tiny preset, the actions are stops and words alone, and the gradient of
-    their log-probabilities runs back through every latent. What a reward owes to the latents
-    directly, as coherence does, path does not credit to them.
+    their log-probabilities runs back through every latent. A reward that depends on the latents
+    directly, as coherence does through φ's reading, gives them no credit with path.
     """
     cfg, model = run.cfg, run.model
     work = f"{cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts"
@@ -158,7 +158,7 @@ def rl(run):
         reward, terms = judge(run, chains, problems, step)  # (Q, G)
 
         # 3. Advantage: against the mean of the group. A group with equal rewards teaches nothing;
-        # if all are such, there is no update, not even the anchor's
+        # if every group is like that, there is no update, not even the anchor's
         advantage = advantages(reward, cfg.baseline, cfg.normalise)  # (Q, G)
         informative = (advantage != 0).any(1)  # (Q,)
 
@@ -167,8 +167,11 @@ def rl(run):
         old, metrics = None, {}
         for _ in range(cfg.updates_per_batch if informative.any() else 0):
             loss, old, metrics = policy_gradients(run, explored, advantage, informative, old)
-            if cfg.anchor:  # hold on to what SFT has taught
+
+            # Hold on to what SFT has taught (φ is frozen: L_dec reaches π alone)
+            if cfg.anchor:
                 sft_gradients(run, labelled, model.stage, step, weight=cfg.anchor)
+
             metrics["grad_norm"] = run.optimizer.step(loss, problems)
 
         signal = {"reward": reward.mean(), "signal": informative.float().mean()}
@@ -223,7 +226,7 @@ def explore(run, prompts, step):
     # Think, stop and answer; then let φ read the latents
     length = prompt.shape[1] + model.c * model.K + 1 + run.max_new
     run.doing = Doing(f"rl, step {step + 1}", len(our_rows), length, "--batch-size or --G")
-    with run.autocast:
+    with run.autocast:  # (`doing` is for the message if memory runs out)
         rolled = rollout(model, prompt, prompt_mask, run.max_new, noise, cfg.G)
         chains = as_text(model, run.tokenizer, rolled)
 
@@ -262,7 +265,9 @@ def judge(run, chains, problems, step):
 
     # The mean of each term, for the log
     names = judged[0][1]
-    means = {name: torch.tensor([terms[name] for _, terms in judged]).mean() for name in names}
+    means = {}
+    for name in names:
+        means[name] = torch.tensor([float(terms[name]) for _, terms in judged]).mean()
     return reward, distributed.all_reduce(means, run.device, weight=len(our_problems))
 
 
@@ -272,8 +277,8 @@ def policy_gradients(run, explored, advantage, informative, old):
     The gradient is that of −Σ advantage·log π over their chains, divided by the number of all
     chains. (The value of the loss means nothing: at the first update every ratio is 1.)
     advantage (Q, G), informative (Q,): of all ranks; this rank's chains are in `explored`.
-    old: what a former update on this batch returned, (log-probabilities (rows, T), the SFT policy's
-    LogProbs or None), or None.
+    old: None at the first update on a batch; then the pair that it returned, (log-probabilities
+    (rows, T), the SFT policy's LogProbs or None).
     Returns (the loss of all ranks, old, metrics).
     """
     cfg, model, device = run.cfg, run.model, run.device

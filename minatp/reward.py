@@ -2,6 +2,9 @@
 
 Numbers are exact, as fractions.
 
+Evaluation uses accuracy and coherence, too: to try another reward, add a function and use it in
+chain_reward.
+
 accuracy       is the number after "### " right?
 form           is the answer well-formed and ended?
 coherence      is the result of each step used by a later step, or the answer?
@@ -69,7 +72,7 @@ def answer(text):
     return rest.strip() if mark else None
 
 
-def reading(text):
+def parsed(text):
     """What an answer (a string) says: its number, or else its text in normal form."""
     value = number(text)
     return normal_form(text) if value is None else value
@@ -77,7 +80,7 @@ def reading(text):
 
 def same(a, b):
     """Whether two answers (strings or None) say the same. A missing one says nothing."""
-    return a is not None and b is not None and reading(a) == reading(b)
+    return a is not None and b is not None and parsed(a) == parsed(b)
 
 
 # ---- the answer ----------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ def value(node):
 
 
 def chain_reward(cfg, chain, gold):
-    """The reward of a decoder.Chain -> (R, its terms {"acc", "coh", "fmt"}).
+    """The reward of a decoder.Chain -> (R, its terms {"acc", "coh", "fmt"}, which are logged).
 
     R = (w_acc + w_coh·R_coh)·R_acc + w_fmt·R_fmt. With cfg.no_answers the reward sees no answer,
     there is no "acc", and R = w_coh·R_coh + w_fmt·R_fmt.

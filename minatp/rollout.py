@@ -65,7 +65,7 @@ class Forced(Rows):
 
 @dataclass
 class Rollout(Rows):
-    """B finished chains. Entries past the end of a row are 0, of token −1, of stop_prob NaN."""
+    """B finished chains. Entries past the end of a row are 0 (−1 in token, NaN in stop_prob)."""
 
     # (B, cK, D) the used latents, then the candidate dropped at a stop
     z: torch.Tensor
@@ -81,8 +81,8 @@ class Rollout(Rows):
     token: torch.Tensor
     # (B,)
     n_token: torch.Tensor
-    # (B, cK) log-density of each candidate, when proposed. (Training computes these three again,
-    # with gradients: rl.log_probs)
+    # (B, cK) log-density of each candidate, when proposed. (Training does not use these three. It
+    # computes them again, with gradients, so that its first ratio is exactly 1: rl.log_probs)
     logp_z: torch.Tensor
     # (B, K) log-probability of each decision taken
     logp_stop: torch.Tensor

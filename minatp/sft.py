@@ -29,7 +29,7 @@ def sft_losses(model, batch, eps=None):
     # Read the prompt, think, and read the text after the latents. In stage 0 everything is text
     latent = None
     if batch.n_candidate:
-        latent, _, cache = think(model, batch, eps)
+        latent, _, cache = walk_batch(model, batch, eps)
         h = policy(policy.embed(batch.text), batch.text_mask, cache)  # (B, Tt, D)
     else:
         h = read_as_text(policy, batch)
@@ -71,7 +71,7 @@ def total_loss(losses, counts, beta):
     return sum(weight[name] * loss / max(1, counts[name]) for name, loss in losses.items())
 
 
-def think(model, batch, eps=None):
+def walk_batch(model, batch, eps=None):
     """Read the prompts of a Batch and walk its latents.
 
     Returns (Latent (B, n_candidate), n_latent as used, the cache after them).

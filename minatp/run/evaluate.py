@@ -143,7 +143,7 @@ def elect(chains, by):
         chains = [c for c, value in zip(chains, coherence) if value == max(coherence)]
 
     def key(chain):  # "5" and "5.0" are one answer
-        return None if chain.answer is None else reward.reading(chain.answer)
+        return None if chain.answer is None else reward.parsed(chain.answer)
 
     # A chain without an answer has no vote. If none has one, the first chain is elected
     votes = Counter(key(c) for c in chains if c.answer is not None)

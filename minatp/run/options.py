@@ -225,7 +225,7 @@ class Explore:
     """rl (no effect in SFT, except --answers)"""
 
     # How much is explored
-    updates: int = opt(500, "batches of questions", POSITIVE)
+    updates: int = opt(500, "batches of questions (each makes --updates-per-batch)", POSITIVE)
     G: int = opt(8, "rollouts per question", POSITIVE)
     answers: int = opt(
         20000,
@@ -271,7 +271,7 @@ class Explore:
         0.0, "weight of the SFT loss on labelled problems, beside the reward", NOT_NEGATIVE
     )
     placebo: bool = opt(False, "control: rewards permuted within the batch")
-    val_every: int = opt(100, "updates between validations", POSITIVE)
+    val_every: int = opt(100, "batches between validations", POSITIVE)
 
 
 @dataclass

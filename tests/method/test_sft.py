@@ -9,7 +9,7 @@ from minatp.problems import Problem
 from minatp.rollout import rollout
 from minatp.run import options
 from minatp.run.loop import Run
-from minatp.sft import sft_losses, think
+from minatp.sft import sft_losses, walk_batch
 from minatp.tools.count import count
 
 from small import SMALL, small_model
@@ -134,7 +134,7 @@ def test_answers_alone_stop_where_generation_does_and_teach_their_answer(model, 
     }
 
     # the thinking ends where it would in a rollout
-    _, n_latent, _ = think(model, batch)
+    _, n_latent, _ = walk_batch(model, batch)
     chains = rollout(model, batch.prompt, batch.prompt_mask, max_new=3)
     assert torch.equal(n_latent, chains.n_latent)
     assert n_latent.any()
