@@ -620,6 +620,44 @@ def test_gradient_of_a_float32_weight_is_not_rounded_to_the_dtype_of_the_product
     close(dW, *torch.autograd.grad(nll.sum(), exact), FP16, "dW")
 
 
+PTX_OF_CROSS_ENTROPY = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import cross_entropy
+
+kernel = cross_entropy.linear_nll_backward_kernel
+blocks = cross_entropy.HALF_PRECISION_BLOCKS
+types = {"target_ptr": "*i64", "lse_ptr": "*fp32", "g_ptr": "*fp32", "inverse_temperature": "fp32"}
+
+# As a launch sees its arguments: all but R and V are multiples of 16
+signature, constants, hints = {}, {}, {}
+for i, parameter in enumerate(kernel.params):
+    name = parameter.name
+    if parameter.is_constexpr:
+        signature[name] = "constexpr"
+        constants[(i,)] = blocks[name]
+        continue
+    signature[name] = types.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+    if name not in ("R", "V", "inverse_temperature"):
+        hints[(i,)] = [["tt.divisibility", 16]]
+
+options = {name: blocks[name] for name in ("num_warps", "num_stages")}
+source = ASTSource(kernel, signature, constants, hints)
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+"""
+
+
+def test_cross_entropy_stores_its_gradient_16_bytes_at_a_time():
+    """A thread has 64 elements of a tile of dl. V is odd, and that must not split a store."""
+    command = [sys.executable, "-c", PTX_OF_CROSS_ENTROPY]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ptx = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    stores = re.findall(r"\bst\.global\S*", ptx.stdout)
+    assert stores == ["st.global.v4.b32"] * 8
+
+
 # ---- the hand-derived gradients ------------------------------------------------------------------
 
 
@@ -998,41 +1036,3 @@ def test_every_kernel_compiles_for_sm_90_without_spills(compile_report):
     assert "HGMMA" in lines["linear cross-entropy forward"]
     assert "HGMMA" in lines["linear cross-entropy backward"]
     assert all("MMA" in line for name, line in lines.items() if name.startswith("attention"))
-
-
-PTX_OF_CROSS_ENTROPY = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from kernels import cross_entropy
-
-kernel = cross_entropy.linear_nll_backward_kernel
-blocks = cross_entropy.HALF_PRECISION_BLOCKS
-types = {"target_ptr": "*i64", "lse_ptr": "*fp32", "g_ptr": "*fp32", "inverse_temperature": "fp32"}
-
-# As a launch sees its arguments: all but R and V are multiples of 16
-signature, constants, hints = {}, {}, {}
-for i, parameter in enumerate(kernel.params):
-    name = parameter.name
-    if parameter.is_constexpr:
-        signature[name] = "constexpr"
-        constants[(i,)] = blocks[name]
-        continue
-    signature[name] = types.get(name, "*bf16" if name.endswith("_ptr") else "i32")
-    if name not in ("R", "V", "inverse_temperature"):
-        hints[(i,)] = [["tt.divisibility", 16]]
-
-options = {name: blocks[name] for name in ("num_warps", "num_stages")}
-source = ASTSource(kernel, signature, constants, hints)
-print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
-"""
-
-
-def test_cross_entropy_stores_its_gradient_16_bytes_at_a_time():
-    """A thread has 64 elements of a tile of dl. V is odd, and that must not split a store."""
-    command = [sys.executable, "-c", PTX_OF_CROSS_ENTROPY]
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ptx = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
-    stores = re.findall(r"\bst\.global\S*", ptx.stdout)
-    assert stores == ["st.global.v4.b32"] * 8
