@@ -212,7 +212,7 @@ def row_cases():
 def cross_entropy_cases():
     """Return linear cross-entropy's kernels."""
     # As LinearNLL launches them: a share is a sixteenth of the vocabulary in whole tiles, 63 of 128
-    # tokens, and a chunk is whole tiles, too. The first chunk starts at 0, and no later one at 1.
+    # tokens, and a chunk is whole tiles, too. Here it is the last one, whose V is odd as well.
     R = 6400
     tile = cross_entropy.HALF_PRECISION_BLOCKS["BLOCK_V"]
     arguments = {
