@@ -184,11 +184,6 @@ def left_pad(rows, value, device="cpu"):
     return ids.to(device), mask.to(device)
 
 
-def indices(mask):
-    """Where a mask (B, T) is True: (rows, columns), in the order of x[mask]."""
-    return mask.nonzero(as_tuple=True)
-
-
 def collate(rows, stage, model):
     """Encoded rows -> a Batch at a curriculum stage, 0 … K + 1.
 
@@ -217,7 +212,7 @@ def collate(rows, stage, model):
     column = torch.arange(n_candidate)
     used = (column < n_latent[:, None]) & ~answer_only[:, None]  # (B, n_candidate)
     dropped = (column == n_latent[:, None]) & has_stop[:, None]
-    stop_at = indices((used | dropped) & (column % c == 0))
+    stop_at = ((used | dropped) & (column % c == 0)).nonzero(as_tuple=True)
 
     # What stays text: the later steps and the answer; in the last stage the answer alone
     texts = []
@@ -252,14 +247,14 @@ def collate(rows, stage, model):
         text=text,
         text_mask=torch.arange(text.shape[1]) < n_read[:, None],
         target=target,
-        target_at=indices(target != IGNORE),
-        used_at=indices(used),
+        target_at=(target != IGNORE).nonzero(as_tuple=True),
+        used_at=used.nonzero(as_tuple=True),
         stop_at=stop_at,
         stop_label=dropped[stop_at].long(),
         step_row=torch.tensor(step_row, dtype=torch.long),
         step_index=torch.tensor(step_index, dtype=torch.long),
         step_text=step_text,
-        step_text_at=indices(step_text != IGNORE),
+        step_text_at=(step_text != IGNORE).nonzero(as_tuple=True),
         L=L,
         n_candidate=n_candidate,
         counts=counts,

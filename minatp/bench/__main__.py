@@ -4,6 +4,10 @@
                                                 misses its gate
     python -m minatp.bench --preset llama-1b    one GPU: the paper's size, bf16 compute over
                                                 float32 masters
+    python -m minatp.bench --preset llama-1b --fake
+                                no GPU: its launches, bytes, FLOPs, waits and recordings, counted,
+                                and a modelled time; exits with 1 after a fault, or if a gate that
+                                was met is missed. With --works each operation is shown, too
 
 A side must compute the same losses, gradients, chains and log-probabilities, or it is not timed.
 All sides take turns, round by round, and a ratio is that of two times of the same round: median
@@ -23,7 +27,7 @@ from unittest.mock import patch
 
 import torch
 
-from kernels.common import is_out_of_memory
+from kernels.common import HAS_TRITON, is_out_of_memory
 
 from ..run.build import llama_config, n_parameters
 from ..run.device import autocast, pick_device
@@ -54,6 +58,8 @@ UNCOUNTED = count.Counts(ops=math.nan, bytes=math.nan, flops=math.nan, waits=mat
 def main(argv=None):
     # The model, and which sides and works are wanted
     args = parse(argv)
+    if args.fake:
+        return count_without_gpu(args)
     device = pick_device(args.device or {"tiny": "cpu", "llama-1b": "cuda"}[args.preset])
     case = Case(args.preset, device)
 
@@ -98,6 +104,18 @@ def main(argv=None):
     return int(bool(misses))
 
 
+def count_without_gpu(args):
+    """The exit code of --fake. Raises UserError."""
+    if not HAS_TRITON:
+        raise UserError("command line: --fake needs triton, which is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("command line: TRITON_INTERPRET=1 leaves --fake no kernels; unset it")
+
+    from . import fake  # here, because it cannot be imported without Triton
+
+    return fake.main(args)
+
+
 def parse(argv):
     """The command line. Raises UserError."""
     parser = Parser(__doc__, "minatp.bench")
@@ -108,9 +126,12 @@ def parse(argv):
     add(
         "--works",
         default="",
-        help="what is timed, separated by semicolons; growth only if all of it is [all]",
+        help="what is timed, or counted with --fake, separated by semicolons; growth only if all "
+        "of it is timed [all]",
     )
     add("--device", default="", help="cpu | cuda | cuda:N [tiny: cpu; llama-1b: cuda]")
+    add("--fake", action="store_true", help="count what a GPU would do, without one: llama-1b only")
+    add("--layers", type=int, default=16, help="of both LMs, with --fake [%(default)s]")
     add("--out", default="", help="also write all figures to this JSON file")
     args = parser.parse_args(argv)
     if args.preset not in SIZES:
@@ -119,6 +140,12 @@ def parse(argv):
         )
     if args.rounds < 1:
         raise UserError(f"command line: --rounds must be positive, not {args.rounds}")
+    if args.fake and args.preset != "llama-1b":
+        raise UserError("command line: --fake counts the steps of llama-1b: add --preset llama-1b")
+    if args.fake and (args.sides or args.device):
+        raise UserError("command line: --fake compares and times nothing: drop --sides, --device")
+    if args.layers < 1:
+        raise UserError(f"command line: --layers must be positive, not {args.layers}")
     return args
 
 
@@ -158,14 +185,26 @@ def count_once(work, device, bf16=True):
         return count.count(work)
 
 
-def attempt(work, model):
-    """work(), or None if it runs out of memory; cached memory is then freed."""
+def attempt(work, model, failures=None, name=None):
+    """work(), or None if it runs out of memory; cached memory is then freed.
+
+    failures: a dict, of a peer. Whatever the peer raises then ends this work for it and nothing
+    else, and failures[name] is the reason.
+    """
     try:
         return work()
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
+    except Exception as e:
+        # after a CUDA error nothing in this process can use the GPU
+        is_lost = "CUDA error" in str(e)
+        if is_out_of_memory(e):
+            reason = "ran out of memory"
+        elif failures is None or is_lost:
             raise
+        else:
+            reason = f"failed ({type(e).__name__}: {' '.join(str(e).split())[:120]})"
     # after the except clause, whose traceback holds on to what was computed
+    if failures is not None:
+        failures[name] = reason
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
 
@@ -184,23 +223,25 @@ def measure_all(case, every, names, rounds, save):
             continue
 
         # Printed and saved at once: a later work may run out of memory
-        record = {"work": name, "tokens": work.n_token, "sides": measure(case, every, work, rounds)}
+        failures = {}
+        measured = measure(case, every, work, rounds, failures)
+        record = {"work": name, "tokens": work.n_token, "sides": measured}
         records.append(record)
         describe(record, case)
         save(records)
-        for side in every:
-            if side not in record["sides"]:
-                print0(f"    {side:18} ran out of memory: no time, and no win for minatp")
+        for side, reason in failures.items():
+            print0(f"    {side:18} {reason}: no time, and no win for minatp")
     return records
 
 
-def measure(case, every, work, rounds):
+def measure(case, every, work, rounds, failures):
     """Time one work, all sides in turn, and count it.
 
     Returns {side: {"seconds": [one a round], "peak": bytes, and the fields of count.Counts}},
-    without the sides that run out of memory. Raises OutOfMemory if minatp does.
+    without the sides that fail: `failures` receives {side: why}. Raises OutOfMemory if minatp runs
+    out of memory, and whatever else minatp raises.
     """
-    counts = warm_up(case, every, work)
+    counts = warm_up(case, every, work, failures)
     names = list(counts)
     seconds = {name: [] for name in names}
     peak = dict.fromkeys(names, 0)
@@ -210,9 +251,9 @@ def measure(case, every, work, rounds):
         for name in names[first:] + names[:first]:
             side = every[name]
             once = partial(time_once, partial(work.run, side), case.device, side.bf16)
-            timed = attempt(once, case.model)
+            timed = attempt(once, case.model, *of_peer(name, failures))
 
-            # A side that runs out of memory in any round is not timed at all
+            # A side that fails in any round is not timed at all
             if timed is None:
                 names.remove(name)
                 continue
@@ -222,13 +263,19 @@ def measure(case, every, work, rounds):
     return {name: {"seconds": seconds[name], "peak": peak[name], **counts[name]} for name in names}
 
 
-def warm_up(case, every, work):
-    """{side: counts} of the sides that have enough memory for a work. Compiles every kernel."""
+def of_peer(name, failures):
+    """The last arguments of `attempt`: what minatp raises is raised."""
+    return () if name == "minatp" else (failures, name)
+
+
+def warm_up(case, every, work, failures):
+    """{side: counts} of the sides that do not fail at a work. Compiles every kernel."""
     counts = {}
     for name, side in every.items():
-        # One call that is not timed: sides without enough memory drop out here
+        # One call that is not timed: sides that fail or have too little memory drop out here
         run = partial(work.run, side)
-        if attempt(partial(time_once, run, case.device, side.bf16), case.model) is None:
+        once = partial(time_once, run, case.device, side.bf16)
+        if attempt(once, case.model, *of_peer(name, failures)) is None:
             continue
 
         # On a GPU only minatp is counted: to count the reference there takes minutes

@@ -12,6 +12,7 @@ Every accuracy comes with its number of problems and its 95 % interval.
 import json
 import math
 import statistics
+import sys
 import time
 from collections import Counter
 
@@ -31,7 +32,7 @@ from .errors import UserError
 from .huggingface import load_model, locate, read_switches
 from .options import Parser, add_device_options
 from .problem_files import read_problems
-from .splits import encode_prompts, generate, test_set
+from .splits import describe_cut_off, encode_prompts, generate, test_set
 from .terminal import print0, progress
 
 BATCH = 500  # problems at once
@@ -419,16 +420,12 @@ def parse(argv):
     if args.file and args.longer:
         raise UserError("command line: give --file or --longer, not both")
     # (NaN fails every comparison. torch's CPU generator looks at 32 bits of a seed)
+    is_temperature = 0 < args.temperature < math.inf
     for option, value, is_valid, expected in (
         ("--problems", args.problems, args.problems >= 0, "not be negative"),
         ("--votes", args.votes, args.votes >= 0, "not be negative"),
         ("--max-new", args.max_new, args.max_new > 0, "be positive"),
-        (
-            "--temperature",
-            args.temperature,
-            0 < args.temperature < math.inf,
-            "be positive and finite",
-        ),
+        ("--temperature", args.temperature, is_temperature, "be positive and finite"),
         ("--seed", args.seed, 0 <= args.seed < 2**32, "not be negative or above 2^32 - 1"),
     ):
         if not is_valid:
@@ -522,6 +519,7 @@ def evaluate_run(folder, problems, device, args):
     model, tokenizer = load_model(folder)
     place(model, device).eval()
     prompts = encode_prompts(problems, tokenizer, model, args.max_new)
+    note_cut_off(problems, tokenizer, args)
 
     # The batches of one pass by the mean policy, and of one for each vote and number of steps
     n_pass = 1 + args.votes + len(args.latent_steps)
@@ -553,6 +551,16 @@ def evaluate_run(folder, problems, device, args):
         if args.latent_steps:
             result["latent_steps"] = by_latent_steps(solve_all, args.latent_steps, chains, problems)
     return chains, result
+
+
+def note_cut_off(problems, tokenizer, args):
+    """Say on stderr how many right answers are longer than --max-new, if any are."""
+    # Without steps in words, which not every run writes before its answer
+    answers = tokenizer.encode_batch(["### " + p.answer for p in problems])
+    with_eos = [len(ids) + 1 for ids in answers]
+    note = describe_cut_off(args.max_new, {args.file or "test": with_eos})
+    if note:
+        sys.stderr.write(note + "\n")
 
 
 def by_latent_steps(solve, latent_steps, free, problems):

@@ -27,7 +27,7 @@ from .errors import NotFinite
 from .folder import Log
 from .huggingface import load_model
 from .saved import newest_checkpoint
-from .splits import encode_problems, encode_prompts
+from .splits import describe_cut_off, encode_problems, encode_prompts
 from .terminal import format_duration, print0, stop_request
 
 
@@ -105,11 +105,9 @@ class Run:
         """Encode all problems and check that they fit the model's context. Raises UserError."""
         cfg, splits, model = self.cfg, self.splits, self.model
 
-        # What the run learns from
-        self.labelled = self.encode_problems(splits.train)
-        self.max_new = self.longest_answer()
+        # What the run learns from, and what it is judged on
+        self.encode_rows()
         if cfg.stage == "sft":
-            self.answers_only = self.encode_problems(splits.answers, answer_only=True)
             # φ must be allowed to write the longest step, or its readings would be cut short
             texts = [
                 text for row in self.labelled + self.answers_only for text in (*row.texts, row.rest)
@@ -123,27 +121,67 @@ class Run:
             self.reading_rows = self.encode_problems([p for p in splits.val if p.steps][:200])
             self.reading_at_start = evaluate.reading_nll(self, self.start_model)
 
-        # Held-out problems are encoded to find one that is too long here, not after hours
-        self.encode_problems(splits.held_out)
-        self.encode_prompts(splits.held_out)
+        # Find a held-out question that is too long here, not after hours
+        self.encode_prompts(splits.held_out, self.max_new_held_out)
+
+    def encode_rows(self):
+        """Encode the problems whose right answers are known, and settle the length of answers."""
+        cfg, splits = self.cfg, self.splits
+        self.labelled = self.encode_problems(splits.train)
+        self.answers_only = []
+        if cfg.stage == "sft" or not cfg.no_answers:
+            self.answers_only = self.encode_problems(splits.answers, answer_only=True)
+        self.held_out = {"validation": self.encode_problems(splits.val)}
+        for name, problems in splits.tests.items():
+            self.held_out[f"test ({name})"] = self.encode_problems(problems)
+        self.settle_max_new()
+        if cfg.max_new:
+            self.note_cut_off()
+
+    def settle_max_new(self):
+        """Settle the most tokens of an answer: --max-new, or all that is needed at this stage.
+
+        max_new: in RL's rollouts. It follows from what the run learns from alone, because the words
+        that are drawn depend on it. max_new_held_out: in validation and test.
+        """
+        learned = [*self.labelled, *self.answers_only]
+        held_out = [row for rows in self.held_out.values() for row in rows]
+        longest = max([16, *(self.answer_length(row) for row in learned)])
+        longest_held_out = max([longest, *(self.answer_length(row) for row in held_out)])
+        self.max_new = self.cfg.max_new or longest
+        self.max_new_held_out = self.cfg.max_new or longest_held_out
+
+    def note_cut_off(self):
+        """Print how many right answers are longer than --max-new at the last stage, if any are."""
+        # RL answers the questions that it learns from as well
+        cfg, sets = self.cfg, dict(self.held_out)
+        stage = self.model.stage
+        if cfg.stage == "rl":
+            sets["training"] = [*self.labelled, *self.answers_only]
+        else:
+            stage, _ = cfg.schedule()[-1]
+        lengths = {
+            name: [self.answer_length(row, stage) for row in rows] for name, rows in sets.items()
+        }
+        note = describe_cut_off(cfg.max_new, lengths)
+        if note:
+            print0(note)
+
+    def answer_length(self, row, stage=None):
+        """Tokens of an Encoded row's right answer, with the steps that are written before it.
+
+        stage: of the curriculum; by default the one that is reached.
+        """
+        K = self.model.K
+        stage = self.model.stage if stage is None else stage
+        written = row.lines[stage:] if stage <= K and not row.answer_only else []
+        return sum(map(len, written)) + len(row.answer)
 
     def encode_problems(self, problems, answer_only=False):
         return encode_problems(self.cfg, problems, self.tokenizer, self.model, answer_only)
 
-    def encode_prompts(self, problems):
-        return encode_prompts(problems, self.tokenizer, self.model, self.max_new)
-
-    def longest_answer(self):
-        """Most tokens of an answer: of the longest labelled one, at the stage reached."""
-        if self.cfg.max_new:
-            return self.cfg.max_new
-
-        # Steps that are not latent at this stage are written before the answer
-        model, longest = self.model, 16
-        for row in self.labelled:
-            written = row.lines[model.stage :] if model.stage <= model.K else []
-            longest = max(longest, sum(map(len, written)) + len(row.answer))
-        return longest
+    def encode_prompts(self, problems, max_new=None):
+        return encode_prompts(problems, self.tokenizer, self.model, max_new or self.max_new)
 
     def announce(self, what, work):
         """The first line of a run."""
@@ -165,7 +203,7 @@ class Run:
         cfg, is_rl, n_restored = self.cfg, self.cfg.stage == "rl", self.state["step"]
         self.n_total, self.stage = n_total or n_step, stage
         # the stage decides how many steps are still written in words
-        self.max_new = self.longest_answer()
+        self.settle_max_new()
 
         # The run may have been stopped between a checkpoint and the validation that follows it
         if is_rl and (n_restored % cfg.val_every == 0 or n_restored == n_step):
@@ -327,24 +365,24 @@ class Run:
 
         model: the run's own by default.
         """
-        cfg, model = self.cfg, model or self.model
+        cfg, model, max_new = self.cfg, model or self.model, self.max_new_held_out
 
         # With a seed all of a chain is sampled; without, z = μ and the stops and words are greedy
         prompts = self.tokenizer.prompts([p.question for p in problems])
         noise = None
         if seed is not None:
-            noise = Noise.draw(model, len(prompts), self.max_new, seed, cfg.temperature)
+            noise = Noise.draw(model, len(prompts), max_new, seed, cfg.temperature)
 
         def stop_if_requested():  # of several ranks, each would stop at another batch
             stop_request.check(cfg, stop_request.requested and distributed.WORLD_SIZE == 1)
 
-        guard = solving_guard(prompts, model, self.max_new, cfg.eval_batch, "--eval-batch")
+        guard = solving_guard(prompts, model, max_new, cfg.eval_batch, "--eval-batch")
         with guard, self.autocast:
             return evaluate.solve(
                 model,
                 self.tokenizer,
                 prompts,
-                self.max_new,
+                max_new,
                 cfg.eval_batch,
                 noise=noise,
                 after_batch=stop_if_requested,
@@ -387,6 +425,10 @@ class GuardedOptimizer:
         self.optimizer, self.model, self.clip = optimizer, model, clip
         self.lr, self.n_done = 0.0, 0  # learning rate of the next step; how many came before it
         self.unchecked = []  # of each step since the last check: (loss and norm, n_done, problems)
+
+        # On a GPU the optimizer's own kernel scales the gradients as it reads them, and clipping
+        # needs no pass over all of them
+        self.clips_in_step = ops.use_triton(model.device)
         optimizer.found_inf = torch.zeros((), device=model.device)
 
     def step(self, loss, problems):
@@ -400,9 +442,8 @@ class GuardedOptimizer:
         with_gradient = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient])
 
-        # Clip. On a GPU the optimizer's own kernel scales the gradients as it reads them, so that
-        # no pass over all of them is needed
-        if ops.use_triton(self.model.device):
+        # Clip
+        if self.clips_in_step:
             self.optimizer.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1)
         else:
             torch.nn.utils.clip_grads_with_norm_(with_gradient, self.clip, norm)

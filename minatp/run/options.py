@@ -281,7 +281,7 @@ class Report:
     # Solving validation and test problems
     max_new: int = opt(
         0,
-        "most tokens of an answer [as the longest training text needs, at least 16]",
+        "most tokens of an answer [as the longest right one needs, at least 16]",
         NOT_NEGATIVE,
     )
     eval_batch: int = opt(500, "problems per batch in evaluation", POSITIVE)

@@ -338,6 +338,25 @@ def encode_problems(cfg, problems, tokenizer, model, answer_only=False):
         raise UserError(str(e)) from None
 
 
+def describe_cut_off(max_new, lengths):
+    """A note on the right answers that are longer than --max-new; "" if all fit.
+
+    lengths: {set of problems: [tokens of each right answer]}.
+    """
+    parts = []
+    for name, tokens in lengths.items():
+        n = sum(length > max_new for length in tokens)
+        if n:
+            parts.append(f"{n:,} of {len(tokens):,} {name} problems")
+    if not parts:
+        return ""
+    longest = max(length for tokens in lengths.values() for length in tokens)
+    return (
+        f"note: --max-new {max_new} cuts off the right answers of {', '.join(parts)}; the longest "
+        f"needs {longest}"
+    )
+
+
 def generate(which, n, seed):
     """problems.generate. Raises UserError if n is too large."""
     try:

@@ -51,8 +51,9 @@ def dry_run(run, sft_gradients, dry_run_rl):
     # Report on the data and the model
     problems = splits.train or splits.answers  # RL can do without labels
     # The run has not started: set what its methods need
-    run.labelled = run.encode_problems(problems)
-    run.max_new = run.longest_answer()
+    run.encode_rows()
+    if not splits.train:
+        run.labelled = run.encode_problems(problems)
     report_data(problems, run.labelled, run.tokenizer)
     report_curriculum(run, problems)
     parts = ", ".join(f"{name} {n_parameters(part):,}" for name, part in model.named_children())

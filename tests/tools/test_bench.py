@@ -80,6 +80,29 @@ def test_a_static_cache_gives_the_same_chains(case):
     assert torch.equal(static.n_latent, growing.n_latent)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_the_tuned_cache_keeps_keys_in_the_dtype_of_the_values(case, static):
+    """Under autocast RoPE leaves the keys in float32, which a static cache could refuse."""
+    cfg = case.model.policy.cfg
+    tuned = peer.Tuned(case.model, static)
+    cache = tuned.empty_cache(tuned.policy, 5)
+    keys = torch.randn(2, cfg.n_kv_head, 3, cfg.head_dim)
+    keys, values = cache.update(keys, keys.bfloat16(), 0)
+    assert keys.dtype == values.dtype == torch.bfloat16
+
+
+def test_a_static_cache_serves_under_autocast(case):
+    set_to_last_stage(case)
+    prompt, prompt_mask = case.prompts(4)
+    tuned = peer.Tuned(case.model, static=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        chains = tuned.rollout(prompt, prompt_mask, cases.MAX_NEW, None, 2)
+        thoughts = torch.randn(3, case.model.c, case.model.policy.cfg.n_embd)
+        texts = tuned.read_thoughts(thoughts, case.eos, cases.MAX_NEW)
+    assert len(chains.n_latent) == 8
+    assert len(texts) == 3
+
+
 def test_a_peer_that_computes_something_else_is_not_timed(case, every, capsys):
     def wrong_losses(batch, eps):
         losses = every["tuned"].losses(batch, eps)
@@ -129,6 +152,10 @@ def run_out_of_memory():
     raise torch.OutOfMemoryError
 
 
+def run_into_a_bug():
+    raise IndexError("index_copy_(): self and source\nexpected to have the same dtype")
+
+
 class RunOutOfMemoryLater:
     """Runs out of memory at the fourth call, with the driver's message."""
 
@@ -169,6 +196,34 @@ def test_a_side_that_runs_out_of_memory_is_named_and_is_no_win(out_of_memory_cas
     shown = capsys.readouterr().out
     assert "tuned              ran out of memory" in shown
     assert "late               ran out of memory" in shown
+
+
+def test_a_peer_that_fails_is_named_and_the_others_are_timed(out_of_memory_case, capsys):
+    case, every = out_of_memory_case
+    every["reference"].run = run_into_a_bug
+    records = bench.measure_all(case, every, ["rollouts"], rounds=2, save=print)
+    assert list(records[0]["sides"]) == ["minatp"]
+    assert len(records[0]["sides"]["minatp"]["seconds"]) == 2
+    shown = capsys.readouterr().out
+    assert "reference          failed (IndexError: index_copy_(): self and source expected" in shown
+
+
+def test_what_fails_in_minatp_itself_is_raised(out_of_memory_case):
+    case, every = out_of_memory_case
+    every["minatp"].run = run_into_a_bug
+    with pytest.raises(IndexError):
+        bench.measure_all(case, every, ["rollouts"], rounds=1, save=print)
+
+
+def test_a_lost_gpu_ends_the_benchmark(out_of_memory_case):
+    case, every = out_of_memory_case
+
+    def lose_the_gpu():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    every["reference"].run = lose_the_gpu
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        bench.measure_all(case, every, ["rollouts"], rounds=1, save=print)
 
 
 def test_only_the_chosen_works_are_timed(out_of_memory_case):
