@@ -179,11 +179,10 @@ def linear_nll_backward_kernel(
 ):  # fmt: skip
     """One program: one tile of dl, BLOCK_ROWS × BLOCK_V.
 
-    Column j of dl belongs to token chunk_start + j.
+    W and dl are a chunk of the vocabulary, V tokens from chunk_start on.
     """
     row_ids = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col_ids = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    v_ids = chunk_start + col_ids
+    v_ids = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     row_mask = row_ids < R
     target = tl.load(target_ptr + row_ids, row_mask, other=-1)
 
@@ -200,7 +199,8 @@ def linear_nll_backward_kernel(
     p = tl.exp(logits - lse[:, None])  # (BLOCK_ROWS, BLOCK_V)
 
     # dl = g·τ·(p − one_hot(target)), and 0 in a row without a target, even if it holds NaN
-    p_minus_one_hot = tl.where(v_ids[None, :] == target[:, None], p - 1.0, p)
+    is_target = chunk_start + v_ids[None, :] == target[:, None]
+    p_minus_one_hot = tl.where(is_target, p - 1.0, p)
     has_target = target >= 0
     g = tl.load(g_ptr + row_ids, row_mask, other=0.0) * inverse_temperature
     g = tl.where(has_target, g, 0.0)
@@ -208,7 +208,7 @@ def linear_nll_backward_kernel(
 
     # The store rounds dl to the dtype of h, for the products. dl has room for whole tiles, so no
     # column is masked and a thread stores 16 bytes at a time. Nobody reads the columns past V.
-    dl_ptrs = dl_ptr + row_ids[:, None] * dl_row_stride + col_ids[None, :]
+    dl_ptrs = dl_ptr + row_ids[:, None] * dl_row_stride + v_ids[None, :]
     tl.store(dl_ptrs, dl, row_mask[:, None])
 
 
@@ -296,8 +296,8 @@ class LinearNLL(torch.autograd.Function):
             n_tokens = chunk.stop - start
             grid = (ceil_div(R, blocks["BLOCK_ROWS"]), ceil_div(n_tokens, blocks["BLOCK_V"]))
             linear_nll_backward_kernel[grid](
-                h, W, target, lse, g, dl,
-                R, V, D,
+                h, W[chunk], target, lse, g, dl,
+                R, n_tokens, D,
                 h.stride(0), W.stride(0), dl.stride(0),
                 ctx.inverse_temperature, start,
                 **blocks,

@@ -222,9 +222,9 @@ def test_a_batch_moves_with_its_indices():
     rows = data.encode(problems.generate("labelled", 3, 1), tokenizer, model)
     batch = data.collate(rows, model.K + 1, model)
     moved = batch.at(device="meta")
-    for name, value in vars(batch).items():
-        is_index = isinstance(value, tuple)
-        for x in getattr(moved, name) if is_index else [getattr(moved, name)]:
-            assert not torch.is_tensor(x) or x.is_meta, name
-    assert len(moved.target_at) == len(moved.stop_at) == 2
     assert moved.L == batch.L
+    assert moved.prompt.is_meta
+
+    at = (moved.target_at, moved.used_at, moved.stop_at, moved.step_text_at)
+    assert all(index.is_meta for pair in at for index in pair)
+    assert [len(pair) for pair in at] == [2] * 4
