@@ -401,14 +401,59 @@ class StepCache:
             self.own[i] = Columns(old.kv.k[rows], old.kv.v[rows])
             self.order_tokens[i] = SelectRows.apply(old, self.own[i], self.order_tokens[i], rows)
 
-    def fork(self):
-        """A copy for the backward pass of a chain, which later columns and `keep`s do not change.
-        Keys, values and their gradient buffers are shared; the order tokens are not.
+    # ---- for the replayed chain ----
+
+    def at_fixed_addresses(self, P, C):
+        """A cache for batches like this one: P columns of prefix and C own ones for each row, with
+        buffers for their gradients. `start_like` brings a batch's prefix.
         """
-        fork = copy(self)
-        # `keep` replaces entries of the list, and `open` writes to n_own
-        fork.own = list(self.own)
-        fork.n_own = self.n_own.clone()
-        fork.order_tokens = [None] * len(self.own)
-        fork.work = fork.replayed_step = None
-        return fork
+        fixed = copy(self)
+        fixed.P = P
+        fixed.replays_steps = False
+
+        # each batch writes all of this anew
+        fixed.groups = {name: x.clone() for name, x in self.groups.items()}
+        fixed.n_prefix_real = self.n_prefix_real.clone()
+        fixed.n_own = self.n_own.clone()
+
+        # zeros: no column may hold NaN, even if it has a weight of 0
+        fixed.prefix, fixed.own = [], []
+        for columns in self.prefix:
+            N, n_head, _, d = columns.kv.k.shape
+            for layers, shape in (fixed.prefix, (N, P)), (fixed.own, (len(self.owner), C)):
+                k, v = (x.new_zeros(shape[0], n_head, shape[1], d) for x in columns.kv)
+                layers.append(Columns(k, v))
+                layers[-1].grad_buffers()
+        return fixed
+
+    def start_like(self, cache):
+        """Take over another cache's prefix, with padding on its left; no row has own columns."""
+        padding = self.P - cache.P
+        for name, x in self.groups.items():
+            x.copy_(cache.groups[name])
+        self.groups["start"] += padding
+        self.n_prefix_real.copy_(cache.n_prefix_real)
+        self.n_own.zero_()
+        own = [x[:, :, padding:] for x in all_columns(self.prefix)]
+        torch._foreach_copy_(own, all_columns(cache.prefix))
+
+    def continue_like(self, fixed, n):
+        """Take over the first n own columns of the rows, and the counts, of a cache that had this
+        one's prefix.
+        """
+        new = [self.own_columns(i, columns.kv.k) for i, columns in enumerate(fixed.own)]
+        torch._foreach_copy_(
+            [x[:, :, :n] for x in all_columns(new)], [x[:, :, :n] for x in all_columns(fixed.own)]
+        )
+        self.n_own.copy_(fixed.n_own)
+        self.n_opened = n
+
+
+def all_columns(layers):
+    """Keys and values of a list of Columns, in one list."""
+    return [x for columns in layers for x in columns.kv]
+
+
+def all_gradients(layers):
+    """The gradient buffers of a list of Columns, in one list."""
+    return [x for columns in layers for x in columns.grad_buffers()]

@@ -62,6 +62,17 @@ def empty_contiguous(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def mm_float32(a, b, out=None):
+    """Return a·b in float32, whatever the dtype of a and b, in `out` if it is given.
+
+    A matrix instruction sums products of 16-bit numbers in float32, so nothing has to be rounded.
+    """
+    # PyTorch has no such product on a CPU, where only tests multiply 16-bit numbers
+    if a.device.type == "cpu" or a.dtype == torch.float32:
+        return torch.mm(a.float(), b.float(), out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
 def ceil_div(n, divisor):
     """Return n / divisor, rounded up: how many blocks of size `divisor` cover n elements."""
     return -(-n // divisor)

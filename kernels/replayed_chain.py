@@ -1,58 +1,91 @@
-"""The chain of latents (minatp/chain.py) on a GPU: π reads one latent by a CUDA graph, every t.
+"""The chain of latents (minatp/chain.py) on a GPU: two CUDA graphs, forward and backward.
 
-With autograd, a GPU would wait for Python most of the time that the chain takes. Here
+With autograd, a GPU would wait for Python most of the time that the chain takes. Here the loop runs
+under autograd while it is recorded, all latents of it, and its backward pass, too. A graph holds
+addresses, so it works on tensors of its own: a batch's hidden states, noise and prefix are copied
+there, and the results are copied out.
 
-    forward    runs the same loop without autograd. π reads z_t by replaying one graph, the same for
-               every t (kernels/graph.py). h_t is kept for every t; the cache keeps the keys and
-               values.
-    backward   for t = n−1 … 0 computes latent t once more from h_t, with autograd, and sends the
-               gradient back through it. This is a second graph, again the same for every t.
+A graph also holds sizes. Batches are rounded up: the prefix to PREFIX columns, by padding that is
+not read, and the latents to LATENTS, by some that no row reads. Batches of the same sizes share one
+KeptChain, and a run of 100 batches of GSM8K needs 4 or 5. Its first batch runs without graphs,
+which compiles the kernels; the second records them.
 
-The price is reading the weights once more for each latent: 2N bytes forward and 4N backward (bf16,
-N weights), where autograd reads 2N and 2N.
+The weight gradients of large Linears are not recorded. The graph of the backward pass leaves x and
+dy of all latents, and one product for each weight follows (kernels/linear.py).
 
 The loop is passed in, so nothing here imports minatp. What it needs of the model:
 
-    propose(h, eps, spread=)            the latent, a tuple of tensors or None with a field z
+    propose(h, eps, spread=)            the latent
     policy.step(z, is_fed, cache)       h_{t+1}
     policy.model["layers"], ["norm"]    π's blocks, and its final norm
-    its child modules, by name          all but `policy`, `decoder` and `stop_head` count as part of
-                                        the chain: a new child gets its gradient here, too
+    its child modules, by name          all but `policy` and `decoder` count as part of the chain: a
+                                        new child gets its gradient here, too
 """
 
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from .graph import ReplayedStep
-from .linear import CallBuffers
+from . import graph
+from .cache import all_gradients
+from .common import ceil_div, is_out_of_memory
+from .linear import deferred_linears, join_calls, replaced_forwards, weight_gradients
+from .ops import compute_dtype
 
+PREFIX = 128  # columns of the prefix are rounded up to a multiple of this
+LATENTS = 4  # and latents of this
+MAX_KEPT = 8  # chains of different sizes; each keeps the activations of a batch, 1 GB at llama-1b
 
-class Chain(NamedTuple):
-    """What is to run: `loop` and its arguments, except h."""
-
-    loop: Any  # (model, h, plan, feed) -> hidden states, latent, n_latent: chain.latent_loop
-    model: Any
-    cache: Any  # a StepCache, which holds the prompt
-    plan: Any  # minatp.chain.Plan
+# model -> {sizes: KeptChain}, the one used last at the end
+kept = WeakKeyDictionary()
 
 
 def run(loop, model, h, cache, plan):
     """Walk the chain from h (B, D), with the gradients that `loop` has under autograd.
 
-    Returns the fields of its Latent, each (B, n_candidate, …) or None, and n_latent (B,).
+    loop: chain.latent_loop. Returns the fields of its Latent, each (B, n_candidate, …) or None, and
+    n_latent (B,).
     """
     # the weights are inputs of the node only so that it can return their gradients
     n_layer = len(cache.order_tokens)
-    chain = Chain(loop, model, cache, plan)
-    outputs = ReplayedChain.apply(chain, h, *cache.order_tokens, *chain_weights(model))
+    chain = kept_chain(model, h, cache, plan)
+    inputs = h, *cache.order_tokens, *chain_weights(model)
+    outputs = ReplayedChain.apply(chain, partial(loop, model), cache, plan, *inputs)
     *fields, n_latent = outputs[:-n_layer]
 
     # whatever the cache reads from here on comes after this node
     cache.order_tokens = list(outputs[-n_layer:])
     return fields, n_latent
+
+
+def kept_chain(model, h, cache, plan):
+    """The KeptChain of batches like this one."""
+    # the rows of the batch, the columns of the prefix, the latents
+    P = PREFIX * ceil_div(cache.P, PREFIX)
+    L = LATENTS * ceil_div(max(plan.L, 1), LATENTS)
+    n_candidate = max(L + 1, plan.n_candidate)
+    sizes = (*h.shape, len(cache.start), cache.max_group, P, L, n_candidate)
+
+    # whatever else is a number or an address in the graphs
+    is_given = plan.eps is None, plan.answer_only is None
+    dtypes = h.dtype, cache.prefix[0].kv.k.dtype, compute_dtype(h)
+    addresses = tuple(p.data_ptr() for p in chain_weights(model))
+    key = sizes, is_given, dtypes, plan.spread, addresses
+
+    chains = kept.setdefault(model, {})
+    chain = chains.pop(key, None)
+    if chain is None:
+        # a graph that goes takes its stream's workspace along: its successor gets the stream
+        place = graph.Place(h.device)
+        if len(chains) == MAX_KEPT:
+            place = chains.pop(next(iter(chains))).place
+            place.last_graph = None
+        chain = KeptChain(model, h, cache.at_fixed_addresses(P, L), plan, n_candidate, place)
+    chains[key] = chain
+    return chain
 
 
 # ---- the part of the model that a latent passes through ------------------------------------------
@@ -61,8 +94,8 @@ def run(loop, model, h, cache, plan):
 def chain_modules(model):
     """π's layers and final norm, and whatever lies between its hidden state and z."""
     # π counts by its layers and final norm: a latent passes neither its embedding nor its logits.
-    # φ and the stop head read z, but make neither z nor the next h
-    not_passed = ("policy", "decoder", "stop_head")
+    # φ reads z, but makes neither z nor the next h
+    not_passed = ("policy", "decoder")
     heads = [module for name, module in model.named_children() if name not in not_passed]
     return [*model.policy.model["layers"], model.policy.model["norm"], *heads]
 
@@ -91,175 +124,226 @@ def replaced_parameters(modules, replacements):
             parameters[name] = p
 
 
+# ---- chains of one size --------------------------------------------------------------------------
+
+
+class KeptChain:
+    """The chains of all batches of one size: what the graphs read and write, and the graphs."""
+
+    def __init__(self, model, h, cache, plan, n_candidate, place):
+        """cache: one at fixed addresses."""
+        self.place = place
+        self.cache = cache
+        self.modules = chain_modules(model)
+
+        # inputs
+        self.h = torch.zeros_like(h).requires_grad_()
+        eps = plan.eps
+        if eps is not None:
+            eps = eps.new_zeros(len(eps), n_candidate, *eps.shape[2:])
+        self.plan = plan._replace(
+            n_latent=plan.n_latent.clone(),
+            L=cache.own[0].kv.k.shape[2],
+            n_candidate=n_candidate,
+            eps=eps,
+            answer_only=None if plan.answer_only is None else plan.answer_only.clone(),
+        )
+
+        # large weights: x and dy of every latent are collected, for one product
+        self.layers = deferred_linears(self.modules, has_node=False)
+        large = {p for layer in self.layers.values() for p in (*layer.weights, *layer.biases)}
+        self.small_weights = [p for p in chain_weights(model) if p not in large]
+
+        self.n_batch = 0
+        self.forward_graph = None
+        # by the indices of the fields that a loss uses: their gradients, and the recorded results
+        self.d_fields = {}
+        self.backward_graphs = {}
+
+    def record(self, work):
+        """graph.record; if memory runs out, once more without the chains of other sizes."""
+        try:
+            return graph.record(work, self.place)
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+        for chains in kept.values():
+            for key in [key for key, chain in chains.items() if chain is not self]:
+                del chains[key]
+        return graph.record(work, self.place)
+
+    # ---- forward ----
+
+    def forward(self, loop, h, cache, plan):
+        """Walk the chain of a batch, whose cache this is -> the latent's fields and n_latent, which
+        the next batch overwrites.
+        """
+        self.load(h, cache, plan)
+        work = partial(self.walk, loop)
+
+        # the first batch runs, the second is recorded. Recording runs nothing: it is replayed, too
+        if self.n_batch == 0:
+            self.fields, self.n_latent = work()
+        elif self.forward_graph is None:
+            self.forward_graph, (self.fields, self.n_latent) = self.record(work)
+        if self.forward_graph is not None:
+            self.forward_graph.replay()
+        self.n_batch += 1
+
+        cache.continue_like(self.cache, plan.L)
+        return self.fields, self.n_latent
+
+    def load(self, h, cache, plan):
+        """Copy a batch to where the graphs read it."""
+        self.h.copy_(h)
+        self.cache.start_like(cache)
+        self.plan.n_latent.copy_(plan.n_latent)
+        if plan.answer_only is not None:
+            self.plan.answer_only.copy_(plan.answer_only)
+        if plan.eps is not None:
+            n = min(plan.eps.shape[1], self.plan.n_candidate)
+            self.plan.eps[:, :n].copy_(plan.eps[:, :n])
+
+        # not in the graph: an optimizer step changes the weights, not each batch
+        for layer in self.layers.values():
+            layer.copies(compute_dtype(h))
+
+    def walk(self, loop):
+        """The loop under autograd -> the latent's fields and n_latent."""
+        # leaves on the memory of the small weights. A parameter's own node in autograd runs on the
+        # stream of the forward pass, and leaving this stream would break the recording. (`data`,
+        # because autograd would count the optimizer's writes to what `detach` returns, and refuse.
+        # New ones for each walk: of others, autocast may have a copy made outside the graph)
+        self.leaves = {p: p.data.requires_grad_(p.requires_grad) for p in self.small_weights}
+
+        self.cache.order_tokens = [self.h.new_empty(()) for _ in self.cache.own]
+        with (
+            torch.enable_grad(),
+            replaced_forwards(self.layers),
+            replaced_parameters(self.modules, self.leaves),
+        ):
+            # clones: autograd may keep what it is given, and the next batch overwrites the inputs
+            eps = None if self.plan.eps is None else self.plan.eps.clone()
+            return loop(self.h.clone(), self.plan._replace(eps=eps), self.cache)
+
+    # ---- backward ----
+
+    def backward(self, d_fields, prefix, own, L):
+        """The backward pass of the last batch -> the gradients of h and of {parameter: its own}.
+
+        d_fields: of the fields (B, n_candidate, …), None where no loss uses one. prefix, own: the
+        batch's Columns, of every layer; the gradients of the first L own columns are taken, and
+        those of the prefix added.
+        """
+        used = tuple(i for i, grad in enumerate(d_fields) if grad is not None)
+        own_grads = [x[:, :, :L] for x in all_gradients(own)]
+        self.load_gradients(used, d_fields, own_grads)
+        torch._foreach_zero_(own_grads)
+
+        # as in the forward pass: the first runs, which compiles the kernels
+        work = partial(self.differentiate, used)
+        recorded = self.backward_graphs.get(used)
+        if used not in self.backward_graphs or self.forward_graph is None:
+            results = work()
+            self.backward_graphs[used] = None
+        else:
+            if recorded is None:
+                recorded = self.backward_graphs[used] = self.record(work)
+            backward_graph, results = recorded
+            backward_graph.replay()
+
+        padding = self.cache.P - prefix[0].kv.k.shape[2]
+        added = [x[:, :, padding:] for x in all_gradients(self.cache.prefix)]
+        torch._foreach_add_(all_gradients(prefix), added)
+        return self.gradients(*results)
+
+    def load_gradients(self, used, d_fields, own_grads):
+        """Copy the gradients of a batch's results to where the graphs read them."""
+        for i in used:
+            if i not in self.d_fields:
+                self.d_fields[i] = torch.zeros_like(self.fields[i])
+            n = d_fields[i].shape[1]
+            self.d_fields[i][:, :n].copy_(d_fields[i])
+            self.d_fields[i][:, n:].zero_()
+
+        torch._foreach_zero_(all_gradients(self.cache.prefix))
+        buffers = all_gradients(self.cache.own)
+        torch._foreach_zero_(buffers)
+        torch._foreach_copy_([x[:, :, : own_grads[0].shape[2]] for x in buffers], own_grads)
+
+    def differentiate(self, used):
+        """Autograd's backward pass -> gradients of h and of the leaves, and of every large Linear
+        the x and dy of all latents.
+        """
+        for layer in self.layers.values():
+            layer.calls.clear()
+
+        # an order token's gradient holds no number, but its path makes autograd run the cache's
+        # nodes
+        order_tokens = self.cache.order_tokens
+        outputs = [self.fields[i] for i in used] + order_tokens
+        grads = [self.d_fields[i] for i in used] + [torch.empty_like(x) for x in order_tokens]
+
+        # allow_unused: the stop head decides, without a gradient. retain_graph: the next batch has
+        # the same nodes
+        leaves = [x for x in self.leaves.values() if x.requires_grad]
+        dh, *d_leaves = torch.autograd.grad(
+            outputs, [self.h, *leaves], grads, retain_graph=True, allow_unused=True
+        )
+        called = [layer for layer in self.layers.values() if layer.calls]
+        return dh, d_leaves, [(layer, *join_calls(layer.calls)) for layer in called]
+
+    def gradients(self, dh, d_leaves, pairs):
+        """The gradient of h, and {parameter: its gradient}, in memory of their own."""
+        gradients = {}
+        parameters = [p for p in self.leaves if p.requires_grad]
+        for p, grad in zip(parameters, d_leaves):
+            gradients[p] = None if grad is None else grad.clone()
+        for layer, x, dy in pairs:
+            dWs, dbs = weight_gradients(x, dy, layer.weights, layer.biases)
+            gradients |= zip([*layer.weights, *layer.biases], [*dWs, *dbs])
+        return dh.clone(), gradients
+
+
 # ---- the chain as one node of autograd -----------------------------------------------------------
 
 
 class ReplayedChain(torch.autograd.Function):
-    """(chain, h, the cache's order tokens, weights) -> the latent's fields, n_latent, order tokens.
+    """(chain, loop, cache, plan, h, the cache's order tokens, weights) -> the latent's fields,
+    n_latent, order tokens.
 
     The order tokens pass through this node, so autograd runs it in order with the nodes of the
     columns before and after the chain (kernels/cache.py).
     """
 
     @staticmethod
-    def forward(ctx, chain, h, *order_tokens_and_weights):
-        loop, model, cache, plan = chain
-        n_own = cache.n_own.clone()  # before the chain
-
-        # the cache runs this step once, records it, and replays it from then on
-        def read_column(z, is_fed):
-            return model.policy.step(z, is_fed, cache)
-
-        def feed(z, is_fed):
-            return cache.step(read_column, z, is_fed).clone()  # the next replay overwrites it
-
-        hidden, latent, n_latent = loop(model, h, plan, feed)
-
-        # what the backward pass needs, besides the columns in the cache
+    def forward(ctx, chain, loop, cache, plan, h, *order_tokens_and_weights):
+        n_layer = len(cache.own)
+        fields, n_latent = chain.forward(loop, h, cache, plan)
+        fields = [None if x is None else x[:, : plan.n_candidate].clone() for x in fields]
         n_latent = n_latent.clone()
+
+        # what the backward pass needs, besides what the chain holds. (`keep` replaces entries of
+        # the cache's lists)
+        ctx.chain = chain
+        ctx.n_batch = chain.n_batch
+        ctx.columns = list(cache.prefix), list(cache.own), plan.L
+        ctx.weights = order_tokens_and_weights[n_layer:]
         ctx.mark_non_differentiable(n_latent)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(torch.stack(hidden), n_latent, n_own, plan.eps)
-        ctx.model = model
-        ctx.cache = cache.fork()
-        ctx.L = plan.L
-        ctx.spread = plan.spread
-        ctx.autocast = autocast_state(h.device)
-        order_tokens = [h.new_empty(()) for _ in cache.order_tokens]
-        return *latent, n_latent, *order_tokens
+        order_tokens = [h.new_empty(()) for _ in range(n_layer)]
+        return *fields, n_latent, *order_tokens
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
-        hidden, n_latent, n_own, eps = ctx.saved_tensors  # hidden (n_candidate, B, D)
-        n_layer = len(ctx.cache.order_tokens)
+        if ctx.n_batch != ctx.chain.n_batch:
+            raise RuntimeError("a chain's backward pass must come before the next batch is walked")
+        n_layer = len(ctx.chain.cache.own)
         d_order_tokens = upstream[-n_layer:]
-        d_latent = upstream[: -n_layer - 1]  # in between is n_latent's, None
-
-        # for every column: gradients of the fields that a loss used (z, and in SFT the KL), then ε
-        used = [i for i, grad in enumerate(d_latent) if grad is not None]
-        per_column = [d_latent[i] for i in used]
-        if eps is not None:
-            per_column.append(eps)
-        per_column = [x.transpose(0, 1).contiguous() for x in per_column]  # (n_candidate, B, …)
-
-        # one latent at a time, the last one first. dh: the gradient of the h that follows it
-        again = RecomputedLatent(ctx.model, ctx.cache, ctx.spread, used, n_candidate=len(hidden))
-        replayed = ReplayedStep()
-        dh = torch.zeros_like(hidden[0])
-        with torch.autocast(**ctx.autocast):
-            for t in reversed(range(len(hidden))):
-                again.buffers.index.fill_(t)
-                column = [x[t] for x in per_column]
-
-                # latents from L on were fed to no row, and the loop's h stayed what it was
-                if t < ctx.L:
-                    is_fed = t < n_latent
-                    n_before = n_own + n_latent.clamp(max=t)
-                    dh = replayed(again.of_fed_latent, hidden[t], dh, is_fed, n_before, *column)
-                elif used:
-                    dh = again.of_unfed_latent(hidden[t], dh, *column)
+        d_fields = upstream[: -n_layer - 1]  # in between is n_latent's, None
 
         # in the order of the node's inputs; None for a weight that has no gradient
-        weights = chain_weights(ctx.model)
-        gradients = again.weight_gradients()
-        return None, dh, *d_order_tokens, *(gradients.get(p) for p in weights)
-
-
-def autocast_state(device):
-    """The arguments of torch.autocast that restore its present state."""
-    kind = device.type
-    dtype = torch.get_autocast_dtype(kind)
-    return dict(device_type=kind, dtype=dtype, enabled=torch.is_autocast_enabled(kind))
-
-
-class RecomputedLatent:
-    """The backward pass of one latent, which computes the latent once more.
-
-    Serves every latent of a chain; the gradients of the weights add up here.
-    """
-
-    def __init__(self, model, cache, spread, used, n_candidate):
-        """used: the indices of the latent's fields that have a gradient."""
-        self.model = model
-        self.cache = cache
-        self.spread = spread
-        self.used = used
-        self.modules = chain_modules(model)
-
-        # large weights: x and dy of every latent are stored, for one product at the end
-        self.buffers = CallBuffers(self.modules, n_candidate, cache.n_own.device)
-        # all other weights: summed latent by latent
-        self.sums = {}
-        for p in chain_weights(model):
-            if p.requires_grad and p not in self.buffers.parameters:
-                self.sums[p] = torch.zeros_like(p)
-
-    def of_fed_latent(self, h, dh_next, is_fed, n_own, *column):
-        """The gradient of h_t (B, D), for a latent that was fed.
-
-        dh_next (B, D): the gradient of h_{t+1}. is_fed (B,): the rows that read z_t. n_own (B,):
-        own columns before it. column: the used fields' gradients (B, …), then ε_t if there is.
-        """
-        return self.gradient(h, column, (dh_next, is_fed, n_own))
-
-    def of_unfed_latent(self, h, dh_next, *column):
-        """The same for a candidate that was not fed: the loop's next h is h_t itself."""
-        return self.gradient(h, column) + dh_next
-
-    def gradient(self, h, column, reading=None):
-        """Compute latent t once more, and send its gradients back -> the gradient of h_t.
-
-        reading: the arguments of `read_again` after z, if z_t was fed.
-        """
-        n_used = len(self.used)
-        grads = list(column[:n_used])
-        noise = column[n_used:]
-
-        # fresh leaves: a parameter's own node in autograd runs on the stream of the forward pass,
-        # and leaving this stream would break the recording
-        h = h.detach().requires_grad_()
-        leaves = {p: p.detach().requires_grad_() for p in self.sums}
-
-        with (
-            torch.enable_grad(),
-            self.buffers.recording(),
-            replaced_parameters(self.modules, leaves),
-        ):
-            latent = self.model.propose(h, *noise, spread=self.spread)
-            outputs = [latent[i] for i in self.used]
-            if reading is not None:
-                next_outputs, next_grads = self.read_again(latent.z, *reading)
-                outputs += next_outputs
-                grads += next_grads
-
-            # allow_unused: a candidate that was not fed has not passed π's weights
-            inputs = [h, *leaves.values()]
-            dh, *d_leaves = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
-
-        # in place: a graph adds to the same memory at each replay
-        for total, grad in zip(self.sums.values(), d_leaves):
-            if grad is not None:
-                total += grad
-        return dh
-
-    def read_again(self, z, dh_next, is_fed, n_own):
-        """Read z_t as the forward pass did -> h_{t+1} and the order tokens, and their gradients."""
-        # n_own goes back to where it stood before column t, so that the column's keys and values
-        # are computed and written once more. Later columns have had their backward pass by now,
-        # and a step reads earlier columns only.
-        cache = self.cache
-        cache.n_own.copy_(n_own)
-        cache.order_tokens = [dh_next.new_empty((), requires_grad=True) for _ in cache.order_tokens]
-        h_next = self.model.policy.step(z, is_fed, cache)
-
-        # an order token's gradient holds no number, but its path makes autograd run the cache's
-        # nodes
-        d_order_tokens = [torch.empty_like(order_token) for order_token in cache.order_tokens]
-        return [h_next, *cache.order_tokens], [dh_next, *d_order_tokens]
-
-    def weight_gradients(self):
-        """{parameter: its gradient} over all latents."""
-        # the order tokens hold the graph of the last latent, and so all of the buffers
-        self.cache.order_tokens = [None] * len(self.cache.order_tokens)
-        return self.sums | self.buffers.gradients()
+        dh, gradients = ctx.chain.backward(d_fields, *ctx.columns)
+        d_weights = map(gradients.get, ctx.weights)
+        return None, None, None, None, dh, *d_order_tokens, *d_weights

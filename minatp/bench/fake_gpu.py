@@ -63,7 +63,7 @@ FREE = count.FREE | {aten.detach, aten._unsafe_view, aten.lift_fresh_copy}
 # Operations that can move data from one device to another
 COPIES = {aten._to_copy, aten.copy_}
 
-# Products whose FLOPs are counted: their factors are the last two arguments
+# Products whose FLOPs are counted: their factors are the last two tensors among the arguments
 PRODUCTS = {aten.mm, aten.bmm, aten.addmm}
 
 
@@ -162,7 +162,7 @@ class FakeGPU(TorchDispatchMode):
         if launches(func) and (on_device or not inputs):
             self.here.add(str(func.overloadpacket), on_device)
             if func.overloadpacket in PRODUCTS:
-                a, b = args[-2:]
+                a, b = tensors_in(args)[-2:]
                 self.here.flops += 2 * a.numel() * b.shape[-1]
         return result
 

@@ -146,7 +146,7 @@ def test_each_weight_gradient_is_one_product(model, L):
 
 def test_gradcheck():
     def three_calls(x, W, b):
-        layer = DeferredLinear(SimpleNamespace(weight=W, bias=b))
+        layer = DeferredLinear([SimpleNamespace(weight=W, bias=b)])
         for _ in range(3):
             x = layer(x).tanh()
         return x + F.linear(x, W)  # another use of W
