@@ -1,14 +1,15 @@
 """The cache that the attention kernels read and write, with autograd through it.
 
 It has the interface of minatp's KVCache (open, mask, attend, step, keep), and what the replayed
-chain needs besides (fork, order_tokens, n_own). The first call's columns, left-padded, are the
-prefix: stored once, however many rows continue from it. The columns of later calls are a row's own.
+chain needs besides (prefix_kv, with_prefix, read_own, append_own). The first call's columns,
+left-padded, are the prefix: stored once, however many rows continue from it. The columns of later
+calls are a row's own.
 
 Both lie in memory that is written in place, which autograd cannot follow. So each operation on a
 layer's columns is a node of its own:
 
-    StorePrefix    store the prefix               backward: its keys and values receive what was
-                                                  added to the prefix's gradient buffers
+    StoreColumns   store the first columns        backward: their keys and values receive what was
+                                                  added to the gradient buffers
     AttendStep     kernels/attention.py           backward: adds to the buffers, and collects what
                                                   later steps added to its own columns
     ReadColumns    columns for a long pass        backward: adds the gradient of what was read
@@ -78,21 +79,25 @@ class Columns:
 # gradient, whose value does not matter either, goes on to the node before.
 
 
-class StorePrefix(torch.autograd.Function):
-    """(columns, k, v) -> order_token. `columns` holds k and v already."""
+class StoreColumns(torch.autograd.Function):
+    """(columns, order_token or None, k, v) -> order_token. The first ones of `columns` hold k and v
+    (rows, h_kv, n, hd) already.
+    """
 
     @staticmethod
-    def forward(ctx, columns, k, v):
+    def forward(ctx, columns, order_token, k, v):
         ctx.columns = columns
+        ctx.n = k.shape[2]
         return k.new_empty(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _):
+    def backward(ctx, order_token):
         k, v = ctx.columns.kv
-        grad_k, grad_v = ctx.columns.grad_buffers()
+        grad_k, grad_v = (grad[:, :, : ctx.n] for grad in ctx.columns.grad_buffers())
         ctx.columns.grad = None  # passed on: a second backward pass starts from zeros
-        return None, grad_k.to(k.dtype), grad_v.to(v.dtype)
+        d_order_token = order_token if ctx.needs_input_grad[1] else None
+        return None, d_order_token, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 class AttendStep(torch.autograd.Function):
@@ -200,7 +205,7 @@ class SelectRows(torch.autograd.Function):
         # a row that was repeated receives the sum; one that was dropped receives nothing
         for old_grad, new_grad in zip(ctx.old.grad_buffers(), ctx.new.grad_buffers()):
             old_grad.index_add_(0, ctx.rows, new_grad)
-        ctx.new.grad = None  # passed on, as in StorePrefix
+        ctx.new.grad = None  # passed on, as in StoreColumns
         return None, None, order_token, None
 
 
@@ -230,6 +235,7 @@ class StepCache:
         self.prefix = [None] * cfg.n_layer
         self.own = [None] * cfg.n_layer
         self.order_tokens = [None] * cfg.n_layer
+        self.prefix_kv = {}  # of each layer: the prefix's keys and values, with their gradients
 
         # where a row's columns lie
         self.start = None  # (N,) first real column of each prefix; None before the first call
@@ -338,7 +344,9 @@ class StepCache:
     def store_prefix(self, i, k, v):
         """The first call's keys and values become layer i's prefix."""
         self.prefix[i] = Columns(k.detach().contiguous(), v.detach().contiguous())
-        self.order_tokens[i] = StorePrefix.apply(self.prefix[i], k, v)
+        self.order_tokens[i] = StoreColumns.apply(self.prefix[i], None, k, v)
+        if torch.is_grad_enabled():
+            self.prefix_kv[i] = k, v
 
     def append_long(self, i, k, v):
         """Append a long pass to layer i; returns the keys and values of all columns, the prefix's,
@@ -403,57 +411,45 @@ class StepCache:
 
     # ---- for the replayed chain ----
 
-    def at_fixed_addresses(self, P, C):
-        """A cache for batches like this one: P columns of prefix and C own ones for each row, with
-        buffers for their gradients. `start_like` brings a batch's prefix.
+    def with_prefix(self, kv, groups, n_prefix_real, room):
+        """A cache of as many rows, which have read a prefix and nothing else, with room for so many
+        own columns. kv: keys and values of each layer, in one list. groups: see `group_rows`.
         """
-        fixed = copy(self)
-        fixed.P = P
-        fixed.replays_steps = False
+        cache = copy(self)
+        cache.groups = groups
+        cache.owner = groups["owner"]
+        cache.n_prefix_real = n_prefix_real
 
-        # each batch writes all of this anew
-        fixed.groups = {name: x.clone() for name, x in self.groups.items()}
-        fixed.n_prefix_real = self.n_prefix_real.clone()
-        fixed.n_own = self.n_own.clone()
+        # nothing but the prefix
+        n_layer = len(self.own)
+        cache.prefix, cache.own, cache.order_tokens = ([None] * n_layer for _ in range(3))
+        cache.n_own = torch.zeros_like(self.n_own)
+        cache.n_opened = 0
+        cache.P = kv[0].shape[2]
+        cache.T = cache.P + room
+        for i in range(n_layer):
+            cache.store_prefix(i, *kv[2 * i : 2 * i + 2])
+        return cache
 
-        # zeros: no column may hold NaN, even if it has a weight of 0
-        fixed.prefix, fixed.own = [], []
-        for columns in self.prefix:
-            N, n_head, _, d = columns.kv.k.shape
-            for layers, shape in (fixed.prefix, (N, P)), (fixed.own, (len(self.owner), C)):
-                k, v = (x.new_zeros(shape[0], n_head, shape[1], d) for x in columns.kv)
-                layers.append(Columns(k, v))
-                layers[-1].grad_buffers()
-        return fixed
+    def read_own(self, n):
+        """The first n own columns: keys and values (B, h_kv, n, hd) of each layer, in one list."""
+        kv = []
+        for i, own in enumerate(self.own):
+            no_prefix = Columns(*(x[:, :, :0] for x in self.prefix[i].kv))
+            k, v, _ = ReadColumns.apply(no_prefix, own, self.order_tokens[i], self.owner, n)
+            kv += k, v
+        return kv
 
-    def start_like(self, cache):
-        """Take over another cache's prefix, with padding on its left; no row has own columns."""
-        padding = self.P - cache.P
-        for name, x in self.groups.items():
-            x.copy_(cache.groups[name])
-        self.groups["start"] += padding
-        self.n_prefix_real.copy_(cache.n_prefix_real)
-        self.n_own.zero_()
-        own = [x[:, :, padding:] for x in all_columns(self.prefix)]
-        torch._foreach_copy_(own, all_columns(cache.prefix))
-
-    def continue_like(self, fixed, n):
-        """Take over the first n own columns of the rows, and the counts, of a cache that had this
-        one's prefix.
+    def append_own(self, kv, n_real):
+        """Append columns that another cache has made, as `read_own` returns them. n_real (B,): how
+        many of a row's are real, the first ones.
         """
-        new = [self.own_columns(i, columns.kv.k) for i, columns in enumerate(fixed.own)]
-        torch._foreach_copy_(
-            [x[:, :, :n] for x in all_columns(new)], [x[:, :, :n] for x in all_columns(fixed.own)]
-        )
-        self.n_own.copy_(fixed.n_own)
-        self.n_opened = n
+        memory = []
+        for i, (k, v) in enumerate(zip(kv[::2], kv[1::2])):
+            own = self.own_columns(i, k)
+            memory += (x[:, :, : k.shape[2]] for x in own.kv)
+            self.order_tokens[i] = StoreColumns.apply(own, self.order_tokens[i], k, v)
+        torch._foreach_copy_(memory, [x.detach() for x in kv])
 
-
-def all_columns(layers):
-    """Keys and values of a list of Columns, in one list."""
-    return [x for columns in layers for x in columns.kv]
-
-
-def all_gradients(layers):
-    """The gradient buffers of a list of Columns, in one list."""
-    return [x for columns in layers for x in columns.grad_buffers()]
+        self.n_own += n_real
+        self.n_opened += kv[0].shape[2]

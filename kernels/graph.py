@@ -41,6 +41,9 @@ class Place:
 # device -> the Place of its loops
 loops = {}
 
+# what holds graphs for later batches; the first to go if memory runs out
+kept = {}
+
 
 def use_graphs(device):
     """Whether steps on this device are recorded."""
@@ -50,7 +53,7 @@ def use_graphs(device):
 def record(work, place):
     """Record work() without running it; returns (graph, result). `result` is uninitialised until
     the first replay(). If memory runs out, PyTorch's or the driver's, retried once after freeing
-    cached memory; a second failure is raised (common.is_out_of_memory).
+    cached memory and kept graphs; a second failure is raised (common.is_out_of_memory).
     """
     try:
         return capture(work, place)
@@ -58,6 +61,7 @@ def record(work, place):
         if not is_out_of_memory(e):
             raise
     # a recording cannot use the blocks that PyTorch's allocator keeps in reserve
+    kept.clear()
     torch.cuda.empty_cache()
     return capture(work, place)
 
@@ -166,7 +170,9 @@ class ReplayedStep:
     it, and from the second call on the result is a replay's, which the next call overwrites.
     """
 
-    def __init__(self):
+    def __init__(self, place=None):
+        """place: where it is recorded; by default, where all loops are."""
+        self.place = place
         self.inputs = None  # the graph's own copies
         self.graph = None
 
@@ -179,13 +185,12 @@ class ReplayedStep:
             return work(*self.inputs)
 
         # a graph reads its inputs where they lay when it was recorded
-        for own, new in zip(self.inputs, inputs):
-            own.copy_(new)
+        torch._foreach_copy_(self.inputs, inputs)
 
         # recording runs nothing, so the call that records is a replay, too
         if self.graph is None:
             device = inputs[0].device
-            place = loops.setdefault(device, Place(device))
+            place = self.place or loops.setdefault(device, Place(device))
             self.graph, self.result = record(lambda: work(*self.inputs), place)
         self.graph.replay()
         return self.result

@@ -19,7 +19,7 @@ call stores its (x_t, dy_t), and dW is one product over the rows of all calls. T
                                                          the gradients of W's other uses
 
 The chain whose backward pass is a CUDA graph (kernels/replayed_chain.py) makes no WeightGradient:
-it takes the pairs from the graph, and computes dW and db itself.
+its nodes follow that graph, which leaves the pairs.
 """
 
 from contextlib import contextmanager
@@ -103,6 +103,8 @@ class WeightGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, _):
         # by now every call that leads to the loss has added its pair
+        if not ctx.calls:
+            return None, None, None, *[None] * len(ctx.weights + ctx.biases)
         dWs, dbs = weight_gradients(*join_calls(ctx.calls), ctx.weights, ctx.biases)
         return None, None, None, *dWs, *dbs
 
@@ -138,6 +140,7 @@ class DeferredLinear:
     def __init__(self, linears, has_node=True):
         self.weights = [m.weight for m in linears]
         self.biases = [m.bias for m in linears if m.bias is not None]
+        self.parameters = [*self.weights, *self.biases]
         self.has_node = has_node
         self.calls = []  # (x, dy) of each
         self.dummy = None
@@ -150,9 +153,12 @@ class DeferredLinear:
         if not torch.is_grad_enabled():
             return F.linear(x, W, b)
         if self.has_node and self.dummy is None:
-            parameters = *self.weights, *self.biases
-            self.dummy = WeightGradient.apply(self.calls, self.weights, self.biases, *parameters)
+            self.dummy = self.weight_gradient(self.calls)
         return LinearCall.apply(self.calls, self.dummy, x, W, b)
+
+    def weight_gradient(self, calls):
+        """The scalar of a new WeightGradient."""
+        return WeightGradient.apply(calls, self.weights, self.biases, *self.parameters)
 
     def copies(self, dtype):
         """(W, b) in dtype, as they are now."""

@@ -24,23 +24,19 @@ The loop is passed in, so nothing here imports minatp. What it needs of the mode
 
 from contextlib import contextmanager
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import graph
-from .cache import all_gradients
-from .common import ceil_div, is_out_of_memory
-from .linear import deferred_linears, join_calls, replaced_forwards, weight_gradients
+from .common import ceil_div
+from .linear import deferred_linears, join_calls, replaced_forwards
 from .ops import compute_dtype
 
 PREFIX = 128  # columns of the prefix are rounded up to a multiple of this
 LATENTS = 4  # and latents of this
 MAX_KEPT = 8  # chains of different sizes; each keeps the activations of a batch, 1 GB at llama-1b
-
-# model -> {sizes: KeptChain}, the one used last at the end
-kept = WeakKeyDictionary()
 
 
 def run(loop, model, h, cache, plan):
@@ -49,16 +45,37 @@ def run(loop, model, h, cache, plan):
     loop: chain.latent_loop. Returns the fields of its Latent, each (B, n_candidate, …) or None, and
     n_latent (B,).
     """
-    # the weights are inputs of the node only so that it can return their gradients
-    n_layer = len(cache.order_tokens)
     chain = kept_chain(model, h, cache, plan)
-    inputs = h, *cache.order_tokens, *chain_weights(model)
-    outputs = ReplayedChain.apply(chain, partial(loop, model), cache, plan, *inputs)
-    *fields, n_latent = outputs[:-n_layer]
+    for layer in chain.layers:
+        layer.copies(compute_dtype(h))  # not in a graph: they change with the weights only
 
-    # whatever the cache reads from here on comes after this node
-    cache.order_tokens = list(outputs[-n_layer:])
-    return fields, n_latent
+    # what a gradient flows to
+    padding = chain.P - cache.P
+    kv = [F.pad(x, (0, 0, padding, 0)) for layer in cache.prefix_kv.values() for x in layer]
+    leaves = [h, *kv, *chain.small_weights]
+
+    # the rest, by name
+    given = {**cache.groups, "n_prefix_real": cache.n_prefix_real, "n_latent": plan.n_latent}
+    given["start"] = given["start"] + padding
+    if plan.answer_only is not None:
+        given["answer_only"] = plan.answer_only
+    if plan.eps is not None:
+        eps = plan.eps[:, : chain.n_candidate]
+        given["eps"] = F.pad(eps, (0, 0, 0, chain.n_candidate - eps.shape[1]))
+
+    # the node, and those of the large weights' gradients
+    work = partial(chain.walk, partial(loop, model), cache, plan, list(given))
+    calls = [[] for _ in chain.layers]
+    scalars = [layer.weight_gradient(c) for layer, c in zip(chain.layers, calls)]
+    inputs = leaves + list(given.values())
+    outputs = ReplayedChain.apply(chain, work, calls, len(inputs), *inputs, *scalars)
+
+    # without what rounding up has added
+    n_latent, outputs = outputs[0], list(outputs[1:])
+    n_column = 2 * len(cache.own)
+    cache.append_own([x[:, :, : plan.L] for x in outputs[-n_column:]], n_latent)
+    fields = iter(x[:, : plan.n_candidate] for x in outputs[:-n_column])
+    return [next(fields) if present else None for present in chain.has_field], n_latent
 
 
 def kept_chain(model, h, cache, plan):
@@ -75,16 +92,15 @@ def kept_chain(model, h, cache, plan):
     addresses = tuple(p.data_ptr() for p in chain_weights(model))
     key = sizes, is_given, dtypes, plan.spread, addresses
 
-    chains = kept.setdefault(model, {})
-    chain = chains.pop(key, None)
+    chain = graph.kept.pop(key, None)
     if chain is None:
         # a graph that goes takes its stream's workspace along: its successor gets the stream
         place = graph.Place(h.device)
-        if len(chains) == MAX_KEPT:
-            place = chains.pop(next(iter(chains))).place
+        if len(graph.kept) == MAX_KEPT:
+            place = graph.kept.pop(next(iter(graph.kept))).place
             place.last_graph = None
-        chain = KeptChain(model, h, cache.at_fixed_addresses(P, L), plan, n_candidate, place)
-    chains[key] = chain
+        chain = KeptChain(model, P, L, n_candidate, place)
+    graph.kept[key] = chain  # the one used last at the end
     return chain
 
 
@@ -128,222 +144,101 @@ def replaced_parameters(modules, replacements):
 
 
 class KeptChain:
-    """The chains of all batches of one size: what the graphs read and write, and the graphs."""
+    """The chains of all batches of one size, as two graphs."""
 
-    def __init__(self, model, h, cache, plan, n_candidate, place):
-        """cache: one at fixed addresses."""
+    def __init__(self, model, P, L, n_candidate, place):
+        self.P = P
+        self.L = L
+        self.n_candidate = n_candidate
         self.place = place
-        self.cache = cache
-        self.modules = chain_modules(model)
-
-        # inputs
-        self.h = torch.zeros_like(h).requires_grad_()
-        eps = plan.eps
-        if eps is not None:
-            eps = eps.new_zeros(len(eps), n_candidate, *eps.shape[2:])
-        self.plan = plan._replace(
-            n_latent=plan.n_latent.clone(),
-            L=cache.own[0].kv.k.shape[2],
-            n_candidate=n_candidate,
-            eps=eps,
-            answer_only=None if plan.answer_only is None else plan.answer_only.clone(),
-        )
+        self.forward = graph.ReplayedStep(place)
+        self.backward = graph.ReplayedStep(place)
+        self.n_batch = 0
 
         # large weights: x and dy of every latent are collected, for one product
-        self.layers = deferred_linears(self.modules, has_node=False)
-        large = {p for layer in self.layers.values() for p in (*layer.weights, *layer.biases)}
+        self.modules = chain_modules(model)
+        self.forwards = deferred_linears(self.modules, has_node=False)
+        self.layers = list(self.forwards.values())
+        large = {p for layer in self.layers for p in layer.parameters}
         self.small_weights = [p for p in chain_weights(model) if p not in large]
 
-        self.n_batch = 0
-        self.forward_graph = None
-        # by the indices of the fields that a loss uses: their gradients, and the recorded results
-        self.d_fields = {}
-        self.backward_graphs = {}
-
-    def record(self, work):
-        """graph.record; if memory runs out, once more without the chains of other sizes."""
-        try:
-            return graph.record(work, self.place)
-        except RuntimeError as e:
-            if not is_out_of_memory(e):
-                raise
-        for chains in kept.values():
-            for key in [key for key, chain in chains.items() if chain is not self]:
-                del chains[key]
-        return graph.record(work, self.place)
-
-    # ---- forward ----
-
-    def forward(self, loop, h, cache, plan):
-        """Walk the chain of a batch, whose cache this is -> the latent's fields and n_latent, which
-        the next batch overwrites.
+    def walk(self, loop, cache, plan, names, *inputs):
+        """The loop under autograd -> n_latent, the latent's fields, and the columns that it has
+        made, keys and values of each layer. names: of the last inputs.
         """
-        self.load(h, cache, plan)
-        work = partial(self.walk, loop)
+        n_leaf = len(inputs) - len(names)
+        given = dict(zip(names, inputs[n_leaf:]))
+        with torch.enable_grad():
+            # leaves of their own: a parameter's node in autograd runs on the stream of the forward
+            # pass, and leaving this stream would break the recording
+            self.leaves = [x.detach().requires_grad_() for x in inputs[:n_leaf]]
+            n_column = 2 * len(cache.own)
+            h, kv = self.leaves[0], self.leaves[1 : 1 + n_column]
+            weights = dict(zip(self.small_weights, self.leaves[1 + n_column :]))
 
-        # the first batch runs, the second is recorded. Recording runs nothing: it is replayed, too
-        if self.n_batch == 0:
-            self.fields, self.n_latent = work()
-        elif self.forward_graph is None:
-            self.forward_graph, (self.fields, self.n_latent) = self.record(work)
-        if self.forward_graph is not None:
-            self.forward_graph.replay()
-        self.n_batch += 1
+            # the prefix and its layout; what is left is of the plan
+            n_prefix_real = given.pop("n_prefix_real")
+            groups = {name: given.pop(name) for name in cache.groups}
+            cache = cache.with_prefix(kv, groups, n_prefix_real, self.L)
+            plan = plan._replace(L=self.L, n_candidate=self.n_candidate, **given)
 
-        cache.continue_like(self.cache, plan.L)
-        return self.fields, self.n_latent
+            with replaced_forwards(self.forwards), replaced_parameters(self.modules, weights):
+                latent, n_latent = loop(h, plan, cache)
+            self.has_field = [x is not None for x in latent]
+            self.outputs = [x for x in latent if x is not None] + cache.read_own(self.L)
+            return n_latent, *self.outputs
 
-    def load(self, h, cache, plan):
-        """Copy a batch to where the graphs read it."""
-        self.h.copy_(h)
-        self.cache.start_like(cache)
-        self.plan.n_latent.copy_(plan.n_latent)
-        if plan.answer_only is not None:
-            self.plan.answer_only.copy_(plan.answer_only)
-        if plan.eps is not None:
-            n = min(plan.eps.shape[1], self.plan.n_candidate)
-            self.plan.eps[:, :n].copy_(plan.eps[:, :n])
-
-        # not in the graph: an optimizer step changes the weights, not each batch
-        for layer in self.layers.values():
-            layer.copies(compute_dtype(h))
-
-    def walk(self, loop):
-        """The loop under autograd -> the latent's fields and n_latent."""
-        # leaves on the memory of the small weights. A parameter's own node in autograd runs on the
-        # stream of the forward pass, and leaving this stream would break the recording. (`data`,
-        # because autograd would count the optimizer's writes to what `detach` returns, and refuse.
-        # New ones for each walk: of others, autocast may have a copy made outside the graph)
-        self.leaves = {p: p.data.requires_grad_(p.requires_grad) for p in self.small_weights}
-
-        self.cache.order_tokens = [self.h.new_empty(()) for _ in self.cache.own]
-        with (
-            torch.enable_grad(),
-            replaced_forwards(self.layers),
-            replaced_parameters(self.modules, self.leaves),
-        ):
-            # clones: autograd may keep what it is given, and the next batch overwrites the inputs
-            eps = None if self.plan.eps is None else self.plan.eps.clone()
-            return loop(self.h.clone(), self.plan._replace(eps=eps), self.cache)
-
-    # ---- backward ----
-
-    def backward(self, d_fields, prefix, own, L):
-        """The backward pass of the last batch -> the gradients of h and of {parameter: its own}.
-
-        d_fields: of the fields (B, n_candidate, …), None where no loss uses one. prefix, own: the
-        batch's Columns, of every layer; the gradients of the first L own columns are taken, and
-        those of the prefix added.
+    def differentiate(self, *d_outputs):
+        """Autograd's backward pass -> gradients of the leaves, and of every large Linear the x and
+        dy of all latents, None if it was not called.
         """
-        used = tuple(i for i, grad in enumerate(d_fields) if grad is not None)
-        own_grads = [x[:, :, :L] for x in all_gradients(own)]
-        self.load_gradients(used, d_fields, own_grads)
-        torch._foreach_zero_(own_grads)
-
-        # as in the forward pass: the first runs, which compiles the kernels
-        work = partial(self.differentiate, used)
-        recorded = self.backward_graphs.get(used)
-        if used not in self.backward_graphs or self.forward_graph is None:
-            results = work()
-            self.backward_graphs[used] = None
-        else:
-            if recorded is None:
-                recorded = self.backward_graphs[used] = self.record(work)
-            backward_graph, results = recorded
-            backward_graph.replay()
-
-        padding = self.cache.P - prefix[0].kv.k.shape[2]
-        added = [x[:, :, padding:] for x in all_gradients(self.cache.prefix)]
-        torch._foreach_add_(all_gradients(prefix), added)
-        return self.gradients(*results)
-
-    def load_gradients(self, used, d_fields, own_grads):
-        """Copy the gradients of a batch's results to where the graphs read them."""
-        for i in used:
-            if i not in self.d_fields:
-                self.d_fields[i] = torch.zeros_like(self.fields[i])
-            n = d_fields[i].shape[1]
-            self.d_fields[i][:, :n].copy_(d_fields[i])
-            self.d_fields[i][:, n:].zero_()
-
-        torch._foreach_zero_(all_gradients(self.cache.prefix))
-        buffers = all_gradients(self.cache.own)
-        torch._foreach_zero_(buffers)
-        torch._foreach_copy_([x[:, :, : own_grads[0].shape[2]] for x in buffers], own_grads)
-
-    def differentiate(self, used):
-        """Autograd's backward pass -> gradients of h and of the leaves, and of every large Linear
-        the x and dy of all latents.
-        """
-        for layer in self.layers.values():
+        for layer in self.layers:
             layer.calls.clear()
 
-        # an order token's gradient holds no number, but its path makes autograd run the cache's
-        # nodes
-        order_tokens = self.cache.order_tokens
-        outputs = [self.fields[i] for i in used] + order_tokens
-        grads = [self.d_fields[i] for i in used] + [torch.empty_like(x) for x in order_tokens]
-
-        # allow_unused: the stop head decides, without a gradient. retain_graph: the next batch has
-        # the same nodes
-        leaves = [x for x in self.leaves.values() if x.requires_grad]
-        dh, *d_leaves = torch.autograd.grad(
-            outputs, [self.h, *leaves], grads, retain_graph=True, allow_unused=True
+        # retain_graph: the next batch has the same nodes. allow_unused: the stop head decides,
+        # without a gradient
+        d_leaves = torch.autograd.grad(
+            self.outputs, self.leaves, d_outputs, retain_graph=True, allow_unused=True
         )
-        called = [layer for layer in self.layers.values() if layer.calls]
-        return dh, d_leaves, [(layer, *join_calls(layer.calls)) for layer in called]
-
-    def gradients(self, dh, d_leaves, pairs):
-        """The gradient of h, and {parameter: its gradient}, in memory of their own."""
-        gradients = {}
-        parameters = [p for p in self.leaves if p.requires_grad]
-        for p, grad in zip(parameters, d_leaves):
-            gradients[p] = None if grad is None else grad.clone()
-        for layer, x, dy in pairs:
-            dWs, dbs = weight_gradients(x, dy, layer.weights, layer.biases)
-            gradients |= zip([*layer.weights, *layer.biases], [*dWs, *dbs])
-        return dh.clone(), gradients
-
-
-# ---- the chain as one node of autograd -----------------------------------------------------------
+        return d_leaves, [layer.calls and join_calls(layer.calls) for layer in self.layers]
 
 
 class ReplayedChain(torch.autograd.Function):
-    """(chain, loop, cache, plan, h, the cache's order tokens, weights) -> the latent's fields,
-    n_latent, order tokens.
+    """(chain, work, calls, n, n inputs, scalars) -> the results of work(*inputs).
 
-    The order tokens pass through this node, so autograd runs it in order with the nodes of the
-    columns before and after the chain (kernels/cache.py).
+    calls and scalars: of the WeightGradients that follow in the backward pass (kernels/linear.py).
     """
 
     @staticmethod
-    def forward(ctx, chain, loop, cache, plan, h, *order_tokens_and_weights):
-        n_layer = len(cache.own)
-        fields, n_latent = chain.forward(loop, h, cache, plan)
-        fields = [None if x is None else x[:, : plan.n_candidate].clone() for x in fields]
-        n_latent = n_latent.clone()
-
-        # what the backward pass needs, besides what the chain holds. (`keep` replaces entries of
-        # the cache's lists)
+    def forward(ctx, chain, work, calls, n, *inputs_and_scalars):
         ctx.chain = chain
+        ctx.calls = calls
+        ctx.n_other = len(inputs_and_scalars)
+        chain.n_batch += 1
         ctx.n_batch = chain.n_batch
-        ctx.columns = list(cache.prefix), list(cache.own), plan.L
-        ctx.weights = order_tokens_and_weights[n_layer:]
+
+        # copies: the next batch overwrites the results
+        n_latent, *outputs = (
+            x.detach().clone() for x in chain.forward(work, *inputs_and_scalars[:n])
+        )
         ctx.mark_non_differentiable(n_latent)
-        ctx.set_materialize_grads(False)
-        order_tokens = [h.new_empty(()) for _ in range(n_layer)]
-        return *fields, n_latent, *order_tokens
+        return n_latent, *outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *upstream):
+    def backward(ctx, _, *d_outputs):
         if ctx.n_batch != ctx.chain.n_batch:
             raise RuntimeError("a chain's backward pass must come before the next batch is walked")
-        n_layer = len(ctx.chain.cache.own)
-        d_order_tokens = upstream[-n_layer:]
-        d_fields = upstream[: -n_layer - 1]  # in between is n_latent's, None
 
-        # in the order of the node's inputs; None for a weight that has no gradient
-        dh, gradients = ctx.chain.backward(d_fields, *ctx.columns)
-        d_weights = map(gradients.get, ctx.weights)
-        return None, None, None, None, dh, *d_order_tokens, *d_weights
+        # the first batch has no graph, so neither has its backward pass
+        if ctx.chain.forward.graph is None:
+            ctx.chain.backward = graph.ReplayedStep(ctx.chain.place)
+        d_leaves, pairs = ctx.chain.backward(ctx.chain.differentiate, *d_outputs)
+
+        # x and dy of one product for each weight
+        for calls, pair in zip(ctx.calls, pairs):
+            if pair:
+                calls.append(pair)
+        d_leaves = [None if d is None else d.clone() for d in d_leaves]
+        rest = [None] * (ctx.n_other - len(d_leaves))
+        return None, None, None, None, *d_leaves, *rest
