@@ -253,6 +253,9 @@ class StepCache:
     def open(self, valid):
         """Make room for new columns, real where valid (B, T); returns their position ids (B, T)."""
         T = valid.shape[1]
+        self.mask = self.real = None
+        if T == 1 and self.start is not None:
+            return self.open_one(valid)
         rank = valid.long().cumsum(1) - 1  # how many real columns of this call come before
 
         # the first call is the prefix
@@ -273,15 +276,10 @@ class StepCache:
         self.slot = torch.where(valid, n_before[:, None] + rank, -1)
         self.n_own += valid.sum(1)  # in place: a replayed step finds it at this address
         self.n_opened += T
-
-        # the counts are those before this call: attention has the new columns as inputs
-        self.layout = Layout(
-            **self.groups, max_group=self.max_group, n_own=n_before.int(), slot=self.slot.int()
-        )
+        self.layout = self.layout_of(n_before.int(), self.slot.int())
 
         # a step's kernel needs no mask. A long pass needs one, and the indices of its real columns:
         # nonzero() makes the host wait, but once and not in every layer
-        self.mask = self.real = None
         if T > MAX_STEP_COLUMNS:
             visible = attention.visible_mask(self.layout, self.P, self.n_opened - T)
             self.mask = visible[:, None]  # (B, 1, T, columns)
@@ -289,6 +287,19 @@ class StepCache:
 
         # positions count a row's real columns: in the prefix, of its own, and in this call
         return ((self.n_prefix_real + n_before)[:, None] + rank).clamp(min=0)
+
+    def open_one(self, valid):
+        """The same for a single column, the step that is repeated most: one kernel."""
+        n_before, slot, position = attention.open_column(valid, self.n_own, self.n_prefix_real)
+        self.n_opened += 1
+        self.layout = self.layout_of(n_before, slot)
+        return position
+
+    def layout_of(self, n_before, slot):
+        """The Layout of a call. n_before: own columns before it, because attention has the new ones
+        as inputs.
+        """
+        return Layout(**self.groups, max_group=self.max_group, n_own=n_before, slot=slot)
 
     def group_rows(self):
         """Sort the rows by their prefix: the parts of a Layout that change only here."""

@@ -146,8 +146,14 @@ class DeferredLinear:
         self.dummy = None
 
     def __call__(self, x):
-        """x (..., in) -> (..., out)."""
-        # not before the first call: only inside autocast is the dtype known
+        """x (..., in) -> (..., out), or the tuple of those of the merged ones."""
+        y = self.product(x)
+        if len(self.weights) == 1:
+            return y
+        return y.split([len(W) for W in self.weights], -1)
+
+    def product(self, x):
+        # only inside autocast is the dtype known
         W, b = self.copies(compute_dtype(x))
         x = x.to(W.dtype)
         if not torch.is_grad_enabled():
@@ -179,10 +185,7 @@ class Merged(nn.Module):
     def forward(self, x):
         if not has_kernel(x, self.linears[0].weight):
             return [linear(x) for linear in self.linears]
-        return self.split(DeferredLinear(self.linears)(x))
-
-    def split(self, y):
-        return y.split([len(linear.weight) for linear in self.linears], -1)
+        return DeferredLinear(self.linears)(x)
 
 
 def deferred_linears(modules, has_node=True):
@@ -203,12 +206,9 @@ def deferred_linears(modules, has_node=True):
 @contextmanager
 def replaced_forwards(layers):
     """Inside, each module of {module: DeferredLinear} computes by it."""
+    # an attribute of the instance hides the method of its class
     for module, layer in layers.items():
-        # an attribute of the instance hides the method of its class
-        if isinstance(module, Merged):
-            module.forward = lambda x, module=module, layer=layer: module.split(layer(x))
-        else:
-            module.forward = layer
+        module.forward = layer
     try:
         yield
     finally:
