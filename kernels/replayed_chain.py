@@ -90,7 +90,7 @@ def kept_chain(model, h, cache, plan):
     is_given = plan.eps is None, plan.answer_only is None
     dtypes = h.dtype, cache.prefix[0].kv.k.dtype, compute_dtype(h)
     addresses = tuple(p.data_ptr() for p in chain_weights(model))
-    key = sizes, is_given, dtypes, plan.spread, addresses
+    key = id(model), addresses, sizes, is_given, dtypes, plan.spread
 
     chain = graph.kept.pop(key, None)
     if chain is None:

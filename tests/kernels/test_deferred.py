@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear
-from kernels.linear import DeferredLinear, deferred_weight_gradients
+from kernels.linear import DeferredLinear, deferred_weight_gradients, kept_copy
 from minatp import chain, data, sft
 from minatp.latent import ATP
 from minatp.llama import LlamaConfig
@@ -155,6 +155,26 @@ def test_gradcheck():
     x, W, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
     assert torch.autograd.gradcheck(three_calls, [x, W, b])
     assert torch.autograd.gradcheck(three_calls, [x, W.detach(), b])  # W is frozen
+
+
+def test_a_copy_stays_where_it_is_and_follows_its_weights():
+    first, second = (nn.Parameter(torch.randn(n, 3)) for n in (2, 4))
+    copy = kept_copy([first, second], torch.bfloat16)
+    address = copy.data_ptr()
+    with torch.no_grad():
+        second.add_(1)  # as an optimizer does
+
+    again = kept_copy([first, second], torch.bfloat16)
+    assert again.data_ptr() == address
+    assert torch.equal(again, torch.cat((first, second)).bfloat16())
+    assert not again.requires_grad
+
+    # unchanged, it is not written again
+    version = again._version
+    assert kept_copy([first, second], torch.bfloat16)._version == version
+
+    # one weight in its own dtype needs no copy
+    assert kept_copy([first], torch.float32).data_ptr() == first.data_ptr()
 
 
 def test_a_chain_that_fails_leaves_the_model_as_it_was(model):

@@ -2,8 +2,11 @@
 the real thing, on the GPU.
 """
 
+from collections import Counter
 from dataclasses import replace
 from functools import partial
+from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from kernels import graph, linear, replayed_chain
+from kernels.cache import Columns
 from minatp import data
+from minatp.chain import Plan, read_prompt, walk
 from minatp.decoder import read_thoughts
 from minatp.latent import ATP
 from minatp.llama import LlamaConfig
@@ -194,6 +199,7 @@ def test_a_recording_that_runs_out_of_memory_is_retried_once(monkeypatch, n_fail
         return "graph", "result"
 
     monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr(graph, "kept", {"sizes": "a kept chain"})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
     if n_failures == 1:
         assert graph.record("work", None) == ("graph", "result")
@@ -201,6 +207,7 @@ def test_a_recording_that_runs_out_of_memory_is_retried_once(monkeypatch, n_fail
         with pytest.raises(type(error)):
             graph.record("work", None)
     assert events == ["work", "emptied", "work"]
+    assert not graph.kept
 
 
 def test_another_failure_of_a_recording_is_not_retried(monkeypatch):
@@ -323,6 +330,13 @@ def rl_chains():
     )
 
 
+@pytest.fixture
+def kept(monkeypatch):
+    """The chains that are kept: none yet."""
+    monkeypatch.setattr(graph, "kept", {})
+    return graph.kept
+
+
 def autograd_node(p):
     return torch.autograd.graph.get_gradient_edge(p).node
 
@@ -336,7 +350,7 @@ def autograd_node(p):
     ],
 )
 def test_a_replayed_chain_has_the_gradients_of_the_plain_one(
-    monkeypatch, tapes, vae, min_elements, autocast, with_rl
+    monkeypatch, tapes, kept, vae, min_elements, autocast, with_rl
 ):
     """SFT's losses: chains of 3 and 1 latents, and one that the model ends. RL's log-probabilities:
     two chains of each prompt. Of the batches the first runs, the second is recorded and the third
@@ -407,3 +421,80 @@ def test_a_replayed_chain_has_the_gradients_of_the_plain_one(
     if DEVICE == "cpu":
         assert n_recorded == n_chain
         assert [tape.replays for tape, _ in tapes] == ([2, 2, 2, 2] if with_rl else [1, 2])
+
+
+def gsm8k_like_batches(model, n_batch):
+    """Batches of 32 whose questions and steps are about as long as GSM8K's."""
+    random = Random(1)
+    problems = []
+    for _ in range(7000):
+        n_prompt = min(220, 18 + round(random.gammavariate(3.5, 11)))
+        (n_step,) = random.choices(range(1, 9), [5, 29, 29, 19, 11, 4, 2, 1])
+        problems.append(
+            data.Encoded(
+                prompt=[5] * n_prompt,
+                lines=[[7, 8]] * n_step,
+                texts=[[7, 8, EOS]] * n_step,
+                rest=[],
+                answer=[6, EOS],
+                source="",
+            )
+        )
+    order = data.batches([row.length for row in problems], 32, seed=1)
+    for _ in range(n_batch):
+        yield data.collate([problems[i] for i in next(order)], model.K + 1, model)
+
+
+def kept_chain_of(model, batch):
+    """The KeptChain of a Batch whose prompt has been read."""
+    Q, P = batch.prompt.shape
+    h = torch.zeros(Q, 16, device=DEVICE)
+    columns = Columns(torch.zeros(Q, 1, P, 8, device=DEVICE), None)
+    cache = SimpleNamespace(P=P, start=batch.n_latent, max_group=1, prefix=[columns])
+    plan = Plan(batch.n_latent, batch.L, batch.n_candidate, eps=torch.zeros(1))
+    return replayed_chain.kept_chain(model, h, cache, plan)
+
+
+def test_100_batches_of_gsm8k_need_few_recordings(kept):
+    model = ATP(tiny_config(vocab_size=20), c=2, K=10, decode=False)
+    model.end = END_OF_THINKING
+
+    # the chain's second batch records it, forward and backward
+    met = Counter(kept_chain_of(model, batch) for batch in gsm8k_like_batches(model, 100))
+    n_recording = 2 * sum(n > 1 for n in met.values())
+    assert 4 <= n_recording <= 12, met.values()
+    assert list(kept.values())[-1].n_candidate == 1 + list(kept.values())[-1].L
+
+
+def test_the_chain_that_is_used_least_recently_goes(monkeypatch, kept):
+    monkeypatch.setattr(replayed_chain, "MAX_KEPT", 2)
+    model = mixed_model(vae=True)
+    batch = sft_batch(model)
+
+    a, b = (kept_chain_of(model, replace(batch, L=L)) for L in (4, 8))
+    b.place.last_graph = "a graph"
+    assert kept_chain_of(model, replace(batch, L=3)) is a
+    c = kept_chain_of(model, replace(batch, L=12))
+    assert list(kept.values()) == [a, c]
+
+    # on the stream of the graph that has gone, and with memory of its own
+    assert c.place is b.place
+    assert c.place.last_graph is None
+
+
+def test_a_chain_whose_graph_has_another_batch_refuses_its_backward_pass(monkeypatch, tapes, kept):
+    monkeypatch.setenv("MINATP_KERNELS", "triton")
+    monkeypatch.setattr(replayed_chain, "PREFIX", 8)
+    monkeypatch.setattr(replayed_chain, "LATENTS", 1)
+    model = mixed_model(vae=True)
+    prompt, mask = data.left_pad([[5, 6]], model.end, DEVICE)
+    plan = Plan(torch.ones(1, dtype=torch.long, device=DEVICE), L=1, n_candidate=1)
+
+    def walked():
+        latent, _ = walk(model, *read_prompt(model.policy, prompt, mask, room=1), plan)
+        return latent.z.sum()
+
+    first, second = walked(), walked()
+    with pytest.raises(RuntimeError, match="before the next batch"):
+        first.backward()
+    second.backward()
