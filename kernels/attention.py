@@ -415,8 +415,9 @@ def open_column_kernel(
 
     tl.store(n_before_ptr + b, n_own, mask)
     tl.store(slot_ptr + b, tl.where(is_real != 0, n_own, -1), mask)
-    tl.store(position_ptr + b, n_prefix + n_own, mask)
-    tl.store(n_own_ptr + b, n_own + is_real, mask)
+    n_own += is_real
+    tl.store(position_ptr + b, tl.maximum(n_prefix + n_own - 1, 0), mask)
+    tl.store(n_own_ptr + b, n_own, mask)
 
 
 @triton.jit
@@ -790,7 +791,8 @@ def open_column(is_real, n_own, n_prefix):
     """Give every row a new column, real where is_real (B, 1) bool. n_own (B,): own columns of each
     row, which are counted on in place; n_prefix (B,): real columns of its prefix.
 
-    Returns n_own as it was (B,) and the slots (B, 1), int32, and the positions (B, 1).
+    Returns n_own as it was (B,) and the slots (B, 1), int32, and the positions (B, 1): where there
+    is no real column, that of the last one.
     """
     B = len(n_own)
     n_before = n_own.new_empty(B, dtype=torch.int32)

@@ -172,6 +172,15 @@ class DeferredLinear:
         return kept_copy(self.weights, dtype), b
 
 
+class Linear(nn.Linear):
+    """An nn.Linear that computes with the kept copy where kernels run."""
+
+    def forward(self, x):
+        if not has_kernel(x, self.weight):
+            return super().forward(x)
+        return DeferredLinear([self])(x)
+
+
 class Merged(nn.Module):
     """Some Linears without a bias that read the same x -> a list of their results.
 
@@ -189,8 +198,8 @@ class Merged(nn.Module):
 
 
 def deferred_linears(modules, has_node=True):
-    """{module: its DeferredLinear} of every Merged that is one product, and of all other Linears
-    whose weight gradient is worth deferring.
+    """{module: its DeferredLinear} of the Linears whose weight gradient is worth deferring, and of
+    all that compute with a kept copy. A Merged that is one product stands for its Linears.
     """
     inner = [m for module in modules for m in module.modules()]
     merged = [m for m in inner if isinstance(m, Merged) and has_kernel(m.linears[0].weight)]
@@ -198,7 +207,10 @@ def deferred_linears(modules, has_node=True):
 
     within = {linear for m in merged for linear in m.linears}
     for m in inner:
-        if isinstance(m, nn.Linear) and m not in within and m.weight.numel() >= MIN_ELEMENTS:
+        if not isinstance(m, nn.Linear) or m in within:
+            continue
+        has_copy = isinstance(m, Linear) and has_kernel(m.weight)
+        if has_copy or m.weight.numel() >= MIN_ELEMENTS:
             products[m] = [m]
     return {m: DeferredLinear(linears, has_node) for m, linears in products.items()}
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import ops
 from kernels.attention import masked_sdpa
-from kernels.linear import Merged
+from kernels.linear import Linear, Merged
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -180,7 +180,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(cfg.n_embd, self.h * self.hd, bias=False)
         self.k_proj = nn.Linear(cfg.n_embd, self.h_kv * self.hd, bias=False)
         self.v_proj = nn.Linear(cfg.n_embd, self.h_kv * self.hd, bias=False)
-        self.o_proj = nn.Linear(self.h * self.hd, cfg.n_embd, bias=False)
+        self.o_proj = Linear(self.h * self.hd, cfg.n_embd, bias=False)
         # all three of x; one product where kernels run
         self.qkv = Merged(self.q_proj, self.k_proj, self.v_proj)
 
@@ -206,7 +206,7 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=False)
         self.up_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=False)
-        self.down_proj = nn.Linear(cfg.n_inner, cfg.n_embd, bias=False)
+        self.down_proj = Linear(cfg.n_inner, cfg.n_embd, bias=False)
         self.gate_up = Merged(self.gate_proj, self.up_proj)
 
     def forward(self, x):

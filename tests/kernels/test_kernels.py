@@ -354,7 +354,7 @@ def test_open_column():
 
     assert torch.equal(n_before, before.int())
     assert torch.equal(slot[:, 0], torch.where(is_real, before, -1).int())
-    assert torch.equal(position[:, 0], n_prefix + before)
+    assert torch.equal(position[:, 0], n_prefix + before + is_real.long() - 1)
     assert torch.equal(n_own, before + is_real)
 
 
