@@ -28,6 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .common import as_rows, mm_float32
@@ -37,7 +38,7 @@ from .ops import compute_dtype, has_kernel
 # (measured on a CPU)
 MIN_ELEMENTS = 2**17
 
-# the first of some parameters -> (their copy, what it was made from)
+# the first of some parameters -> {(how many, dtype, device): [their copy, what it was made from]}
 copies = WeakIdKeyDictionary()
 
 
@@ -49,20 +50,34 @@ def kept_copy(parameters, dtype):
     if len(parameters) == 1 and first.dtype == dtype:
         return first.detach()
 
-    # a parameter's version counts the writes to it
-    source = [(p.data_ptr(), p._version) for p in parameters]
-    copy, copied = copies.get(first, (None, None))
-    if copy is None or copy.dtype != dtype or copy.device != first.device:
-        copied = None
+    kept = copies.setdefault(first, {})
+    key = len(parameters), dtype, first.device
+    if key not in kept:
         n_row = sum(map(len, parameters))
-        copy = torch.empty(n_row, *first.shape[1:], dtype=dtype, device=first.device)
+        empty = torch.empty(n_row, *first.shape[1:], dtype=dtype, device=first.device)
+        kept[key] = [empty, None]
 
+    # a parameter's version counts the writes to it
+    copy, copied = kept[key]
+    source = [(p.data_ptr(), p._version) for p in parameters]
     if copied != source:
+        kept[key][1] = source
         with torch.no_grad():
             for part, p in zip(copy.split([len(p) for p in parameters]), parameters):
                 part.copy_(p)
-        copies[first] = copy, source
     return copy
+
+
+def forget_sources(*_):
+    """After a step of any optimizer, every copy is written again: the version of a parameter does
+    not count what a fused optimizer writes.
+    """
+    for kept in copies.values():
+        for entry in kept.values():
+            entry[1] = None
+
+
+register_optimizer_step_post_hook(forget_sources)
 
 
 def join_calls(calls):

@@ -157,13 +157,25 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(three_calls, [x, W.detach(), b])  # W is frozen
 
 
-def test_a_copy_stays_where_it_is_and_follows_its_weights():
-    first, second = (nn.Parameter(torch.randn(n, 3)) for n in (2, 4))
+def add_one(p):
+    with torch.no_grad():
+        p.add_(1)
+
+
+def step_of_the_optimizer(p):
+    p.grad = torch.ones_like(p)
+    torch.optim.AdamW([p], fused=True).step()
+
+
+@pytest.mark.parametrize("change", [add_one, step_of_the_optimizer])
+def test_a_copy_stays_where_it_is_and_follows_its_weights(change):
+    first, second = (nn.Parameter(torch.zeros(n, 3)) for n in (2, 4))
     copy = kept_copy([first, second], torch.bfloat16)
     address = copy.data_ptr()
-    with torch.no_grad():
-        second.add_(1)  # as an optimizer does
+    change(second)
+    assert second.abs().min() > 0
 
+    kept_copy([first, second], torch.float16)  # of another dtype, it has another place
     again = kept_copy([first, second], torch.bfloat16)
     assert again.data_ptr() == address
     assert torch.equal(again, torch.cat((first, second)).bfloat16())
