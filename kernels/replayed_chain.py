@@ -153,6 +153,7 @@ class KeptChain:
         self.place = place
         self.forward = graph.ReplayedStep(place)
         self.backward = graph.ReplayedStep(place)
+        self.walked = None  # leaves and results, which hold the activations
         self.n_batch = 0
 
         # large weights: x and dy of every latent are collected, for one product
@@ -171,10 +172,10 @@ class KeptChain:
         with torch.enable_grad():
             # leaves of their own: a parameter's node in autograd runs on the stream of the forward
             # pass, and leaving this stream would break the recording
-            self.leaves = [x.detach().requires_grad_() for x in inputs[:n_leaf]]
+            leaves = [x.detach().requires_grad_() for x in inputs[:n_leaf]]
             n_column = 2 * len(cache.own)
-            h, kv = self.leaves[0], self.leaves[1 : 1 + n_column]
-            weights = dict(zip(self.small_weights, self.leaves[1 + n_column :]))
+            h, kv = leaves[0], leaves[1 : 1 + n_column]
+            weights = dict(zip(self.small_weights, leaves[1 + n_column :]))
 
             # the prefix and its layout; what is left is of the plan
             n_prefix_real = given.pop("n_prefix_real")
@@ -185,12 +186,13 @@ class KeptChain:
             with replaced_forwards(self.forwards), replaced_parameters(self.modules, weights):
                 latent, n_latent = loop(h, plan, cache)
             self.has_field = [x is not None for x in latent]
-            self.outputs = [x for x in latent if x is not None] + cache.read_own(self.L)
-            return n_latent, *self.outputs
+            outputs = [x for x in latent if x is not None] + cache.read_own(self.L)
+            self.walked = leaves, outputs
+            return n_latent, *outputs
 
-    def differentiate(self, *d_outputs):
+    def differentiate(self, leaves, outputs, *d_outputs):
         """Autograd's backward pass -> gradients of the leaves, and of every large Linear the x and
-        dy of all latents, None if it was not called.
+        dy of all latents, an empty list if it was not called.
         """
         for layer in self.layers:
             layer.calls.clear()
@@ -198,7 +200,7 @@ class KeptChain:
         # retain_graph: the next batch has the same nodes. allow_unused: the stop head decides,
         # without a gradient
         d_leaves = torch.autograd.grad(
-            self.outputs, self.leaves, d_outputs, retain_graph=True, allow_unused=True
+            outputs, leaves, d_outputs, retain_graph=True, allow_unused=True
         )
         return d_leaves, [layer.calls and join_calls(layer.calls) for layer in self.layers]
 
@@ -222,6 +224,11 @@ class ReplayedChain(torch.autograd.Function):
             x.detach().clone() for x in chain.forward(work, *inputs_and_scalars[:n])
         )
         ctx.mark_non_differentiable(n_latent)
+
+        # without a graph, the activations go with this node
+        ctx.walked = chain.walked
+        if chain.forward.graph is None:
+            chain.walked = None
         return n_latent, *outputs
 
     @staticmethod
@@ -233,7 +240,8 @@ class ReplayedChain(torch.autograd.Function):
         # the first batch has no graph, so neither has its backward pass
         if ctx.chain.forward.graph is None:
             ctx.chain.backward = graph.ReplayedStep(ctx.chain.place)
-        d_leaves, pairs = ctx.chain.backward(ctx.chain.differentiate, *d_outputs)
+        differentiate = partial(ctx.chain.differentiate, *ctx.walked)
+        d_leaves, pairs = ctx.chain.backward(differentiate, *d_outputs)
 
         # x and dy of one product for each weight
         for calls, pair in zip(ctx.calls, pairs):
