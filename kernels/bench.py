@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from . import attention, cross_entropy, graph, ops, rows, vae
-from .cache import AttendStep, Columns, StorePrefix
+from .cache import AttendStep, Columns, StoreColumns
 from .common import triton
 
 LIMIT = 1.5  # of a kernel's bf16 error over PyTorch's own
@@ -92,12 +92,12 @@ def attention_case(device, dtype, shape):
         return [*new, *prefix, *own]
 
     def kernel(q, k, v, prefix_k, prefix_v, own_k, own_v):
-        # In its backward pass StorePrefix returns what was added to gradient buffers, so it serves
+        # In its backward pass StoreColumns returns what was added to gradient buffers, so it serves
         # for the own columns, too. The joint order token makes both nodes wait for AttendStep.
         prefix = Columns(prefix_k.detach(), prefix_v.detach())
         own = Columns(own_k.detach(), own_v.detach())
-        prefix_token = StorePrefix.apply(prefix, prefix_k, prefix_v)
-        own_token = StorePrefix.apply(own, own_k, own_v)
+        prefix_token = StoreColumns.apply(prefix, None, prefix_k, prefix_v)
+        own_token = StoreColumns.apply(own, None, own_k, own_v)
         order_token = prefix_token + own_token
         o, _ = AttendStep.apply(prefix, own, order_token, q, k, v, cos, sin, layout)
         return o

@@ -1,14 +1,15 @@
 """The cache that the attention kernels read and write, with autograd through it.
 
 It has the interface of minatp's KVCache (open, mask, attend, step, keep), and what the replayed
-chain needs besides (fork, order_tokens, n_own). The first call's columns, left-padded, are the
-prefix: stored once, however many rows continue from it. The columns of later calls are a row's own.
+chain needs besides (prefix_kv, with_prefix, read_own, append_own). The first call's columns,
+left-padded, are the prefix: stored once, however many rows continue from it. The columns of later
+calls are a row's own.
 
 Both lie in memory that is written in place, which autograd cannot follow. So each operation on a
 layer's columns is a node of its own:
 
-    StorePrefix    store the prefix               backward: its keys and values receive what was
-                                                  added to the prefix's gradient buffers
+    StoreColumns   store the first columns        backward: their keys and values receive what was
+                                                  added to the gradient buffers
     AttendStep     kernels/attention.py           backward: adds to the buffers, and collects what
                                                   later steps added to its own columns
     ReadColumns    columns for a long pass        backward: adds the gradient of what was read
@@ -78,21 +79,25 @@ class Columns:
 # gradient, whose value does not matter either, goes on to the node before.
 
 
-class StorePrefix(torch.autograd.Function):
-    """(columns, k, v) -> order_token. `columns` holds k and v already."""
+class StoreColumns(torch.autograd.Function):
+    """(columns, order_token or None, k, v) -> order_token. The first ones of `columns` hold k and v
+    (rows, h_kv, n, hd) already.
+    """
 
     @staticmethod
-    def forward(ctx, columns, k, v):
+    def forward(ctx, columns, order_token, k, v):
         ctx.columns = columns
+        ctx.n = k.shape[2]
         return k.new_empty(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _):
+    def backward(ctx, order_token):
         k, v = ctx.columns.kv
-        grad_k, grad_v = ctx.columns.grad_buffers()
+        grad_k, grad_v = (grad[:, :, : ctx.n] for grad in ctx.columns.grad_buffers())
         ctx.columns.grad = None  # passed on: a second backward pass starts from zeros
-        return None, grad_k.to(k.dtype), grad_v.to(v.dtype)
+        d_order_token = order_token if ctx.needs_input_grad[1] else None
+        return None, d_order_token, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 class AttendStep(torch.autograd.Function):
@@ -200,7 +205,7 @@ class SelectRows(torch.autograd.Function):
         # a row that was repeated receives the sum; one that was dropped receives nothing
         for old_grad, new_grad in zip(ctx.old.grad_buffers(), ctx.new.grad_buffers()):
             old_grad.index_add_(0, ctx.rows, new_grad)
-        ctx.new.grad = None  # passed on, as in StorePrefix
+        ctx.new.grad = None  # passed on, as in StoreColumns
         return None, None, order_token, None
 
 
@@ -230,6 +235,7 @@ class StepCache:
         self.prefix = [None] * cfg.n_layer
         self.own = [None] * cfg.n_layer
         self.order_tokens = [None] * cfg.n_layer
+        self.prefix_kv = {}  # of each layer: the prefix's keys and values, with their gradients
 
         # where a row's columns lie
         self.start = None  # (N,) first real column of each prefix; None before the first call
@@ -247,6 +253,9 @@ class StepCache:
     def open(self, valid):
         """Make room for new columns, real where valid (B, T); returns their position ids (B, T)."""
         T = valid.shape[1]
+        self.mask = self.real = None
+        if T == 1 and self.start is not None:
+            return self.open_one(valid)
         rank = valid.long().cumsum(1) - 1  # how many real columns of this call come before
 
         # the first call is the prefix
@@ -267,15 +276,10 @@ class StepCache:
         self.slot = torch.where(valid, n_before[:, None] + rank, -1)
         self.n_own += valid.sum(1)  # in place: a replayed step finds it at this address
         self.n_opened += T
-
-        # the counts are those before this call: attention has the new columns as inputs
-        self.layout = Layout(
-            **self.groups, max_group=self.max_group, n_own=n_before.int(), slot=self.slot.int()
-        )
+        self.layout = self.layout_of(n_before.int(), self.slot.int())
 
         # a step's kernel needs no mask. A long pass needs one, and the indices of its real columns:
         # nonzero() makes the host wait, but once and not in every layer
-        self.mask = self.real = None
         if T > MAX_STEP_COLUMNS:
             visible = attention.visible_mask(self.layout, self.P, self.n_opened - T)
             self.mask = visible[:, None]  # (B, 1, T, columns)
@@ -283,6 +287,19 @@ class StepCache:
 
         # positions count a row's real columns: in the prefix, of its own, and in this call
         return ((self.n_prefix_real + n_before)[:, None] + rank).clamp(min=0)
+
+    def open_one(self, valid):
+        """The same for a single column, the step that is repeated most: one kernel."""
+        n_before, slot, position = attention.open_column(valid, self.n_own, self.n_prefix_real)
+        self.n_opened += 1
+        self.layout = self.layout_of(n_before, slot)
+        return position
+
+    def layout_of(self, n_before, slot):
+        """The Layout of a call. n_before: own columns before it, because attention has the new ones
+        as inputs.
+        """
+        return Layout(**self.groups, max_group=self.max_group, n_own=n_before, slot=slot)
 
     def group_rows(self):
         """Sort the rows by their prefix: the parts of a Layout that change only here."""
@@ -338,7 +355,9 @@ class StepCache:
     def store_prefix(self, i, k, v):
         """The first call's keys and values become layer i's prefix."""
         self.prefix[i] = Columns(k.detach().contiguous(), v.detach().contiguous())
-        self.order_tokens[i] = StorePrefix.apply(self.prefix[i], k, v)
+        self.order_tokens[i] = StoreColumns.apply(self.prefix[i], None, k, v)
+        if torch.is_grad_enabled():
+            self.prefix_kv[i] = k, v
 
     def append_long(self, i, k, v):
         """Append a long pass to layer i; returns the keys and values of all columns, the prefix's,
@@ -401,14 +420,47 @@ class StepCache:
             self.own[i] = Columns(old.kv.k[rows], old.kv.v[rows])
             self.order_tokens[i] = SelectRows.apply(old, self.own[i], self.order_tokens[i], rows)
 
-    def fork(self):
-        """A copy for the backward pass of a chain, which later columns and `keep`s do not change.
-        Keys, values and their gradient buffers are shared; the order tokens are not.
+    # ---- for the replayed chain ----
+
+    def with_prefix(self, kv, groups, n_prefix_real, room):
+        """A cache of as many rows, which have read a prefix and nothing else, with room for so many
+        own columns. kv: keys and values of each layer, in one list. groups: see `group_rows`.
         """
-        fork = copy(self)
-        # `keep` replaces entries of the list, and `open` writes to n_own
-        fork.own = list(self.own)
-        fork.n_own = self.n_own.clone()
-        fork.order_tokens = [None] * len(self.own)
-        fork.work = fork.replayed_step = None
-        return fork
+        cache = copy(self)
+        cache.groups = groups
+        cache.owner = groups["owner"]
+        cache.n_prefix_real = n_prefix_real
+
+        # nothing but the prefix
+        n_layer = len(self.own)
+        cache.prefix, cache.own, cache.order_tokens = ([None] * n_layer for _ in range(3))
+        cache.n_own = torch.zeros_like(self.n_own)
+        cache.n_opened = 0
+        cache.P = kv[0].shape[2]
+        cache.T = cache.P + room
+        for i in range(n_layer):
+            cache.store_prefix(i, *kv[2 * i : 2 * i + 2])
+        return cache
+
+    def read_own(self, n):
+        """The first n own columns: keys and values (B, h_kv, n, hd) of each layer, in one list."""
+        kv = []
+        for i, own in enumerate(self.own):
+            no_prefix = Columns(*(x[:, :, :0] for x in self.prefix[i].kv))
+            k, v, _ = ReadColumns.apply(no_prefix, own, self.order_tokens[i], self.owner, n)
+            kv += k, v
+        return kv
+
+    def append_own(self, kv, n_real):
+        """Append columns that another cache has made, as `read_own` returns them. n_real (B,): how
+        many of a row's are real, the first ones.
+        """
+        memory = []
+        for i, (k, v) in enumerate(zip(kv[::2], kv[1::2])):
+            own = self.own_columns(i, k)
+            memory += (x[:, :, : k.shape[2]] for x in own.kv)
+            self.order_tokens[i] = StoreColumns.apply(own, self.order_tokens[i], k, v)
+        torch._foreach_copy_(memory, [x.detach() for x in kv])
+
+        self.n_own += n_real
+        self.n_opened += kv[0].shape[2]

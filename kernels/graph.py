@@ -12,10 +12,11 @@ and makes autocast's copies of the weights. The second is recorded and replayed,
 are replays. A graph serves the steps of one batch, so nothing in it can be out of date. Recording
 costs about as much as one step without a graph.
 
-All graphs are recorded on one stream and share one pool of memory: the next graph writes where the
-last one did, and cuBLAS's workspace for that stream goes with the last graph. So before the next
-recording a graph must have had its last replay, and its results must have been read or copied.
-Every loop here ends before another begins.
+Graphs of one Place are recorded on one stream and share a pool of memory: what one no longer
+needs, the next overwrites, and cuBLAS's workspace for that stream goes with the last of them. The
+loops share a Place. So before the next recording a graph must have had its last replay, and its
+results must have been read or copied: every loop ends before another begins. Graphs that are kept
+(kernels/replayed_chain.py) have a Place of their own.
 
     MINATP_GRAPHS=0        use no graphs, and let autograd run the chain of latents: for debugging
 """
@@ -34,8 +35,21 @@ from .common import is_out_of_memory
 # words of an answer or a thought, and with 256 it does not
 FEWEST_ROWS = 512
 
-# device -> (stream for recording, last graph or None). The next graph reuses the last one's memory
-held = {}
+
+class Place:
+    """Where graphs are recorded."""
+
+    def __init__(self, device):
+        self.device = device
+        self.stream = None  # until the first recording
+        self.last_graph = None  # its pool of memory is that of the next
+
+
+# device -> the Place of its loops
+loops = {}
+
+# what holds graphs for later batches; the first to go if memory runs out
+kept = {}
 
 
 class CaptureFailed(BaseException):
@@ -51,30 +65,34 @@ def use_graphs(device):
     return device.type == "cuda" and os.environ.get("MINATP_GRAPHS") != "0"
 
 
-def record(work, device):
+def record(work, place):
     """Record work() without running it; returns (graph, result). `result` is uninitialised until
     the first replay(). If memory runs out, PyTorch's or the driver's, retried once after freeing
-    cached memory; a second failure is raised (common.is_out_of_memory). Raises CaptureFailed after
-    any other.
+    cached memory and kept graphs; a second failure is raised (common.is_out_of_memory). Raises
+    CaptureFailed after any other.
     """
     for is_last in (False, True):
         try:
-            return capture(work, device)
+            return capture(work, place)
         except Exception as e:
             if not is_out_of_memory(e):
                 raise CaptureFailed(f"{type(e).__name__} while recording: {e}") from e
             if is_last:
                 raise
         # a recording cannot use the blocks that PyTorch's allocator keeps in reserve
+        kept.clear()
         torch.cuda.empty_cache()
 
 
-def capture(work, device):
+def capture(work, place):
     """One attempt of `record`."""
-    # popped: if this recording fails, the next begins with another stream and another pool
-    stream, last_graph = held.pop(device, None) or (torch.cuda.Stream(device), None)
-    pool = last_graph and last_graph.pool()
+    device = place.device
+    stream = place.stream or torch.cuda.Stream(device)
+    pool = place.last_graph and place.last_graph.pool()
     graph = torch.cuda.CUDAGraph()
+
+    # if this recording fails, the next begins with another stream and another pool
+    place.stream = place.last_graph = None
 
     # a stream of its own, because CUDA records no graph on the default one
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -90,16 +108,16 @@ def capture(work, device):
         graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
 
-    held[device] = stream, graph
+    place.stream, place.last_graph = stream, graph
     return graph, result
 
 
 def release_memory():
-    """Free the memory that is held for the next graph: call it after an evaluation, whose batches
-    are larger than training's.
+    """Free the memory that is held for the loops' next graph: call it after an evaluation, whose
+    batches are larger than training's.
     """
-    for device, (stream, _) in held.items():
-        held[device] = stream, None  # keep the stream: another would have a workspace of its own
+    for place in loops.values():
+        place.last_graph = None  # keep the stream: another would have a workspace of its own
 
 
 # ---- for loops whose steps are graphs ------------------------------------------------------------
@@ -172,7 +190,9 @@ class ReplayedStep:
     it, and from the second call on the result is a replay's, which the next call overwrites.
     """
 
-    def __init__(self):
+    def __init__(self, place=None):
+        """place: where it is recorded; by default, where all loops are."""
+        self.place = place
         self.inputs = None  # the graph's own copies
         self.graph = None
 
@@ -185,12 +205,12 @@ class ReplayedStep:
             return work(*self.inputs)
 
         # a graph reads its inputs where they lay when it was recorded
-        for own, new in zip(self.inputs, inputs):
-            own.copy_(new)
+        torch._foreach_copy_(self.inputs, inputs)
 
         # recording runs nothing, so the call that records is a replay, too
         if self.graph is None:
             device = inputs[0].device
-            self.graph, self.result = record(lambda: work(*self.inputs), device)
+            place = self.place or loops.setdefault(device, Place(device))
+            self.graph, self.result = record(lambda: work(*self.inputs), place)
         self.graph.replay()
         return self.result

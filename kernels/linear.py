@@ -1,21 +1,25 @@
-"""Linear layers that are called many times on a few rows: one weight gradient for all calls.
+"""Linear layers: one product for several that read the same x, one weight gradient for many calls.
 
     y_t = x_t·Wᵀ + b
     each call's backward pass          dx_t = dy_t·W
     once, after all of them            dW = Σ_t dy_tᵀ·x_t,  db = Σ_t Σ_rows dy_t
 
+W is the weights of one Linear or of several, one below the other (Merged). It is a copy in the
+dtype of the product, made anew only when a weight has changed, and always at the same address: a
+CUDA graph that reads it may be replayed after any number of optimizer steps.
+
 Autograd would compute a dW at every call and add it to the sum. With 32 rows a call that is little
 arithmetic for a gradient of the weight's full size, written and read again each time. Here each
 call stores its (x_t, dy_t), and dW is one product over the rows of all calls. Two nodes do it:
 
-    LinearCall       one call of a layer                 backward: dx; stores (x, dy)
+    LinearCall       one call                            backward: dx; stores (x, dy)
     WeightGradient   a dummy scalar made from the        backward: dW and db. Autograd runs it when
                      weights, an input of each call      every LinearCall has run (the rule named in
                                                          kernels/cache.py), and adds its results to
                                                          the gradients of W's other uses
 
-A CUDA graph cannot append to a list. There the calls write x_t and dy_t to row t of preallocated
-buffers (CallBuffers), and the chain asks these for dW and db at the end.
+The chain whose backward pass is a CUDA graph (kernels/replayed_chain.py) makes no WeightGradient:
+its nodes follow that graph, which leaves the pairs.
 """
 
 from contextlib import contextmanager
@@ -24,48 +28,100 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .common import as_rows
-from .ops import compute_dtype
+from .common import as_rows, mm_float32
+from .ops import compute_dtype, has_kernel
 
 # elements of a weight: for a smaller one, the products cost less than the Python of these nodes
 # (measured on a CPU)
 MIN_ELEMENTS = 2**17
 
+# the first of some parameters -> {(how many, dtype, device): [their copy, what it was made from]}
+copies = WeakIdKeyDictionary()
 
-def weight_gradient(x, dy, dtype, has_bias):
-    """(dW, db) of all calls, db None without a bias: x (..., in), dy (..., out)."""
-    # all rows of all calls, one below the other: the product sums over them
-    x = as_rows(x)
-    dy = as_rows(dy)
-    dW = (dy.t() @ x).to(dtype)
+
+def kept_copy(parameters, dtype):
+    """Some parameters, one below the other, in dtype: a copy without a gradient, which stays at its
+    address and is written again when one of them has changed. No copy if one is enough as it is.
+    """
+    first = parameters[0]
+    if len(parameters) == 1 and first.dtype == dtype:
+        return first.detach()
+
+    kept = copies.setdefault(first, {})
+    key = len(parameters), dtype, first.device
+    if key not in kept:
+        n_row = sum(map(len, parameters))
+        empty = torch.empty(n_row, *first.shape[1:], dtype=dtype, device=first.device)
+        kept[key] = [empty, None]
+
+    # a parameter's version counts the writes to it
+    copy, copied = kept[key]
+    source = [(p.data_ptr(), p._version) for p in parameters]
+    if copied != source:
+        kept[key][1] = source
+        with torch.no_grad():
+            for part, p in zip(copy.split([len(p) for p in parameters]), parameters):
+                part.copy_(p)
+    return copy
+
+
+def forget_sources(*_):
+    """After a step of any optimizer, every copy is written again: the version of a parameter does
+    not count what a fused optimizer writes.
+    """
+    for kept in copies.values():
+        for entry in kept.values():
+            entry[1] = None
+
+
+register_optimizer_step_post_hook(forget_sources)
+
+
+def join_calls(calls):
+    """x (rows, in) and dy (rows, out) of a list of calls, one below the other; empties the list."""
+    joined = []
+    for tensors in zip(*calls):
+        rows = [as_rows(x) for x in tensors]
+        joined.append(torch.cat(rows) if len(rows) > 1 else rows[0])
+    calls.clear()
+    return joined
+
+
+def weight_gradients(x, dy, weights, biases):
+    """The gradients of some weights, one below the other in W, and of their biases: two lists."""
+    # the product sums over the rows
+    dtype = weights[0].dtype
+    dW = mm_float32(dy.t(), x) if dtype == torch.float32 else dy.t() @ x
 
     # summed in the parameter's dtype, because dy may have autocast's
-    db = dy.sum(0, dtype=dtype) if has_bias else None
-    return dW, db
+    db = dy.sum(0, dtype=dtype) if biases else dy[0, :0]
+    return dW.split([len(W) for W in weights]), db.split([len(b) for b in biases])
 
 
 class WeightGradient(torch.autograd.Function):
-    """(calls, W, b) -> a dummy scalar. calls: the list of (x, dy) that LinearCall fills."""
+    """(calls, weights, biases, *both) -> a dummy scalar. calls: the list that LinearCall fills."""
 
     @staticmethod
-    def forward(ctx, calls, W, b):
+    def forward(ctx, calls, weights, biases, *parameters):
         ctx.calls = calls
-        ctx.dtype = W.dtype
-        ctx.has_bias = b is not None
+        ctx.weights = weights
+        ctx.biases = biases
 
         # LinearCall returns no gradient of the dummy: it arrives here as None, not as zeros
         ctx.set_materialize_grads(False)
-        return W.new_zeros(())
+        return parameters[0].new_empty(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
         # by now every call that leads to the loss has added its pair
-        xs, dys = zip(*ctx.calls)
-        dW, db = weight_gradient(torch.cat(xs), torch.cat(dys), ctx.dtype, ctx.has_bias)
-        ctx.calls.clear()  # free them
-        return None, dW, db
+        if not ctx.calls:
+            return None, None, None, *[None] * len(ctx.weights + ctx.biases)
+        dWs, dbs = weight_gradients(*join_calls(ctx.calls), ctx.weights, ctx.biases)
+        return None, None, None, *dWs, *dbs
 
 
 class LinearCall(torch.autograd.Function):
@@ -76,132 +132,117 @@ class LinearCall(torch.autograd.Function):
     @staticmethod
     def forward(ctx, calls, dummy, x, W, b):
         ctx.calls = calls
-        ctx.save_for_backward(x, W)
+        ctx.save_for_backward(x)
+        # not saved: autograd would refuse a W that an optimizer step has changed between two
+        # replays, as it should
+        ctx.W = W
         return F.linear(x, W, b)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, W = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         ctx.calls.append((x, dy))
-        return None, None, dy @ W, None, None
+        return None, None, dy @ ctx.W, None, None
 
 
 class DeferredLinear:
-    """The forward of a Linear whose weight gradient is deferred.
+    """The forward of a Linear, or of some that are merged, whose weight gradient is deferred.
 
-    buffer: a CallBuffer whose owner computes dW; None: WeightGradient computes it.
+    has_node: a WeightGradient computes it; otherwise whoever made this object.
     """
 
-    def __init__(self, linear, buffer=None):
-        self.linear = linear
-        self.buffer = buffer
-
-        # takes each call's (x, dy): a list, or a CallBuffer, which has `append`, too
-        self.calls = [] if buffer is None else buffer
+    def __init__(self, linears, has_node=True):
+        self.weights = [m.weight for m in linears]
+        self.biases = [m.bias for m in linears if m.bias is not None]
+        self.parameters = [*self.weights, *self.biases]
+        self.has_node = has_node
+        self.calls = []  # (x, dy) of each
         self.dummy = None
-        self.W = None  # until the first call
-
-    def prepare(self, dtype):
-        """Cast the weights once for all calls, as autocast would. Make the node that yields dW."""
-        W, b = self.linear.weight, self.linear.bias
-        if self.buffer is None:
-            self.dummy = WeightGradient.apply(self.calls, W, b)
-
-        # detached: no gradient reaches W and b through these copies
-        self.W = W.detach().to(dtype)
-        self.b = None if b is None else b.detach().to(dtype)
 
     def __call__(self, x):
-        """x (..., in) -> (..., out)."""
-        # not before the first call: only inside autocast is the dtype known
-        if self.W is None:
-            self.prepare(compute_dtype(x))
-        return LinearCall.apply(self.calls, self.dummy, x.to(self.W.dtype), self.W, self.b)
+        """x (..., in) -> (..., out), or the tuple of those of the merged ones."""
+        y = self.product(x)
+        if len(self.weights) == 1:
+            return y
+        return y.split([len(W) for W in self.weights], -1)
+
+    def product(self, x):
+        # only inside autocast is the dtype known
+        W, b = self.copies(compute_dtype(x))
+        x = x.to(W.dtype)
+        if not torch.is_grad_enabled():
+            return F.linear(x, W, b)
+        if self.has_node and self.dummy is None:
+            self.dummy = self.weight_gradient(self.calls)
+        return LinearCall.apply(self.calls, self.dummy, x, W, b)
+
+    def weight_gradient(self, calls):
+        """The scalar of a new WeightGradient."""
+        return WeightGradient.apply(calls, self.weights, self.biases, *self.parameters)
+
+    def copies(self, dtype):
+        """(W, b) in dtype, as they are now."""
+        b = kept_copy(self.biases, dtype) if self.biases else None
+        return kept_copy(self.weights, dtype), b
 
 
-def large_linears(modules):
-    """Every Linear in `modules` whose weight gradient is worth deferring."""
-    return [
-        m
-        for module in modules
-        for m in module.modules()
-        if isinstance(m, nn.Linear) and m.weight.numel() >= MIN_ELEMENTS
-    ]
+class Linear(nn.Linear):
+    """An nn.Linear that computes with the kept copy where kernels run."""
+
+    def forward(self, x):
+        if not has_kernel(x, self.weight):
+            return super().forward(x)
+        return DeferredLinear([self])(x)
+
+
+class Merged(nn.Module):
+    """Some Linears without a bias that read the same x -> a list of their results.
+
+    Where kernels run they are one product. They remain the owner's: here is no parameter.
+    """
+
+    def __init__(self, *linears):
+        super().__init__()
+        self.linears = linears  # a tuple, so that they are not registered once more
+
+    def forward(self, x):
+        if not has_kernel(x, self.linears[0].weight):
+            return [linear(x) for linear in self.linears]
+        return DeferredLinear(self.linears)(x)
+
+
+def deferred_linears(modules, has_node=True):
+    """{module: its DeferredLinear} of the Linears whose weight gradient is worth deferring, and of
+    all that compute with a kept copy. A Merged that is one product stands for its Linears.
+    """
+    inner = [m for module in modules for m in module.modules()]
+    merged = [m for m in inner if isinstance(m, Merged) and has_kernel(m.linears[0].weight)]
+    products = {m: m.linears for m in merged}
+
+    within = {linear for m in merged for linear in m.linears}
+    for m in inner:
+        if not isinstance(m, nn.Linear) or m in within:
+            continue
+        has_copy = isinstance(m, Linear) and has_kernel(m.weight)
+        if has_copy or m.weight.numel() >= MIN_ELEMENTS:
+            products[m] = [m]
+    return {m: DeferredLinear(linears, has_node) for m, linears in products.items()}
 
 
 @contextmanager
-def replaced_forwards(forwards):
-    """Inside, each module of {module: function} has the function as its forward."""
+def replaced_forwards(layers):
+    """Inside, each module of {module: DeferredLinear} computes by it."""
     # an attribute of the instance hides the method of its class
-    for module, forward in forwards.items():
-        module.forward = forward
+    for module, layer in layers.items():
+        module.forward = layer
     try:
         yield
     finally:
-        for module in forwards:
+        for module in layers:
             del module.forward  # the class's own shows again
 
 
 def deferred_weight_gradients(module):
     """Inside, all calls of a large Linear of `module` share one weight-gradient product."""
-    return replaced_forwards({m: DeferredLinear(m) for m in large_linears([module])})
-
-
-class CallBuffer:
-    """x and dy of one layer's calls: call `index` (1,) writes row `index` of n_calls."""
-
-    def __init__(self, n_calls, index):
-        self.n_calls = n_calls
-        self.index = index
-        self.x = None  # (n_calls, ..., in) after the first call
-        self.dy = None  # (n_calls, ..., out)
-
-    def append(self, call):
-        """Store (x, dy) of the current call."""
-        x, dy = call
-
-        # zeros, because a layer may be called for some latents only: π does not read those that are
-        # fed to no row
-        if self.x is None:
-            self.x = x.new_zeros(self.n_calls, *x.shape)
-            self.dy = dy.new_zeros(self.n_calls, *dy.shape)
-
-        # the row is read from the device, so that each replay of a graph writes another
-        self.x.index_copy_(0, self.index, x[None])
-        self.dy.index_copy_(0, self.index, dy[None])
-
-
-class CallBuffers:
-    """x and dy of every large Linear of some modules.
-
-    index (1,) on the device: the row that the next calls write.
-    """
-
-    def __init__(self, modules, n_calls, device):
-        # one tensor, shared by the buffers of all layers
-        self.index = torch.zeros(1, dtype=torch.long, device=device)
-        self.layers = {}  # {Linear: its DeferredLinear}
-        for m in large_linears(modules):
-            self.layers[m] = DeferredLinear(m, CallBuffer(n_calls, self.index))
-
-        # the parameters whose gradients are found here, and need no other sum
-        self.parameters = {p for m in self.layers for p in m.parameters()}
-
-    def recording(self):
-        """Inside, the layers' calls are stored here."""
-        return replaced_forwards(self.layers)
-
-    def gradients(self):
-        """{parameter: its gradient} over all calls."""
-        gradients = {}
-        for m, layer in self.layers.items():
-            calls = layer.buffer
-            if calls.x is None:  # never called
-                continue
-            has_bias = m.bias is not None
-            dW, db = weight_gradient(calls.x, calls.dy, m.weight.dtype, has_bias)
-            gradients[m.weight] = dW
-            if has_bias:
-                gradients[m.bias] = db
-        return gradients
+    return replaced_forwards(deferred_linears([module]))

@@ -1,58 +1,107 @@
-"""The chain of latents (minatp/chain.py) on a GPU: π reads one latent by a CUDA graph, every t.
+"""The chain of latents (minatp/chain.py) on a GPU: two CUDA graphs, forward and backward.
 
-With autograd, a GPU would wait for Python most of the time that the chain takes. Here
+With autograd, a GPU would wait for Python most of the time that the chain takes. Here the loop runs
+under autograd while it is recorded, all latents of it, and its backward pass, too. A graph holds
+addresses, so it works on tensors of its own: a batch's hidden states, noise and prefix are copied
+there, and the results are copied out.
 
-    forward    runs the same loop without autograd. π reads z_t by replaying one graph, the same for
-               every t (kernels/graph.py). h_t is kept for every t; the cache keeps the keys and
-               values.
-    backward   for t = n−1 … 0 computes latent t once more from h_t, with autograd, and sends the
-               gradient back through it. This is a second graph, again the same for every t.
+A graph also holds sizes. Batches are rounded up: the prefix to PREFIX columns, by padding that is
+not read, and the latents to LATENTS, by some that no row reads. Batches of the same sizes share one
+KeptChain, and a run of 100 batches of GSM8K needs 4 or 5. Its first batch runs without graphs,
+which compiles the kernels; the second records them.
 
-The price is reading the weights once more for each latent: 2N bytes forward and 4N backward (bf16,
-N weights), where autograd reads 2N and 2N.
+The weight gradients of large Linears are not recorded. The graph of the backward pass leaves x and
+dy of all latents, and one product for each weight follows (kernels/linear.py).
 
 The loop is passed in, so nothing here imports minatp. What it needs of the model:
 
-    propose(h, eps, spread=)            the latent, a tuple of tensors or None with a field z
+    propose(h, eps, spread=)            the latent
     policy.step(z, is_fed, cache)       h_{t+1}
     policy.model["layers"], ["norm"]    π's blocks, and its final norm
-    its child modules, by name          all but `policy`, `decoder` and `stop_head` count as part of
-                                        the chain: a new child gets its gradient here, too
+    its child modules, by name          all but `policy` and `decoder` count as part of the chain: a
+                                        new child gets its gradient here, too
 """
 
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .graph import ReplayedStep
-from .linear import CallBuffers
+from . import graph
+from .common import ceil_div
+from .linear import deferred_linears, join_calls, replaced_forwards
+from .ops import compute_dtype
 
-
-class Chain(NamedTuple):
-    """What is to run: `loop` and its arguments, except h."""
-
-    loop: Any  # (model, h, plan, feed) -> hidden states, latent, n_latent: chain.latent_loop
-    model: Any
-    cache: Any  # a StepCache, which holds the prompt
-    plan: Any  # minatp.chain.Plan
+PREFIX = 128  # columns of the prefix are rounded up to a multiple of this
+LATENTS = 4  # and latents of this
+MAX_KEPT = 8  # chains of different sizes; each keeps the activations of a batch, 1 GB at llama-1b
 
 
 def run(loop, model, h, cache, plan):
     """Walk the chain from h (B, D), with the gradients that `loop` has under autograd.
 
-    Returns the fields of its Latent, each (B, n_candidate, …) or None, and n_latent (B,).
+    loop: chain.latent_loop. Returns the fields of its Latent, each (B, n_candidate, …) or None, and
+    n_latent (B,).
     """
-    # the weights are inputs of the node only so that it can return their gradients
-    n_layer = len(cache.order_tokens)
-    chain = Chain(loop, model, cache, plan)
-    outputs = ReplayedChain.apply(chain, h, *cache.order_tokens, *chain_weights(model))
-    *fields, n_latent = outputs[:-n_layer]
+    chain = kept_chain(model, h, cache, plan)
+    for layer in chain.layers:
+        layer.copies(compute_dtype(h))  # not in a graph: they change with the weights only
 
-    # whatever the cache reads from here on comes after this node
-    cache.order_tokens = list(outputs[-n_layer:])
-    return fields, n_latent
+    # what a gradient flows to
+    padding = chain.P - cache.P
+    kv = [F.pad(x, (0, 0, padding, 0)) for layer in cache.prefix_kv.values() for x in layer]
+    leaves = [h, *kv, *chain.small_weights]
+
+    # the rest, by name
+    given = {**cache.groups, "n_prefix_real": cache.n_prefix_real, "n_latent": plan.n_latent}
+    given["start"] = given["start"] + padding
+    if plan.answer_only is not None:
+        given["answer_only"] = plan.answer_only
+    if plan.eps is not None:
+        eps = plan.eps[:, : chain.n_candidate]
+        given["eps"] = F.pad(eps, (0, 0, 0, chain.n_candidate - eps.shape[1]))
+
+    # the node, and those of the large weights' gradients
+    work = partial(chain.walk, partial(loop, model), cache, plan, list(given))
+    calls = [[] for _ in chain.layers]
+    scalars = [layer.weight_gradient(c) for layer, c in zip(chain.layers, calls)]
+    inputs = leaves + list(given.values())
+    outputs = ReplayedChain.apply(chain, work, calls, len(inputs), *inputs, *scalars)
+
+    # without what rounding up has added
+    n_latent, outputs = outputs[0], list(outputs[1:])
+    n_column = 2 * len(cache.own)
+    cache.append_own([x[:, :, : plan.L] for x in outputs[-n_column:]], n_latent)
+    fields = iter(x[:, : plan.n_candidate] for x in outputs[:-n_column])
+    return [next(fields) if present else None for present in chain.has_field], n_latent
+
+
+def kept_chain(model, h, cache, plan):
+    """The KeptChain of batches like this one."""
+    # the rows of the batch, the columns of the prefix, the latents
+    P = PREFIX * ceil_div(cache.P, PREFIX)
+    L = LATENTS * ceil_div(max(plan.L, 1), LATENTS)
+    n_candidate = max(L + 1, plan.n_candidate)
+    sizes = (*h.shape, len(cache.start), cache.max_group, P, L, n_candidate)
+
+    # whatever else is a number or an address in the graphs
+    is_given = plan.eps is None, plan.answer_only is None
+    dtypes = h.dtype, cache.prefix[0].kv.k.dtype, compute_dtype(h)
+    addresses = tuple(p.data_ptr() for p in chain_weights(model))
+    key = id(model), addresses, sizes, is_given, dtypes, plan.spread
+
+    chain = graph.kept.pop(key, None)
+    if chain is None:
+        # a graph that goes takes its stream's workspace along: its successor gets the stream
+        place = graph.Place(h.device)
+        if len(graph.kept) == MAX_KEPT:
+            place = graph.kept.pop(next(iter(graph.kept))).place
+            place.last_graph = None
+        chain = KeptChain(model, P, L, n_candidate, place)
+    graph.kept[key] = chain  # the one used last at the end
+    return chain
 
 
 # ---- the part of the model that a latent passes through ------------------------------------------
@@ -61,8 +110,8 @@ def run(loop, model, h, cache, plan):
 def chain_modules(model):
     """π's layers and final norm, and whatever lies between its hidden state and z."""
     # π counts by its layers and final norm: a latent passes neither its embedding nor its logits.
-    # φ and the stop head read z, but make neither z nor the next h
-    not_passed = ("policy", "decoder", "stop_head")
+    # φ reads z, but makes neither z nor the next h
+    not_passed = ("policy", "decoder")
     heads = [module for name, module in model.named_children() if name not in not_passed]
     return [*model.policy.model["layers"], model.policy.model["norm"], *heads]
 
@@ -91,175 +140,113 @@ def replaced_parameters(modules, replacements):
             parameters[name] = p
 
 
-# ---- the chain as one node of autograd -----------------------------------------------------------
+# ---- chains of one size --------------------------------------------------------------------------
+
+
+class KeptChain:
+    """The chains of all batches of one size, as two graphs."""
+
+    def __init__(self, model, P, L, n_candidate, place):
+        self.P = P
+        self.L = L
+        self.n_candidate = n_candidate
+        self.place = place
+        self.forward = graph.ReplayedStep(place)
+        self.backward = graph.ReplayedStep(place)
+        self.walked = None  # leaves and results, which hold the activations
+        self.n_batch = 0
+
+        # large weights: x and dy of every latent are collected, for one product
+        self.modules = chain_modules(model)
+        self.forwards = deferred_linears(self.modules, has_node=False)
+        self.layers = list(self.forwards.values())
+        large = {p for layer in self.layers for p in layer.parameters}
+        self.small_weights = [p for p in chain_weights(model) if p not in large]
+
+    def walk(self, loop, cache, plan, names, *inputs):
+        """The loop under autograd -> n_latent, the latent's fields, and the columns that it has
+        made, keys and values of each layer. names: of the last inputs.
+        """
+        n_leaf = len(inputs) - len(names)
+        given = dict(zip(names, inputs[n_leaf:]))
+        with torch.enable_grad():
+            # leaves of their own: a parameter's node in autograd runs on the stream of the forward
+            # pass, and leaving this stream would break the recording
+            leaves = [x.detach().requires_grad_() for x in inputs[:n_leaf]]
+            n_column = 2 * len(cache.own)
+            h, kv = leaves[0], leaves[1 : 1 + n_column]
+            weights = dict(zip(self.small_weights, leaves[1 + n_column :]))
+
+            # the prefix and its layout; what is left is of the plan
+            n_prefix_real = given.pop("n_prefix_real")
+            groups = {name: given.pop(name) for name in cache.groups}
+            cache = cache.with_prefix(kv, groups, n_prefix_real, self.L)
+            plan = plan._replace(L=self.L, n_candidate=self.n_candidate, **given)
+
+            with replaced_forwards(self.forwards), replaced_parameters(self.modules, weights):
+                latent, n_latent = loop(h, plan, cache)
+            self.has_field = [x is not None for x in latent]
+            outputs = [x for x in latent if x is not None] + cache.read_own(self.L)
+            self.walked = leaves, outputs
+            return n_latent, *outputs
+
+    def differentiate(self, leaves, outputs, *d_outputs):
+        """Autograd's backward pass -> gradients of the leaves, and of every large Linear the x and
+        dy of all latents, an empty list if it was not called.
+        """
+        for layer in self.layers:
+            layer.calls.clear()
+
+        # retain_graph: the next batch has the same nodes. allow_unused: the stop head decides,
+        # without a gradient
+        d_leaves = torch.autograd.grad(
+            outputs, leaves, d_outputs, retain_graph=True, allow_unused=True
+        )
+        return d_leaves, [layer.calls and join_calls(layer.calls) for layer in self.layers]
 
 
 class ReplayedChain(torch.autograd.Function):
-    """(chain, h, the cache's order tokens, weights) -> the latent's fields, n_latent, order tokens.
+    """(chain, work, calls, n, n inputs, scalars) -> the results of work(*inputs).
 
-    The order tokens pass through this node, so autograd runs it in order with the nodes of the
-    columns before and after the chain (kernels/cache.py).
+    calls and scalars: of the WeightGradients that follow in the backward pass (kernels/linear.py).
     """
 
     @staticmethod
-    def forward(ctx, chain, h, *order_tokens_and_weights):
-        loop, model, cache, plan = chain
-        n_own = cache.n_own.clone()  # before the chain
+    def forward(ctx, chain, work, calls, n, *inputs_and_scalars):
+        ctx.chain = chain
+        ctx.calls = calls
+        ctx.n_other = len(inputs_and_scalars)
+        chain.n_batch += 1
+        ctx.n_batch = chain.n_batch
 
-        # the cache runs this step once, records it, and replays it from then on
-        def read_column(z, is_fed):
-            return model.policy.step(z, is_fed, cache)
-
-        def feed(z, is_fed):
-            return cache.step(read_column, z, is_fed).clone()  # the next replay overwrites it
-
-        hidden, latent, n_latent = loop(model, h, plan, feed)
-
-        # what the backward pass needs, besides the columns in the cache
-        n_latent = n_latent.clone()
+        # copies: the next batch overwrites the results
+        n_latent, *outputs = (
+            x.detach().clone() for x in chain.forward(work, *inputs_and_scalars[:n])
+        )
         ctx.mark_non_differentiable(n_latent)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(torch.stack(hidden), n_latent, n_own, plan.eps)
-        ctx.model = model
-        ctx.cache = cache.fork()
-        ctx.L = plan.L
-        ctx.spread = plan.spread
-        ctx.autocast = autocast_state(h.device)
-        order_tokens = [h.new_empty(()) for _ in cache.order_tokens]
-        return *latent, n_latent, *order_tokens
+
+        # without a graph, the activations go with this node
+        ctx.walked = chain.walked
+        if chain.forward.graph is None:
+            chain.walked = None
+        return n_latent, *outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *upstream):
-        hidden, n_latent, n_own, eps = ctx.saved_tensors  # hidden (n_candidate, B, D)
-        n_layer = len(ctx.cache.order_tokens)
-        d_order_tokens = upstream[-n_layer:]
-        d_latent = upstream[: -n_layer - 1]  # in between is n_latent's, None
+    def backward(ctx, _, *d_outputs):
+        if ctx.n_batch != ctx.chain.n_batch:
+            raise RuntimeError("a chain's backward pass must come before the next batch is walked")
 
-        # for every column: gradients of the fields that a loss used (z, and in SFT the KL), then ε
-        used = [i for i, grad in enumerate(d_latent) if grad is not None]
-        per_column = [d_latent[i] for i in used]
-        if eps is not None:
-            per_column.append(eps)
-        per_column = [x.transpose(0, 1).contiguous() for x in per_column]  # (n_candidate, B, …)
+        # the first batch has no graph, so neither has its backward pass
+        if ctx.chain.forward.graph is None:
+            ctx.chain.backward = graph.ReplayedStep(ctx.chain.place)
+        differentiate = partial(ctx.chain.differentiate, *ctx.walked)
+        d_leaves, pairs = ctx.chain.backward(differentiate, *d_outputs)
 
-        # one latent at a time, the last one first. dh: the gradient of the h that follows it
-        again = RecomputedLatent(ctx.model, ctx.cache, ctx.spread, used, n_candidate=len(hidden))
-        replayed = ReplayedStep()
-        dh = torch.zeros_like(hidden[0])
-        with torch.autocast(**ctx.autocast):
-            for t in reversed(range(len(hidden))):
-                again.buffers.index.fill_(t)
-                column = [x[t] for x in per_column]
-
-                # latents from L on were fed to no row, and the loop's h stayed what it was
-                if t < ctx.L:
-                    is_fed = t < n_latent
-                    n_before = n_own + n_latent.clamp(max=t)
-                    dh = replayed(again.of_fed_latent, hidden[t], dh, is_fed, n_before, *column)
-                elif used:
-                    dh = again.of_unfed_latent(hidden[t], dh, *column)
-
-        # in the order of the node's inputs; None for a weight that has no gradient
-        weights = chain_weights(ctx.model)
-        gradients = again.weight_gradients()
-        return None, dh, *d_order_tokens, *(gradients.get(p) for p in weights)
-
-
-def autocast_state(device):
-    """The arguments of torch.autocast that restore its present state."""
-    kind = device.type
-    dtype = torch.get_autocast_dtype(kind)
-    return dict(device_type=kind, dtype=dtype, enabled=torch.is_autocast_enabled(kind))
-
-
-class RecomputedLatent:
-    """The backward pass of one latent, which computes the latent once more.
-
-    Serves every latent of a chain; the gradients of the weights add up here.
-    """
-
-    def __init__(self, model, cache, spread, used, n_candidate):
-        """used: the indices of the latent's fields that have a gradient."""
-        self.model = model
-        self.cache = cache
-        self.spread = spread
-        self.used = used
-        self.modules = chain_modules(model)
-
-        # large weights: x and dy of every latent are stored, for one product at the end
-        self.buffers = CallBuffers(self.modules, n_candidate, cache.n_own.device)
-        # all other weights: summed latent by latent
-        self.sums = {}
-        for p in chain_weights(model):
-            if p.requires_grad and p not in self.buffers.parameters:
-                self.sums[p] = torch.zeros_like(p)
-
-    def of_fed_latent(self, h, dh_next, is_fed, n_own, *column):
-        """The gradient of h_t (B, D), for a latent that was fed.
-
-        dh_next (B, D): the gradient of h_{t+1}. is_fed (B,): the rows that read z_t. n_own (B,):
-        own columns before it. column: the used fields' gradients (B, …), then ε_t if there is.
-        """
-        return self.gradient(h, column, (dh_next, is_fed, n_own))
-
-    def of_unfed_latent(self, h, dh_next, *column):
-        """The same for a candidate that was not fed: the loop's next h is h_t itself."""
-        return self.gradient(h, column) + dh_next
-
-    def gradient(self, h, column, reading=None):
-        """Compute latent t once more, and send its gradients back -> the gradient of h_t.
-
-        reading: the arguments of `read_again` after z, if z_t was fed.
-        """
-        n_used = len(self.used)
-        grads = list(column[:n_used])
-        noise = column[n_used:]
-
-        # fresh leaves: a parameter's own node in autograd runs on the stream of the forward pass,
-        # and leaving this stream would break the recording
-        h = h.detach().requires_grad_()
-        leaves = {p: p.detach().requires_grad_() for p in self.sums}
-
-        with (
-            torch.enable_grad(),
-            self.buffers.recording(),
-            replaced_parameters(self.modules, leaves),
-        ):
-            latent = self.model.propose(h, *noise, spread=self.spread)
-            outputs = [latent[i] for i in self.used]
-            if reading is not None:
-                next_outputs, next_grads = self.read_again(latent.z, *reading)
-                outputs += next_outputs
-                grads += next_grads
-
-            # allow_unused: a candidate that was not fed has not passed π's weights
-            inputs = [h, *leaves.values()]
-            dh, *d_leaves = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
-
-        # in place: a graph adds to the same memory at each replay
-        for total, grad in zip(self.sums.values(), d_leaves):
-            if grad is not None:
-                total += grad
-        return dh
-
-    def read_again(self, z, dh_next, is_fed, n_own):
-        """Read z_t as the forward pass did -> h_{t+1} and the order tokens, and their gradients."""
-        # n_own goes back to where it stood before column t, so that the column's keys and values
-        # are computed and written once more. Later columns have had their backward pass by now,
-        # and a step reads earlier columns only.
-        cache = self.cache
-        cache.n_own.copy_(n_own)
-        cache.order_tokens = [dh_next.new_empty((), requires_grad=True) for _ in cache.order_tokens]
-        h_next = self.model.policy.step(z, is_fed, cache)
-
-        # an order token's gradient holds no number, but its path makes autograd run the cache's
-        # nodes
-        d_order_tokens = [torch.empty_like(order_token) for order_token in cache.order_tokens]
-        return [h_next, *cache.order_tokens], [dh_next, *d_order_tokens]
-
-    def weight_gradients(self):
-        """{parameter: its gradient} over all latents."""
-        # the order tokens hold the graph of the last latent, and so all of the buffers
-        self.cache.order_tokens = [None] * len(self.cache.order_tokens)
-        return self.sums | self.buffers.gradients()
+        # x and dy of one product for each weight
+        for calls, pair in zip(ctx.calls, pairs):
+            if pair:
+                calls.append(pair)
+        d_leaves = [None if d is None else d.clone() for d in d_leaves]
+        rest = [None] * (ctx.n_other - len(d_leaves))
+        return None, None, None, None, *d_leaves, *rest

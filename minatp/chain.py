@@ -8,7 +8,6 @@
 `latent_loop` is all of it: autograd keeps the graph of the n latents and runs it backward.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -61,35 +60,24 @@ def walk(model, h, cache, plan):
     if plan.n_candidate == 0:
         return None, plan.n_latent
 
-    # On a GPU the same loop runs with feed, and the whole backward pass of a latent, as CUDA graphs
-    # that are replayed for every t (kernels/replayed_chain.py)
+    # On a GPU the same loop, and its backward pass, are CUDA graphs (kernels/replayed_chain.py)
     if cache.replays_steps and torch.is_grad_enabled():
         fields, n_latent = replayed_chain.run(latent_loop, model, h, cache, plan)
         return Latent(*fields), n_latent
 
-    feed = partial(model.policy.step, cache=cache)
-
     # Without a graph the loop runs as it stands. Inside deferred_weight_gradients the gradients are
     # the same, but in the backward pass that of each weight is one product for the whole chain, not
-    # one for each latent. (Only the CUDA graphs need the hidden states.)
+    # one for each latent
     with deferred_weight_gradients(model):
-        _, latent, n_latent = latent_loop(model, h, plan, feed)
-    return latent, n_latent
+        return latent_loop(model, h, plan, cache)
 
 
-def latent_loop(model, h, plan, feed):
-    """The loop of `walk`.
-
-    feed(z, is_fed) reads z (B, D) in the rows where is_fed (B,) -> the hidden state after it
-    (B, D). Returns all h_t, a list of n_candidate (B, D); the Latent (B, n_candidate); and how many
-    each row used (B,).
-    """
+def latent_loop(model, h, plan, cache):
+    """The loop of `walk`."""
     n_latent = plan.n_latent
-    hidden = []
     latents = []
     for t in range(plan.n_candidate):
         # Propose z_t from h_t
-        hidden.append(h)
         eps = None if plan.eps is None else plan.eps[:, t]
         latent = model.propose(h, eps, spread=plan.spread)
         latents.append(latent)
@@ -103,9 +91,9 @@ def latent_loop(model, h, plan, feed):
         # Feed z_t to π, in the rows that use it. What the others propose from here on is masked out
         # by the caller
         if t < plan.L:
-            h = feed(latent.z, t < n_latent)
+            h = model.policy.step(latent.z, t < n_latent, cache)
 
     # A list of Latents (B, …) -> one Latent (B, n_candidate, …)
     fields = zip(*latents)
     stacked = (None if field[0] is None else torch.stack(field, 1) for field in fields)
-    return hidden, Latent(*stacked), n_latent
+    return Latent(*stacked), n_latent

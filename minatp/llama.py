@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import ops
 from kernels.attention import masked_sdpa
+from kernels.linear import Linear, Merged
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -179,7 +180,9 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(cfg.n_embd, self.h * self.hd, bias=False)
         self.k_proj = nn.Linear(cfg.n_embd, self.h_kv * self.hd, bias=False)
         self.v_proj = nn.Linear(cfg.n_embd, self.h_kv * self.hd, bias=False)
-        self.o_proj = nn.Linear(self.h * self.hd, cfg.n_embd, bias=False)
+        self.o_proj = Linear(self.h * self.hd, cfg.n_embd, bias=False)
+        # all three of x; one product where kernels run
+        self.qkv = Merged(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x, n, rope, cache, i):
         """Layer i: keys and values of all T columns of x (B, T, D), queries of the last n.
@@ -187,10 +190,13 @@ class Attention(nn.Module):
         Returns (B, n, D).
         """
         B, T, _ = x.shape
-        queried = x if n == T else x[:, -n:]
-        q = self.q_proj(queried).view(B, n, self.h, self.hd).transpose(1, 2)  # (B, h, n, hd)
-        k = self.k_proj(x).view(B, T, self.h_kv, self.hd).transpose(1, 2)  # (B, h_kv, T, hd)
-        v = self.v_proj(x).view(B, T, self.h_kv, self.hd).transpose(1, 2)
+        if n == T:
+            q, k, v = self.qkv(x)
+        else:
+            q, k, v = self.q_proj(x[:, -n:]), self.k_proj(x), self.v_proj(x)
+        q = q.view(B, n, self.h, self.hd).transpose(1, 2)  # (B, h, n, hd)
+        k = k.view(B, T, self.h_kv, self.hd).transpose(1, 2)  # (B, h_kv, T, hd)
+        v = v.view(B, T, self.h_kv, self.hd).transpose(1, 2)
         y = cache.attend(i, q, k, v, rope)  # (B, h, n, hd)
         return self.o_proj(y.transpose(1, 2).reshape(B, n, -1))
 
@@ -200,10 +206,11 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=False)
         self.up_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=False)
-        self.down_proj = nn.Linear(cfg.n_inner, cfg.n_embd, bias=False)
+        self.down_proj = Linear(cfg.n_inner, cfg.n_embd, bias=False)
+        self.gate_up = Merged(self.gate_proj, self.up_proj)
 
     def forward(self, x):
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = self.gate_up(x)
         return self.down_proj(ops.swiglu(gate, up))  # silu(gate)·up
 
 

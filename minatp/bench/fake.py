@@ -228,7 +228,8 @@ def run(gpu, prepare):
     with gpu:
         gpu.begin_process()
         work = prepare()
-        for _ in range(2):  # the first warms up
+        # The first runs without graphs, the second records those that are kept, the third counts
+        for _ in range(3):
             gpu.begin()
             work()
     regions = gpu.regions.values()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear
-from kernels.linear import DeferredLinear, deferred_weight_gradients
+from kernels.linear import DeferredLinear, deferred_weight_gradients, kept_copy
 from minatp import chain, data, sft
 from minatp.latent import ATP
 from minatp.llama import LlamaConfig
@@ -146,7 +146,7 @@ def test_each_weight_gradient_is_one_product(model, L):
 
 def test_gradcheck():
     def three_calls(x, W, b):
-        layer = DeferredLinear(SimpleNamespace(weight=W, bias=b))
+        layer = DeferredLinear([SimpleNamespace(weight=W, bias=b)])
         for _ in range(3):
             x = layer(x).tanh()
         return x + F.linear(x, W)  # another use of W
@@ -155,6 +155,38 @@ def test_gradcheck():
     x, W, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
     assert torch.autograd.gradcheck(three_calls, [x, W, b])
     assert torch.autograd.gradcheck(three_calls, [x, W.detach(), b])  # W is frozen
+
+
+def add_one(p):
+    with torch.no_grad():
+        p.add_(1)
+
+
+def step_of_the_optimizer(p):
+    p.grad = torch.ones_like(p)
+    torch.optim.AdamW([p], fused=True).step()
+
+
+@pytest.mark.parametrize("change", [add_one, step_of_the_optimizer])
+def test_a_copy_stays_where_it_is_and_follows_its_weights(change):
+    first, second = (nn.Parameter(torch.zeros(n, 3)) for n in (2, 4))
+    copy = kept_copy([first, second], torch.bfloat16)
+    address = copy.data_ptr()
+    change(second)
+    assert second.abs().min() > 0
+
+    kept_copy([first, second], torch.float16)  # of another dtype, it has another place
+    again = kept_copy([first, second], torch.bfloat16)
+    assert again.data_ptr() == address
+    assert torch.equal(again, torch.cat((first, second)).bfloat16())
+    assert not again.requires_grad
+
+    # unchanged, it is not written again
+    version = again._version
+    assert kept_copy([first, second], torch.bfloat16)._version == version
+
+    # one weight in its own dtype needs no copy
+    assert kept_copy([first], torch.float32).data_ptr() == first.data_ptr()
 
 
 def test_a_chain_that_fails_leaves_the_model_as_it_was(model):

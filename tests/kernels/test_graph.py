@@ -2,15 +2,21 @@
 the real thing, on the GPU.
 """
 
+from collections import Counter
+from dataclasses import replace
 from functools import partial
+from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from kernels import graph, linear
+from kernels import graph, linear, replayed_chain
+from kernels.cache import Columns
 from minatp import data
+from minatp.chain import Plan, read_prompt, walk
 from minatp.decoder import read_thoughts
 from minatp.latent import ATP
 from minatp.llama import LlamaConfig
@@ -108,8 +114,9 @@ class Tape(TorchDispatchMode):
             for x, new in zip(tree_leaves(result), tree_leaves(work())):
                 if not isinstance(x, torch.Tensor):
                     continue
+                # (`data`, because autograd does not see what a CUDA graph writes)
                 if x.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
-                    x.copy_(new)
+                    x.data.copy_(new)
 
 
 @pytest.fixture
@@ -118,9 +125,9 @@ def tapes(monkeypatch):
     real_record = graph.record
     recordings = []
 
-    def record(work, device):
-        if device.type == "cuda":
-            recordings.append(real_record(work, device))
+    def record(work, place):
+        if place.device.type == "cuda":
+            recordings.append(real_record(work, place))
         else:
             recordings.append(record_on_a_tape(work))
         return recordings[-1]
@@ -162,7 +169,7 @@ def test_a_tape_replays_on_the_same_memory(tapes):
 
     if DEVICE == "cpu":
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
-            graph.record(lambda: x * float(x), x.device)
+            graph.record(lambda: x * float(x), graph.Place(x.device))
 
 
 # ---- recording -----------------------------------------------------------------------------------
@@ -185,13 +192,14 @@ DRIVER_ERROR = RuntimeError("CUDA error: out of memory")
 def test_a_recording_that_runs_out_of_memory_is_retried_once(monkeypatch, n_failures, error):
     events = []
 
-    def capture(work, device):
+    def capture(work, place):
         events.append(work)
         if events.count(work) <= n_failures:
             raise error
         return "graph", "result"
 
     monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr(graph, "kept", {"sizes": "a kept chain"})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
     if n_failures == 1:
         assert graph.record("work", None) == ("graph", "result")
@@ -199,17 +207,18 @@ def test_a_recording_that_runs_out_of_memory_is_retried_once(monkeypatch, n_fail
         with pytest.raises(type(error)):
             graph.record("work", None)
     assert events == ["work", "emptied", "work"]
+    assert not graph.kept
 
 
 def test_another_failure_of_a_recording_ends_the_process(monkeypatch):
     """It is not retried, and no `except Exception` goes on with a broken allocator."""
     events = []
 
-    def raise_value_error(work, device):
+    def raise_value_error(work, place):
         events.append(work)
         int("no")
 
-    def raise_shape_error(work, device):
+    def raise_shape_error(work, place):
         events.append(work)
         torch.zeros(2) @ torch.zeros(3)
 
@@ -340,31 +349,43 @@ def rl_chains():
     )
 
 
+@pytest.fixture
+def kept(monkeypatch):
+    """The chains that are kept: none yet."""
+    monkeypatch.setattr(graph, "kept", {})
+    return graph.kept
+
+
 def autograd_node(p):
     return torch.autograd.graph.get_gradient_edge(p).node
 
 
 @pytest.mark.parametrize(
-    "vae, min_elements, autocast",
-    [(True, 300, None), (False, 0, None), (True, 10**9, torch.float16)],
+    "vae, min_elements, autocast, with_rl",
+    [
+        (True, 300, None, True),
+        (False, 0, None, False),
+        (True, 10**9, torch.float16, False),
+    ],
 )
 def test_a_replayed_chain_has_the_gradients_of_the_plain_one(
-    monkeypatch, tapes, vae, min_elements, autocast
+    monkeypatch, tapes, kept, vae, min_elements, autocast, with_rl
 ):
-    """SFT's losses and RL's log-probabilities: chains of 3 and 1 latents, one that the model ends,
-    and two of one prompt.
+    """SFT's losses: chains of 3 and 1 latents, and one that the model ends. RL's log-probabilities:
+    two chains of each prompt. Of the batches the first runs, the second is recorded and the third
+    replays what is kept, each with other prompts, noise and weights.
     """
     monkeypatch.setattr(linear, "MIN_ELEMENTS", min_elements)
+    monkeypatch.setattr(replayed_chain, "PREFIX", 8)
+    monkeypatch.setattr(replayed_chain, "LATENTS", 1)
     model = mixed_model(vae)
     batch = sft_batch(model)
-    eps = normal(4, batch.n_candidate, 16)
-    prompt, prompt_mask = data.left_pad([[5, 6], [7] * 5], model.end, DEVICE)
     chains = rl_chains()
     names = [name for name, _ in model.named_parameters()]
     parameters = list(model.parameters())
 
-    # no node of the forward pass, which ran on another stream, may be in what is recorded
-    forward_nodes = set()
+    # no node of the parameters, which belongs to another stream, may be in what is recorded
+    parameter_nodes = {autograd_node(p) for p in parameters}
     n_recorded = 0
     real_grad = torch.autograd.grad
 
@@ -372,40 +393,127 @@ def test_a_replayed_chain_has_the_gradients_of_the_plain_one(
         nonlocal n_recorded
         if Tape.recording:
             n_recorded += 1
-            assert forward_nodes
-            assert not forward_nodes & {autograd_node(x) for x in inputs}
+            assert not parameter_nodes & {autograd_node(x) for x in inputs}
         return real_grad(outputs, inputs, *args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "grad", watched_grad)
 
-    def values_and_gradients(choice, n_backward):
+    def values_and_gradients(choice, batch, prompts, eps, n_backward=1):
         monkeypatch.setenv("MINATP_KERNELS", choice)
+        prompt, prompt_mask = data.left_pad(prompts, model.end, DEVICE)
         with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
             losses = sft_losses(model, batch, eps[:3])
-            logp = log_probs(model, prompt, prompt_mask, chains, group=2, eps=eps)
-        values = [*losses.values(), logp.logp_stop, logp.logp_token, logp.mu]
+            values = [*losses.values()]
+            if with_rl:
+                logp = log_probs(model, prompt, prompt_mask, chains, group=2, eps=eps)
+                values += [logp.logp_stop, logp.logp_token, logp.mu]
         loss = sum((i + 1) * x.float().pow(2).sum().sqrt() for i, x in enumerate(values))
 
-        forward_nodes.clear()
-        forward_nodes.update(autograd_node(p) for p in parameters)
         for _ in range(n_backward):
             grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         labels = [f"value {i}" for i in range(len(values))] + names
         return list(zip(labels, [*values, *grads]))
 
-    # a second backward pass must find the same buffers as the first
-    n_backward = 2 if min_elements == 300 else 1
-    want = values_and_gradients("torch", 1)
-    got = values_and_gradients("triton", n_backward)
-
-    # two chains, SFT's and RL's: forward once, backward every time
-    assert len(tapes) == 2 + 2 * n_backward
-    if DEVICE == "cpu":
-        assert n_recorded == 2 * n_backward
-        assert all(tape.replays >= 2 for tape, _ in tapes)
-
     bound = 10 * FP32 if autocast is None else 4e-2
-    for (name, wanted), (_, x) in zip(want, got, strict=True):
-        assert (wanted is None) == (x is None), name
-        if wanted is not None:
-            close(x, wanted, bound, name)
+    all_prompts = [[[5, 6], [7] * 5], [[8] * 7, [9, 5, 5]], [[6] * 3, [9, 8]]]
+    for i, prompts in enumerate(all_prompts if with_rl else all_prompts[:2]):
+        # SFT's prompts as well get shorter or longer
+        prompt, mask = data.left_pad([prompts[0], prompts[1], [5, 6]], model.end, DEVICE)
+        batch = replace(batch, prompt=prompt, prompt_mask=mask)
+
+        # a second backward pass must find the same buffers as the first
+        eps = normal(4, batch.n_candidate, 16)
+        want = values_and_gradients("torch", batch, prompts, eps)
+        got = values_and_gradients("triton", batch, prompts, eps, n_backward=1 if with_rl else 2)
+        for (name, wanted), (_, x) in zip(want, got, strict=True):
+            assert (wanted is None) == (x is None), name
+            if wanted is not None:
+                close(x, wanted, bound, f"batch {i}, {name}")
+
+        with torch.no_grad():
+            for p in parameters:
+                p += 0.02 * torch.randn_like(p)
+
+    # each chain forward and backward
+    n_chain = 2 if with_rl else 1
+    assert len(tapes) == 2 * n_chain
+    if DEVICE == "cpu":
+        assert n_recorded == n_chain
+        assert [tape.replays for tape, _ in tapes] == ([2, 2, 2, 2] if with_rl else [1, 2])
+
+
+def gsm8k_like_batches(model, n_batch):
+    """Batches of 32 whose questions and steps are about as long as GSM8K's."""
+    random = Random(1)
+    problems = []
+    for _ in range(7000):
+        n_prompt = min(220, 18 + round(random.gammavariate(3.5, 11)))
+        (n_step,) = random.choices(range(1, 9), [5, 29, 29, 19, 11, 4, 2, 1])
+        problems.append(
+            data.Encoded(
+                prompt=[5] * n_prompt,
+                lines=[[7, 8]] * n_step,
+                texts=[[7, 8, EOS]] * n_step,
+                rest=[],
+                answer=[6, EOS],
+                source="",
+            )
+        )
+    order = data.batches([row.length for row in problems], 32, seed=1)
+    for _ in range(n_batch):
+        yield data.collate([problems[i] for i in next(order)], model.K + 1, model)
+
+
+def kept_chain_of(model, batch):
+    """The KeptChain of a Batch whose prompt has been read."""
+    Q, P = batch.prompt.shape
+    h = torch.zeros(Q, 16, device=DEVICE)
+    columns = Columns(torch.zeros(Q, 1, P, 8, device=DEVICE), None)
+    cache = SimpleNamespace(P=P, start=batch.n_latent, max_group=1, prefix=[columns])
+    plan = Plan(batch.n_latent, batch.L, batch.n_candidate, eps=torch.zeros(1))
+    return replayed_chain.kept_chain(model, h, cache, plan)
+
+
+def test_100_batches_of_gsm8k_need_few_recordings(kept):
+    model = ATP(tiny_config(vocab_size=20), c=2, K=10, decode=False)
+    model.end = END_OF_THINKING
+
+    # the chain's second batch records it, forward and backward
+    met = Counter(kept_chain_of(model, batch) for batch in gsm8k_like_batches(model, 100))
+    n_recording = 2 * sum(n > 1 for n in met.values())
+    assert 4 <= n_recording <= 12, met.values()
+    assert list(kept.values())[-1].n_candidate == 1 + list(kept.values())[-1].L
+
+
+def test_the_chain_that_is_used_least_recently_goes(monkeypatch, kept):
+    monkeypatch.setattr(replayed_chain, "MAX_KEPT", 2)
+    model = mixed_model(vae=True)
+    batch = sft_batch(model)
+
+    a, b = (kept_chain_of(model, replace(batch, L=L)) for L in (4, 8))
+    b.place.last_graph = "a graph"
+    assert kept_chain_of(model, replace(batch, L=3)) is a
+    c = kept_chain_of(model, replace(batch, L=12))
+    assert list(kept.values()) == [a, c]
+
+    # on the stream of the graph that has gone, and with memory of its own
+    assert c.place is b.place
+    assert c.place.last_graph is None
+
+
+def test_a_chain_whose_graph_has_another_batch_refuses_its_backward_pass(monkeypatch, tapes, kept):
+    monkeypatch.setenv("MINATP_KERNELS", "triton")
+    monkeypatch.setattr(replayed_chain, "PREFIX", 8)
+    monkeypatch.setattr(replayed_chain, "LATENTS", 1)
+    model = mixed_model(vae=True)
+    prompt, mask = data.left_pad([[5, 6]], model.end, DEVICE)
+    plan = Plan(torch.ones(1, dtype=torch.long, device=DEVICE), L=1, n_candidate=1)
+
+    def walked():
+        latent, _ = walk(model, *read_prompt(model.policy, prompt, mask, room=1), plan)
+        return latent.z.sum()
+
+    first, second = walked(), walked()
+    with pytest.raises(RuntimeError, match="before the next batch"):
+        first.backward()
+    second.backward()

@@ -346,6 +346,20 @@ def test_attention(shape):
         close(appended, expected * is_real, bound, "append")
 
 
+def test_open_column():
+    B = 130  # more than a program counts
+    is_real = torch.arange(B, device=DEVICE) % 3 != 0
+    n_own = torch.arange(B, device=DEVICE)
+    n_prefix = 2 * n_own + 5
+    before = n_own.clone()
+    n_before, slot, position = attention.open_column(is_real[:, None], n_own, n_prefix)
+
+    assert torch.equal(n_before, before.int())
+    assert torch.equal(slot[:, 0], torch.where(is_real, before, -1).int())
+    assert torch.equal(position[:, 0], n_prefix + before + is_real.long() - 1)
+    assert torch.equal(n_own, before + is_real)
+
+
 def tiny_llama():
     cfg = LlamaConfig(
         vocab_size=29,
