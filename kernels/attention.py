@@ -24,7 +24,7 @@ there is no mask to read.
 
 Each program owns the columns that it adds to: nothing in these kernels is atomic, and every run
 gives the same bits. (kernels/cache.py adds to the buffers, too, where a long pass has read columns
-or rows were selected. Its index_add_ and scatter_add_ are atomic on a GPU.)
+or rows were selected. Its index_add_ is atomic on a GPU.)
 
 Bytes, bf16: forward reads 2·2·d·h_kv a column. A prefix column is read once for all rows of a
 group, not once per row, as long as the group has at most MAX_TILE_QUERIES queries; a larger one
@@ -219,8 +219,9 @@ def store_halves(x_ptr, offsets, x1, x2, mask, H: tl.constexpr, BH: tl.constexpr
 def add_halves(x_ptr, offsets, x1, x2, mask, H: tl.constexpr, BH: tl.constexpr):
     """Add to a float32 buffer. Not atomic: no other program touches these columns.
 
-    Needs no barrier inside: each store depends on its own load. Across calls another thread may own
-    the element, hence the barriers of the callers.
+    Needs no barrier inside: each store depends on its own load. Nor between tiles: a column is in
+    one tile of one split. But each turn of the loop over queries adds to the same columns, perhaps
+    by other threads: hence the barriers of the callers.
     """
     p_x1, p_x2, m = halves(x_ptr, offsets, mask, H, BH)
     tl.store(p_x1, tl.load(p_x1, m, 0.0) + x1, m)
@@ -786,9 +787,17 @@ def own_backward_kernel(
 
 
 # ---- launches ------------------------------------------------------------------------------------
-# BN is 32 forward and 16 backward, because of the registers: a tile of the backward pass also holds
-# do and five products, and with BN = 32 own_backward_kernel spills (kernels/compile_report.py, at
-# eight new positions on sm_90). Its BM is 16 whatever T is, so that T·REP costs no more registers.
+# A tile has BM queries and BN columns. BN is smaller backward because of the registers: a tile of
+# the backward pass also holds do and five products. own_backward_kernel takes its queries 16 at a
+# time: beyond that there are more turns of its loop, and not more registers.
+#
+# To change a tile: BM, BN and BT are powers of two, and at least 16 (tl.dot). A split need not be a
+# multiple of BN, since columns past its end are masked, but then its last tile is partly empty. All
+# kernels run with Triton's 4 warps and 3 stages. The tests shrink MIN_SPLIT_COLUMNS and
+# MAX_TILE_QUERIES, so that few columns make several splits and turns. Check registers and spills
+# with python -m kernels.compile_report.
+FORWARD_BN = 32
+BACKWARD_BN = 16
 
 
 def head_constants(h, h_kv, d, T):
@@ -807,14 +816,16 @@ def query_tile(n_rows, queries_per_row):
 
 def split_prefix(P, n_programs):
     """(number of splits, columns in each) of P prefix columns, for a grid of n_programs × splits:
-    enough to fill the device, but at most ⌈P / MIN_SPLIT_COLUMNS⌉. A width is a multiple of 32, so
-    139 columns are two splits of 96 and 43.
+    enough to fill the device, but at most ⌈P / MIN_SPLIT_COLUMNS⌉. A width is a multiple of
+    FORWARD_BN, so 139 columns are two splits of 96 and 43.
     """
-    most = -(-P // MIN_SPLIT_COLUMNS)
-    wanted = -(-TARGET_PROGRAMS // n_programs)
+    most = ceil_div(P, MIN_SPLIT_COLUMNS)
+    wanted = ceil_div(TARGET_PROGRAMS, n_programs)
     n_splits = max(1, min(most, wanted))
-    width = -(-P // n_splits)
-    return n_splits, -(-width // 32) * 32  # whole tiles
+
+    # whole tiles; as the width is rounded up, fewer splits may be enough
+    width = max(1, ceil_div(ceil_div(P, n_splits), FORWARD_BN)) * FORWARD_BN
+    return max(1, ceil_div(P, width)), width
 
 
 def open_column(is_real, n_own, n_prefix):
@@ -863,7 +874,7 @@ def run_forward(inputs, prefix, own, layout):
         part_o, part_lse,
         *q.stride()[:3],
         scale, B, h, P, split_width,
-        **constants, BM=query_tile(layout.max_group, queries_per_row), BN=32,
+        **constants, BM=query_tile(layout.max_group, queries_per_row), BN=FORWARD_BN,
     )  # fmt: skip
     own_forward_kernel[(B, h_kv)](
         q, k, v, cos, sin, own.k, own.v,
@@ -871,7 +882,7 @@ def run_forward(inputs, prefix, own, layout):
         part_o, part_lse, o, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         scale, B, h, C, n_splits,
-        **constants, BM=query_tile(1, queries_per_row), BN=32, BT=next_power_of_2(T, 16),
+        **constants, BM=query_tile(1, queries_per_row), BN=FORWARD_BN, BT=next_power_of_2(T, 16),
     )  # fmt: skip
     return o, lse
 
@@ -906,7 +917,7 @@ def run_backward(do, o, lse, inputs, caches, grads, layout):
         do, o, lse, part_dq,
         *q.stride()[:3], *do.stride()[:3],
         scale, B, h, P, split_width,
-        **constants, BM=query_tile(layout.max_group, queries_per_row), BN=16,
+        **constants, BM=query_tile(layout.max_group, queries_per_row), BN=BACKWARD_BN,
     )  # fmt: skip
     own_backward_kernel[(B, h_kv)](
         q, k, v, cos, sin, own.k, own.v, own_grad.k, own_grad.v,
@@ -914,6 +925,6 @@ def run_backward(do, o, lse, inputs, caches, grads, layout):
         do, o, lse, part_dq, dq, dk, dv,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
         scale, B, h, C, n_splits,
-        **constants, BM=16, BN=16, BT=next_power_of_2(T, 16),
+        **constants, BM=16, BN=BACKWARD_BN, BT=next_power_of_2(T, 16),
     )  # fmt: skip
     return dq, dk, dv

@@ -1,6 +1,7 @@
 """The cache that the attention kernels read and write, with autograd through it.
 
-It has the interface of minatp's KVCache (open, mask, attend, step, keep), and what the replayed
+It has the interface of minatp's KVCache (open, attend, step, keep; it ignores `rows`, since every
+call is of all rows), and what the replayed
 chain needs besides (prefix_kv, with_prefix, read_own, append_own). The first call's columns,
 left-padded, are the prefix: stored once, however many rows continue from it. The columns of later
 calls are a row's own.
@@ -385,9 +386,9 @@ class StepCache:
         return self.own[i]
 
     def step(self, work, *inputs):
-        """work(*inputs), which reads as many columns at every call. If steps are CUDA graphs, the
-        second call with the same `work` is recorded, and from then on each is a replay. A `keep`
-        begins anew.
+        """work(*inputs), which reads the same number of columns at every call. If steps are CUDA
+        graphs, the second call with the same `work` is recorded, and from then on each is a replay.
+        A `keep` begins anew.
         """
         if not self.replays_steps:
             return work(*inputs)

@@ -1,8 +1,8 @@
 """Linear cross-entropy: −log p of each target from hidden states, with the logits never in memory.
 
-    forward    l_v = τ·h·W_v,  lse = log Σ_v exp(l_v),  nll = lse − l_target,  τ = 1/temperature
+    forward    l_v = β·h·W_v,  lse = log Σ_v exp(l_v),  nll = lse − l_target,  β = 1/temperature
     backward   with g the gradient of a row's nll (any number: in REINFORCE it is an advantage)
-               dl_v = g·τ·(exp(l_v − lse) − [v = target]),  dh = dl·W,  dW = dlᵀ·h
+               dl_v = g·β·(exp(l_v − lse) − [v = target]),  dh = dl·W,  dW = dlᵀ·h
 
 With LLaMA's 128,259 tokens, the logits would be by far the largest tensor of a training step.
 
@@ -17,8 +17,9 @@ are then finished, and the chunk's part of dh. A row without a target (IGNORE) h
 of 0, whatever its hidden state holds. For dW that state must be finite: the product adds 0·h, and
 0·NaN is NaN.
 
-Bytes with 16-bit inputs: h and W are read once each if the L2 cache holds a block of rows. The
-backward pass also moves dl, 2·R·V bytes, written once and read twice; it writes dW once, in
+Bytes with 16-bit products: h and W are read once each, if the blocks of rows that run at the same
+time share a tile of W in the L2 cache (so they are the grid's first axis). Before that a float32 W is
+cast, 6·V·D bytes. The backward pass also moves dl, 2·R·V bytes, written once and read twice; it writes dW once, in
 float32, 4·V·D; and each chunk adds its product to dh in float32, 16·R·D bytes. (Chunks of rows
 would add to dW instead, and V is far larger than R.)
 Operations for R rows: 2·R·V·D forward and 6·R·V·D backward, a third of them for the logits again.
@@ -77,7 +78,7 @@ def linear_nll_backward(g, h, W, target, temperature):
     has_target = (target != IGNORE)[:, None]
     p = (h @ W.T / temperature).softmax(1)  # (R, V)
 
-    # dl = g·τ·(p − one_hot(target)). A row without a target has none.
+    # dl = g·β·(p − one_hot(target)). A row without a target has none.
     column = target.clamp(min=0)[:, None]
     dl = p.scatter_add(1, column, -has_target.to(h.dtype))
     dl = torch.where(has_target, dl * g[:, None] / temperature, 0.0)
@@ -107,7 +108,7 @@ def logits_tile(
         W_mask = (v_ids < V)[:, None] & (col_ids < D)[None, :]
         W = tl.load(W_ptrs, W_mask, other=0.0)  # (BLOCK_V, BLOCK_D)
 
-        # "ieee": float32 inputs, which only tests have, are not rounded to TF32.
+        # "ieee": float32 inputs, which tests and --dtype float32 have, are not rounded to TF32.
         logits = tl.dot(h, tl.trans(W), logits, input_precision="ieee")
     return logits
 
@@ -198,7 +199,7 @@ def linear_nll_backward_kernel(
     lse = tl.load(lse_ptr + row_ids, row_mask, other=0.0)
     p = tl.exp(logits - lse[:, None])  # (BLOCK_ROWS, BLOCK_V)
 
-    # dl = g·τ·(p − one_hot(target)), and 0 in a row without a target, even if it holds NaN
+    # dl = g·β·(p − one_hot(target)), and 0 in a row without a target, even if it holds NaN
     is_target = chunk_start + v_ids[None, :] == target[:, None]
     p_minus_one_hot = tl.where(is_target, p - 1.0, p)
     has_target = target >= 0
@@ -218,7 +219,8 @@ def linear_nll_backward_kernel(
 def product_blocks(h, V):
     """Return the tile sizes for hidden states h (R, D) and V tokens.
 
-    16 bits: those of the matrix instruction. float32, which only tests use: few programs.
+    16 bits: those of the matrix instruction. float32, which tests and --dtype float32 use: few
+    programs.
     """
     if h.element_size() <= 2:
         return HALF_PRECISION_BLOCKS

@@ -140,7 +140,7 @@ def add_rms_norm(x, branch, weight, eps):
 def rotate(x, cos, sin):
     """RoPE: (x₁, x₂) -> (x₁·cos − x₂·sin, x₂·cos + x₁·sin), with x₁ and x₂ the halves of each head.
 
-    x (B, nh, T, hd), cos and sin (B, 1, T, hd/2). Kernel: kernels/rows.py.
+    x (B, nh, T, hd), cos and sin (B, 1, T, hd/2), contiguous. Kernel: kernels/rows.py.
     """
     if has_kernel(x, cos):
         return rows.Rotate.apply(x, cos, sin)

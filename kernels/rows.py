@@ -378,6 +378,7 @@ def run_rotate(x, cos, sin, sign):
     gradient of x goes back to the projection's (B, T, nh·hd) without a copy.
     """
     B, n_head, T, head_dim = x.shape
+    assert cos.is_contiguous() and sin.is_contiguous()  # the kernel reads them as (B·T, H)
     if x.stride(3) != 1:
         x = x.contiguous()
     y = x.new_empty(B, T, n_head, head_dim)
@@ -397,7 +398,7 @@ def run_rotate(x, cos, sin, sign):
 
 
 class Rotate(torch.autograd.Function):
-    """RoPE of x (B, nh, T, 2H) with cos and sin (B, 1, T, H), which get no gradient."""
+    """RoPE of x (B, nh, T, 2H) with cos and sin (B, 1, T, H), contiguous; these get no gradient."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):

@@ -89,9 +89,9 @@ def choose_word_kernel(
     Z = tl.sum(weight, 0)
 
     # The block that holds the word: the first with m, or the first whose cumulative weight reaches
-    # u·Z. (The last block may miss it by rounding.)
+    # u·Z. (The last block may miss it by rounding; a row of NaN has no m.)
     if u_ptr is None:
-        block = tl.min(tl.where(block_max == m, blocks, BLOCKS), 0)
+        block = tl.minimum(tl.min(tl.where(block_max == m, blocks, BLOCKS), 0), n_blocks - 1)
     else:
         target = tl.load(u_ptr + row) * Z
         below = tl.cumsum(weight, 0) < target
@@ -104,13 +104,14 @@ def choose_word_kernel(
     logits = tl.load(logits_ptrs, mask=words < V, other=-float("inf")).to(tl.float32)
     logits *= inverse_temperature
 
-    # The word, likewise, as its offset in the block
+    # The word, likewise, as its offset in the block. (The sum within a block may also miss u·Z by
+    # rounding. As cdf only grows, the number of words below u·Z is the offset of the first at it.)
+    last = tl.minimum(BLOCK, V - block * BLOCK) - 1
     if u_ptr is None:
-        offset = tl.min(tl.where(logits == m, offsets, BLOCK - 1), 0)
+        offset = tl.minimum(tl.min(tl.where(logits == m, offsets, BLOCK - 1), 0), last)
     else:
         before = tl.sum(tl.where(blocks < block, weight, 0.0), 0)
         cdf = before + tl.cumsum(tl.exp(logits - m), 0)
-        last = tl.minimum(BLOCK, V - block * BLOCK) - 1
         offset = tl.minimum(tl.sum((cdf < target).to(tl.int32), 0), last)
 
     logit = tl.sum(tl.where(offsets == offset, logits, 0.0), 0)
@@ -121,6 +122,7 @@ def choose_word_kernel(
 def fused_sample(logits, u=None, temperature=1.0):
     """The same as `sample`, by the kernels."""
     logits = as_rows(logits)
+    assert u is None or u.is_contiguous()  # the kernel takes u[row] at u_ptr + row
     R, V = logits.shape
     n_blocks = ceil_div(V, BLOCK)
     maxima = torch.empty(R, n_blocks, device=logits.device)
