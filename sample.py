@@ -16,7 +16,7 @@ import time
 
 from minatp.rollout import Noise
 from minatp.run import evaluate
-from minatp.run.device import autocast, pick_device, place, solving_guard
+from minatp.run.device import autocast, pick_device, pick_dtype, place, solving_guard
 from minatp.run.errors import run_command
 from minatp.run.huggingface import load_model, locate
 from minatp.run.splits import encode_prompts
@@ -71,16 +71,19 @@ def think(folder, name, problems, args, device):
 
     columns, sampled = [], []
 
-    def add_column(edit_text, chains, start):
+    def add_column(edit_text, chains, solved, start):
+        """chains: per problem those to show. solved: all Chains that were made since `start`."""
         seconds = time.perf_counter() - start
-        columns.append(show.Column(name, edit_text, model.c, chains, seconds))
+        n_position = show.count_positions(solved)
+        columns.append(show.Column(name, edit_text, model.c, chains, seconds, n_position))
 
-    with solving_guard(prompts, model, args.max_new, what="sample"), autocast(device):
+    dtype = pick_dtype(args.dtype, device, model)
+    with solving_guard(prompts, model, args.max_new, what="sample"), autocast(device, dtype):
         # The mean chain of each problem …
         start = time.perf_counter()
         if args.html or not args.temperature:
             mean = solve(prompts)
-            add_column("", [[chain] for chain in mean], start)
+            add_column("", [[chain] for chain in mean], mean, start)
 
         # … or sampled chains: on a page beside the mean, in the terminal in its place
         if args.temperature:
@@ -89,7 +92,7 @@ def think(folder, name, problems, args, device):
             if args.vote:
                 sampled = [[evaluate.elect(chains, args.vote)] for chains in sampled]
             if not args.html:
-                add_column("", sampled, start)
+                add_column("", sampled, sum(samples, []), start)
 
         # Edit the mean chains and let the model think on. (There are some whenever there is --edit:
         # sample_options.check)
@@ -102,7 +105,7 @@ def think(folder, name, problems, args, device):
             forced, applies = edit.force(e, model, mean, mean + pool, args.seed)
             solved = solve(prompts, forced=forced)
             chains = [[chain] if applied else [] for chain, applied in zip(solved, applies)]
-            add_column(e.text, chains, start)
+            add_column(e.text, chains, solved, start)
 
         # The page also shows φ's runner-up readings and the latents in a plane
         if args.html:

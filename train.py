@@ -21,11 +21,10 @@ from minatp.reward import chain_reward
 from minatp.rl import advantages, kl_to_start, log_probs, surrogate
 from minatp.rollout import Noise, Rollout, rollout
 from minatp.run import distributed, options
-from minatp.run.checks import refuse_rewards
+from minatp.run.checks import check_init, refuse_rewards
 from minatp.run.device import Doing, pick_device
 from minatp.run.errors import run_command
 from minatp.run.folder import claim_folder
-from minatp.run.huggingface import locate
 from minatp.run.loop import Run
 from minatp.run.splits import load_splits
 from minatp.run.terminal import print0, stop_request
@@ -39,7 +38,7 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     with claim_folder(cfg):
         if cfg.init and not (cfg.resume and cfg.stage == "sft"):
-            locate(cfg.init)  # fail before the data is read
+            check_init(cfg)  # before the data is read
         run = Run(cfg, load_splits(cfg), device)
         print0(run.splits.describe())
         if cfg.dry_run:
@@ -78,8 +77,8 @@ def sft(run):
             # 1. The gradient of L_enc + L_dec + L_stop + β·L_KL
             losses, counts = sft_gradients(run, problems, stage, step)
 
-            # 2. A step of the optimizer on the gradients, summed over ranks and clipped. The sum of
-            # the losses is only looked at: if it or a gradient is not finite, no step is taken
+            # 2. Sum the gradients over ranks, clip them, take a step, and clear them. If the sum of
+            # the losses or a gradient is not finite, there is no step
             grad_norm = run.optimizer.step(sum(losses.values()), problems)
             run.meter.add({**losses, "grad_norm": grad_norm}, counts, counts["position"])
 
@@ -114,7 +113,7 @@ def curriculum_batches(run, stage):
 
 
 def sft_gradients(run, problems, stage, step, weight=1.0):
-    """Add the gradient of the SFT loss of a batch, times `weight`, to the parameters.
+    """Accumulate the gradient of the SFT loss of a batch, times `weight`, in the parameters' .grad.
 
     problems: a list of Encoded. Returns (losses, counts): the four losses, each summed over the
     batch, and how many terms each sum has.
@@ -144,8 +143,8 @@ def rl(run):
 
     With --estimator score the latents are actions, with the density that they were drawn from. With
     path, the default of the tiny preset, the actions are stops and words alone, and the gradient of
-    their log-probabilities runs back through every latent. What a reward owes to the latents
-    directly, as coherence does, path does not credit to them.
+    their log-probabilities runs back through every latent. A reward that depends on the latents
+    directly, as coherence does through φ's reading, gives them no credit with path.
     """
     cfg, model = run.cfg, run.model
     work = f"{cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts"
@@ -159,7 +158,7 @@ def rl(run):
         reward, terms = judge(run, chains, problems, step)  # (Q, G)
 
         # 3. Advantage: against the mean of the group. A group with equal rewards teaches nothing;
-        # if all are such, there is no update, not even the anchor's
+        # if every group is like that, there is no update, not even the anchor's
         advantage = advantages(reward, cfg.baseline, cfg.normalise)  # (Q, G)
         informative = (advantage != 0).any(1)  # (Q,)
 
@@ -168,8 +167,11 @@ def rl(run):
         old, metrics = None, {}
         for _ in range(cfg.updates_per_batch if informative.any() else 0):
             loss, old, metrics = policy_gradients(run, explored, advantage, informative, old)
-            if cfg.anchor:  # hold on to what SFT has taught
+
+            # Hold on to what SFT has taught (φ is frozen: L_dec reaches π alone)
+            if cfg.anchor:
                 sft_gradients(run, labelled, model.stage, step, weight=cfg.anchor)
+
             metrics["grad_norm"] = run.optimizer.step(loss, problems)
 
         signal = {"reward": reward.mean(), "signal": informative.float().mean()}
@@ -224,7 +226,7 @@ def explore(run, prompts, step):
     # Think, stop and answer; then let φ read the latents
     length = prompt.shape[1] + model.c * model.K + 1 + run.max_new
     run.doing = Doing(f"rl, step {step + 1}", len(our_rows), length, "--batch-size or --G")
-    with run.autocast:
+    with run.autocast:  # (`doing` is for the message if memory runs out)
         rolled = rollout(model, prompt, prompt_mask, run.max_new, noise, cfg.G)
         chains = as_text(model, run.tokenizer, rolled)
 
@@ -263,18 +265,20 @@ def judge(run, chains, problems, step):
 
     # The mean of each term, for the log
     names = judged[0][1]
-    means = {name: torch.tensor([terms[name] for _, terms in judged]).mean() for name in names}
+    means = {}
+    for name in names:
+        means[name] = torch.tensor([float(terms[name]) for _, terms in judged]).mean()
     return reward, distributed.all_reduce(means, run.device, weight=len(our_problems))
 
 
 def policy_gradients(run, explored, advantage, informative, old):
-    """Add the policy gradient of the informative groups to the parameters.
+    """Accumulate the policy gradient of the informative groups in the parameters' .grad.
 
     The gradient is that of −Σ advantage·log π over their chains, divided by the number of all
     chains. (The value of the loss means nothing: at the first update every ratio is 1.)
     advantage (Q, G), informative (Q,): of all ranks; this rank's chains are in `explored`.
-    old: what a former update on this batch returned, (log-probabilities (rows, T), the SFT policy's
-    LogProbs or None), or None.
+    old: None at the first update on a batch; then the pair that it returned, (log-probabilities
+    (rows, T), the SFT policy's LogProbs or None).
     Returns (the loss of all ranks, old, metrics).
     """
     cfg, model, device = run.cfg, run.model, run.device
@@ -284,7 +288,7 @@ def policy_gradients(run, explored, advantage, informative, old):
     group = our_informative.nonzero()[:, 0].to(device)
     rows = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
     prompt, prompt_mask = explored.prompt[group], explored.prompt_mask[group]
-    rolled = explored.rollout.select(rows)
+    rolled = explored.rollout.at(rows)
     chain_advantage = (
         distributed.shard(advantage)[our_informative].view(-1, 1).to(device)
     )  # (rows, 1)

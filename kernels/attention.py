@@ -88,6 +88,7 @@ def visible_mask(layout, P, C):
     B, T = layout.slot.shape
     device = layout.slot.device
 
+    # the real columns of the row's prefix, and its own: all of them lie before the new positions
     prefix = torch.arange(P, device=device) >= layout.start[layout.owner][:, None]  # (B, P)
     own = torch.arange(C, device=device) < layout.n_own[:, None]  # (B, C)
 
@@ -110,6 +111,8 @@ def masked_sdpa(q, k, v, mask):
         # with a mask, PyTorch's fused kernels need as many key heads as query heads
         k = k.repeat_interleave(rep, 1)
         v = v.repeat_interleave(rep, 1)
+
+    # where they were not repeated, SDPA shares each key head among its query heads
     grouped_heads = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped_heads)
 
@@ -134,6 +137,8 @@ def step_reference(q, k, v, cos, sin, prefix_k, prefix_v, own_k, own_v, layout):
     own (B, h_kv, C, d) -> o (B, h, T, d).
     """
     rep = q.shape[1] // k.shape[1]
+
+    # cached keys are stored rotated, so only q and the new k are rotated here
     keys = gather_columns(prefix_k, own_k, rotate(k, cos, sin), layout, rep)
     values = gather_columns(prefix_v, own_v, v, layout, rep)
     mask = visible_mask(layout, prefix_k.shape[2], own_k.shape[2])
@@ -170,6 +175,7 @@ def step_backward_reference(do, q, k, v, cos, sin, prefix_k, prefix_v, own_k, ow
     def sum_members(grad):
         return grad.new_zeros(N, *grad.shape[1:]).index_add_(0, layout.owner, grad)
 
+    # ds @ keys and dk are gradients of the rotated q and k: rotate them back
     dq = rotate(ds @ keys, cos, -sin)
     dk = rotate(dk, cos, -sin)
     return dq, dk, dv, sum_members(d_prefix_k), sum_members(d_prefix_v), d_own_k, d_own_v
@@ -258,9 +264,13 @@ def load_rotated(
     p_x1, p_x2, m = halves(x_ptr, offsets, mask, H, BH)
     x1 = tl.load(p_x1, m, 0.0).to(tl.float32)
     x2 = tl.load(p_x2, m, 0.0).to(tl.float32)
+
+    # one angle for each pair (x1[i], x2[i])
     i = tl.arange(0, BH)
     c = tl.load(cos_ptr + position[:, None] * H + i[None, :], m, 0.0)
     s = tl.load(sin_ptr + position[:, None] * H + i[None, :], m, 0.0)
+
+    # callers pass the dtype of the cached keys: a matrix product takes two operands of one dtype
     y1 = x1 * c - x2 * s
     y2 = x2 * c + x1 * s
     return y1.to(dtype), y2.to(dtype)
@@ -276,6 +286,8 @@ def store_unrotated(
     i = tl.arange(0, BH)
     c = tl.load(cos_ptr + position[:, None] * H + i[None, :], m, 0.0)
     s = tl.load(sin_ptr + position[:, None] * H + i[None, :], m, 0.0)
+
+    # as in `load_rotated`, with −sin
     tl.store(p_x1, x1 * c + x2 * s, m)
     tl.store(p_x2, x2 * c - x1 * s, m)
 
@@ -293,10 +305,13 @@ def group_queries(
 
     Returns (BM,) each: row, position, head, query, and whether there is such a query.
     """
+    # the tile's order: row, then position, then query head
     i_query = tl.arange(0, BM)  # in the tile
     member = begin + i_query // (T * REP)
     # a row's queries never lie in two tiles
     mask = (i_query < BM // (T * REP) * (T * REP)) & (member < end)
+
+    # int64: the offsets computed from b can exceed 2³¹
     b = tl.load(members_ptr + member, mask, 0).to(tl.int64)
     t = (i_query // REP) % T
     head = i_kv * REP + i_query % REP
@@ -373,9 +388,12 @@ def load_upstream(
     dtype: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """What the backward pass knows of its queries: do (BM, BD), Δ = do·o (BM,) and lse (BM,)."""
+    # Δ = Σ_c p_c (do·v_c), which is do·o: the sum over all columns needs no pass of its own
     b_do = load_whole(do_ptr, do_offsets, mask, D, BD)
     b_o = load_whole(o_ptr, query * D, mask, D, BD)
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+
+    # lse 0 where there is no query: the scores there are −inf, and exp2(−inf − 0) is 0, not NaN
     b_lse = tl.load(lse_ptr + query, mask, 0.0)
     return b_do.to(dtype), b_delta, b_lse
 
@@ -385,9 +403,13 @@ def tile_backward(b_s, b_lse, b_delta, b_q1, b_q2, b_do, b_k1, b_k2, b_v, scale)
     """One tile's share of the gradients: dq (BM, BH) in two halves, dk (BN, BH) in two halves,
     dv (BN, BD).
     """
+    # the weights again, and from them ds. The scores are in units of log 2, but ds is the gradient
+    # of q·k itself: its factor is scale, without log₂e
     b_p = tl.exp2(b_s - b_lse[:, None])  # (BM, BN)
     b_dp = dot(b_do, tl.trans(b_v))
     b_ds = (b_p * (b_dp - b_delta[:, None]) * scale).to(b_k1.dtype)
+
+    # dq sums over the tile's columns; dk and dv sum over its queries, hence the transposes
     b_pt = tl.trans(b_p.to(b_k1.dtype))  # (BN, BM)
     b_dst = tl.trans(b_ds)
     b_dq1 = dot(b_ds, b_k1)
@@ -449,7 +471,7 @@ def prefix_forward_kernel(
     end = tl.minimum((i_split + 1) * split_width, P)
     first_tile = tl.maximum(i_split * split_width, begin // BN * BN)
 
-    # one turn, unless the group has more queries than fit into BM
+    # the rows of the group; one turn, unless they have more queries than fit into BM
     first_member = tl.load(member_offsets_ptr + i_n)
     end_member = tl.load(member_offsets_ptr + i_n + 1)
     for member in range(first_member, end_member, BM // (T * REP)):
@@ -537,7 +559,7 @@ def own_forward_kernel(
     new_s = tile_scores(b_q1, b_q2, new_k1, new_k2, scale, sees_new(t, new, slot, T))  # (BM, BT)
     b_max, b_sum, b_acc = update_softmax(new_s, new_v, b_max, b_sum, b_acc)
 
-    # loop over the own columns of earlier steps
+    # loop over the own columns of earlier steps: n_own does not count those appended above
     n_own = tl.load(n_own_ptr + b)
     for tile in range(0, n_own, BN):
         column = tile + tl.arange(0, BN)
@@ -553,6 +575,8 @@ def own_forward_kernel(
     for split in range(n_splits):
         part = query + tl.full([], split, tl.int64) * B * h * T
         part_lse = tl.load(part_lse_ptr + part, mask, -float("inf"))
+
+        # a query that does not exist may have seen no column: with a maximum of 0 it gets no NaN
         new_max = tl.where(mask, tl.maximum(b_max, part_lse), 0.0)
         rescale = tl.exp2(b_max - new_max)
         weight = tl.exp2(part_lse - new_max)
@@ -602,6 +626,7 @@ def prefix_backward_kernel(
     end = tl.minimum((i_split + 1) * split_width, P)
     first_tile = tl.maximum(i_split * split_width, begin // BN * BN)
 
+    # turns over the rows of the group, as in the forward kernel
     first_member = tl.load(member_offsets_ptr + i_n)
     end_member = tl.load(member_offsets_ptr + i_n + 1)
     for member in range(first_member, end_member, BM // (T * REP)):
@@ -631,14 +656,17 @@ def prefix_backward_kernel(
             dq1, dq2, b_dk1, b_dk2, b_dv = tile_backward(
                 b_s, b_lse, b_delta, b_q1, b_q2, b_do, b_k1, b_k2, b_v, scale
             )
+
+            # dq stays in registers until the split ends; dk and dv join what other steps have added
             b_dq1 += dq1
             b_dq2 += dq2
             add_halves(k_grad_ptr, column * D, b_dk1, b_dk2, is_real, H, BH)
             add_whole(v_grad_ptr, column * D, b_dv, is_real, D, BD)
 
-        # store the split's share of dq
+        # store the split's share of dq; own_backward_kernel adds them up and rotates the sum back
         part = query + i_split.to(tl.int64) * B * h * T
         store_halves(part_dq_ptr, part * D, b_dq1, b_dq2, mask, H, BH)
+
         # The next turn of the loop reads and writes the same gradient columns. The barrier orders
         # this program's reads and writes between turns: without it, a thread that is ahead could
         # read a column before another has written its sum.
@@ -677,7 +705,7 @@ def own_backward_kernel(
     v_grad_ptr += cache_offset
     n_own = tl.load(n_own_ptr + b)
 
-    # load the new columns
+    # load the new columns, not from the cache: those that are not real have no place there
     new = tl.arange(0, BT)
     is_new = new < T
     k_offsets = b * stride_kb + i_kv * stride_kh + new * stride_kt
@@ -704,7 +732,7 @@ def own_backward_kernel(
             do_ptr, do_offsets, o_ptr, lse_ptr, query, mask, v_dtype, D, BD
         )
 
-        # the new columns
+        # the new columns: their dk and dv add up in registers, over all queries of the row
         sees_new_columns = sees_new(t, new, slot, T) & mask[:, None]
         new_s = tile_scores(b_q1, b_q2, new_k1, new_k2, scale, sees_new_columns)  # (BM, BT)
         b_dq1, b_dq2, add_dk1, add_dk2, add_dv = tile_backward(
@@ -737,7 +765,9 @@ def own_backward_kernel(
             add_halves(k_grad_ptr, column * D, b_dk1, b_dk2, is_own, H, BH)
             add_whole(v_grad_ptr, column * D, b_dv, is_own, D, BD)
 
+        # dq is complete: every column that these queries attend to has added its share
         store_unrotated(dq_ptr, query * D, b_dq1, b_dq2, cos_ptr, sin_ptr, b * T + t, mask, H, BH)
+
         # As in the prefix: the next queries add to the same columns. And the new columns must have
         # been read by all threads before they are cleared.
         tl.debug_barrier()
@@ -820,11 +850,13 @@ def run_forward(inputs, prefix, own, layout):
     queries_per_row = T * h // h_kv
     n_splits, split_width = split_prefix(P, N * h_kv)
 
+    # the parts are float32, so that o is rounded once, when they are joined
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     part_o = q.new_empty(n_splits, B, h, T, d, dtype=torch.float32)
     part_lse = q.new_empty(n_splits, B, h, T, dtype=torch.float32)
     lse = q.new_empty(B, h, T, dtype=torch.float32)
 
+    # the second launch reads the parts that the first has written: kernels of a stream run in order
     prefix_forward_kernel[(N, h_kv, n_splits)](
         q, cos, sin, prefix.k, prefix.v,
         layout.start, layout.members, layout.member_offsets,
@@ -861,11 +893,13 @@ def run_backward(do, o, lse, inputs, caches, grads, layout):
     queries_per_row = T * h // h_kv
     n_splits, split_width = split_prefix(P, N * h_kv)
 
+    # dq, dk and dv are contiguous, whatever the strides of q, k and v
     part_dq = q.new_empty(n_splits, B, h, T, d, dtype=torch.float32)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = torch.empty_like(k, memory_format=torch.contiguous_format)
     dv = torch.empty_like(v, memory_format=torch.contiguous_format)
 
+    # the prefix first, again: own_backward_kernel needs its shares of dq
     prefix_backward_kernel[(N, h_kv, n_splits)](
         q, cos, sin, prefix.k, prefix.v, prefix_grad.k, prefix_grad.v,
         layout.start, layout.members, layout.member_offsets,

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import attention, cross_entropy, ops, rows, vae
+from . import attention, cross_entropy, graph, ops, rows, vae
 from .cache import AttendStep, Columns, StoreColumns
 from .common import triton
 
@@ -117,11 +117,13 @@ def attention_case(device, dtype, shape):
     # PyTorch's own attention takes one tensor of all columns, and a mask. It hides the padding, and
     # the last own column, which is the room for the new one.
     mask = attention.visible_mask(layout, P, C)[:, None]
-    enable_gqa = shape.n_head > shape.n_kv_head
 
+    # With enable_gqa and a mask it has no fused kernel, and to repeat the keys would be to copy all
+    # columns. So the query heads of a key head are its rows, which one new position allows.
     def sdpa(*tensors):
         q, k, v = rotated_and_joined(*tensors)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
+        grouped = q.reshape(B, shape.n_kv_head, -1, shape.head_dim)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(q.shape)
 
     # Elements of a key or value tensor that a step reads. Left padding costs nothing.
     columns = N * P - layout.start.sum() + B * C
@@ -413,10 +415,13 @@ def capture(function, copies, backward):
     torch.cuda.synchronize()
 
     # One graph, so that what is timed is the GPU's work and not Python's.
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run_all()
-    return graph.replay
+    cuda_graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(cuda_graph):
+            run_all()
+    except Exception as error:
+        raise graph.CaptureFailed(f"{type(error).__name__} while recording: {error}") from error
+    return cuda_graph.replay
 
 
 def microseconds(work):
@@ -462,15 +467,22 @@ class Race:
     product_speed: float  # operations per µs
 
 
+def copies_beyond(l2_cache, size):
+    """Return how many copies of inputs of `size` bytes the L2 cache cannot hold, twice over.
+
+    So every call reads its inputs from memory.
+    """
+    return 2 * l2_cache // size + 1
+
+
 def race(case, backward, settings):
     """Time the kernel and its peers. Return one Markdown row for each."""
-    # As many copies of the inputs as the L2 cache cannot hold, so that every call reads from memory
     size = sum(x.nbytes for x in case.inputs())
-    l2_cache = torch.cuda.get_device_properties(0).L2_cache_size
-    n_copies = max(1, min(50, 2 * l2_cache // size + 1))
+    n_copies = copies_beyond(torch.cuda.get_device_properties(0).L2_cache_size, size)
     copies = [[x.requires_grad_() for x in case.inputs()] for _ in range(n_copies)]
 
-    # Capture all before any is timed. A peer that fails is reported; the kernel must not fail.
+    # Capture all before any is timed. A peer that fails is reported; the kernel must not fail, and
+    # nothing may fail while it is recorded (graph.CaptureFailed).
     replays = {}
     failed = {}
     for name, function in contenders(case, settings.peers).items():

@@ -17,6 +17,7 @@ except ImportError:
     triton = types.SimpleNamespace(jit=leave_uncompiled)
     tl = types.SimpleNamespace(constexpr=None)
 
+# The stand-in above has no __version__.
 HAS_TRITON = hasattr(triton, "__version__")
 
 # How a RuntimeError says that it is a failed allocation: on the CPU; in CUDA or Triton; in cuBLAS
@@ -47,6 +48,9 @@ def upcast(x):
 def as_rows(x):
     """Flatten x (..., D) to (rows, D), each row contiguous; a view where the strides allow it."""
     rows = x.reshape(-1, x.shape[-1])
+
+    # Kernels take rows at any distance, but a row's elements side by side. The stride within a row
+    # of one element means nothing.
     if rows.stride(1) == 1 or rows.shape[1] == 1:
         return rows
     return rows.contiguous()
@@ -54,6 +58,7 @@ def as_rows(x):
 
 def row_stride(x):
     """Return the distance between two rows of x, in elements. 0 if x is None."""
+    # None is an input that this launch does not have: its kernel reads nothing at the stride.
     return 0 if x is None else x.stride(0)
 
 
@@ -90,6 +95,7 @@ def cast_once(module):
     It caches them only for weights that require a gradient; otherwise each word would cast them all
     again.
     """
+    # Setting the flag is enough. Callers are under no_grad, so no graph is built.
     frozen = [p for p in module.parameters() if not p.requires_grad]
     try:
         for p in frozen:

@@ -11,26 +11,30 @@ tile with a running maximum and a running sum of exponentials, so that nothing o
 three numbers per row, 12 bytes: the maximum, the sum, and the target's logit (0 if the target is in
 another share). PyTorch then joins the shares.
 
-Backward: the tiles of logits are computed again and stored as dl, for CHUNK rows at a time. cuBLAS
-computes the two products with dl. A row without a target (IGNORE) has an nll, dl and dh of 0,
-whatever its hidden state holds. For dW that state must be finite: the product adds 0·h, and 0·NaN
-is NaN.
+Backward: the tiles of logits are computed again and stored as dl, for all R rows and one chunk of
+the vocabulary at a time. cuBLAS computes the two products with dl: the chunk's rows of dW, which
+are then finished, and the chunk's part of dh. A row without a target (IGNORE) has an nll, dl and dh
+of 0, whatever its hidden state holds. For dW that state must be finite: the product adds 0·h, and
+0·NaN is NaN.
 
-Bytes: h and W are read once each if the L2 cache holds a block of rows. The backward pass also
-moves dl, 2·CHUNK·V bytes for each chunk, written once and read twice. And each chunk writes a
-product of V × D in W's dtype, and adds it to a float32 buffer of V × D: with a 16-bit W, 12·V·D
-bytes a chunk.
+Bytes with 16-bit inputs: h and W are read once each if the L2 cache holds a block of rows. The
+backward pass also moves dl, 2·R·V bytes, written once and read twice; it writes dW once, in
+float32, 4·V·D; and each chunk adds its product to dh in float32, 16·R·D bytes. (Chunks of rows
+would add to dW instead, and V is far larger than R.)
 Operations for R rows: 2·R·V·D forward and 6·R·V·D backward, a third of them for the logits again.
 """
 
 import torch
 import torch.nn.functional as F
 
-from .common import as_rows, ceil_div, empty_contiguous, next_power_of_2, tl, triton, upcast
+from .common import as_rows, ceil_div, mm_float32, next_power_of_2, tl, triton, upcast
 
 IGNORE = -100  # the target of a position that has none, as in PyTorch
-CHUNK = 1024  # rows whose dl is in memory at a time: enough for cuBLAS to run at full speed
-SHARES = 16  # of the vocabulary in the forward pass
+DL_ELEMENTS = 2**27  # of dl that are in memory at a time: 268 MB
+
+# Shares of the vocabulary in the forward pass: 1,024 rows are only 8 blocks of rows, too few
+# programs for a large GPU. With 16 shares they are 128 programs.
+SHARES = 16
 
 # Tiles for 16-bit inputs: rows and tokens of a tile, and columns of h multiplied at a time
 HALF_PRECISION_BLOCKS = {
@@ -92,6 +96,7 @@ def logits_tile(
     BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return h[row_ids]·W[v_ids]ᵀ, (BLOCK_ROWS, BLOCK_V) float32."""
+    # A product over all of D is added up from slices of BLOCK_D columns, which fit on the chip.
     logits = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)
     for start in range(0, D, BLOCK_D):
         col_ids = start + tl.arange(0, BLOCK_D)
@@ -122,6 +127,8 @@ def linear_nll_forward_kernel(
     row_ids = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row_ids < R
     share = tl.program_id(1)
+
+    # No token is −1 or IGNORE: where there is no target, its logit stays 0.
     target = tl.load(target_ptr + row_ids, row_mask, other=-1)
 
     # Over the tiles so far: the largest logit, Σ exp(logit − largest), and the target's logit
@@ -144,15 +151,18 @@ def linear_nll_forward_kernel(
         )  # fmt: skip
         logits = tl.where(v_mask, logits * inverse_temperature, -float("inf"))
 
-        # A new maximum rescales the sum so far.
+        # A new maximum rescales the sum so far. Every tile has a token, so new_max is finite, and
+        # at the first tile the old sum counts 0·exp(−inf) = 0.
         new_max = tl.maximum(running_max, tl.max(logits, 1))
         rescale = tl.exp(running_max - new_max)
         running_sum = running_sum * rescale + tl.sum(tl.exp(logits - new_max[:, None]), 1)
         running_max = new_max
 
+        # At most one tile of one share has the target; the others add 0.
         is_target = v_ids[None, :] == target[:, None]
         target_logit += tl.sum(tl.where(is_target, logits, 0.0), 1)
 
+    # A program owns its entries of the three results, so nothing is atomic.
     out_offsets = share * R + row_ids
     tl.store(max_ptr + out_offsets, running_max, row_mask)
     tl.store(sum_ptr + out_offsets, running_sum, row_mask)
@@ -164,10 +174,13 @@ def linear_nll_backward_kernel(
     h_ptr, W_ptr, target_ptr, lse_ptr, g_ptr, dl_ptr,
     R, V, D,
     h_row_stride, W_row_stride, dl_row_stride,
-    inverse_temperature,
+    inverse_temperature, chunk_start,
     BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of dl, BLOCK_ROWS × BLOCK_V."""
+    """One program: one tile of dl, BLOCK_ROWS × BLOCK_V.
+
+    W and dl are a chunk of the vocabulary, V tokens from chunk_start on.
+    """
     row_ids = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     v_ids = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     row_mask = row_ids < R
@@ -186,14 +199,17 @@ def linear_nll_backward_kernel(
     p = tl.exp(logits - lse[:, None])  # (BLOCK_ROWS, BLOCK_V)
 
     # dl = g·τ·(p − one_hot(target)), and 0 in a row without a target, even if it holds NaN
-    p_minus_one_hot = tl.where(v_ids[None, :] == target[:, None], p - 1.0, p)
+    is_target = chunk_start + v_ids[None, :] == target[:, None]
+    p_minus_one_hot = tl.where(is_target, p - 1.0, p)
     has_target = target >= 0
     g = tl.load(g_ptr + row_ids, row_mask, other=0.0) * inverse_temperature
     g = tl.where(has_target, g, 0.0)
     dl = tl.where(has_target[:, None], p_minus_one_hot * g[:, None], 0.0)
 
+    # The store rounds dl to the dtype of h, for the products. dl has room for whole tiles, so no
+    # column is masked and a thread stores 16 bytes at a time. Nobody reads the columns past V.
     dl_ptrs = dl_ptr + row_ids[:, None] * dl_row_stride + v_ids[None, :]
-    tl.store(dl_ptrs, dl, row_mask[:, None] & (v_ids < V)[None, :])
+    tl.store(dl_ptrs, dl, row_mask[:, None])
 
 
 # ---- launches, under autograd --------------------------------------------------------------------
@@ -213,20 +229,32 @@ def product_blocks(h, V):
     }
 
 
+def chunk_width(R, V, tile):
+    """Return how many tokens have their dl in memory at a time: whole tiles, at least one."""
+    widest = ceil_div(V, tile) * tile
+    return min(widest, max(tile, DL_ELEMENTS // R // tile * tile))
+
+
 class LinearNLL(torch.autograd.Function):
-    """h (R, D) and W (V, D) of one dtype, target (R,) -> −log p (R,) float32."""
+    """h (R, D), W (V, D), target (R,) -> −log p (R,) float32.
+
+    The products are computed in h's dtype. The gradient of a float32 W is not rounded to it.
+    """
 
     @staticmethod
     def forward(ctx, h, W, target, inverse_temperature):
         R, D = h.shape
         V = W.shape[0]
         blocks = product_blocks(h, V)
+        ctx.W_dtype = W.dtype
+        W = W.to(h.dtype)
 
         # Each share is a whole number of tiles.
         tiles_per_share = ceil_div(ceil_div(V, SHARES), blocks["BLOCK_V"])
         share_size = tiles_per_share * blocks["BLOCK_V"]
         shares = ceil_div(V, share_size)
 
+        # What the programs leave of a row's logits: three numbers for each share
         share_max = h.new_empty(shares, R, dtype=torch.float32)
         share_sum = h.new_empty(shares, R, dtype=torch.float32)
         target_logit = h.new_empty(shares, R, dtype=torch.float32)
@@ -254,32 +282,38 @@ class LinearNLL(torch.autograd.Function):
         blocks = product_blocks(h, V)
         g = g.float().contiguous()
 
-        dh = empty_contiguous(h)
-        dW = W.new_zeros(V, D, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        # dh is a sum over chunks: in 16 bits, each addition would round it. A chunk has all of its
+        # rows of dW. A frozen W needs none.
+        dh = h.new_zeros(R, D, dtype=torch.float32)
+        dW = W.new_empty(V, D, dtype=torch.float32) if ctx.needs_input_grad[1] else None
 
-        # dl of one chunk at a time. Its rows begin at multiples of 32 bytes, which cuBLAS likes.
-        dl = h.new_empty(min(CHUNK, R), ceil_div(V, 16) * 16)[:, :V]
+        # dl of one chunk of the vocabulary at a time. Its rows begin at multiples of a tile.
+        width = chunk_width(R, V, blocks["BLOCK_V"])
+        dl = h.new_empty(R, width)
 
-        for start in range(0, R, CHUNK):
-            chunk = slice(start, min(start + CHUNK, R))
-            n_rows = chunk.stop - chunk.start
-            grid = (ceil_div(n_rows, blocks["BLOCK_ROWS"]), ceil_div(V, blocks["BLOCK_V"]))
+        for start in range(0, V, width):
+            chunk = slice(start, min(start + width, V))
+            n_tokens = chunk.stop - start
+            grid = (ceil_div(R, blocks["BLOCK_ROWS"]), ceil_div(n_tokens, blocks["BLOCK_V"]))
             linear_nll_backward_kernel[grid](
-                h[chunk], W, target[chunk], lse[chunk], g[chunk], dl,
-                n_rows, V, D,
+                h, W[chunk], target, lse, g, dl,
+                R, n_tokens, D,
                 h.stride(0), W.stride(0), dl.stride(0),
-                ctx.inverse_temperature,
+                ctx.inverse_temperature, start,
                 **blocks,
             )  # fmt: skip
-            dh[chunk] = dl[:n_rows] @ W
-            if dW is not None:
-                dW += dl[:n_rows].T @ h[chunk]
 
-        return dh, None if dW is None else dW.to(W.dtype), None, None
+            # The next chunk overwrites dl, so both of its products are taken here.
+            dl_chunk = dl[:, :n_tokens]
+            dh += mm_float32(dl_chunk, W[chunk])
+            if dW is not None:
+                mm_float32(dl_chunk.T, h, out=dW[chunk])
+
+        return dh.to(h.dtype), None if dW is None else dW.to(ctx.W_dtype), None, None
 
 
 def fused_linear_nll(h, W, target, temperature=1.0):
-    """Return what `linear_nll` returns, from the kernels. h and W have one dtype."""
+    """Return what `linear_nll` returns, from the kernels. h has the dtype of the products."""
     h_rows = as_rows(h)
 
     # No rows: nothing to launch. The result still hangs on h, for autograd.

@@ -28,6 +28,13 @@ import torch
 
 from .common import is_out_of_memory
 
+# Rows leave only a batch of at least so many. To record a step of llama-1b anew costs about 13 ms
+# (224 launches of 50 µs, and 8 µs each of the first step). By the model of time in
+# minatp/bench/fake_gpu.py, half the rows save 0.07 ms a step of 128 rows, 0.44 of 256, 1.2 of 512
+# and 2.9 of 1,280: small batches mostly read weights. So with 512 rows it pays within the 16 to 24
+# words of an answer or a thought, and with 256 it does not
+FEWEST_ROWS = 512
+
 
 class Place:
     """Where graphs are recorded."""
@@ -45,6 +52,14 @@ loops = {}
 kept = {}
 
 
+class CaptureFailed(BaseException):
+    """A recording has failed, and not for want of memory.
+
+    PyTorch's allocator may be left in the middle of the recording, so nothing more can be trusted
+    in this process. It is no Exception, so that no handler of those goes on.
+    """
+
+
 def use_graphs(device):
     """Whether steps on this device are recorded."""
     return device.type == "cuda" and os.environ.get("MINATP_GRAPHS") != "0"
@@ -53,17 +68,20 @@ def use_graphs(device):
 def record(work, place):
     """Record work() without running it; returns (graph, result). `result` is uninitialised until
     the first replay(). If memory runs out, PyTorch's or the driver's, retried once after freeing
-    cached memory and kept graphs; a second failure is raised (common.is_out_of_memory).
+    cached memory and kept graphs; a second failure is raised (common.is_out_of_memory). Raises
+    CaptureFailed after any other.
     """
-    try:
-        return capture(work, place)
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
-            raise
-    # a recording cannot use the blocks that PyTorch's allocator keeps in reserve
-    kept.clear()
-    torch.cuda.empty_cache()
-    return capture(work, place)
+    for is_last in (False, True):
+        try:
+            return capture(work, place)
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise CaptureFailed(f"{type(e).__name__} while recording: {e}") from e
+            if is_last:
+                raise
+        # a recording cannot use the blocks that PyTorch's allocator keeps in reserve
+        kept.clear()
+        torch.cuda.empty_cache()
 
 
 def capture(work, place):
@@ -118,9 +136,11 @@ def unfinished_rows(done, n_done, fixed_shape):
     """Indices of the rows to continue with, if n_done of done (B,) are known to be True. None: keep
     all rows.
 
-    With fixed_shape, rows are dropped only when half of them are done: a step of fewer rows costs
-    about the same (most of it is reading the weights) and must be recorded anew.
+    With fixed_shape, rows are dropped only from a large batch, when half of them are done: a step
+    of fewer rows must be recorded anew (FEWEST_ROWS).
     """
+    if fixed_shape and len(done) < FEWEST_ROWS:
+        return None
     fewest = len(done) / 2 if fixed_shape else 1
 
     # finished rows are sorted to the end. A count that is one step late keeps a few of them, and

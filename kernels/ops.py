@@ -36,12 +36,14 @@ def use_triton(device, dtype=torch.float32):
 
     Raises Unavailable if MINATP_KERNELS=triton and they cannot be.
     """
+    # The environment is read at every call, so that one process can compare kernels and PyTorch.
     choice = os.environ.get("MINATP_KERNELS", "auto")
     if choice not in CHOICES:
         raise Unavailable(f"MINATP_KERNELS must be one of {', '.join(CHOICES)}, not {choice!r}")
     if choice == "torch":
         return False
 
+    # auto falls back to PyTorch. If kernels were asked for and cannot run, that is an error.
     obstacle = obstacle_to_triton(device, dtype)
     if choice == "triton" and obstacle:
         raise Unavailable(f"MINATP_KERNELS=triton: {obstacle}")
@@ -55,6 +57,8 @@ def obstacle_to_triton(device, dtype):
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not HAS_TRITON:
         return "triton is not installed"
+
+    # Kernels compute in float32, so a float64 tensor would lose precision.
     if dtype == torch.float64:
         return f"there is no kernel for {dtype}"
     if device.type != "cuda" and not interpreted:
@@ -64,6 +68,7 @@ def obstacle_to_triton(device, dtype):
 
 def has_kernel(*tensors):
     """Return whether these tensors, on one device, are computed by the Triton kernels."""
+    # One float64 tensor is enough to rule the kernels out, whatever the dtypes of the others.
     any_float64 = any(x.dtype == torch.float64 for x in tensors)
     return use_triton(tensors[0].device, torch.float64 if any_float64 else tensors[0].dtype)
 
@@ -84,6 +89,8 @@ def noise_keys(seed, *shape):
 
     A key is a seed and an offset. All have this seed, and each has an offset of its own.
     """
+    # The offset is a latent's place in the order of `shape`. It goes with the key, so a latent's ε
+    # stays the same when the keys are cut into micro-batches or shared among processes.
     offset = torch.arange(math.prod(shape)).view(shape)
     return torch.stack((torch.full_like(offset, seed), offset), -1)
 
@@ -123,6 +130,7 @@ def add_rms_norm(x, branch, weight, eps):
     if not has_kernel(x, weight):
         return rows.add_rms_norm(x, branch, weight, eps)
 
+    # The kernel sees rows. Without a branch it returns no s, because s is x itself.
     branch_rows = None if branch is None else as_rows(branch)
     s, y = rows.AddRMSNorm.apply(as_rows(x), branch_rows, weight, eps, compute_dtype(x))
     s = x if branch is None else s.view(x.shape)
@@ -153,8 +161,9 @@ def linear_nll(h, W, target, temperature=1.0):
     """
     if not has_kernel(h, W):
         return cross_entropy.linear_nll(h, W, target, temperature)
-    dtype = compute_dtype(h)
-    return cross_entropy.fused_linear_nll(h.to(dtype), W.to(dtype), target, temperature)
+
+    # autocast casts the inputs of PyTorch's products, but knows nothing of a kernel.
+    return cross_entropy.fused_linear_nll(h.to(compute_dtype(h)), W, target, temperature)
 
 
 def sample(logits, u=None, temperature=1.0):

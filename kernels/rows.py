@@ -55,6 +55,8 @@ def add_rms_norm_backward(g, dy, s, weight, eps):
     """Return (ds, dw) from g and dy, the gradients of s and y. ds is that of x and of branch."""
     rstd = torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + eps)
     n = s * rstd
+
+    # But for eps, the length of n is fixed: the part of dn along n changes nothing and is removed.
     dn = dy * weight
     ds = g + rstd * (dn - n * (dn * n).mean(-1, keepdim=True))
     dw = (dy * n).flatten(0, -2).sum(0)
@@ -123,12 +125,14 @@ def swiglu_backward_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """dgate and dup of one tile. Computing σ(gate) again is cheaper than storing and reading it."""
+    # The program's tile, as in the forward kernel
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     row_ids = rows[:, None]  # (BLOCK_ROWS, 1)
     col_ids = cols[None, :]  # (1, BLOCK_COLS)
     mask = (row_ids < n_rows) & (col_ids < n_cols)  # (BLOCK_ROWS, BLOCK_COLS)
 
+    # Three inputs, each read once, at row strides of their own
     dy_ptrs = dy_ptr + row_ids * dy_row_stride + col_ids
     dy = tl.load(dy_ptrs, mask, other=0.0).to(tl.float32)
     gate_ptrs = gate_ptr + row_ids * gate_row_stride + col_ids
@@ -136,6 +140,7 @@ def swiglu_backward_kernel(
     up_ptrs = up_ptr + row_ids * up_row_stride + col_ids
     up = tl.load(up_ptrs, mask, other=0.0).to(tl.float32)
 
+    # silu′(gate) = σ·(1 + gate·(1 − σ)). Both gradients are contiguous.
     sigmoid = tl.sigmoid(gate)
     dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     tl.store(dgate_ptr + row_ids * n_cols + col_ids, dgate, mask)
@@ -158,6 +163,7 @@ def rotate_kernel(
     A row is one head at one position, in the order of y, whose memory is (B, T, n_head, 2H). One
     program rotates BLOCK_ROWS of the n_rows = B·T·n_head rows.
     """
+    # One tile holds whole half-heads: BLOCK_H is at least H.
     row_ids = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col_ids = tl.arange(0, BLOCK_H)
     mask = (row_ids < n_rows)[:, None] & (col_ids < H)[None, :]  # (BLOCK_ROWS, BLOCK_H)
@@ -178,6 +184,7 @@ def rotate_kernel(
     x1 = tl.load(x_ptrs, mask, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptrs + H, mask, other=0.0).to(tl.float32)
 
+    # The formula of both directions: sin has its sign already. y is contiguous, row after row.
     y_ptrs = y_ptr + row_ids[:, None] * (2 * H) + col_ids[None, :]
     tl.store(y_ptrs, x1 * cos - x2 * sin, mask)
     tl.store(y_ptrs + H, x2 * cos + x1 * sin, mask)
@@ -197,6 +204,7 @@ def add_rms_norm_forward_kernel(
 
     sum, y and rstd are contiguous. Without a branch, sum is x itself and is not written.
     """
+    # A tile holds whole rows, so the sum of squares needs no second pass.
     row_ids = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col_ids = tl.arange(0, BLOCK_COLS)
     row_mask = row_ids < n_rows
@@ -239,6 +247,7 @@ def add_rms_norm_backward_kernel(
     It leaves that sum in its own row of partial_dw (num_programs, n_cols). No two programs add to
     the same address, so every run gives the same bits.
     """
+    # The weight is read once and dw is kept in registers, over all of the program's blocks.
     col_ids = tl.arange(0, BLOCK_COLS)
     col_mask = col_ids < n_cols
     weight = tl.load(weight_ptr + col_ids, col_mask, other=0.0).to(tl.float32)
@@ -283,6 +292,8 @@ BLOCK = 1024  # elements of a tile
 def whole_row_blocks(n_cols):
     """Return tile sizes for a kernel that sums over a row: one whole row, or several short ones."""
     block_cols = next_power_of_2(n_cols)
+
+    # A warp is 32 threads: up to 8,192 columns, a thread holds at most 32 elements of a tile.
     return {
         "BLOCK_ROWS": max(1, BLOCK // block_cols),
         "BLOCK_COLS": block_cols,
@@ -311,6 +322,7 @@ class AddRMSNorm(torch.autograd.Function):
         y = x.new_empty(n_rows, n_cols, dtype=dtype)
         rstd = x.new_empty(n_rows, dtype=torch.float32)
 
+        # One program for each block of rows
         blocks = whole_row_blocks(n_cols)
         grid = (ceil_div(n_rows, blocks["BLOCK_ROWS"]),)
         add_rms_norm_forward_kernel[grid](
@@ -396,6 +408,8 @@ class Rotate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         cos, sin = ctx.saved_tensors
+
+        # The gradient of a rotation is rotated by the opposite angles.
         return run_rotate(dy, cos, sin, -1.0), None, None
 
 
@@ -425,10 +439,13 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         n_rows, n_cols = gate.shape
+
+        # The kernel takes dy at any row stride, and writes contiguous gradients.
         dy = as_rows(dy)
         dgate = empty_contiguous(gate)
         dup = empty_contiguous(up)
 
+        # One program for each tile, as in the forward pass
         blocks = elementwise_blocks(n_cols)
         row_tiles = ceil_div(n_rows, blocks["BLOCK_ROWS"])
         col_tiles = ceil_div(n_cols, blocks["BLOCK_COLS"])

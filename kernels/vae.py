@@ -96,6 +96,8 @@ def reparameterise_backward(dz, dkl, dlogp, mu, logvar, eps):
     dkl = dkl[:, None]
     dlogp = dlogp[:, None]
     sigma = torch.exp(0.5 * logvar)
+
+    # ε is a constant, so log p depends on logσ² alone
     dmu = dz + dkl * mu / D
     dlogvar = 0.5 * (dz * sigma * eps + dkl * (logvar.exp() - 1) / D - dlogp)
     return dmu, dlogvar
@@ -106,6 +108,8 @@ def score_backward(dkl, dlogp, z, mu, logvar):
     D = mu.shape[-1]
     dkl = dkl[:, None]
     dlogp = dlogp[:, None]
+
+    # z is an input here: log p depends on z and μ through u
     inverse_sigma = torch.exp(-0.5 * logvar)
     u = (z - mu) * inverse_sigma
     pull = dlogp * u * inverse_sigma  # what a likelier z would add to μ
@@ -176,6 +180,8 @@ def multiply_32(a, b):
 
 def uniform_reference(bits):
     """Return Triton's uint_to_uniform_float of 32 bits: a float32 in [0, 1), here as float64."""
+    # Read the word as signed and fold the negative half over: 0 … 2³¹ − 1. The factor is just below
+    # 2⁻³¹, because float32 rounds the largest magnitude up to 2³¹ and the result must stay below 1.
     signed = torch.where(bits >= 1 << 31, bits - (1 << 32), bits)
     magnitude = torch.where(signed < 0, -signed - 1, signed)
     return magnitude.float().mul(4.6566127342e-10).double()
@@ -185,6 +191,8 @@ def box_muller_reference(bits_a, bits_b):
     """Return two standard normals, from two blocks of random bits."""
     u = uniform_reference(bits_a)
     v = uniform_reference(bits_b)
+
+    # u can be 0, which has no logarithm.
     radius = (-2 * u.clamp(min=1e-7).log()).sqrt()
     angle = 2 * math.pi * v
     return radius * angle.cos(), radius * angle.sin()
@@ -212,6 +220,8 @@ def box_muller(bits_a, bits_b):
     # The angle 2πv is x from the nearest quarter turn, at most an eighth of a turn away.
     quarter = tl.floor(4.0 * v + 0.5)
     x = (v - 0.25 * quarter) * 6.283185307179586
+
+    # sin x and cos x. Their next terms, x¹¹/11! and x¹²/12!, are below the rounding of float32.
     y = x * x
     s = x * (1.0 + y * (-1.0 / 6 + y * (1.0 / 120 + y * (-1.0 / 5040 + y * (1.0 / 362880)))))
     c = 1.0 + y * (
@@ -253,6 +263,8 @@ def reparameterise_forward_kernel(
     """One program: z, KL and log p of one row. The head of this file has the table of modes."""
     row = tl.program_id(0).to(tl.int64)
     n_counters = tl.cdiv(D, 4)  # and columns of a lane
+
+    # Σ(μ² + σ² − 1 − logσ²) and Σ(u² + logσ²): BLOCK partial sums each, added up at the end
     kl_sum = tl.zeros([BLOCK], tl.float32)
     logp_sum = tl.zeros([BLOCK], tl.float32)
 
@@ -261,7 +273,8 @@ def reparameterise_forward_kernel(
         if MODE == "draw":
             drawn = draw(source_ptr + row * source_row_stride, counters)  # one ε for each lane
 
-        # The four lanes of columns, which share their counters
+        # The four lanes of columns, which share their counters. A counter past the last one would
+        # give a column of the next lane, which must not be counted twice.
         for lane in tl.static_range(4):
             col_ids = lane * n_counters + counters
             mask = (counters < n_counters) & (col_ids < D)
@@ -291,6 +304,7 @@ def reparameterise_forward_kernel(
             kl_sum += tl.where(mask, mu * mu + tl.exp(logvar) - 1.0 - logvar, 0.0)
             logp_sum += tl.where(mask, u * u + logvar, 0.0)
 
+    # What the sums leave out: the mean over D, the factors ±½, and log 2π once for each column
     tl.store(kl_ptr + row, 0.5 * tl.sum(kl_sum) / D)
     log_2pi = 1.8378770664093453
     tl.store(logp_ptr + row, -0.5 * (tl.sum(logp_sum) + D * log_2pi))
@@ -354,6 +368,7 @@ def reparameterise_backward_kernel(
                 dmu += dz
                 dlogvar += 0.5 * dz * tl.exp(0.5 * logvar) * eps
 
+            # The stores round to the dtypes of mu and logvar.
             tl.store(dmu_ptr + row * D + col_ids, dmu, mask)
             tl.store(dlogvar_ptr + row * D + col_ids, dlogvar, mask)
 
@@ -372,10 +387,14 @@ def run_forward(mu, logvar, source, mode, block=BLOCK):
     Returns z (rows, D), None in modes score and mean, and kl and logp (rows,), all float32.
     """
     n_rows, D = mu.shape
+
+    # z is float32 whatever mu is: its density is asked for later.
     samples = mode in ("draw", "given")
     z = mu.new_empty(n_rows, D, dtype=torch.float32) if samples else None
     kl = mu.new_empty(n_rows, dtype=torch.float32)
     logp = mu.new_empty(n_rows, dtype=torch.float32)
+
+    # One program for each row
     if n_rows:
         reparameterise_forward_kernel[(n_rows,)](
             mu, logvar, source, z, kl, logp,
@@ -396,6 +415,8 @@ def run_backward(dz, dkl, dlogp, mu, logvar, source, mode, block=BLOCK):
     dmu = empty_contiguous(mu)
     dlogvar = empty_contiguous(logvar)
     dsource = source.new_empty(n_rows, D) if mode == "score" else None
+
+    # One program for each row, as in the forward pass
     if n_rows:
         reparameterise_backward_kernel[(n_rows,)](
             mu, logvar, source, dz, dkl, dlogp, dmu, dlogvar, dsource,

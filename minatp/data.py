@@ -4,11 +4,40 @@ Stage k of the curriculum replaces the first k written steps of each problem by 
 the rest as text (docs/method.md, Stage 1). `collate` is where that happens.
 """
 
-from dataclasses import dataclass, fields
+import unicodedata
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from kernels.cross_entropy import IGNORE
+
+# What word processors write for ' and "
+PLAIN_QUOTES = str.maketrans(dict.fromkeys("‘’‚‛′´`", "'") | dict.fromkeys("“”„‟″", '"'))
+
+
+def normal_form(text):
+    """A text as it is compared with others: two spellings of one question become equal.
+
+    It is in Unicode's NFKC, with plain quotes, no upper case, and single spaces for white space.
+    """
+    text = unicodedata.normalize("NFKC", text.translate(PLAIN_QUOTES))
+    return " ".join(text.casefold().split())
+
+
+class Rows:
+    """A dataclass of tensors, with a row for each problem or chain, and of other values."""
+
+    def at(self, rows=slice(None), device=None):
+        """The same with the rows `rows` (all, by default) of every tensor, on a device."""
+        tensors = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if torch.is_tensor(value):
+                tensors[f.name] = value[rows].to(device or value.device)
+            # indices into other tensors have no rows to choose
+            elif isinstance(value, tuple):
+                tensors[f.name] = tuple(index.to(device or index.device) for index in value)
+        return replace(self, **tensors)
 
 
 @dataclass
@@ -89,10 +118,12 @@ def check_length(row, problem, model, always_K):
 
 
 @dataclass
-class Batch:
+class Batch(Rows):
     """B problems at one stage.
 
     The prompt is padded on the left, so that latents align; the text after them on the right.
+    Fields …_at are indices, a pair of LongTensors. A mask would select the same, but the host would
+    wait for a GPU to count its True entries.
     """
 
     # (B, Tq) ids, ending in <|start-latent|>
@@ -111,25 +142,27 @@ class Batch:
     text_mask: torch.Tensor
     # (B, Tt) ids to write there, IGNORE where padded
     target: torch.Tensor
+    # where `target` has an id: (rows, columns)
+    target_at: tuple
+    # the used latents, of problems whose steps are known: (rows, columns)
+    used_at: tuple
+    # the candidates at which the stop head is taught: (rows, columns), and (M,) 0 continue, 1 stop
+    stop_at: tuple
+    stop_label: torch.Tensor
     # (N,) the problem of each latent step that φ must write
     step_row: torch.Tensor
     # (N,) which step of that problem it is
     step_index: torch.Tensor
     # (N, Ts) the step's text and eos, IGNORE where padded
     step_text: torch.Tensor
+    # where `step_text` has an id: (rows, columns)
+    step_text_at: tuple
     # most latents of a row
     L: int
     # L, or L + 1 if a row of L latents has a candidate labelled "stop"
     n_candidate: int
     # what each loss is a mean over, and "position": how many the policy reads
     counts: dict
-
-    def to(self, device):
-        moved = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            moved[f.name] = value.to(device) if torch.is_tensor(value) else value
-        return Batch(**moved)
 
 
 def pad(rows, value, left=False):
@@ -174,6 +207,13 @@ def collate(rows, stage, model):
     has_stop = (torch.tensor(n_step) < most_steps) & ~takes_all
     n_candidate = L + int((has_stop & (n_latent == L)).any())
 
+    # Which candidates are used and which dropped, of problems whose steps are known (the others
+    # have no labels here). The stop head is asked at the first latent of each step
+    column = torch.arange(n_candidate)
+    used = (column < n_latent[:, None]) & ~answer_only[:, None]  # (B, n_candidate)
+    dropped = (column == n_latent[:, None]) & has_stop[:, None]
+    stop_at = ((used | dropped) & (column % c == 0)).nonzero(as_tuple=True)
+
     # What stays text: the later steps and the answer; in the last stage the answer alone
     texts = []
     for row, n in zip(rows, n_step):
@@ -181,17 +221,19 @@ def collate(rows, stage, model):
         texts.append([model.end, *(i for line in lines for i in line), *row.answer])
     n_read = torch.tensor([len(text) - 1 for text in texts])  # the last id is written, not read
     text = pad([text[:-1] for text in texts], model.end)
+    target = pad([text[1:] for text in texts], IGNORE)
 
     # What φ must write
     step_row, step_index, step_texts = [], [], []
     if model.decode:
         step_row, step_index, step_texts = texts_of_steps(rows, n_step, stage, K)
+    step_text = pad(step_texts, IGNORE)
 
     prompt, prompt_mask = left_pad([row.prompt for row in rows], model.end)
     counts = {
         "enc": int(n_read.sum()),
         "dec": len(step_texts),
-        "kl": int(n_latent[~answer_only].sum()),
+        "kl": int(used.sum()),
         "stop": int(sum(n_step) + has_stop.sum()),
         "answer_only": int(answer_only.sum()),
         "position": int(prompt_mask.sum() + n_latent.sum() + n_read.sum()),
@@ -204,10 +246,15 @@ def collate(rows, stage, model):
         answer_only=answer_only,
         text=text,
         text_mask=torch.arange(text.shape[1]) < n_read[:, None],
-        target=pad([text[1:] for text in texts], IGNORE),
+        target=target,
+        target_at=(target != IGNORE).nonzero(as_tuple=True),
+        used_at=used.nonzero(as_tuple=True),
+        stop_at=stop_at,
+        stop_label=dropped[stop_at].long(),
         step_row=torch.tensor(step_row, dtype=torch.long),
         step_index=torch.tensor(step_index, dtype=torch.long),
-        step_text=pad(step_texts, IGNORE),
+        step_text=step_text,
+        step_text_at=(step_text != IGNORE).nonzero(as_tuple=True),
         L=L,
         n_candidate=n_candidate,
         counts=counts,

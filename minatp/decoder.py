@@ -21,11 +21,11 @@ from . import reward
 from .rollout import write
 
 
-def thought_nll(decoder, z, text):
+def thought_nll(decoder, z, text, text_at):
     """−log p of the text of each step, summed over its tokens.
 
     z (N, c, D): the step's latents. text (N, Ts): the step's ids and eos, IGNORE where padded.
-    Returns (N,).
+    text_at: where `text` has an id, (rows, columns). Returns (N,).
     """
     N, c, _ = z.shape
 
@@ -36,9 +36,8 @@ def thought_nll(decoder, z, text):
 
     # the hidden state after the last latent predicts the first id
     h = h[:, c - 1 :]  # (N, Ts, D)
-    labelled = text != IGNORE
-    nll = decoder.nll(h[labelled], text[labelled])
-    return nll.new_zeros(text.shape).masked_scatter(labelled, nll).sum(1)
+    nll = decoder.nll(h[text_at], text[text_at])
+    return nll.new_zeros(text.shape).index_put(text_at, nll).sum(1)
 
 
 @torch.no_grad()
@@ -52,7 +51,7 @@ def read_thoughts(decoder, z, eos, max_new):
         return []
 
     cache = decoder.cache(N, c + max_new)
-    with cast_once(decoder):
+    with cast_once(decoder):  # saves casts under autocast, and changes no result
         all_real = torch.ones(N, c, dtype=torch.bool, device=z.device)
         h = decoder(z, all_real, cache, last=1)[:, 0]
         token, _ = write(decoder, h, cache, max_new, [eos])
@@ -85,7 +84,7 @@ def top_readings(decoder, z, eos, n, max_new):
 
         # every beam could end here
         for row, logp_eos in enumerate(logp[..., eos].tolist()):
-            ended[row] += [(ids[row][b], p) for b, p in enumerate(logp_eos)]
+            ended[row] += [(ids[row][b], beam_logp) for b, beam_logp in enumerate(logp_eos)]
             ended[row] = sorted(ended[row], key=lambda text: -text[1])[:n]
         logp[..., eos] = -torch.inf
 
@@ -100,13 +99,13 @@ def top_readings(decoder, z, eos, n, max_new):
         # a text only gets less likely as it grows: stop once no beam can overtake the n that have
         # ended
         best_open = total[:, 0].tolist()
-        if all(len(texts) == n and texts[-1][1] >= p for texts, p in zip(ended, best_open)):
+        if all(len(texts) == n and texts[-1][1] >= best for texts, best in zip(ended, best_open)):
             break
         first_row = torch.arange(N, device=z.device)[:, None] * n_beam
         cache.keep((first_row + parent).flatten())
         one_real = torch.ones(N * n, 1, dtype=torch.bool, device=z.device)
         h = decoder(decoder.embed(token.flatten())[:, None], one_real, cache)[:, 0]
-    return [[(words, math.exp(p)) for words, p in texts] for texts in ended]
+    return [[(words, math.exp(text_logp)) for words, text_logp in texts] for texts in ended]
 
 
 # ---- whole chains --------------------------------------------------------------------------------

@@ -132,14 +132,14 @@ class KVCache:
         n = q.shape[2]
         cos, sin = rope
         # RoPE: the halves x₁, x₂ of a head turn by the angle of its position:
-        # (x₁·cos − x₂·sin, x₂·cos + x₁·sin)
-        k, v = self.append(i, ops.rotate(k, cos, sin), v)
-        q = ops.rotate(q, cos[:, :, -n:], sin[:, :, -n:])
+        # (x₁·cos − x₂·sin, x₂·cos + x₁·sin). The cache keeps keys and values in one dtype
+        k, v = self.append(i, ops.rotate(k, cos, sin).to(k.dtype), v)
+        q = ops.rotate(q, cos[:, :, -n:], sin[:, :, -n:]).to(q.dtype)
         mask = self.mask[:, :, -n:]
 
         # softmax(q·kᵀ/√hd)·v
         if n > 1 or q.is_cuda:
-            return masked_sdpa(q, k.to(q.dtype), v.to(q.dtype), mask)
+            return masked_sdpa(q, k, v, mask)
         # One new position: the heads of a group are the rows of one product, and no key is copied
         B, h, _, hd = q.shape
         q = q.reshape(B, k.shape[1], -1, hd)  # (B, h_kv, h/h_kv, hd)
@@ -234,8 +234,8 @@ class Block(nn.Module):
         x, y = self.input_layernorm(x, branch)
         y = self.self_attn(y, n, rope, cache, i)
         x, y = self.post_attention_layernorm(x if n == x.shape[1] else x[:, -n:], y)
-        # Not for a single column: a step of the chain of latents keeps its inputs for the weights'
-        # gradients
+        # Not for a single column, whose inputs are kept anyway, for the gradients of the weights
+        # (deferred_weight_gradients in chain.walk)
         if self.recompute and torch.is_grad_enabled() and y.shape[1] > 1:
             return x, checkpoint(self.mlp, y, use_reentrant=False)
         return x, self.mlp(y)
@@ -272,7 +272,13 @@ class Llama(nn.Module):
         return self
 
     def start_from(self, other):
-        """Copy weights of another Llama of the same width, of its lower layers if it has more."""
+        """Copy weights of another Llama of the same width, of its lower layers if it has more.
+
+        Raises ValueError if it has fewer.
+        """
+        n, n_other = self.cfg.n_layer, other.cfg.n_layer
+        if n > n_other:
+            raise ValueError(f"{n} layers cannot start from the weights of {n_other}")
         own = self.state_dict()
         self.load_state_dict({k: v for k, v in other.state_dict().items() if k in own})
 

@@ -50,10 +50,14 @@ def orthogonalise(G):
 class Muon(torch.optim.AdamW):
     """AdamW, but Muon for `hidden`, matrices of its first group.
 
-    found_inf: a scalar tensor, or None. As in PyTorch's fused AdamW, a step changes nothing where
-    it is 1: the device decides that by itself, so the host need not wait to see the gradient.
+    As in PyTorch's fused AdamW, two scalar tensors (or None) let the device decide by itself, so
+    that the host need not wait to see the gradient:
+
+    grad_scale   a step divides every gradient by it
+    found_inf    a step changes nothing where it is 1
     """
 
+    grad_scale = None
     found_inf = None
 
     def __init__(self, hidden, groups, **adamw):
@@ -69,8 +73,9 @@ class Muon(torch.optim.AdamW):
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
             m = self.state[p]["momentum"]
-            new_m = m.lerp(p.grad, 1 - MOMENTUM)
-            direction = orthogonalise(p.grad.lerp(new_m, MOMENTUM))
+            grad = p.grad if self.grad_scale is None else p.grad / self.grad_scale
+            new_m = m.lerp(grad, 1 - MOMENTUM)
+            direction = orthogonalise(grad.lerp(new_m, MOMENTUM))
             new_p = p - lr * (decay * p + 0.2 * max(p.shape) ** 0.5 * direction)
             for x, new in ((m, new_m), (p, new_p)):
                 x.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, x, new))

@@ -25,8 +25,8 @@ class Problem:
 
 NAMES = "Ann Bob Cid Dan Eve Fay Gus Hal Ivy Jon Kim Leo Mia Ned Ora Pam".split()
 THINGS = "pens cups eggs nuts figs hats keys maps".split()
-LARGEST = 30  # number in a problem
-MOST = 10**6  # problems in a set; there are more
+LARGEST = 30  # no number in a problem is larger
+MOST = 10**6  # the most problems that can be asked for; each set has more
 SETS = {  # name -> its buckets, of 16
     "test": (0, 1),
     "longer": (0, 1),  # problems of 5 and 6 steps, more than any problem to learn from has

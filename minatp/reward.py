@@ -1,6 +1,9 @@
 """Rewards and measures as functions of strings (docs/method.md, Stage 2).
 
-Numbers are compared exactly, as fractions.
+Numbers are exact, as fractions.
+
+Evaluation uses accuracy and coherence, too: to try another reward, add a function and use it in
+chain_reward.
 
 accuracy       is the number after "### " right?
 form           is the answer well-formed and ended?
@@ -11,28 +14,56 @@ In all of them `final` is the answer that the chain itself gave, and `gold` the 
 """
 
 import ast
+import operator
 import re
+from decimal import Decimal
 from fractions import Fraction
 
-LONGEST = 1000  # digits of a number; Python converts no more than 4,300 at once
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
-# A minus after a number or a bracket is an operator, not a sign: "-3", "(-3)" and "2*-3" hold −3,
-# but "5-3", "5 - 3" and "(1+1)-3" hold 3
-SIGNED = re.compile(rf"(?<![\d.)])(?:(?<![\d.)] )-)?(?:{NUMBER.pattern})")
+from .data import normal_form
+
+TOLERANCE = Fraction(1, 1000)  # relative, of a gold that is not an integer
+# Characters of a number, and of a calculation. (Python converts no more than 4,300 digits at once)
+LONGEST = 1000
+
+# All that may be one number: "1,5" is found as a whole, and then is not well-formed
+NUMERAL = r"\.?\d(?:[\d.,]*\d)?(?:[eE][+-]?\d+|%)?"
+# A comma stands between groups of three digits; an exponent has three digits at most
+WELL_FORMED = re.compile(r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}|%)?")
+
+# An answer: its sign on either side of a currency, its number, and words or a unit. A second number
+# or an operator may not follow, so that neither a list of guesses nor a calculation is an answer
+ANSWER = re.compile(rf"([+-]?(?:[$€£] ?)?|[$€£] ?[+-])({NUMERAL})(?!\s*[-+*/#])([^\d=<>]*)")
+
+# A number in a step, or a fraction of two. A minus after a number or a bracket is an operator, not
+# a sign: "-3", "(-3)" and "2*-3" hold −3, but "5-3", "5 - 3" and "(1+1)-3" hold 3
+IN_STEP = re.compile(
+    r"(?<![\d.)%])[$€£]?((?:(?<![\d.)%] )-)?)[$€£]?"  # its sign
+    rf"({NUMERAL})(?:\s*/\s*({NUMERAL}))?"
+)
+SYMBOLS = str.maketrans("−×÷", "-*/")
 
 
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-def number(text):
-    """The exact value of "19", "-3", "1,000", "2.50", "$7" or "40%"; None if it is not a number.
-
-    Of "$7" and "40%" the symbol is dropped, nothing else.
-    """
-    text = text.strip().removeprefix("$").removesuffix("%").replace(",", "")
-    if len(text) > LONGEST or not re.fullmatch(r"-?(\d+(\.\d+)?|\.\d+)", text):
+def exact(numeral):
+    """The exact value of "19", "1,000", "2.50", "2e-06" or "40%" (0.4); None if it is no number."""
+    if len(numeral) > LONGEST or not WELL_FORMED.fullmatch(numeral):
         return None
-    return Fraction(text)
+    return Fraction(numeral.replace(",", "").replace("%", "e-2"))
+
+
+def number(text, alone=False):
+    """The number that an answer (a string) begins with, exactly; None if there is none.
+
+    "$7", "-$18", "29." and "72, altogether" are numbers, and "40%" is 40: a unit is dropped.
+    alone: no words may follow.
+    """
+    match = ANSWER.fullmatch(text.strip().translate(SYMBOLS))
+    if not match or (alone and match[3].strip(" .%")):
+        return None
+    value = exact(match[2].removesuffix("%"))
+    return -value if value is not None and "-" in match[1] else value
 
 
 def answer(text):
@@ -41,25 +72,37 @@ def answer(text):
     return rest.strip() if mark else None
 
 
+def parsed(text):
+    """What an answer (a string) says: its number, or else its text in normal form."""
+    value = number(text)
+    return normal_form(text) if value is None else value
+
+
 def same(a, b):
-    """Whether two answers (strings or None) are equal, as numbers if both are numbers."""
-    if a is None or b is None:
-        return False
-    x, y = number(a), number(b)
-    if x is None or y is None:
-        return a.strip() == b.strip()
-    return x == y
+    """Whether two answers (strings or None) say the same. A missing one says nothing."""
+    return a is not None and b is not None and parsed(a) == parsed(b)
 
 
 # ---- the answer ----------------------------------------------------------------------------------
 
 
 def accuracy(text, gold):
-    """R_acc: 1.0 if the number after "### " equals gold's.
+    """R_acc: 1.0 if the number after "### " is gold's.
 
-    Answers that are not numbers are compared as text.
+    It has to equal an integer, and be within TOLERANCE of any other number. A gold that is not a
+    number alone is compared as text, in normal form.
     """
-    return float(same(answer(text), gold))
+    given = answer(text)
+    if given is None:
+        return 0.0
+
+    right, said = number(gold, alone=True), number(given)
+    if right is None:
+        return float(normal_form(given) == normal_form(gold))
+    if said is None:
+        return 0.0
+    error = abs(said - right)
+    return float(error == 0 or (right.denominator > 1 and error <= TOLERANCE * abs(right)))
 
 
 def form(text, ended):
@@ -70,11 +113,21 @@ def form(text, ended):
 # ---- the steps -----------------------------------------------------------------------------------
 
 
+def parts(match):
+    """A match of IN_STEP -> [its value, and of a fraction such as 3/4 also 3 and 4], some None."""
+    sign, top, bottom = match.groups()
+    a, b = exact(top), exact(bottom or "1")
+    if a is not None and sign:
+        a = -a
+    value = a / b if a is not None and b else None
+    return [value, a, b] if bottom else [value]
+
+
 def result(step):
-    """The number after a step's last "=", or None."""
-    _, equals, right = step.rpartition("=")
-    match = SIGNED.search(right) if equals else None
-    return number(match[0]) if match else None
+    """The number after a step's last "=", or None. That of "3/4" is 0.75, and of "30%" 0.3."""
+    _, equals, right = step.translate(SYMBOLS).rpartition("=")
+    match = IN_STEP.search(right) if equals else None
+    return parts(match)[0] if match else None
 
 
 def result_as_float(step):
@@ -84,9 +137,17 @@ def result_as_float(step):
 
 
 def operands(step):
-    """The numbers left of a step's last "="."""
-    left, equals, _ = step.rpartition("=")
-    return [number(match) for match in SIGNED.findall(left)] if equals else []
+    """The numbers left of a step's last "=", some None.
+
+    "3/4" is a number like 3 and 4; "6/3" is a division to be carried out: 2 is no operand of it.
+    """
+    found = []
+    left = step.translate(SYMBOLS).rpartition("=")[0]
+    for match in IN_STEP.finditer(left):
+        value, *fraction = parts(match)
+        is_division = fraction and value is not None and value.denominator == 1
+        found += fraction if is_division else [value, *fraction]
+    return found
 
 
 def links(steps, final):
@@ -95,30 +156,29 @@ def links(steps, final):
     They are the later steps that have it as an operand, and len(steps) if it equals the final
     answer (a string or None).
     """
-    final_number = None if final is None else number(final)
+    # The answer "40%" is the number 40, and also what a step writes so
+    endings = [number(final or "")]
+    if match := IN_STEP.fullmatch(final or ""):
+        endings.append(parts(match)[0])
+
     operands_of = [operands(step) for step in steps]
     used_by = []
     for i, step in enumerate(steps):
         r, users = result(step), []
         if r is not None:
             users = [j for j in range(i + 1, len(steps)) if r in operands_of[j]]
-            if r == final_number:
+            if r in endings:
                 users.append(len(steps))
         used_by.append(users)
     return used_by
 
 
-def coherent(steps, final):
-    """For each step, whether its result is an operand of a later step or the final answer."""
-    return [bool(users) for users in links(steps, final)]
-
-
 def coherence(steps, final, strict=False):
-    """R_coh: coherent steps / steps; 0.0 without steps.
+    """R_coh: steps whose result is used / steps; 0.0 without steps.
 
     strict: a step must also be true, and not a repetition.
     """
-    good = coherent(steps, final)
+    good = [bool(users) for users in links(steps, final)]
     if strict:
         for i, step in enumerate(steps):
             good[i] = good[i] and true(step) and step not in steps[:i]
@@ -126,38 +186,62 @@ def coherence(steps, final, strict=False):
 
 
 def true(step):
-    """Whether the left of a step's last "=" has exactly the value on its right.
+    """Whether the left of a step's last "=" has the value on its right.
 
+    A value that no decimal number has, such as 10/3, may be rounded: to 3.3 or 3.33, not to 3.
     False if it is not arithmetic.
     """
-    left = step.strip().removeprefix("<<").rpartition("=")[0]
-    left = left.replace(",", "").replace("$", "").strip()
-    try:
-        r = result(step)
-        return r is not None and value(ast.parse(left, mode="eval").body, left) == r
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+    left, _, right = step.translate(SYMBOLS).rpartition("=")
+    r = result(step)
+    if r is None or len(left) > LONGEST:
         return False
 
+    # Every number becomes a bracket of integers, 0.2 for example (1/5), so that it stays exact
+    left = re.sub(r"[$€£]", "", left).strip().removeprefix("<<")
+    left = re.sub(NUMERAL, lambda match: f"({exact(match[0])})", left).strip()
+    try:
+        v = value(ast.parse(left, mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return False
+    return v == r or (not is_decimal(v) and is_rounded(v, right))
 
-def value(node, text):
-    """The exact value of an arithmetic expression, the syntax tree of `text`.
 
-    Raises ValueError on anything but numbers, + − * / and brackets.
+def is_decimal(value):
+    """Whether a decimal number can equal a fraction: its denominator divides a power of 10."""
+    n = value.denominator
+    return pow(10, n.bit_length(), n) == 0
+
+
+def is_rounded(value, text):
+    """Whether the first number in a text is `value`, rounded to the decimals that it shows."""
+    match = IN_STEP.search(text)
+    numeral = match[2].replace(",", "").replace("%", "e-2")
+    decimals = -Decimal(numeral).as_tuple().exponent
+    return not match[3] and decimals > 0 and round(value, decimals) == parts(match)[0]
+
+
+def value(node):
+    """The exact value of an arithmetic expression of integers, a syntax tree.
+
+    Raises ValueError on anything but numbers, + − * / // and brackets.
     """
     operations = {
-        ast.Add: Fraction.__add__,
-        ast.Sub: Fraction.__sub__,
-        ast.Mult: Fraction.__mul__,
-        ast.Div: Fraction.__truediv__,
+        ast.Add: operator.add,
+        ast.Sub: operator.sub,
+        ast.Mult: operator.mul,
+        ast.Div: operator.truediv,
+        ast.FloorDiv: operator.floordiv,
+        ast.UAdd: operator.pos,
+        ast.USub: operator.neg,
     }
-    if isinstance(node, ast.BinOp) and type(node.op) in operations:
-        return operations[type(node.op)](value(node.left, text), value(node.right, text))
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -value(node.operand, text)
-    if isinstance(node, ast.Constant):
-        n = number(ast.get_source_segment(text, node))
-        if n is not None:
-            return n
+    operation = operations.get(type(getattr(node, "op", None)))
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return Fraction(node.value)
+    if operation and isinstance(node, ast.UnaryOp):
+        return operation(value(node.operand))
+    if operation and isinstance(node, ast.BinOp):
+        # floordiv of fractions is an int
+        return Fraction(operation(value(node.left), value(node.right)))
     raise ValueError
 
 
@@ -165,7 +249,7 @@ def value(node, text):
 
 
 def chain_reward(cfg, chain, gold):
-    """The reward of a decoder.Chain -> (R, its terms {"acc", "coh", "fmt"}).
+    """The reward of a decoder.Chain -> (R, its terms {"acc", "coh", "fmt"}, which are logged).
 
     R = (w_acc + w_coh·R_coh)·R_acc + w_fmt·R_fmt. With cfg.no_answers the reward sees no answer,
     there is no "acc", and R = w_coh·R_coh + w_fmt·R_fmt.

@@ -53,7 +53,7 @@ def surrogate(logp, old, advantage, clip=0.2):
 class LogProbs(NamedTuple):
     """Log-probabilities as in Rollout, but with gradients, and the Gaussians of the latents."""
 
-    # (B, cK)
+    # (B, cK); 0 with path, where a latent is no action
     logp_z: torch.Tensor
     # (B, K)
     logp_stop: torch.Tensor
@@ -81,7 +81,7 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
     """
     policy, c = model.policy, model.c
     (B, cK), Tt = rollout.z.shape[:2], rollout.token.shape[1]
-    # Most latents of a row. The host learns it here, while a GPU still has nothing to do
+    # The largest number of latents in a row (asked for now: later it would wait for the GPU)
     L = 0 if eps is None else int(rollout.n_latent.max())
 
     # Which columns hold a used latent, a candidate, a word

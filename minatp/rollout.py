@@ -7,7 +7,7 @@ them into words).
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -16,13 +16,15 @@ from kernels.common import upcast
 from kernels.graph import DelayedCount, rows_where, unfinished_rows
 
 from .chain import read_prompt
+from .data import Rows
 
 
 @dataclass
-class Noise:
+class Noise(Rows):
     """All random numbers of B rollouts.
 
-    They are drawn before any batch is made, so that batching does not change a problem's luck.
+    They are drawn, or fixed by keys, before any batch is made, so that batching does not change
+    the random draws of a problem.
     """
 
     # (B, cK, 2) the seed and offset of each latent's ε (kernels/vae.py)
@@ -48,19 +50,9 @@ class Noise:
             temperature=temperature,
         )
 
-    def at(self, rows, device):
-        """The noise of some rows, on a device."""
-        token = None if self.token is None else self.token[rows].to(device)
-        return replace(
-            self,
-            eps_keys=self.eps_keys[rows].to(device),
-            stop=self.stop[rows].to(device),
-            token=token,
-        )
-
 
 @dataclass
-class Forced:
+class Forced(Rows):
     """Latents that a rollout must take in place of its own first ones: for edits and probes."""
 
     # (B, cK, D)
@@ -70,14 +62,10 @@ class Forced:
     # (B,) bool: the answer follows them; otherwise the model thinks on from there
     ends: torch.Tensor
 
-    def at(self, rows, device):
-        """Those of some rows, on a device."""
-        return Forced(self.z[rows].to(device), self.n[rows].to(device), self.ends[rows].to(device))
-
 
 @dataclass
-class Rollout:
-    """B finished chains. Entries past the end of a row are 0, of token −1, of stop_prob NaN."""
+class Rollout(Rows):
+    """B finished chains. Entries past the end of a row are 0 (−1 in token, NaN in stop_prob)."""
 
     # (B, cK, D) the used latents, then the candidate dropped at a stop
     z: torch.Tensor
@@ -93,8 +81,8 @@ class Rollout:
     token: torch.Tensor
     # (B,)
     n_token: torch.Tensor
-    # (B, cK) log-density of each candidate, when proposed. (Training computes these three again,
-    # with gradients: rl.log_probs)
+    # (B, cK) log-density of each candidate, when proposed. (Training does not use these three. It
+    # computes them again, with gradients, so that its first ratio is exactly 1: rl.log_probs)
     logp_z: torch.Tensor
     # (B, K) log-probability of each decision taken
     logp_stop: torch.Tensor
@@ -124,18 +112,9 @@ class Rollout:
             temperature=noise.temperature if noise else 1.0,
         )
 
-    def select(self, rows):
-        """The chains `rows` (a LongTensor) alone."""
-        selected = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if torch.is_tensor(value):
-                selected[f.name] = value[rows]
-        return replace(self, **selected)
-
 
 @torch.no_grad()
-def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=None):
+def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=None, steps=None):
     """Think, stop and answer -> a Rollout of B = Q·group rows.
 
     prompt (Q, Tq): ids padded on the left; prompt_mask (Q, Tq) bool. Each prompt is read once and
@@ -143,14 +122,20 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
     noise: a Noise of B rows, or None for the mean policy: z = μ, stop by argmax, greedy answer.
     forced: a Forced of B rows, or None. No stop is taken before the end of the forced latents,
     whatever the stop head says.
+    steps: every row thinks exactly so many steps, and the stop head is not asked; None: it is.
+    Raises ValueError if the model has not learned so many steps.
     """
     policy = model.policy
     n_step = min(model.stage, model.K)  # most steps of thought
+    if steps is not None:
+        if not 0 <= steps <= n_step:
+            raise ValueError(f"steps must be 0 … {n_step}, not {steps}")
+        n_step = steps
     h, cache = read_prompt(policy, prompt, prompt_mask, model.c * n_step + 1 + max_new, group)
     out = Rollout.empty(model, len(h), max_new, noise, h.device)
 
     # 1. All rows think. One that stops waits for the others
-    think(model, h, cache, n_step, out, noise, forced)
+    think(model, h, cache, n_step, out, noise, forced, may_stop=steps is None)
 
     # 2. All rows read <|end-latent|> and write
     all_rows = torch.ones(len(h), dtype=torch.bool, device=h.device)
@@ -165,15 +150,19 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
     return out
 
 
-# On a GPU a step of either loop is a CUDA graph, which is recorded once and replayed on the same
-# memory (kernels/graph.py). So its state is written in place, it counts on the device, and shapes
-# are fixed: all rows are computed, and a mask says whose results count. On a CPU only the rows that
-# are due are computed: an early stop saves work.
+# On a CPU the two loops compute only the rows that are still active, so an early stop saves work.
+# There, cache.step(f, x) is f(x), rows_where(mask) is mask.nonzero()[:, 0], count_done(mask) is
+# int(mask.sum()), and unfinished_rows gives the rows to keep (None: all of them).
+#
+# On a GPU a step is a CUDA graph, recorded once and replayed on the same memory (kernels/graph.py).
+# So state is written in place, steps are counted on the device, and shapes are fixed: all rows are
+# computed, and a mask says whose results count.
 
 
-def think(model, h, cache, n_step, out, noise=None, forced=None):
+def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
     """Think at most n_step steps after hidden states h (B, D), which are overwritten.
 
+    may_stop: whether the stop head is asked; if it is not, every row thinks all its steps.
     `out`, a Rollout of B rows, receives the latents, their densities, and the stops.
     """
     policy, c = model.policy, model.c
@@ -205,7 +194,7 @@ def think(model, h, cache, n_step, out, noise=None, forced=None):
                 out.logp_z[b, t] = latent.logp
 
             # At the first latent of a step the stop head reads the candidate: a stop drops it
-            if j == 0 and model.stop:
+            if j == 0 and model.stop and may_stop:
                 logp = upcast(model.stop_head(z)).log_softmax(-1)  # (rows, 2): continue, stop
                 if noise is None:
                     stop = logp[:, 1] > logp[:, 0]
@@ -236,7 +225,8 @@ def think(model, h, cache, n_step, out, noise=None, forced=None):
         cache.step(think_step, torch.full((), s, device=h.device))
     cache.rows = slice(None)
 
-    # A row that stopped has one more candidate than latents. Clear what no row proposed
+    # A row that stopped has one more candidate than latents. Clear what was written past a row's
+    # end: with fixed shapes, ended rows were computed as well
     out.stopped = out.n_latent < limit
     column = torch.arange(out.z.shape[1], device=h.device)
     unproposed = column >= (out.n_latent + out.stopped)[:, None]  # (B, cK)

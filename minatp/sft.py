@@ -29,33 +29,26 @@ def sft_losses(model, batch, eps=None):
     # Read the prompt, think, and read the text after the latents. In stage 0 everything is text
     latent = None
     if batch.n_candidate:
-        latent, n_latent, cache = think(model, batch, eps)
+        latent, _, cache = walk_batch(model, batch, eps)
         h = policy(policy.embed(batch.text), batch.text_mask, cache)  # (B, Tt, D)
     else:
         h = read_as_text(policy, batch)
 
     # −log p of every labelled token
-    labelled = batch.target >= 0
+    labelled = batch.target_at
     losses = {"enc": policy.nll(h[labelled], batch.target[labelled]).sum()}
     if latent is None:
         return losses
 
-    # Which candidates are labelled "continue" (used) and "stop" (dropped). Problems whose steps are
-    # unknown have neither; they alone may have used fewer latents than batch.n_latent
-    z = latent.z  # (B, n_candidate, D)
-    t = torch.arange(z.shape[1], device=z.device)
-    used = (t < n_latent[:, None]) & ~batch.answer_only[:, None]  # (B, n_candidate)
-    dropped = (t == batch.n_latent[:, None]) & batch.has_stop[:, None]
-
     # KL(N(μ, σ²) ‖ N(0, I)) of each used latent
     if model.vae:
-        losses["kl"] = latent.kl[used].sum()
+        losses["kl"] = latent.kl[batch.used_at].sum()
 
-    # Stop head: cross-entropy, at the first latent of each step
+    # Stop head: cross-entropy of "continue" at the first latent of each step, of "stop" after them
+    z = latent.z  # (B, n_candidate, D)
     if model.stop:
-        asked = (used | dropped) & (t % model.c == 0)
-        stop_logits = model.stop_head(z[asked])
-        losses["stop"] = token_nll(stop_logits, dropped[asked].long()).sum()
+        stop_logits = model.stop_head(z[batch.stop_at])
+        losses["stop"] = token_nll(stop_logits, batch.stop_label).sum()
 
     # φ must write each step from its c latents; the gradient reaches them, and through them π. (A
     # dropped candidate can be one column too many for whole steps: it is cut off)
@@ -63,7 +56,8 @@ def sft_losses(model, batch, eps=None):
         n_step = z.shape[1] // model.c
         steps = z[:, : n_step * model.c].unflatten(1, (n_step, model.c))  # (B, n_step, c, D)
         latents = steps[batch.step_row, batch.step_index]  # (N, c, D)
-        losses["dec"] = thought_nll(model.decoder, latents, batch.step_text).sum()
+        text, text_at = batch.step_text, batch.step_text_at
+        losses["dec"] = thought_nll(model.decoder, latents, text, text_at).sum()
     return losses
 
 
@@ -77,7 +71,7 @@ def total_loss(losses, counts, beta):
     return sum(weight[name] * loss / max(1, counts[name]) for name, loss in losses.items())
 
 
-def think(model, batch, eps=None):
+def walk_batch(model, batch, eps=None):
     """Read the prompts of a Batch and walk its latents.
 
     Returns (Latent (B, n_candidate), n_latent as used, the cache after them).

@@ -5,7 +5,7 @@ becomes a control token.
 """
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
@@ -24,6 +24,11 @@ class Tokenizer:
         backend.encode_special_tokens = True
         backend.add_special_tokens([START, LATENT, END, *map(backend.id_to_token, (bos, *eos))])
         self.start, self.latent, self.end = (backend.token_to_id(t) for t in (START, LATENT, END))
+
+        # Other programs put before a text what the tokenizer's file says. That has to be bos: π has
+        # never read a text without. (`encode` and `prompt` below do not depend on it)
+        if backend.encode("").ids != [bos, *self.encode("")]:
+            backend.post_processor = bos_before_text(backend.id_to_token(bos), bos)
 
     def __len__(self):
         """The size of the smallest embedding that holds every id."""
@@ -46,6 +51,15 @@ class Tokenizer:
         """`prompt` of each question."""
         ids_of_questions = self.encode_batch([question + "\n" for question in questions])
         return [[self.bos, *ids, self.start] for ids in ids_of_questions]
+
+
+def bos_before_text(token, bos):
+    """A post-processor that puts bos, a token and its id, before each text."""
+    return processors.TemplateProcessing(
+        single=[token, "$A"],
+        pair=[token, "$A", f"{token}:1", "$B:1"],
+        special_tokens=[(token, bos)],
+    )
 
 
 def train_tokenizer(problems, vocab_size):

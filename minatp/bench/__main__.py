@@ -4,6 +4,10 @@
                                                 misses its gate
     python -m minatp.bench --preset llama-1b    one GPU: the paper's size, bf16 compute over
                                                 float32 masters
+    python -m minatp.bench --preset llama-1b --fake
+                                no GPU: its launches, bytes, FLOPs, waits and recordings, counted,
+                                and a modelled time; exits with 1 after a fault, or if a gate that
+                                was met is missed. With --works each operation is shown, too
 
 A side must compute the same losses, gradients, chains and log-probabilities, or it is not timed.
 All sides take turns, round by round, and a ratio is that of two times of the same round: median
@@ -23,7 +27,7 @@ from unittest.mock import patch
 
 import torch
 
-from kernels.common import is_out_of_memory
+from kernels.common import HAS_TRITON, is_out_of_memory
 
 from ..run.build import llama_config, n_parameters
 from ..run.device import autocast, pick_device
@@ -54,6 +58,8 @@ UNCOUNTED = count.Counts(ops=math.nan, bytes=math.nan, flops=math.nan, waits=mat
 def main(argv=None):
     # The model, and which sides and works are wanted
     args = parse(argv)
+    if args.fake:
+        return count_without_gpu(args)
     device = pick_device(args.device or {"tiny": "cpu", "llama-1b": "cuda"}[args.preset])
     case = Case(args.preset, device)
 
@@ -98,6 +104,18 @@ def main(argv=None):
     return int(bool(misses))
 
 
+def count_without_gpu(args):
+    """The exit code of --fake. Raises UserError."""
+    if not HAS_TRITON:
+        raise UserError("command line: --fake needs triton, which is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("command line: TRITON_INTERPRET=1 leaves --fake no kernels; unset it")
+
+    from . import fake  # here, because it cannot be imported without Triton
+
+    return fake.main(args)
+
+
 def parse(argv):
     """The command line. Raises UserError."""
     parser = Parser(__doc__, "minatp.bench")
@@ -108,9 +126,12 @@ def parse(argv):
     add(
         "--works",
         default="",
-        help="what is timed, separated by semicolons; growth only if all of it is [all]",
+        help="what is timed, or counted with --fake, separated by semicolons; growth only if all "
+        "of it is timed [all]",
     )
     add("--device", default="", help="cpu | cuda | cuda:N [tiny: cpu; llama-1b: cuda]")
+    add("--fake", action="store_true", help="count what a GPU would do, without one: llama-1b only")
+    add("--layers", type=int, default=16, help="of both LMs, with --fake [%(default)s]")
     add("--out", default="", help="also write all figures to this JSON file")
     args = parser.parse_args(argv)
     if args.preset not in SIZES:
@@ -119,6 +140,12 @@ def parse(argv):
         )
     if args.rounds < 1:
         raise UserError(f"command line: --rounds must be positive, not {args.rounds}")
+    if args.fake and args.preset != "llama-1b":
+        raise UserError("command line: --fake counts the steps of llama-1b: add --preset llama-1b")
+    if args.fake and (args.sides or args.device):
+        raise UserError("command line: --fake compares and times nothing: drop --sides, --device")
+    if args.layers < 1:
+        raise UserError(f"command line: --layers must be positive, not {args.layers}")
     return args
 
 
@@ -158,14 +185,26 @@ def count_once(work, device, bf16=True):
         return count.count(work)
 
 
-def attempt(work, model):
-    """work(), or None if it runs out of memory; cached memory is then freed."""
+def attempt(work, model, failures=None, name=None):
+    """work(), or None if it runs out of memory; cached memory is then freed.
+
+    failures: a dict, of a peer. Whatever the peer raises then ends this work for it and nothing
+    else, and failures[name] is the reason.
+    """
     try:
         return work()
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
+    except Exception as e:
+        # after a CUDA error nothing in this process can use the GPU
+        is_lost = "CUDA error" in str(e)
+        if is_out_of_memory(e):
+            reason = "ran out of memory"
+        elif failures is None or is_lost:
             raise
+        else:
+            reason = f"failed ({type(e).__name__}: {' '.join(str(e).split())[:120]})"
     # after the except clause, whose traceback holds on to what was computed
+    if failures is not None:
+        failures[name] = reason
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
 
@@ -184,23 +223,25 @@ def measure_all(case, every, names, rounds, save):
             continue
 
         # Printed and saved at once: a later work may run out of memory
-        record = {"work": name, "tokens": work.n_token, "sides": measure(case, every, work, rounds)}
+        failures = {}
+        measured = measure(case, every, work, rounds, failures)
+        record = {"work": name, "tokens": work.n_token, "sides": measured}
         records.append(record)
         describe(record, case)
         save(records)
-        for side in every:
-            if side not in record["sides"]:
-                print0(f"    {side:18} ran out of memory: no time, and no win for minatp")
+        for side, reason in failures.items():
+            print0(f"    {side:18} {reason}: no time, and no win for minatp")
     return records
 
 
-def measure(case, every, work, rounds):
+def measure(case, every, work, rounds, failures):
     """Time one work, all sides in turn, and count it.
 
     Returns {side: {"seconds": [one a round], "peak": bytes, and the fields of count.Counts}},
-    without the sides that run out of memory. Raises OutOfMemory if minatp does.
+    without the sides that fail: `failures` receives {side: why}. Raises OutOfMemory if minatp runs
+    out of memory, and whatever else minatp raises.
     """
-    counts = warm_up(case, every, work)
+    counts = warm_up(case, every, work, failures)
     names = list(counts)
     seconds = {name: [] for name in names}
     peak = dict.fromkeys(names, 0)
@@ -210,9 +251,9 @@ def measure(case, every, work, rounds):
         for name in names[first:] + names[:first]:
             side = every[name]
             once = partial(time_once, partial(work.run, side), case.device, side.bf16)
-            timed = attempt(once, case.model)
+            timed = attempt(once, case.model, *of_peer(name, failures))
 
-            # A side that runs out of memory in any round is not timed at all
+            # A side that fails in any round is not timed at all
             if timed is None:
                 names.remove(name)
                 continue
@@ -222,13 +263,19 @@ def measure(case, every, work, rounds):
     return {name: {"seconds": seconds[name], "peak": peak[name], **counts[name]} for name in names}
 
 
-def warm_up(case, every, work):
-    """{side: counts} of the sides that have enough memory for a work. Compiles every kernel."""
+def of_peer(name, failures):
+    """The last arguments of `attempt`: what minatp raises is raised."""
+    return () if name == "minatp" else (failures, name)
+
+
+def warm_up(case, every, work, failures):
+    """{side: counts} of the sides that do not fail at a work. Compiles every kernel."""
     counts = {}
     for name, side in every.items():
-        # One call that is not timed: sides without enough memory drop out here
+        # One call that is not timed: sides that fail or have too little memory drop out here
         run = partial(work.run, side)
-        if attempt(partial(time_once, run, case.device, side.bf16), case.model) is None:
+        once = partial(time_once, run, case.device, side.bf16)
+        if attempt(once, case.model, *of_peer(name, failures)) is None:
             continue
 
         # On a GPU only minatp is counted: to count the reference there takes minutes
@@ -359,7 +406,8 @@ class Floor:
     """The least time that each work can take on the case's GPU.
 
     Products run at the measured product rate. Positions that are read one after another each read
-    the weights. AdamW reads and writes 28 bytes a parameter.
+    the weights, and the keys and values up to their own. AdamW reads and writes 28 bytes a
+    parameter.
     """
 
     def __init__(self, case):
@@ -378,8 +426,8 @@ class Floor:
         size, n_chain = self.size, self.size.questions * self.size.G
 
         # The works of RL, and evaluation. Generation takes its positions one after another
-        if work == "reading thoughts":
-            return self.one_by_one(MAX_NEW, n_chain * self.K, self.c + MAX_NEW, logits=True)
+        if work == "reading thoughts":  # the c latents at once, then all words but the last
+            return self.one_by_one(MAX_NEW, n_chain * self.K, self.c, logits=True)
         if work == "RL update":  # it leaves the decoder as it is
             return flops / self.machine.flops + self.adamw - self.adamw_decoder
         if work == "rollouts":
@@ -392,14 +440,22 @@ class Floor:
         return seconds + self.adamw if work.startswith("SFT") else seconds
 
     def one_by_one(self, n_pass, rows, T, logits):
-        """n_pass passes, each of one position of `rows` sequences of length T."""
-        # limited by reading weights, keys and values, or by the products
-        bytes_read = count.pass_bytes(self.llama, rows, T, logits)
+        """n_pass passes, each of one position of `rows` sequences, whose length is T at the first.
+
+        Each makes its sequence longer by one.
+        """
+        # The products of a pass
         n_parameter = self.n_layer_parameter
         if logits:
             n_parameter += self.llama.vocab_size * self.llama.n_embd
-        flops = 2 * rows * n_parameter
-        return n_pass * max(bytes_read / self.machine.bandwidth, flops / self.machine.flops)
+        products = 2 * rows * n_parameter / self.machine.flops
+
+        # Each pass is limited by them, or by reading weights, keys and values
+        seconds = 0.0
+        for length in range(T, T + n_pass):
+            bytes_read = count.pass_bytes(self.llama, rows, length, logits)
+            seconds += max(bytes_read / self.machine.bandwidth, products)
+        return seconds
 
     def generation(self, n_prompt, rows):
         """Read n_prompt prompts, then think and write in `rows` rows."""
@@ -408,9 +464,10 @@ class Floor:
         # The tokens of all prompts are read at once, so the products are the limit
         prompts = 2 * self.n_layer_parameter * n_prompt * T / self.machine.flops
 
-        # Then n latents and MAX_NEW words, one after another. Only words need logits
-        thinking = self.one_by_one(n, rows, T + n, logits=False)
-        writing = self.one_by_one(MAX_NEW, rows, T + n + MAX_NEW, logits=True)
+        # Then n latents, <|end-latent|> and all words but the last, one after another. Only words
+        # need logits
+        thinking = self.one_by_one(n, rows, T + 1, logits=False)
+        writing = self.one_by_one(MAX_NEW, rows, T + n + 1, logits=True)
         return prompts + thinking + writing
 
     def training(self, work, flops):
@@ -423,7 +480,7 @@ class Floor:
         n, rows = self.c * n_step, self.size.batch
 
         # One latent after another, forwards, then the gradient of its input: each reads the weights
-        chain = 2 * self.one_by_one(n, rows, self.n_prompt + n, logits=False)
+        chain = 2 * self.one_by_one(n, rows, self.n_prompt + 1, logits=False)
 
         # All other FLOPs, weight gradients included, are large products
         flops_of_chain = 4 * n * rows * self.n_layer_parameter
@@ -450,11 +507,12 @@ def fit_prices(records):
     ones = torch.ones(len(own), 1, dtype=torch.float64)
     per_op, per_flop = torch.linalg.lstsq(A, ones).solution[:, 0].tolist()
 
-    # If one price would be negative, the other explains it all
-    op_alone, flop_alone = (1 / A.mean(0)).tolist()
     if per_op >= 0 and per_flop >= 0:
-        return [per_op, per_flop]
-    return [op_alone, 0.0] if per_flop < 0 else [0.0, flop_alone]
+        return per_op, per_flop
+
+    # If one price would be negative, the other explains it all: least squares again, of one column
+    op_alone, flop_alone = (A.sum(0) / A.square().sum(0)).tolist()
+    return (op_alone, 0.0) if per_flop < 0 else (0.0, flop_alone)
 
 
 def measure_growth(case, per_op, per_flop, rounds):
@@ -511,11 +569,11 @@ def growth_step(case, K, batch, question):
 
     # Ids below 256 are in the vocabulary of both presets
     rows = [paper_row(256, question, K)] * batch
-    batch, eps = case.batch(K + 1, rows)
+    collated, eps = case.batch(K + 1, rows)
 
     def step():
-        losses = sft_losses(model, batch, eps)
-        total_loss(losses, batch.counts, BETA).backward()
+        losses = sft_losses(model, collated, eps)
+        total_loss(losses, collated.counts, BETA).backward()
         model.zero_grad(set_to_none=True)
 
     return step

@@ -28,7 +28,7 @@ from ..run.errors import UserError
 from ..run.loop import GuardedOptimizer
 from ..run.options import PRESETS, Config
 from ..run.terminal import print0
-from ..sft import sft_losses, think, total_loss
+from ..sft import sft_losses, total_loss, walk_batch
 from ..tools import count
 
 BETA = 1e-3  # weight of the KL term
@@ -81,7 +81,7 @@ def sides(model, device):
 
     # minatp's own functions take the model; a Side's have it already
     def thoughts(batch, eps):
-        latent, _, _ = think(model, batch, eps)
+        latent, _, _ = walk_batch(model, batch, eps)
         return latent.z
 
     def side_of(p, **switches):
@@ -190,7 +190,9 @@ class Case:
         model.stage = stage
 
         # noise as numbers, not as keys of a generator (kernels/vae.py): every side can use it
-        batch = data.collate(rows or self.rows[: self.size.batch], stage, model).to(self.device)
+        batch = data.collate(rows or self.rows[: self.size.batch], stage, model).at(
+            device=self.device
+        )
         shape = len(batch.prompt), model.c * model.K, model.policy.cfg.n_embd
         eps = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         return batch, eps.to(self.device)
@@ -294,7 +296,7 @@ def rl_works(case, update):
     prompt, prompt_mask = case.prompts(case.size.questions)
 
     # Drawn once, so that every side explores the same chains in every round
-    noise = Noise.draw(model, len(prompt) * G, MAX_NEW, seed=1).at(slice(None), case.device)
+    noise = Noise.draw(model, len(prompt) * G, MAX_NEW, seed=1).at(device=case.device)
 
     # One batch of chains, which every side reads and learns from
     chains = rollout(model, prompt, prompt_mask, MAX_NEW, noise, G)
@@ -454,7 +456,7 @@ def check_noise(case):
     """
     n_chain = 2 * case.size.check
     greedy = case.model.policy.cfg.vocab_size > 10**4
-    return Noise.draw(case.model, n_chain, MAX_NEW, 3, greedy=greedy).at(slice(None), case.device)
+    return Noise.draw(case.model, n_chain, MAX_NEW, 3, greedy=greedy).at(device=case.device)
 
 
 def largest_error(tensors, expected):

@@ -4,15 +4,17 @@
 
 PRESET is tiny or llama-1b, and OUT a folder. The parts, in this order by default:
 
-verify    the error of each Triton kernel over PyTorch's own (kernels/bench.py)
+verify    the error of each Triton kernel over PyTorch's own (kernels/bench.py), and sampled words
 same      gradients with CUDA graphs against those without
 memory    whether steps of changing shapes leave memory behind
 sft       times of SFT steps
 rl        times of rollouts, of reading their thoughts, and of the policy gradient
 profile   kernels by time, in profile_sft.txt and profile_rollouts.txt
 
-If a part fails, the others run all the same. Each figure is written to OUT/lease.json as soon as it
-is known, because a lease can end at any moment. lease.sh makes the most of ten minutes.
+If a part fails, the others run all the same, but for one thing: after a CUDA error, or a CUDA graph
+that could not be recorded, no part of this process could use the GPU, so it ends, with exit code 3.
+Each figure is written to OUT/lease.json as soon as it is known, because a lease can end at any
+moment. lease.sh makes the most of ten minutes.
 """
 
 import json
@@ -32,15 +34,14 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
-from kernels import bench, graph
+from kernels import bench, graph, sampling
 
-from .. import rollout as rollout_module
 from ..decoder import read_thoughts
 from ..optim import build_optimizer
 from ..rl import log_probs, surrogate
 from ..rollout import Noise, rollout
 from ..run.device import autocast, pick_device
-from ..run.errors import run_command
+from ..run.errors import UserError, run_command
 from ..run.loop import GuardedOptimizer
 from ..run.options import Parser, among
 from ..sft import sft_losses, total_loss
@@ -59,18 +60,22 @@ def main(argv=None):
     add("--rounds", type=int, default=5, help="most times that each work is timed [%(default)s]")
     args = parser.parse_args(argv)
     parts = among("part", ";".join(args.parts), PARTS)
+    if args.rounds < 1:
+        raise UserError(f"command line: --rounds must be positive, not {args.rounds}")
 
-    # Every part runs, whatever happens to the others
+    # A part that fails does not keep the others from running, as long as the GPU can be used
     lease = Lease(args.preset, pick_device(args.device), args.out, args.rounds)
 
     for name in parts:
         try:
             lease.reset_peak_memory()
             PARTS[name](lease)
-        except Exception as e:  # whatever it is, the figures of the other parts are worth having
+        # whatever it is, the figures of the other parts are worth having
+        except (Exception, graph.CaptureFailed) as e:
             lease.report(f"FAILED {name}", f"{type(e).__name__}: {str(e)[:400]}")
             traceback.print_exc(limit=-6)
-            if lease.on_gpu and "CUDA error" in str(e):
+            is_lost = lease.on_gpu and "CUDA error" in str(e)
+            if is_lost or isinstance(e, graph.CaptureFailed):
                 return LOST_CONTEXT  # lease.sh continues with its next process
             # what a failed part leaves in the gradients would change the next part's
             lease.model.zero_grad(set_to_none=True)
@@ -180,6 +185,27 @@ def verify(lease):
             lease.report(f"error of {case.name} over PyTorch's", round(bench.verify(case), 3))
         except Exception as e:  # the other kernels' errors are worth having
             lease.report(f"FAILED {case.name}", f"{type(e).__name__}: {str(e)[:300]}")
+    lease.report("sampled words that are wrong", wrong_words(lease))
+
+
+def wrong_words(lease):
+    """How many of the words that the kernel draws are not those of float64's cumulative softmax.
+
+    A word is right if u lies in its interval, or within 1e-5 of it.
+    """
+    # A batch of rollouts of llama-1b; without a GPU a few rows, for a test
+    R, V = (128, 128259) if lease.on_gpu else (4, 67)
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(R, V, device=lease.device)).bfloat16()
+    u = torch.rand(R, device=lease.device)
+    word, _ = sampling.fused_sample(logits, u)
+
+    # Its interval ends at the cumulative probability, and is as long as its own
+    p = logits.double().softmax(-1)
+    end = p.cumsum(-1).gather(1, word[:, None])[:, 0]
+    begin = end - p.gather(1, word[:, None])[:, 0]
+    is_right = (u > begin - 1e-5) & (u < end + 1e-5)
+    return int((~is_right).sum())
 
 
 # ---- same, memory --------------------------------------------------------------------------------
@@ -197,30 +223,35 @@ def same(lease):
     short_prompts = [replace(row, prompt=row.prompt[:37]) for row in case.rows[:5]]
     for i, rows in enumerate((case.rows[:8], short_prompts, case.rows[8:16])):
         # With graphs, then by autograd, on the same rows and noise
-        losses, norms, samples = gradients(lease, rows)
+        with_graphs = gradients(lease, rows)
         plain = without_graphs(partial(gradients, lease, rows))
-        plain_losses, plain_norms, plain_samples = plain
+        lease.report(f"same {i}", compare_gradients(with_graphs, plain))
+    model.zero_grad(set_to_none=True)
 
-        # The norm of every gradient; and the direction of some, which a norm does not show
-        differences = []
-        for name, norm in plain_norms.items():
+
+def compare_gradients(with_graphs, plain):
+    """How far two results of `gradients` differ, in the gradients that both of them have."""
+    losses, norms, samples = with_graphs
+    plain_losses, plain_norms, plain_samples = plain
+
+    # The norm of every gradient; and the direction of some, which a norm does not show
+    differences = []
+    for name, norm in plain_norms.items():
+        if name in norms:
             differences.append((abs(norms[name] - norm) / (norm + 1e-12), name))
-        cosines = []
-        for name, sample in plain_samples.items():
+    cosines = []
+    for name, sample in plain_samples.items():
+        if name in samples:
             cosines.append(float(F.cosine_similarity(samples[name], sample, 0)))
 
-        # "keys": whether both ways give the same parameters a gradient
-        lease.report(
-            f"same {i}",
-            {
-                "losses": losses,
-                "without graphs": plain_losses,
-                "norms differ by": largest_difference(differences),
-                "least cosine": least(cosines),
-                "keys": norms.keys() == plain_norms.keys(),
-            },
-        )
-    model.zero_grad(set_to_none=True)
+    # "keys": whether both ways give the same parameters a gradient
+    return {
+        "losses": losses,
+        "without graphs": plain_losses,
+        "norms differ by": largest_difference(differences),
+        "least cosine": least(cosines),
+        "keys": norms.keys() == plain_norms.keys(),
+    }
 
 
 def largest_difference(differences):
@@ -323,7 +354,7 @@ class Exploration:
         n_chain = len(self.prompt) * self.G
 
         # Drawn once, so that all calls make the same chains until set_ragged changes the weights
-        self.noise = Noise.draw(self.model, n_chain, MAX_NEW, seed=1).at(slice(None), self.device)
+        self.noise = Noise.draw(self.model, n_chain, MAX_NEW, seed=1).at(device=self.device)
         self.chains = None
 
     def __call__(self):
@@ -365,23 +396,19 @@ def rl(lease):
     lease.report("reading thoughts", lease.time(read, n=3, n_warm=1))
     lease.report("RL gradients", lease.time(learn, n=3, n_warm=1))
 
-    # Chains that end at all lengths: rows leave the batch, and then steps are recorded anew
+    # Chains that end at all lengths
     case.set_ragged(True)
     lease.report("rollouts, ragged", lease.time(explore, n=3))
 
-    # With all rows kept. The difference is what leaving saves, less what recording anew costs
-    with patch.object(rollout_module, "unfinished_rows", keep_all_rows):
-        lease.report("rollouts, ragged, nobody leaves", lease.time(explore, n=3))
+    # Rows leave no batch as small as this one (graph.FEWEST_ROWS). If they did, the difference is
+    # what leaving saves, less what recording anew costs
+    with patch.object(graph, "FEWEST_ROWS", 2):
+        lease.report("rollouts, ragged, rows leave", lease.time(explore, n=3))
 
     # What CUDA graphs are worth
     case.set_ragged(False)
     plain = without_graphs(partial(lease.time, explore, n=2, n_warm=1))
     lease.report("rollouts without graphs", plain)
-
-
-def keep_all_rows(done, n_done, fixed_shape):
-    """Stands in for graph.unfinished_rows: rows that are done stay in the batch."""
-    return None
 
 
 def profile(lease):

@@ -36,6 +36,7 @@ try:
     from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 except ImportError:
     transformers = None
+    DynamicCache = StaticCache = object
 
 
 def need_transformers():
@@ -393,7 +394,8 @@ class Reference:
     def log_probs(self, prompt, prompt_mask, chains, group=1):
         """As rl.log_probs: those of latents (B, n), stops (B, K) and words (B, Tt) of a Rollout.
 
-        Each chain reads its own prompt.
+        Each chain reads its own prompt. The chains are taken to have spread 1 and temperature 1, as
+        all chains of the benchmark have.
         """
         # One pass over prompt, latents and words, with logits of all columns
         scored = self.scored(*repeat_prompts(prompt, prompt_mask, group), chains)
@@ -428,7 +430,7 @@ class Reference:
         return Scored(x, mask, used, written, used | dropped)
 
     def latent_log_probs(self, h, chains, scored):
-        """Log-probabilities of latents (B, n) and stops (B, K).
+        """Log-probabilities of latents (B, n), drawn with spread 1, and stops (B, K).
 
         h (B, n, D): the hidden state before each latent.
         """
@@ -441,11 +443,30 @@ class Reference:
         return logp_z, decision * scored.candidate[:, :: self.c]
 
 
+class OneDtype:
+    """A cache with keys of the values' dtype.
+
+    Under autocast RoPE leaves the keys in float32. A StaticCache takes its dtype from them, and
+    refuses the values; a DynamicCache would keep twice the bytes and cast them at every word.
+    """
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+
+
+class GrowingCache(OneDtype, DynamicCache):
+    pass
+
+
+class FixedCache(OneDtype, StaticCache):
+    pass
+
+
 class Tuned(Reference):
     """The same model, driven as well as plain transformers allows."""
 
     def __init__(self, model, static=False):
-        """static: generate into a StaticCache, not into a cache that grows."""
+        """static: generate into a FixedCache, not into a cache that grows."""
         super().__init__(model)
         self.static = static
 
@@ -466,8 +487,8 @@ class Tuned(Reference):
     def empty_cache(self, llama, T):
         """A cache for generation, for at most T columns."""
         if self.static:
-            return StaticCache(llama.config, max_cache_len=T)
-        return DynamicCache()
+            return FixedCache(llama.config, max_cache_len=T)
+        return GrowingCache()
 
     # ---- stage 1 ----
 
@@ -477,7 +498,7 @@ class Tuned(Reference):
         Returns ([(z, μ, log σ²) of each candidate], the mask so far, the cache).
         """
         used = torch.arange(batch.L, device=batch.n_latent.device) < batch.n_latent[:, None]
-        mask, cache = batch.prompt_mask, DynamicCache()
+        mask, cache = batch.prompt_mask, GrowingCache()
         candidates = []
         h = self.hidden(self.policy, self.embed(batch.prompt), mask, cache)[:, -1]
         for t in range(batch.n_candidate):

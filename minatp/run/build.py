@@ -3,8 +3,8 @@
 from ..latent import ATP
 from ..llama import LLAMA3_ROPE, LlamaConfig
 from ..tokenizer import train_tokenizer
-from .checks import check_latents, check_size, check_thoughts
-from .huggingface import load_model
+from .huggingface import load_model, read_config, read_switches
+from .saved import locate
 
 
 def build(cfg, problems):
@@ -28,18 +28,20 @@ def build(cfg, problems):
 
 
 def build_from_init(cfg):
-    """`build` from a Hugging Face directory or an earlier run."""
-    # RL keeps the parts and the number of latents that SFT has settled. SFT may choose others; only
-    # the depth of φ is always that of --init, or that of π if --init has no φ
-    switches = {}
-    if cfg.stage == "rl":  # takes the model as it is
-        check_thoughts(cfg)
+    """`build` from a Hugging Face directory or an earlier run, which `check_init` has accepted."""
+    # RL keeps the parts and the number of latents that SFT has settled
+    if cfg.stage == "rl":
+        return load_model(cfg.init)
+
+    # SFT may choose others. A φ that has been trained keeps its depth; a new one takes the lower
+    # layers of π, all of them if there are fewer than the default
+    directory, switches = locate(cfg.init), cfg.switches
+    if read_switches(directory).get("decode"):
+        del switches["decoder_layers"]
     else:
-        check_latents(cfg)
-        switches = {name: value for name, value in cfg.switches.items() if name != "decoder_layers"}
-    model, tokenizer = load_model(cfg.init, **switches)
-    check_size(model, cfg)
-    return model, tokenizer
+        n_layer = read_config(directory / "config.json").n_layer
+        switches["decoder_layers"] = min(switches["decoder_layers"], n_layer)
+    return load_model(directory, **switches)
 
 
 def llama_config(cfg, vocab_size):

@@ -4,33 +4,85 @@ import hashlib
 from dataclasses import fields
 
 from .errors import NotFinite, UserError
-from .huggingface import read_switches
+from .huggingface import read_config, read_switches
 from .options import Size, flag
+from .saved import locate
 from .terminal import print0
 
 
-def check_size(model, cfg):
-    """Raise UserError if an option asks for another size of model than --init has."""
-    # Only the command line can contradict --init: a default gives way. --vocab-size is a limit for
-    # a tokenizer that is trained, and --init brings its own
+def check_init(cfg):
+    """Raise UserError if an option contradicts the model of --init. No weights are read.
+
+    Every option is taken, refused here, or has no effect, which --help then says. Prints which
+    parts of --init are dropped, and which it lacks.
+    """
+    directory = locate(cfg.init)
+    llama, saved = read_config(directory / "config.json"), read_switches(directory)
+    if cfg.stage == "rl":
+        check_thoughts(cfg, saved)
+    else:
+        check_latents(cfg, saved)
+    check_size(cfg, llama)
+    check_decoder(cfg, llama, saved)
+    check_latent_head(cfg, saved)
+
+
+def contradiction(cfg, name, has):
+    """The UserError for an option that asks for something else than --init has."""
+    return UserError(
+        f"command line: {flag(name)} {getattr(cfg, name)} contradicts --init {cfg.init}, which has "
+        f"{has}; drop the option"
+    )
+
+
+def check_size(cfg, llama):
+    """Raise UserError if an option asks for another policy than --init has, a LlamaConfig."""
+    # Only the command line can contradict --init: a default gives way
     for f in fields(Size):
-        if f.name not in cfg.given or f.name == "vocab_size":
+        if f.name not in cfg.given or f.name == "decoder_layers":
             continue
-        has, wanted = getattr(model.policy.cfg, f.name, None), getattr(cfg, f.name)
-        if has not in (None, wanted):
-            raise UserError(
-                f"command line: {flag(f.name)} {wanted} contradicts --init {cfg.init}, which has "
-                f"{has}; drop one of them"
-            )
+        has, wanted = getattr(llama, f.name), getattr(cfg, f.name)
+
+        # --vocab-size is the most tokens that a tokenizer may have; --init brings its own
+        fits = has <= wanted if f.name == "vocab_size" else has == wanted
+        if not fits:
+            raise contradiction(cfg, f.name, has)
 
 
-def check_thoughts(cfg):
+def check_decoder(cfg, llama, saved):
+    """Raise UserError if φ cannot have as many layers as an option asks for."""
+    if "decoder_layers" not in cfg.given or not cfg.switches["decode"]:
+        return
+
+    # A φ that has been trained keeps its depth
+    wanted = cfg.decoder_layers or llama.n_layer
+    has = saved.get("decoder_layers", llama.n_layer)
+    if saved.get("decode") and wanted != has:
+        raise contradiction(cfg, "decoder_layers", has)
+
+    # A new one starts from the lower layers of π
+    if wanted > llama.n_layer:
+        raise UserError(
+            f"command line: --decoder-layers {wanted} must be at most {llama.n_layer}, the layers "
+            f"of --init {cfg.init}: φ starts from π's lower layers"
+        )
+
+
+def check_latent_head(cfg, saved):
+    """Raise UserError if an option asks for the σ of an untrained head, and the head is trained."""
+    if "init_logvar" in cfg.given and cfg.switches["vae"] and saved.get("vae"):
+        raise UserError(
+            f"command line: --init-logvar is for an untrained latent head, and --init {cfg.init} "
+            "has a trained one; drop the option"
+        )
+
+
+def check_thoughts(cfg, saved):
     """RL explores in sampled latents, whose number SFT has settled, and rewards what φ reads.
 
-    Raises UserError if --init has none, or an option asks for another number.
+    saved: what `read_switches` says of --init. Raises UserError if it has none of them, or an
+    option asks for another number.
     """
-    saved = read_switches(cfg.init)
-
     # Stage 0 will not do: there all reasoning is still text
     if not (saved.get("vae") and saved.get("decode") and saved.get("stage")):
         raise UserError(
@@ -40,50 +92,45 @@ def check_thoughts(cfg):
 
     # An option may repeat the numbers that SFT has settled, not change them
     for name in ("c", "K"):
-        wanted = getattr(cfg, name)
-        if name in cfg.given and wanted != saved[name]:
-            raise UserError(
-                f"command line: {flag(name)} {wanted} contradicts --init {cfg.init}, which has "
-                f"{saved[name]}; drop the option"
-            )
+        if name in cfg.given and getattr(cfg, name) != saved[name]:
+            raise contradiction(cfg, name, saved[name])
 
 
-def check_latents(cfg):
+def check_latents(cfg, saved):
     """SFT from a run that thinks already needs as many latents a step and no fewer steps.
 
     Otherwise it would have to learn them anew.
 
-    Prints which heads are added or dropped. Raises UserError.
+    saved: what `read_switches` says of --init. Prints which parts are added or dropped. Raises
+    UserError.
     """
-    saved, wanted = read_switches(cfg.init), cfg.switches
+    wanted = cfg.switches
 
-    # A plain LLaMA, or a model at stage 0, does not think yet: any number will do
-    if not saved.get("stage") or not cfg.latent:
-        return
+    # c has to be equal. K may grow: the later stages of the curriculum teach the added steps. A
+    # plain LLaMA, or a model at stage 0, does not think yet: any number will do
+    if saved.get("stage") and cfg.latent:
+        for name in ("c", "K"):
+            fits = wanted["c"] == saved["c"] if name == "c" else wanted["K"] >= saved["K"]
+            if not fits:
+                raise UserError(
+                    f"command line: --init {cfg.init} thinks with {flag(name)} {saved[name]}, not "
+                    f"{wanted[name]}; give {flag(name)} {saved[name]}"
+                )
 
-    # c has to be equal. K may grow: the later stages of the curriculum teach the added steps
-    for name in ("c", "K"):
-        fits = wanted["c"] == saved["c"] if name == "c" else wanted["K"] >= saved["K"]
-        if not fits:
-            raise UserError(
-                f"command line: --init {cfg.init} thinks with {flag(name)} {saved[name]}, not "
-                f"{wanted[name]}; give {flag(name)} {saved[name]}"
-            )
-
-    # Parts may be added and dropped, but perhaps the user did not mean to
+    # Parts may be added and dropped, but perhaps the user did not mean to. A plain LLaMA has none
     for name, what in (("vae", "VAE"), ("stop", "stop head"), ("decode", "decoder LM")):
-        if saved[name] and not wanted[name]:
+        if saved and saved[name] and not wanted[name]:
             print0(f"note: --init {cfg.init} has a {what}: it is dropped")
-        elif wanted[name] and not saved[name]:
+        elif saved and wanted[name] and not saved[name]:
             print0(f"note: --init {cfg.init} has no {what}: it starts untrained")
 
 
 def check_problems(cfg, splits, state):
     """Raise UserError if a resumed run would continue with other problems than it started with."""
-    fingerprint = splits.fingerprint  # takes seconds for a large file
+    digest = splits.fingerprint  # takes seconds for a large file
 
     # A run that starts records the hash in its state, which every checkpoint holds
-    if state.setdefault("data", fingerprint) != fingerprint:
+    if state.setdefault("data", digest) != digest:
         raise UserError(
             f"{cfg.data or cfg.out}:0: the problems are not those that this run started with (was "
             "a file changed?); restore them, or start again in another --out"

@@ -9,9 +9,11 @@ import torch
 from kernels import ops
 from kernels.common import is_out_of_memory
 
+from . import distributed
+from .build import n_parameters
 from .errors import OutOfMemory, UserError
 
-# A model with fewer gets one thread of the CPU, see `place`
+# A model with fewer gets one thread of the CPU and float32, see `place` and `pick_dtype`
 SMALL = 10**7  # parameters
 
 
@@ -48,9 +50,9 @@ def check_gpu(device, name):
         )
     # cuDNN's attention makes a plan for every shape, and shapes change here with every batch
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # Triton launches on the current device, wherever the tensors are. Under torchrun each rank sets
-    # its own
-    if device.index is not None and "LOCAL_RANK" not in os.environ:
+    # Triton launches on the current device, wherever the tensors are. Several ranks each set their
+    # own later (distributed.start)
+    if device.index is not None and distributed.n_started() == 1:
         torch.cuda.set_device(device)
 
 
@@ -61,15 +63,40 @@ def place(model, device):
     products two threads wait for each other longer than they save, and on a busy machine several
     times longer.
     """
-    n_parameter = sum(p.numel() for p in model.parameters())
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and n_parameter < SMALL:
+    is_small = n_parameters(model) < SMALL
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and is_small:
         torch.set_num_threads(1)
     return model.to(device)
 
 
-def autocast(device):
-    """bf16 compute over float32 weights on a GPU; nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+def pick_dtype(name, device, model):
+    """The --dtype of a model on a device: `name`, if it is given, or what is fastest."""
+    if name:
+        return name
+    if device.type == "cuda":
+        return "bfloat16"
+
+    # On a CPU the casts of a small model take longer than its products
+    is_large = n_parameters(model) >= SMALL
+    return "bfloat16" if is_large and multiplies_bfloat16() else "float32"
+
+
+def multiplies_bfloat16():
+    """Whether this CPU has instructions for products in bfloat16: AVX512_BF16 or AMX."""
+    # PyTorch has no public function for it: one that lacks these answers no
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def autocast(device, dtype=""):
+    """A context in which products are computed in `dtype`, a choice of --dtype.
+
+    Weights stay float32, and so do losses, KL and log-probabilities. "": bfloat16 on a GPU, float32
+    on a CPU.
+    """
+    if dtype == "float32" or (not dtype and device.type == "cpu"):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 class Doing(NamedTuple):

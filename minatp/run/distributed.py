@@ -22,6 +22,11 @@ RANK, WORLD_SIZE = 0, 1  # this process's number, and how many there are; `start
 # ---- ranks ---------------------------------------------------------------------------------------
 
 
+def n_started():
+    """How many processes torchrun has started: its WORLD_SIZE. 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def start(device):
     """Join the processes that torchrun has started. Returns the device of this rank.
 
@@ -30,8 +35,8 @@ def start(device):
     """
     global RANK, WORLD_SIZE
 
-    # torchrun sets WORLD_SIZE; without it there are no others to join
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    # Nobody to join
+    if n_started() == 1:
         return device
 
     # NCCL needs a GPU for each rank, here by its number on this machine; CPUs use gloo

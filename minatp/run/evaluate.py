@@ -3,6 +3,8 @@
     python -m minatp.evaluate out/sft out/rl           the test set; the first run is the baseline
     python -m minatp.evaluate out/sft out/rl --longer  more steps than were ever taught
     python -m minatp.evaluate out/sft --votes 8        also pass@8 and votes of 8 sampled chains
+    python -m minatp.evaluate out/sft --latent-steps 0,1,2,3   also with so many steps exactly
+    python -m minatp.evaluate out/sft --file gsm8k_test.jsonl,SVAMP.json   each of several sets
 
 Every accuracy comes with its number of problems and its 95 % interval.
 """
@@ -10,6 +12,7 @@ Every accuracy comes with its number of problems and its 95 % interval.
 import json
 import math
 import statistics
+import sys
 import time
 from collections import Counter
 
@@ -24,12 +27,12 @@ from ..problems import numbers
 from ..rollout import Noise, rollout
 from ..sft import sft_losses
 from . import distributed
-from .device import autocast, pick_device, place, solving_guard
+from .device import autocast, pick_device, pick_dtype, place, solving_guard
 from .errors import UserError
-from .huggingface import load_model, locate
-from .options import Parser
+from .huggingface import load_model, locate, read_switches
+from .options import Parser, add_device_options
 from .problem_files import read_problems
-from .splits import encode_prompts, generate, test_set
+from .splits import describe_cut_off, encode_prompts, generate, test_set
 from .terminal import print0, progress
 
 BATCH = 500  # problems at once
@@ -44,6 +47,7 @@ def solve(
     batch_size=BATCH,
     noise=None,
     forced=None,
+    steps=None,
     keep_z=False,
     after_batch=None,
 ):
@@ -51,7 +55,8 @@ def solve(
 
     By the mean policy if noise is None.
 
-    noise (Noise), forced (Forced): of all prompts. keep_z: the Chains keep their latents.
+    noise (Noise), forced (Forced): of all prompts. steps: how many steps every chain thinks, or
+    None if the stop head decides. keep_z: the Chains keep their latents.
     after_batch: called after each batch; it may raise. Prompts of like length share a batch; a
     problem's result depends neither on that nor on its neighbours.
     """
@@ -73,6 +78,7 @@ def solve(
             max_new,
             noise=noise and noise.at(rows, device),
             forced=forced and forced.at(rows, device),
+            steps=steps,
         )
 
         # Put each chain in the place of its prompt
@@ -137,8 +143,7 @@ def elect(chains, by):
         chains = [c for c, value in zip(chains, coherence) if value == max(coherence)]
 
     def key(chain):  # "5" and "5.0" are one answer
-        value = None if chain.answer is None else reward.number(chain.answer)
-        return chain.answer if value is None else value
+        return None if chain.answer is None else reward.parsed(chain.answer)
 
     # A chain without an answer has no vote. If none has one, the first chain is elected
     votes = Counter(key(c) for c in chains if c.answer is not None)
@@ -221,6 +226,28 @@ def describe(result):
     return text
 
 
+def interval(result):
+    """The 95 % interval of an accuracy, for a table."""
+    low, high = result["accuracy_ci95"]
+    return f"[{low:6.1%}, {high:6.1%}]"
+
+
+def describe_latent_steps(rows):
+    """A table with a line for each of the `rows` that by_latent_steps returns."""
+    columns = f"{'accuracy':>8}  {'95 %':>16}  {'latents + tokens':>16}  problems"
+    lines = [f"  latent steps  {columns}  points over the free run"]
+    for row in rows:
+        length = f"{row['latents']:.1f} + {row['answer_tokens']:.1f}"
+        gain = f"{100 * row['gain']:+.1f}"
+        if row["gain_se"] is not None:
+            gain += f" ± {100 * row['gain_se']:.1f}"
+        lines.append(
+            f"{row['steps']:14}  {row['accuracy']:8.1%}  {interval(row)}  {length:>16}  "
+            f"{row['n_problems']:8}  {gain}"
+        )
+    return "\n".join(lines)
+
+
 def describe_gain(result):
     """A result of `paired` in words."""
     text = f"gained {100 * result['gain']:+.1f} points"
@@ -267,7 +294,7 @@ def reading_nll(run, model):
     # Teacher-forced, as in SFT, but at z = μ: no noise is given
     batch = collate(run.reading_rows, model.stage, model)
     with run.autocast:
-        losses = sft_losses(model, batch.to(run.device))
+        losses = sft_losses(model, batch.at(device=run.device))
     return float(losses["dec"]) / batch.counts["dec"]
 
 
@@ -288,7 +315,7 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     # All Q·n chains in one batch, rewarded as in training
     prompts = run.tokenizer.prompts([p.question for p in problems])
     prompt, prompt_mask = left_pad(prompts, run.tokenizer.end, run.device)
-    all_rows = noise.at(slice(None), run.device)
+    all_rows = noise.at(device=run.device)
     result = rollout(model, prompt, prompt_mask, run.max_new, all_rows, n)
     graph.release_memory()
     chains = as_text(model, run.tokenizer, result)
@@ -370,60 +397,121 @@ def parse(argv):
     parser = Parser(__doc__, "minatp.evaluate")
     add = parser.add_argument
     add("run", nargs="+", help="folders of runs, or of saved models")
-    add("--file", default="", help="problems (JSON, JSONL, iCoT) [the first run's test set]")
+    add(
+        "--file",
+        default="",
+        help="problems, as for --data; a,b: several [the first run's test set]",
+    )
     add("--longer", action="store_true", help="problems of the built-in task with 5 and 6 steps")
     add("--problems", type=int, default=0, help="how many; 0: all [%(default)s]")
     add("--votes", type=int, default=0, help="chains to sample for each problem [%(default)s]")
+    add(
+        "--latent-steps",
+        default="",
+        help="also think exactly so many steps, without asking the stop head; such as 0,1,2,3",
+    )
     add("--temperature", type=float, default=1.0, help="of the sampled chains [%(default)s]")
     add("--seed", type=int, default=0, help="of the sampled chains [%(default)s]")
     add("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
-    add("--device", default="", help="cpu | cuda | cuda:N [cuda if there is one]")
+    add_device_options(parser)
     add("--json", action="store_true", help="one JSON object per run")
     args = parser.parse_args(argv)
 
     if args.file and args.longer:
         raise UserError("command line: give --file or --longer, not both")
-    # --max-new must be at least 1, the others at least 0
-    negative = min(args.problems, args.votes, args.max_new - 1) < 0
-    if negative or not 0 < args.temperature < math.inf or not 0 <= args.seed < 2**32:
-        raise UserError(
-            "command line: --problems, --votes and --seed must not be negative, --max-new and "
-            "--temperature must be positive"
-        )
+    # (NaN fails every comparison. torch's CPU generator looks at 32 bits of a seed)
+    is_temperature = 0 < args.temperature < math.inf
+    for option, value, is_valid, expected in (
+        ("--problems", args.problems, args.problems >= 0, "not be negative"),
+        ("--votes", args.votes, args.votes >= 0, "not be negative"),
+        ("--max-new", args.max_new, args.max_new > 0, "be positive"),
+        ("--temperature", args.temperature, is_temperature, "be positive and finite"),
+        ("--seed", args.seed, 0 <= args.seed < 2**32, "not be negative or above 2^32 - 1"),
+    ):
+        if not is_valid:
+            raise UserError(f"command line: {option} must {expected}, not {value}")
+    args.latent_steps = parse_latent_steps(args.latent_steps)
     return args
 
 
-def problems_of(args):
-    """The problems that the command line asks for."""
+def parse_latent_steps(text):
+    """ "0,1,2" -> [0, 1, 2], in ascending order. Raises UserError."""
+    if not text:
+        return []
+    try:
+        numbers = sorted({int(number) for number in text.split(",")})
+        if numbers[0] < 0:
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            "command line: --latent-steps must be whole numbers ≥ 0 separated by commas, such as "
+            f"0,1,2, not {text!r}"
+        ) from None
+    return numbers
+
+
+def check_latent_steps(folder, latent_steps):
+    """Raise UserError unless the run in a folder can think so many steps (an ascending list)."""
+    if not latent_steps:
+        return
+
+    # A plain LLaMA, or a run that has only learned to write its steps, has no latent step
+    saved = read_switches(folder)
+    most = min(saved["stage"], saved["K"]) if saved else 0
+    if not most:
+        raise UserError(
+            f"command line: --latent-steps: {folder} does not think in latents; leave the option "
+            "out for this run"
+        )
+    if latent_steps[-1] > most:
+        raise UserError(
+            f"command line: --latent-steps {latent_steps[-1]}: {folder} has learned at most {most} "
+            f"latent steps; give 0 … {most}"
+        )
+
+
+def problem_sets(args):
+    """The sets of problems that the command line asks for: {their file, or "": a list}."""
     if args.file:
-        return read_problems(args.file)[: args.problems or None]
+        return {file: read_problems(file)[: args.problems or None] for file in args.file.split(",")}
     if args.longer:
-        return generate("longer", args.problems or 3000, 0)
+        return {"": generate("longer", args.problems or 3000, 0)}
 
     # All runs are measured on the test set of the first
-    return test_set(args.run[0], args.problems)
+    return {"": test_set(args.run[0], args.problems)}
 
 
 def main(argv=None):
     args = parse(argv)
-    problems = problems_of(args)
+    sets = problem_sets(args)
     device = pick_device(args.device)
     for folder in args.run:  # before the first is measured
         locate(folder)
+        check_latent_steps(folder, args.latent_steps)
 
-    first = None  # the chains of the first run
-    for folder in args.run:
-        chains, result = evaluate_run(folder, problems, device, args)
+    for file, problems in sets.items():
+        first = None  # the chains of the first run
+        for folder in args.run:
+            chains, result = evaluate_run(folder, problems, device, args)
 
-        # Every later run is compared with the first, problem by problem
-        if first:
-            result |= paired(chains, first, problems)
-        first = first or chains
-        if args.json:
-            print0(json.dumps({"run": folder, **result}))
-        else:
-            gain = f"; {describe_gain(result)}" if "gain" in result else ""
-            print0(f"{folder}: {describe(result)}{gain}")
+            # Every later run is compared with the first, problem by problem
+            if first:
+                result |= paired(chains, first, problems)
+            first = first or chains
+            report(folder, file, result, args)
+
+
+def report(folder, file, result, args):
+    """Print the result of one run on one set."""
+    if args.json:
+        of_file = {"file": file} if file else {}
+        print0(json.dumps({"run": folder, **of_file, **result}))
+        return
+    gain = f"; {describe_gain(result)}" if "gain" in result else ""
+    of_file = f" on {file}" if file else ""
+    print0(f"{folder}{of_file}: {describe(result)}{gain}")
+    if args.latent_steps:
+        print0(describe_latent_steps(result["latent_steps"]))
 
 
 def evaluate_run(folder, problems, device, args):
@@ -431,15 +519,26 @@ def evaluate_run(folder, problems, device, args):
     model, tokenizer = load_model(folder)
     place(model, device).eval()
     prompts = encode_prompts(problems, tokenizer, model, args.max_new)
+    note_cut_off(problems, tokenizer, args)
 
-    # The batches of one pass by the mean policy and of one pass for each vote
-    advance = progress(folder, -(-len(prompts) // BATCH) * (1 + args.votes))
+    # The batches of one pass by the mean policy, and of one for each vote and number of steps
+    n_pass = 1 + args.votes + len(args.latent_steps)
+    advance = progress(folder, -(-len(prompts) // BATCH) * n_pass)
 
-    def solve_all(noise=None):
-        return solve(model, tokenizer, prompts, args.max_new, noise=noise, after_batch=advance)
+    def solve_all(noise=None, steps=None):
+        return solve(
+            model,
+            tokenizer,
+            prompts,
+            args.max_new,
+            noise=noise,
+            steps=steps,
+            after_batch=advance,
+        )
 
     # The mean policy, then a pass for each sampled chain, with noise of its own
-    with solving_guard(prompts, model, args.max_new, BATCH), autocast(device):
+    dtype = pick_dtype(args.dtype, device, model)
+    with solving_guard(prompts, model, args.max_new, BATCH), autocast(device, dtype):
         chains = solve_all()
         result = measure(chains, problems)
         if args.votes:
@@ -449,4 +548,29 @@ def evaluate_run(folder, problems, device, args):
                 noise = Noise.draw(model, len(prompts), args.max_new, seed, args.temperature)
                 samples.append(solve_all(noise))
             result["sampled"] = vote(samples, problems)
+        if args.latent_steps:
+            result["latent_steps"] = by_latent_steps(solve_all, args.latent_steps, chains, problems)
     return chains, result
+
+
+def note_cut_off(problems, tokenizer, args):
+    """Say on stderr how many right answers are longer than --max-new, if any are."""
+    # Without steps in words, which not every run writes before its answer
+    answers = tokenizer.encode_batch(["### " + p.answer for p in problems])
+    with_eos = [len(ids) + 1 for ids in answers]
+    note = describe_cut_off(args.max_new, {args.file or "test": with_eos})
+    if note:
+        sys.stderr.write(note + "\n")
+
+
+def by_latent_steps(solve, latent_steps, free, problems):
+    """Measure chains of a given number of latent steps: a list of dicts, one for each number.
+
+    solve(steps=n) -> a Chain for each problem, whose latents are the model's own. free: the Chains
+    in which the stop head decides, with which each is compared, problem by problem.
+    """
+    rows = []
+    for n in latent_steps:
+        chains = solve(steps=n)
+        rows.append({"steps": n, **measure(chains, problems), **paired(chains, free, problems)})
+    return rows

@@ -25,7 +25,7 @@ import torch
 from . import distributed
 from .errors import NotWritten, UserError
 from .options import write_config
-from .saved import checkpoints, replace_file
+from .saved import checkpoints, replace_file, restore_replaced
 
 # ---- who owns it ---------------------------------------------------------------------------------
 
@@ -38,13 +38,13 @@ def claim_folder(cfg):
     rank, if the folder cannot be used or holds another run.
     """
     folder = Path(cfg.out)
-    lock, is_new, refusal = None, False, None
+    lock, was_made, refusal = None, False, None
     try:
         # Rank 0 alone takes the folder. Its refusal is kept, to be raised on every rank
         if distributed.RANK == 0 and not cfg.dry_run:
-            is_new = not os.path.exists(folder)  # Path.exists raises for too long a name
             try:
-                lock = lock_folder(folder)
+                lock, was_made = lock_folder(folder)
+                restore_replaced(folder)
                 check_unused(cfg, folder)
             except UserError as e:
                 refusal = e
@@ -56,20 +56,20 @@ def claim_folder(cfg):
         yield
     finally:
         # Remove an empty folder while it is still locked, so that no other run can be using it
+        if was_made:
+            remove_if_empty(folder)
         if lock is not None:
-            if is_new:
-                with suppress(OSError):  # it is not empty
-                    folder.rmdir()
             os.close(lock)
 
 
 def lock_folder(folder):
-    """Make a folder and lock it. Returns the descriptor that holds the lock. Raises UserError.
+    """Make a folder and lock it. Raises UserError.
 
-    The system releases the lock when the process ends, however it ends. Windows has no such locks;
-    there it returns None.
+    Returns (the descriptor that holds the lock, whether the folder is new). The system releases the
+    lock when the process ends, however it ends. Windows has no such locks; there it is None.
     """
     lock = None
+    is_new = not os.path.exists(folder)  # Path.exists raises for too long a name
 
     # The folder itself is locked, so no lock file is ever left behind
     try:
@@ -77,6 +77,8 @@ def lock_folder(folder):
         if fcntl:
             lock = os.open(folder, os.O_RDONLY)
     except OSError as e:
+        if is_new:
+            remove_if_empty(folder)
         raise not_writable(folder, e) from None
 
     # Do not wait for the lock: its owner may train for days
@@ -91,7 +93,12 @@ def lock_folder(folder):
             ) from None
         except OSError:  # a file system without locks
             pass
-    return lock
+    return lock, is_new
+
+
+def remove_if_empty(folder):
+    with suppress(OSError):  # it is not empty, or is not there
+        folder.rmdir()
 
 
 def check_unused(cfg, folder):
@@ -219,6 +226,7 @@ class Log:
             "tests": tests,
             "seconds": seconds,
             "device": device_name,
+            "dtype": cfg.dtype,
             **more,
         }
         replace_file(self.out / "summary.json", json.dumps(record, indent=2) + "\n")
@@ -271,8 +279,13 @@ def wandb_sink(cfg, out):
         project="minatp", name=out.name, id=run_id, dir=out, config=asdict(cfg), resume="allow"
     )
 
+    # Curves are over our step. wandb's own only grows: after a resume it would drop a record of the
+    # step at which the run was stopped
+    wandb.define_metric("step")
+    wandb.define_metric("*", step_metric="step")
+
     def send(values, step):
-        wandb.log(values, step=step)
+        wandb.log({**values, "step": step})
 
     return send
 

@@ -25,8 +25,22 @@ from ..tokenizer import START, Tokenizer
 from .errors import UserError
 from .saved import locate
 
-# Files that belong to a tokenizer: a model that is saved again keeps them unchanged
-TOKENIZER_FILES = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+# The dtypes of weights, as safetensors names them. Integers and 8 bits are codes of quantised
+# weights, which mean nothing without their scales
+DTYPES = ("F64", "F32", "F16", "BF16")
+DEQUANTISE = "dequantise the model first (in transformers: dequantize, then save_pretrained)"
+
+# Files that belong to a tokenizer: a model that is saved again keeps them. (Other forms of the
+# vocabulary, such as tokenizer.model, are left behind: they lack the control tokens)
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    TOKENIZER_CONFIG,
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder with further chat templates
 
 
 def read_json(path):
@@ -64,8 +78,10 @@ class ConfigFile:
 
     def field(self, name, default):
         """The value of a field, whatever its type. A field without a default must be there."""
-        value = self.fields.get(name, default)
-        if value is None and default is None:
+        value = self.fields.get(name)
+        if value is None:  # null is as absent
+            value = default
+        if value is None:
             raise self.error(f'"{name}" is missing; this does not look like a LLaMA\'s config.json')
         return value
 
@@ -150,33 +166,43 @@ def read_config(path):
 
 def check_architecture(file):
     """Raise UserError if the model is no LLaMA, or one with parts that llama.py lacks."""
-    model_type = file.fields.get("model_type", "llama")
+    model_type = file.field("model_type", "llama")
     if model_type != "llama":
         raise file.error(f'"model_type" is {model_type!r}; only llama can be loaded')
+    if file.field("quantization_config", {}):
+        raise file.error(f'"quantization_config": the weights are quantised; {DEQUANTISE}')
 
     # What llama.py computes is also what a missing field means in transformers
-    supported = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    supported = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "partial_rotary_factor": 1.0,
+    }
     for name, expected in supported.items():
-        value = file.fields.get(name, expected)
+        value = file.field(name, expected)
         if value != expected:
             raise file.error(f'"{name}" is {value!r}; only {expected!r} is supported')
 
 
 def read_rope(file):
     """Return (theta, the parameters of the llama3 scaling or None) of RoPE."""
-    # Older files have rope_theta and rope_scaling; since transformers 5 rope_parameters holds both
-    rope = file.fields.get("rope_parameters") or file.fields.get("rope_scaling") or {}
+    # Older files have rope_theta and rope_scaling; since transformers 5 rope_parameters holds both.
+    # A file with both spellings is read as transformers reads it
+    rope = file.fields.get("rope_scaling") or file.fields.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise file.error(f"the parameters of RoPE must be an object, not {rope!r}")
-    rope = dict(rope)  # to remove fields from
+    rope = {name: value for name, value in rope.items() if value is not None}
 
-    theta = rope.pop("rope_theta", None) or file.fields.get("rope_theta") or 10000.0
+    theta = rope.pop("rope_theta", file.field("rope_theta", 10000.0))
     if not is_positive_number(theta):
         raise file.error(f'"rope_theta" must be a positive number, not {theta!r}')
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise file.error('RoPE with a "partial_rotary_factor" other than 1.0 is not supported')
 
     # The type has an older name, too
     type_by_older_name = rope.pop("type", "default")
-    rope_type = rope.get("rope_type", type_by_older_name)
+    rope_type = rope.setdefault("rope_type", type_by_older_name)
     if rope_type not in ("default", "llama3"):
         raise file.error(
             f"RoPE of type {rope_type!r} is not supported; only default and llama3 are"
@@ -271,7 +297,7 @@ def one_or_list(ids):
 def read_tensors(directory, name="model"):
     """Read `name`.safetensors, or its shards -> ({tensor name: tensor}, path of the first file).
 
-    Raises UserError if a file is missing or damaged, or a weight is not finite.
+    Raises UserError if a file is missing, damaged or quantised, or a weight is not finite.
     """
     files = tensor_files(Path(directory), name)
     tensors, file_of = {}, {}
@@ -282,7 +308,7 @@ def read_tensors(directory, name="model"):
 
     # Broken weights would show only later, as a loss that is NaN
     for key, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if not value.isfinite().all():
             raise UserError(
                 f"{file_of[key]}:0: tensor {key} holds NaN or infinity; the weights are broken"
             )
@@ -311,6 +337,12 @@ def read_tensor_file(file):
     try:
         with safe_open(file, "pt") as opened:
             for key in opened.keys():
+                dtype = opened.get_slice(key).get_dtype()
+                if dtype not in DTYPES:
+                    raise UserError(
+                        f"{file}:0: tensor {key} is of type {dtype}, not of 16, 32 or 64 bits in "
+                        f"floating point; {DEQUANTISE}"
+                    )
                 tensors[key] = opened.get_tensor(key)
     except OSError as e:
         raise UserError(
@@ -355,16 +387,50 @@ def fill(module, tensors, file):
 
 
 def fill_llama(llama, directory, name="model"):
-    """Copy the weights of `name`.safetensors, or of its shards, into a Llama."""
+    """Copy the weights of `name`.safetensors, or of its shards, into a Llama. Raises UserError."""
     tensors, file = read_tensors(directory, name)
+    tensors = without_wrappers(tensors, file)
 
     # Old files store RoPE's frequencies, which llama.py computes
     for key in list(tensors):
         if key.endswith("rotary_emb.inv_freq"):
             del tensors[key]
     if llama.cfg.tied:
-        tensors.pop("lm_head.weight", None)  # it is the embedding
+        tie(tensors, file)
     fill(llama, tensors, file)
+
+
+def without_wrappers(tensors, file):
+    """Remove what torch.compile and DataParallel have put into the names of tensors."""
+    renamed = {}
+    for key, value in tensors.items():
+        # torch.compile names a module wherever it is, DataParallel the whole model
+        name = key.replace("_orig_mod.", "")
+        name = name.removeprefix("module.")
+        if name in renamed:
+            raise UserError(
+                f"{file}:0: holds tensor {name} twice, once as {key}; remove one of them"
+            )
+        renamed[name] = value
+    return renamed
+
+
+def tie(tensors, file):
+    """Leave one table of a tied model's two in `tensors`: the embedding, which is the head as well.
+
+    A file may hold either, or both if they are equal. Raises UserError if they differ.
+    """
+    head = tensors.pop("lm_head.weight", None)
+    if head is None:
+        return
+    embedding = tensors.setdefault("model.embed_tokens.weight", head)
+
+    # transformers 4 drops the head here, transformers 5 drops the tie: the user has to decide
+    if not torch.equal(embedding, head.to(embedding.dtype)):
+        raise UserError(
+            f"{file}:0: lm_head.weight differs from model.embed_tokens.weight, but config.json has "
+            '"tie_word_embeddings": true; set it to false to use both, or remove lm_head.weight'
+        )
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
@@ -388,13 +454,27 @@ def read_tokenizer(directory, cfg):
         if backend.id_to_token(token) is None:
             raise UserError(f"{path}:1: has no token {token}, which config.json calls bos or eos")
 
-    # Keep the files that belong to it, to save them with the model
-    files = {}
-    for name in TOKENIZER_FILES:
-        file = path.parent / name
-        if file.is_file():
-            files[name] = file.read_bytes()
-    return Tokenizer(backend, cfg.bos, cfg.eos, files)
+    return Tokenizer(backend, cfg.bos, cfg.eos, files_of_tokenizer(path.parent))
+
+
+def files_of_tokenizer(directory):
+    """The files beside tokenizer.json that are saved with the model: {name: bytes}.
+
+    Raises UserError if tokenizer_config.json cannot be read.
+    """
+    templates = sorted((directory / CHAT_TEMPLATES).glob("*.jinja"))
+    names = [*TOKENIZER_FILES, *(f"{CHAT_TEMPLATES}/{file.name}" for file in templates)]
+    files = {name: directory / name for name in names if (directory / name).is_file()}
+    contents = {name: file.read_bytes() for name, file in files.items()}
+
+    # With either of these fields transformers follows them instead of tokenizer.json, which has bos
+    # put before a text and nothing else (tokenizer.py)
+    if TOKENIZER_CONFIG in files:
+        fields = read_json(files[TOKENIZER_CONFIG])
+        bos_alone = {"add_bos_token": True, "add_eos_token": False}
+        if bos_alone.keys() & fields.keys() and fields != fields | bos_alone:
+            contents[TOKENIZER_CONFIG] = json.dumps(fields | bos_alone, indent=2).encode()
+    return contents
 
 
 def read_backend(path):
@@ -564,17 +644,18 @@ def save_tokenizer(directory, tokenizer):
     """Write tokenizer.json and the files that belong to it."""
     tokenizer.backend.save(str(directory / "tokenizer.json"))
     for name, content in tokenizer.files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(content)
 
     # transformers needs these two, and a tokenizer trained here comes without them
-    if "tokenizer_config.json" not in tokenizer.files:
+    if TOKENIZER_CONFIG not in tokenizer.files:
         tokenizer_config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "bos_token": tokenizer.backend.id_to_token(tokenizer.bos),
             "eos_token": tokenizer.backend.id_to_token(tokenizer.eos[0]),
         }
-        write_json(directory / "tokenizer_config.json", tokenizer_config)
+        write_json(directory / TOKENIZER_CONFIG, tokenizer_config)
     if "generation_config.json" not in tokenizer.files:
         generation = {"bos_token_id": tokenizer.bos, "eos_token_id": one_or_list(tokenizer.eos)}
         write_json(directory / "generation_config.json", generation)

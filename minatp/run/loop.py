@@ -21,20 +21,13 @@ from ..rollout import Noise
 from ..sft import total_loss
 from . import checkpoint, distributed, evaluate
 from .build import build, n_parameters
-from .checks import (
-    check_problems,
-    check_size,
-    check_start,
-    check_thoughts,
-    fingerprint,
-    format_sources,
-)
-from .device import Doing, autocast, memory_guard, place, solving_guard
+from .checks import check_problems, check_start, fingerprint, format_sources
+from .device import Doing, autocast, memory_guard, pick_dtype, place, solving_guard
 from .errors import NotFinite
 from .folder import Log
 from .huggingface import load_model
 from .saved import newest_checkpoint
-from .splits import encode_problems, encode_prompts
+from .splits import describe_cut_off, encode_problems, encode_prompts
 from .terminal import format_duration, print0, stop_request
 
 
@@ -44,7 +37,8 @@ class Run:
     def __init__(self, cfg, splits, device, model=None, tokenizer=None):
         self.cfg, self.splits, self.device = cfg, splits, device
         self.model, self.tokenizer = model, tokenizer
-        self.autocast = autocast(device)  # `with run.autocast:` computes in bf16 on a GPU
+        if model is not None:
+            self.settle_dtype()
 
         # Where the loop is. is_log_due stays True in a dry run, so the KL is computed as well
         self.first_step = 0  # of the current stage
@@ -67,11 +61,9 @@ class Run:
 
         # The model: of the checkpoint, from --init, or untrained
         saved = newest_checkpoint(cfg.out) if cfg.resume else None
-        if cfg.stage == "rl":
-            check_thoughts(cfg)
         self.model, self.tokenizer = load_model(saved) if saved else build(cfg, self.splits.train)
-        check_size(self.model, cfg)
         place(self.model, self.device).set_recompute(cfg.recompute)
+        self.settle_dtype()
         self.optimizer = GuardedOptimizer(build_optimizer(cfg, self.model), self.model, cfg.clip)
 
         # Restore where a resumed run was; refuse other problems or another start than it had
@@ -87,6 +79,19 @@ class Run:
         self.meter = Meter(self.state.get("meter"), self.state.get("silent", 0))
         self.encode()
 
+    def settle_dtype(self):
+        """Settle --dtype, which can depend on the model. `with run.autocast:` computes in it."""
+        cfg = self.cfg
+
+        # A run of a version that had no --dtype goes on as it began
+        if cfg.resume and not cfg.dtype:
+            cfg.dtype = "bfloat16" if self.device.type == "cuda" else "float32"
+
+        # config.json records the choice, so that a resumed run keeps it. All ranks take rank 0's:
+        # the CPUs of several machines can differ
+        cfg.dtype = distributed.broadcast(pick_dtype(cfg.dtype, self.device, self.model))
+        self.autocast = autocast(self.device, cfg.dtype)
+
     def load_start_model(self):
         """Load the SFT model that RL starts from and is compared with; its φ stays frozen."""
         self.start_model = load_model(self.cfg.init)[0].to(self.device)
@@ -100,11 +105,9 @@ class Run:
         """Encode all problems and check that they fit the model's context. Raises UserError."""
         cfg, splits, model = self.cfg, self.splits, self.model
 
-        # What the run learns from
-        self.labelled = self.encode_problems(splits.train)
-        self.max_new = self.longest_answer()
+        # What the run learns from, and what it is judged on
+        self.encode_rows()
         if cfg.stage == "sft":
-            self.answers_only = self.encode_problems(splits.answers, answer_only=True)
             # φ must be allowed to write the longest step, or its readings would be cut short
             texts = [
                 text for row in self.labelled + self.answers_only for text in (*row.texts, row.rest)
@@ -118,34 +121,74 @@ class Run:
             self.reading_rows = self.encode_problems([p for p in splits.val if p.steps][:200])
             self.reading_at_start = evaluate.reading_nll(self, self.start_model)
 
-        # Held-out problems are encoded to find one that is too long here, not after hours
-        self.encode_problems(splits.held_out)
-        self.encode_prompts(splits.held_out)
+        # Find a held-out question that is too long here, not after hours
+        self.encode_prompts(splits.held_out, self.max_new_held_out)
+
+    def encode_rows(self):
+        """Encode the problems whose right answers are known, and settle the length of answers."""
+        cfg, splits = self.cfg, self.splits
+        self.labelled = self.encode_problems(splits.train)
+        self.answers_only = []
+        if cfg.stage == "sft" or not cfg.no_answers:
+            self.answers_only = self.encode_problems(splits.answers, answer_only=True)
+        self.held_out = {"validation": self.encode_problems(splits.val)}
+        for name, problems in splits.tests.items():
+            self.held_out[f"test ({name})"] = self.encode_problems(problems)
+        self.settle_max_new()
+        if cfg.max_new:
+            self.note_cut_off()
+
+    def settle_max_new(self):
+        """Settle the most tokens of an answer: --max-new, or all that is needed at this stage.
+
+        max_new: in RL's rollouts. It follows from what the run learns from alone, because the words
+        that are drawn depend on it. max_new_held_out: in validation and test.
+        """
+        learned = [*self.labelled, *self.answers_only]
+        held_out = [row for rows in self.held_out.values() for row in rows]
+        longest = max([16, *(self.answer_length(row) for row in learned)])
+        longest_held_out = max([longest, *(self.answer_length(row) for row in held_out)])
+        self.max_new = self.cfg.max_new or longest
+        self.max_new_held_out = self.cfg.max_new or longest_held_out
+
+    def note_cut_off(self):
+        """Print how many right answers are longer than --max-new at the last stage, if any are."""
+        # RL answers the questions that it learns from as well
+        cfg, sets = self.cfg, dict(self.held_out)
+        stage = self.model.stage
+        if cfg.stage == "rl":
+            sets["training"] = [*self.labelled, *self.answers_only]
+        else:
+            stage, _ = cfg.schedule()[-1]
+        lengths = {
+            name: [self.answer_length(row, stage) for row in rows] for name, rows in sets.items()
+        }
+        note = describe_cut_off(cfg.max_new, lengths)
+        if note:
+            print0(note)
+
+    def answer_length(self, row, stage=None):
+        """Tokens of an Encoded row's right answer, with the steps that are written before it.
+
+        stage: of the curriculum; by default the one that is reached.
+        """
+        K = self.model.K
+        stage = self.model.stage if stage is None else stage
+        written = row.lines[stage:] if stage <= K and not row.answer_only else []
+        return sum(map(len, written)) + len(row.answer)
 
     def encode_problems(self, problems, answer_only=False):
         return encode_problems(self.cfg, problems, self.tokenizer, self.model, answer_only)
 
-    def encode_prompts(self, problems):
-        return encode_prompts(problems, self.tokenizer, self.model, self.max_new)
-
-    def longest_answer(self):
-        """Most tokens of an answer: of the longest labelled one, at the stage reached."""
-        if self.cfg.max_new:
-            return self.cfg.max_new
-
-        # Steps that are not latent at this stage are written before the answer
-        model, longest = self.model, 16
-        for row in self.labelled:
-            written = row.lines[model.stage :] if model.stage <= model.K else []
-            longest = max(longest, sum(map(len, written)) + len(row.answer))
-        return longest
+    def encode_prompts(self, problems, max_new=None):
+        return encode_prompts(problems, self.tokenizer, self.model, max_new or self.max_new)
 
     def announce(self, what, work):
         """The first line of a run."""
         cfg = self.cfg
         print0(
             f"{what}: {n_parameters(self.model):,} parameters, {len(self.tokenizer):,} tokens in "
-            f"the vocabulary, {work} on {self.device}; files in {cfg.out}"
+            f"the vocabulary, {work} on {self.device} in {cfg.dtype}; files in {cfg.out}"
         )
 
     # ---- the loop --------------------------------------------------------------------------------
@@ -160,7 +203,7 @@ class Run:
         cfg, is_rl, n_restored = self.cfg, self.cfg.stage == "rl", self.state["step"]
         self.n_total, self.stage = n_total or n_step, stage
         # the stage decides how many steps are still written in words
-        self.max_new = self.longest_answer()
+        self.settle_max_new()
 
         # The run may have been stopped between a checkpoint and the validation that follows it
         if is_rl and (n_restored % cfg.val_every == 0 or n_restored == n_step):
@@ -236,7 +279,7 @@ class Run:
             length = batch.prompt.shape[1] + batch.L + batch.text.shape[1]
             what = f"sft, stage {stage}, step {step + 1}"
             self.doing = Doing(what, len(batch.prompt), length, "--micro-batch or --batch-size")
-            yield batch.to(self.device), eps_keys, counts
+            yield batch.at(device=self.device), eps_keys, counts
         self.doing = self.between_batches
 
     def memory_guard(self):
@@ -244,7 +287,7 @@ class Run:
         return memory_guard(lambda: self.doing)
 
     def seed_at(self, step, stream=0):
-        """The seed of one step's chance, the same whether or not the run was stopped before it.
+        """The seed of one step's random draws, the same whether or not the run was resumed.
 
         stream: 0 SFT, 1 rollouts, 2 the placebo; they are independent. (torch's CPU generator takes
         the low 32 bits of a seed.)
@@ -322,24 +365,24 @@ class Run:
 
         model: the run's own by default.
         """
-        cfg, model = self.cfg, model or self.model
+        cfg, model, max_new = self.cfg, model or self.model, self.max_new_held_out
 
         # With a seed all of a chain is sampled; without, z = μ and the stops and words are greedy
         prompts = self.tokenizer.prompts([p.question for p in problems])
         noise = None
         if seed is not None:
-            noise = Noise.draw(model, len(prompts), self.max_new, seed, cfg.temperature)
+            noise = Noise.draw(model, len(prompts), max_new, seed, cfg.temperature)
 
         def stop_if_requested():  # of several ranks, each would stop at another batch
             stop_request.check(cfg, stop_request.requested and distributed.WORLD_SIZE == 1)
 
-        guard = solving_guard(prompts, model, self.max_new, cfg.eval_batch, "--eval-batch")
+        guard = solving_guard(prompts, model, max_new, cfg.eval_batch, "--eval-batch")
         with guard, self.autocast:
             return evaluate.solve(
                 model,
                 self.tokenizer,
                 prompts,
-                self.max_new,
+                max_new,
                 cfg.eval_batch,
                 noise=noise,
                 after_batch=stop_if_requested,
@@ -382,6 +425,10 @@ class GuardedOptimizer:
         self.optimizer, self.model, self.clip = optimizer, model, clip
         self.lr, self.n_done = 0.0, 0  # learning rate of the next step; how many came before it
         self.unchecked = []  # of each step since the last check: (loss and norm, n_done, problems)
+
+        # On a GPU the optimizer's own kernel scales the gradients as it reads them, and clipping
+        # needs no pass over all of them
+        self.clips_in_step = ops.use_triton(model.device)
         optimizer.found_inf = torch.zeros((), device=model.device)
 
     def step(self, loss, problems):
@@ -393,7 +440,13 @@ class GuardedOptimizer:
         # Sum over the ranks first: clipping is by the norm of the whole batch's gradient
         distributed.all_reduce_gradients(self.model)
         with_gradient = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(with_gradient, self.clip)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient])
+
+        # Clip
+        if self.clips_in_step:
+            self.optimizer.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(with_gradient, self.clip, norm)
 
         # Mark a bad step on the device; once marked, found_inf stays 1
         loss_and_norm = torch.stack((loss.detach().float(), norm))

@@ -4,7 +4,7 @@
     parse           the command line -> Config
     of_run          a run's config.json -> Config
 
-The defaults suit the built-in task on a laptop; --preset llama-1b and --stage rl change some.
+The defaults suit the built-in task on a laptop; the other presets and --stage rl change some.
 """
 
 import argparse
@@ -40,6 +40,15 @@ METHODS = {
 PRESETS = {
     # the rest of tiny are the defaults of the options below
     "tiny": dict(c=1),
+    # A small published model, for a CPU. These are starting values, which no trial has settled
+    "smollm2-135m": dict(
+        # SmolLM2-135M-Instruct's sizes, and φ with the lower fifth of the layers
+        n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536,
+        block_size=8192, rope_theta=100000.0, vocab_size=49152, decoder_layers=6,
+        # few latents, and AdamW at a rate at which chain-of-thought fine-tuning went well
+        K=3, c=1, optimizer="adamw", lr=2e-4, batch_size=16, log_every=10,
+        eval_batch=100,
+    ),
     "llama-1b": dict(
         # Llama-3.2-1B's sizes, and φ with all layers
         n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, n_inner=8192,
@@ -50,8 +59,24 @@ PRESETS = {
 }
 RL_PRESETS = {
     "tiny": dict(init="out/sft", updates=1600, G=4, spread=4.0, estimator="path", anchor=1.0),
+    # what worked at the tiny size, at a tenth of SFT's lr
+    "smollm2-135m": dict(
+        init="out/sft", updates=300, batch_size=8, G=4, lr=2e-5, spread=4.0, estimator="path",
+        anchor=1.0, val_every=50,
+    ),
     # the paper's lr and batch; its 8 rollouts are the default of --G
     "llama-1b": dict(init="out/sft", lr=1e-6, batch_size=16),
+}
+
+# What a preset other than tiny is the shape of, which its --init brings
+PUBLISHED = {"smollm2-135m": "SmolLM2-135M-Instruct", "llama-1b": "Llama-3.2-1B"}
+
+# A preset's epochs. With latents: of stage 0; of each stage 1 … K − 1; of stage K; and of the last,
+# in which every step is latent. The methods without have one stage
+EPOCHS = {
+    "tiny":         {"latent": (5, 0.5, 0.8, 11), "cot": 16, "no-cot": 52},
+    "smollm2-135m": {"latent": (1, 1, 1, 3),      "cot": 3,  "no-cot": 3},
+    "llama-1b":     {"latent": (2, 2, 2, 2),      "cot": 2,  "no-cot": 2},
 }
 # fmt: on
 
@@ -77,20 +102,30 @@ class General:
         "sft", "sft (supervised) | rl (from rewards, after sft)", choices=("sft", "rl")
     )
     method: str = opt("atp", " | ".join(METHODS), choices=tuple(METHODS))
-    preset: str = opt("tiny", "tiny (from scratch, for a laptop) | llama-1b (the paper's)")
+    preset: str = opt(
+        "tiny", "tiny (from scratch, for a laptop) | smollm2-135m | llama-1b (the paper's)"
+    )
     init: str = opt("", "start from a Hugging Face directory or an earlier run's folder")
     out: str = opt("", "folder of the run [out/STAGE]")
     resume: bool = opt(False, "continue from the newest checkpoint in --out")
     dry_run: bool = opt(False, "check data and sizes, run one step, write nothing")
     seed: int = opt(0, "of weights, data order and noise", NOT_NEGATIVE)
     device: str = opt("", "cpu | cuda | cuda:N [cuda if there is one]")
+    dtype: str = opt(
+        "",
+        "float32 | bfloat16, of the products; weights, optimizer and losses stay float32 [bfloat16 "
+        "on a GPU, and for 10 million parameters or more on a CPU that multiplies it in hardware]",
+        choices=("float32", "bfloat16"),
+    )
 
 
 @dataclass
 class Data:
     """data"""
 
-    data: str = opt("", "training problems: JSON, JSONL or iCoT text [the built-in task]")
+    data: str = opt(
+        "", "training problems: JSON, JSONL, iCoT or a published set [the built-in task]"
+    )
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
     test: str = opt("", "test problems, several files separated by commas [as many again]")
 
@@ -107,7 +142,7 @@ class Data:
 
 @dataclass
 class Size:
-    """model (from scratch; --init brings its own)"""
+    """model (from scratch; --init brings its own, which an option may repeat)"""
 
     n_layer: int = opt(2, "layers", POSITIVE)
     n_head: int = opt(4, "query heads", POSITIVE)
@@ -119,17 +154,22 @@ class Size:
     vocab_size: int = opt(
         1024, "most tokens of the tokenizer, which is trained on the data", POSITIVE
     )
-    decoder_layers: int = opt(2, "layers of the decoder LM; 0: as many as the policy", NOT_NEGATIVE)
+    decoder_layers: int = opt(
+        2,
+        "layers of the decoder LM, if there is one; also of a new one beside --init, which gets "
+        "the policy's lower layers; 0: all",
+        NOT_NEGATIVE,
+    )
 
 
 @dataclass
 class Latents:
-    """latents"""
+    """latents (of a method that has them)"""
 
     c: int = opt(2, "latents per reasoning step", POSITIVE)
     K: int = opt(4, "most reasoning steps kept latent", POSITIVE)
     beta: float = opt(1e-3, "weight of the KL term", NOT_NEGATIVE)
-    init_logvar: float = opt(-4.0, "log σ² of an untrained latent head")
+    init_logvar: float = opt(-4.0, "log σ² of a latent head that starts untrained")
 
     # Each switches off a part of ATP-Latent
     no_vae: bool = opt(False, "ablation: the latent is the hidden state itself")
@@ -144,8 +184,8 @@ class Optim:
     # How long, and how much at once
     epochs: str = opt(
         "",
-        "epochs of each curriculum stage 0 … K+1, separated by commas, or one number for every "
-        "stage [the preset's]",
+        "SFT: epochs of each curriculum stage 0 … K+1, separated by commas, or one number for "
+        "every stage [the preset's]",
     )
     batch_size: int = opt(32, "problems per step", POSITIVE)
     micro_batch: int = opt(
@@ -172,7 +212,7 @@ class Optim:
 
     # Extras: problems without steps, and less memory for more work
     answers_share: float = opt(
-        0.0, "share of problems with an answer and no steps in each batch of the last stage"
+        0.0, "SFT: share of problems with an answer and no steps in each batch of the last stage"
     )
     recompute: bool = opt(
         False, "recompute MLP activations in the backward pass: less memory, a fifth more work"
@@ -182,13 +222,15 @@ class Optim:
 # With --stage rl the presets set other values of some: RL_PRESETS above
 @dataclass
 class Explore:
-    """rl"""
+    """rl (no effect in SFT, except --answers)"""
 
     # How much is explored
-    updates: int = opt(500, "batches of questions", POSITIVE)
+    updates: int = opt(500, "batches of questions (each makes --updates-per-batch)", POSITIVE)
     G: int = opt(8, "rollouts per question", POSITIVE)
     answers: int = opt(
-        20000, "built-in task: problems with an answer and no steps, to explore on", POSITIVE
+        20000,
+        "built-in task: problems with an answer and no steps, to explore on or for --answers-share",
+        POSITIVE,
     )
 
     # How chains are drawn, and what of them gets credit
@@ -229,7 +271,7 @@ class Explore:
         0.0, "weight of the SFT loss on labelled problems, beside the reward", NOT_NEGATIVE
     )
     placebo: bool = opt(False, "control: rewards permuted within the batch")
-    val_every: int = opt(100, "updates between validations", POSITIVE)
+    val_every: int = opt(100, "batches between validations", POSITIVE)
 
 
 @dataclass
@@ -239,7 +281,7 @@ class Report:
     # Solving validation and test problems
     max_new: int = opt(
         0,
-        "most tokens of an answer [as the longest training text needs, at least 16]",
+        "most tokens of an answer [as the longest right one needs, at least 16]",
         NOT_NEGATIVE,
     )
     eval_batch: int = opt(500, "problems per batch in evaluation", POSITIVE)
@@ -349,10 +391,12 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
             "φ starts from π's lower layers",
         )
 
-        # From scratch, a 1B model is only for data of the user's own, or for a dry run
+        # From scratch, so large a model is only for data of the user's own, or for a dry run
+        published = PUBLISHED.get(self.preset)
         require(
-            self.preset != "llama-1b" or self.dry_run or self.data,
-            "--preset llama-1b needs --init DIR, a Hugging Face directory of Llama-3.2-1B",
+            not published or self.dry_run or self.data,
+            f"--preset {self.preset} needs --init DIR, a Hugging Face directory of {published}; to "
+            "train it from scratch, give --data, or --dry-run to look at its size",
         )
 
     def check_data(self):
@@ -480,6 +524,16 @@ class Parser(argparse.ArgumentParser):
         return f"there is no option {word}; --help lists them"
 
 
+def add_device_options(parser):
+    """Give the parser of a tool --device and --dtype, as train.py has them."""
+    for f in fields(General):
+        if f.name in ("device", "dtype"):
+            help, choices = f.metadata["help"], f.metadata["choices"] or None
+            parser.add_argument(
+                flag(f.name), default=f.default, help=help, choices=choices, metavar="STR"
+            )
+
+
 def among(option, text, known):
     """The names in `text`, separated by semicolons. Raises UserError for one that is not known.
 
@@ -527,8 +581,8 @@ def build_parser(description):
     """The parser of train.py's command line. An option that is not given is None."""
     parser = Parser(
         f"{description}\n"
-        "Defaults stand in brackets: [a; llama-1b b; rl c; llama-1b rl d], where b is the default\n"
-        "with --preset llama-1b, c with --stage rl, and d with both.",
+        "Defaults stand in brackets: [a; PRESET b; rl c; PRESET rl d], where b is the default\n"
+        "with --preset PRESET, c with --stage rl, and d with both.",
         usage="python train.py [--option value …]",
     )
 
@@ -555,42 +609,40 @@ def preset_values(preset, stage):
 
 def describe_default(f):
     """The default of an option, and where it differs, for --help: " [500; rl 1600]"."""
-    # The default in each of the four combinations of preset and stage
-    tiny = preset_values("tiny", "sft").get(f.name, f.default)
-    large = preset_values("llama-1b", "sft").get(f.name, f.default)
-    tiny_rl = preset_values("tiny", "rl").get(f.name, f.default)
-    large_rl = preset_values("llama-1b", "rl").get(f.name, f.default)
+    # The default of each preset, without and with --stage rl
+    sft = {preset: preset_values(preset, "sft").get(f.name, f.default) for preset in PRESETS}
+    rl = {preset: preset_values(preset, "rl").get(f.name, f.default) for preset in PRESETS}
+    tiny, tiny_rl = sft.pop("tiny"), rl.pop("tiny")
 
     # An empty string or a switch that is off says nothing; some help texts name their default
     shown = []
     if tiny != "" and tiny is not False and not f.metadata["help"].endswith("]"):
         shown.append(f"{tiny}")
-    if large != tiny:
-        shown.append(f"llama-1b {large}")
+    shown += [f"{preset} {value}" for preset, value in sft.items() if value != tiny]
     if tiny_rl != tiny:
         shown.append(f"rl {tiny_rl}")
 
-    # llama-1b with rl is shown unless it is what the reader expects from the entries before
-    expected = tiny_rl if tiny_rl != tiny else large
-    if large_rl != expected:
-        shown.append(f"llama-1b rl {large_rl}")
+    # A preset with rl is shown unless it is what the reader expects from the entries before
+    for preset, value in rl.items():
+        expected = tiny_rl if tiny_rl != tiny else sft[preset]
+        if value != expected:
+            shown.append(f"{preset} rl {value}")
     return f" [{'; '.join(shown)}]" if shown else ""
 
 
 def default_epochs(cfg):
     """The preset's --epochs."""
-    if cfg.preset == "llama-1b":
-        return "2"
-
-    # Stage 0; stages 1 … K − 1; stage K; and the last, in which every step is latent
     if cfg.latent:
-        epochs = [5, *[0.5] * (cfg.K - 1), 0.8, 11]
+        first, middle, full, last = EPOCHS[cfg.preset]["latent"]
+        epochs = [first, *[middle] * (cfg.K - 1), full, last]
     else:
-        epochs = [{"cot": 16, "no-cot": 52}[cfg.method]]
+        epochs = [EPOCHS[cfg.preset][cfg.method]]
+    if len(set(epochs)) == 1:
+        epochs = epochs[:1]  # one number for every stage
 
-    # With the built-in task, the number of steps does not depend on --labelled
+    # With the built-in task, the number of tiny's steps does not depend on --labelled
     scale = 1
-    if not cfg.data:
+    if cfg.preset == "tiny" and not cfg.data:
         scale = Config.labelled / max(1, cfg.labelled)
     return ",".join(f"{scale * number:g}" for number in epochs)
 

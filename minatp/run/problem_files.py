@@ -4,10 +4,13 @@
     {     JSONL    one such object a line
     …     iCoT     a line each: question||<<1+1=2>> <<2*3=6>> #### answer
 
-JSON is Coconut's format. Any mistake in a file raises UserError, with its line and what to do.
+JSON is Coconut's format. Objects may also be as GSM8K, GSM-Hard, SVAMP or MultiArith are published;
+their fields tell (`as_problem`). Any mistake in a file raises UserError, with its line and what to
+do.
 """
 
 import json
+import math
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,7 +130,7 @@ def parse_json(where, line, answers):
 
 
 # As short as possible, so that two steps on a line do not become one
-ICOT_STEP = re.compile("<<.*?>>")
+STEP = re.compile("<<.*?>>")
 
 
 def parse_icot(where, line, answers):
@@ -135,26 +138,35 @@ def parse_icot(where, line, answers):
     # Nothing but steps may stand before ####: other words would be lost without notice
     question, bars, solution = line.partition("||")
     steps, hashes, answer = solution.partition("####")
-    words_between_steps = ICOT_STEP.sub("", steps).strip()
+    words_between_steps = STEP.sub("", steps).strip()
     if not bars or not hashes or words_between_steps:
         raise UserError(f"{where}: is not `question||<<…>> <<…>> #### answer`; see docs/scaling.md")
-    record = {"question": question, "steps": ICOT_STEP.findall(steps), "answer": answer}
+    record = {"question": question, "steps": STEP.findall(steps), "answer": answer}
     return parse_record(where, record, answers)
 
 
 # ---- a record ------------------------------------------------------------------------------------
 
 
-# name, type, and what a message calls it
-FIELDS = (
-    ("question", str, "a string"),
-    ("steps", list, "a list of strings"),
-    ("answer", str, "a string"),
-)
+TEXT, NUMBER = (str, "a string"), ((int, float, str, list), "a number")
+
+# The fields of a problem: their types, and what a message calls those
+FIELDS = {"question": TEXT, "steps": (list, "a list of strings"), "answer": TEXT}
+
+# Those of sets that are published without steps. The last one is the answer, and those before it
+# are the question
+WITHOUT_STEPS = {
+    "GSM-Hard": {"input": TEXT, "target": NUMBER},
+    "SVAMP": {"Body": TEXT, "Question": TEXT, "Answer": NUMBER},
+    "MultiArith": {"sQuestion": TEXT, "lSolutions": NUMBER},
+}
 
 
 def parse_record(where, record, answers):
-    """{"question", "steps", "answer"} -> Problem. Raises UserError for anything else."""
+    """An object of a problem file -> Problem. Raises UserError if it is none.
+
+    It is {"question", "steps", "answer"}, or what `as_problem` makes that of.
+    """
     if not isinstance(record, dict):
         raise UserError(
             f"{where}: a problem must be an object, not {type(record).__name__}; give question, "
@@ -162,9 +174,10 @@ def parse_record(where, record, answers):
         )
 
     # Where no answer is needed, a missing one is an empty one
+    record = as_problem(where, record, answers)
     if not answers:
         record = {"answer": "", **record}
-    check_fields(where, record)
+    check_fields(where, record, FIELDS, "a problem")
     question, steps, answer = record["question"], record["steps"], record["answer"]
     check_not_empty(where, question, steps, answer if answers else None)
 
@@ -178,12 +191,57 @@ def parse_record(where, record, answers):
     return Problem(question.strip(), [step.strip() for step in steps], answer.strip(), where)
 
 
-def check_fields(where, record):
-    """Raise UserError if a record lacks a field, or has one of the wrong type."""
-    for name, kind, description in FIELDS:
+def as_problem(where, record, answers):
+    """A record of a published set as {"question", "steps", "answer"}; others are left unchanged.
+
+    answers: whether it needs an answer. Raises UserError.
+    """
+    # GSM8K: the steps stand within the sentences of its answer, which ends on "#### 72"
+    solution = record.get("answer")
+    if "steps" not in record and isinstance(solution, str) and "####" in solution:
+        sentences, _, answer = solution.rpartition("####")
+        return {**record, "steps": STEP.findall(sentences), "answer": answer}
+
+    # The others are told by their first field
+    for name, fields in WITHOUT_STEPS.items():
+        *parts, last = fields
+        if parts[0] in record and "question" not in record:
+            if not answers:
+                record = {last: "", **record}
+            check_fields(where, record, fields, name)
+            question = " ".join(record[part].strip() for part in parts)
+            answer = number_as_text(where, last, record[last])
+            return {"question": question, "steps": [], "answer": answer}
+    return record
+
+
+def number_as_text(where, name, value):
+    """The answer in a published set, as text: "72" for 72, 72.0 and [72.0]; 2e-06 as it is.
+
+    A string is left unchanged. Raises UserError if it is no number. name: of its field.
+    """
+    # MultiArith lists its solutions, of which there is one
+    number = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+
+    # JSON knows neither NaN nor infinity, but Python reads them
+    is_finite = isinstance(number, int) or (isinstance(number, float) and math.isfinite(number))
+    if isinstance(number, bool) or not (is_finite or isinstance(number, str)):
+        raise UserError(f'{where}: "{name}" must be one number, not {json.dumps(value)[:40]}')
+    return str(number)
+
+
+def check_fields(where, record, fields, what):
+    """Raise UserError if a record lacks a field, or has one of the wrong type.
+
+    fields: as FIELDS. what: the name of such a record.
+    """
+    *first, last = fields
+    for name, (kind, description) in fields.items():
         if name not in record:
             raise UserError(
-                f'{where}: "{name}" is missing; a problem has question, steps and answer'
+                f'{where}: "{name}" is missing; {what} has {", ".join(first)} and {last}'
             )
         value = record[name]
         if not isinstance(value, kind):

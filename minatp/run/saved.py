@@ -6,19 +6,29 @@ A crash, a power cut or a full disk leaves the old file or the new one, never ha
     2. fsync it, so that the disk holds it
     3. rename it, which the file system does in one step
 
+A folder that replaces another takes two renames, with the older one under NAME.old in between. If a
+crash comes just there, `restore_replaced` puts it back when the run is started again.
+
 What a checkpoint holds is in checkpoint.py, what a saved model holds in huggingface.py.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from .errors import NotWritten, UserError
+
+CHECKPOINT = "[0-9]" * 8  # the names of checkpoints, as a pattern: steps, in eight digits
+
+# Error numbers of a file system that syncs no folders
+NO_FSYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM)
 
 # ---- files and folders, all or nothing -----------------------------------------------------------
 
@@ -81,8 +91,28 @@ def write_folder(path, write, needed):
     except (OSError, SafetensorError) as e:
         # safetensors reports a failed write in an exception of its own
         shutil.rmtree(tmp, ignore_errors=True)
+        restore(path)
         raise NotWritten(path, e, needed) from e
     shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_replaced(out):
+    """Give the folders of a run their names back that a crash has left as NAME.old.
+
+    No other process may be writing into the run's folder.
+    """
+    out = Path(out)
+    for old in [*out.glob("final.old"), *out.glob(f"checkpoints/{CHECKPOINT}.old")]:
+        restore(old.with_suffix(""))
+
+
+def restore(path):
+    """Rename the folder NAME.old to `path`, NAME, if there is nothing and the old one is whole."""
+    # A checkpoint that is to be removed is called NAME.old too. It may be half gone
+    old = path.with_name(path.name + ".old")
+    if old.is_dir() and not path.exists() and not fault(old):
+        with suppress(OSError):  # it stays what it was
+            old.rename(path)
 
 
 def write_manifest(folder):
@@ -107,10 +137,25 @@ def fault(folder):
 
 
 def fsync(path):
-    """Wait until the disk holds a file, or the names in a folder."""
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
+    """Wait until the disk holds a file, or the names in a folder.
+
+    Where folders cannot be opened or synced (Windows, some network disks) nothing is done for them.
+    """
+    # Windows syncs no file that is open for reading alone
+    is_folder = path.is_dir()
+    try:
+        fd = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except PermissionError:
+        if is_folder:
+            return
+        raise
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if not is_folder or e.errno not in NO_FSYNC:
+            raise
+    finally:
+        os.close(fd)
 
 
 def sha256(path):
@@ -126,8 +171,8 @@ def sha256(path):
 
 
 def checkpoints(out):
-    """The folders of a run's checkpoints, oldest first. Their names are steps, in eight digits."""
-    return sorted((Path(out) / "checkpoints").glob("[0-9]" * 8))
+    """The folders of a run's checkpoints, oldest first."""
+    return sorted((Path(out) / "checkpoints").glob(CHECKPOINT))
 
 
 def newest_checkpoint(out):

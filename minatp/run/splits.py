@@ -3,7 +3,8 @@
     load_splits     training, validation and test problems, of the built-in task or from files
     test_set        the test problems of a run, to measure it again
 
-No question of the validation and test sets is in training, nor in the training of --init.
+No question of the validation and test sets is in training, nor in the training of --init, however
+it is spelled (data.normal_form).
 """
 
 import hashlib
@@ -13,9 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import data, problems
+from ..data import normal_form
 from .errors import UserError
+from .huggingface import read_json
 from .options import Config, of_run
 from .problem_files import read_problems
+from .saved import checkpoints
 
 
 @dataclass
@@ -42,6 +46,9 @@ class Splits:
             contents.append([(p.question, p.steps, p.answer) for p in part])
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
+    def add_note(self, note):
+        self.note = f"{self.note}; {note}" if self.note else note
+
     def describe(self):
         """The number of problems of each kind, in one line."""
         # With --no-answers RL also explores problems that have no answer
@@ -60,7 +67,7 @@ class Splits:
 
 def load_splits(cfg):
     """The Splits of a Config. Raises UserError if --init was trained on a held-out question."""
-    splits = split(cfg)
+    splits = split_as_begun(cfg, cfg.out) if cfg.resume else split(cfg)
 
     # The built-in sets never overlap; files may
     if cfg.data and cfg.init:
@@ -69,31 +76,46 @@ def load_splits(cfg):
 
 
 def check_init(cfg, splits):
-    """Raise UserError if --init was trained on a held-out question; add a note if it is unknown."""
+    """Raise UserError if --init was trained on a held-out question; add a note if it is unknown.
+
+    A resumed run has begun from it, so there it is no more than a note.
+    """
     learned, why_unknown = learned_questions(cfg.init)
-    held_out = {p.question for p in splits.held_out}
+    held_out = questions_of(splits.held_out)
     leaked = held_out & learned
     if leaked:
-        raise UserError(
-            f"{cfg.init}:0: was trained on {len(leaked)} of the {len(held_out)} questions that are "
-            "held out here; give --val, --test and --val-size as in its config.json, or other files"
+        what = (
+            f"was trained on {len(leaked)} of the {len(held_out)} questions that are held out here"
         )
+        if not cfg.resume:
+            raise UserError(
+                f"{cfg.init}:0: {what}; give --val, --test and --val-size as in its config.json, "
+                "or other files"
+            )
+        splits.add_note(f"{cfg.init} {what}")
 
     # A run whose files are gone cannot be checked: tell the user, and go on
     if why_unknown:
-        note = f"unknown whether {cfg.init} was trained on questions held out here: {why_unknown}"
-        splits.note = f"{splits.note}; {note}" if splits.note else note
+        splits.add_note(
+            f"unknown whether {cfg.init} was trained on questions held out here: {why_unknown}"
+        )
+
+
+def questions_of(problems):
+    """The questions of some problems, as a set of texts that can be compared."""
+    return {normal_form(p.question) for p in problems}
 
 
 def learned_questions(folder):
     """The questions that a run was trained on, with those of the run that it started from.
 
-    Returns (set of questions, why some are unknown or ""). If the folder is not a run's, for
-    example Llama's, there are none.
+    Returns (`questions_of`, why some are unknown or ""). If the folder is not a run's, for example
+    Llama's, there are none.
     """
-    cfg = options_of(folder)
-    if not cfg:
+    run = run_of(folder)
+    if not run:
         return set(), ""
+    cfg = options_of(run)
 
     # What --init has learned, this run has learned, and so on back to the first
     questions, why_unknown = set(), ""
@@ -102,15 +124,46 @@ def learned_questions(folder):
 
     # Which of its problems it has trained on: split them again as the run did
     try:
-        splits = split(cfg)
+        splits = split_as_begun(cfg, run)
     except UserError as e:  # its files have been moved or changed
-        return questions, str(e)
+        return questions, f"{why_unknown}; {e}" if why_unknown else str(e)
 
     # SFT leaves problems without steps alone unless --answers-share asks for them
-    questions |= {p.question for p in splits.train}
+    questions |= questions_of(splits.train)
     if cfg.stage == "rl" or cfg.answers_share > 0:
-        questions |= {p.question for p in splits.answers}
+        questions |= questions_of(splits.answers)
     return questions, why_unknown
+
+
+def split_as_begun(cfg, run):
+    """The Splits of the run in a folder, as they were when it began.
+
+    Before questions were compared in normal form, another spelling of one that is held out stayed
+    in training. The hash that the run has saved tells; without any, the normal form is assumed.
+    """
+    splits = split(cfg)
+    saved = saved_fingerprint(run)
+    if not cfg.data or saved in (None, splits.fingerprint):
+        return splits
+
+    # If neither fits, the files have changed: check_problems refuses to resume with them
+    by_letter = split_files(cfg, form=str)
+    if saved != by_letter.fingerprint:
+        return splits
+    learned = questions_of([*by_letter.train, *by_letter.answers])
+    n = len(learned & questions_of(by_letter.held_out))
+    by_letter.add_note(f"{n} in training are in the validation or test set, in another spelling")
+    return by_letter
+
+
+def saved_fingerprint(run):
+    """The hash of the problems that a run has saved in its checkpoints; None if there is none."""
+    for checkpoint in checkpoints(run):
+        try:
+            return read_json(checkpoint / "state.json").get("data")
+        except UserError:  # a broken one
+            continue
+    return None
 
 
 def split(cfg):
@@ -128,8 +181,8 @@ def split(cfg):
     )
 
 
-def split_files(cfg):
-    """The Splits of --data, --val and --test."""
+def split_files(cfg, form=normal_form):
+    """The Splits of --data, --val and --test. form: of the questions that are compared."""
     is_rl = cfg.stage == "rl"
     given = read_problems(cfg.data, answers=not (is_rl and cfg.no_answers))
     random.Random(0).shuffle(given)  # the same split for every seed of a run
@@ -142,8 +195,8 @@ def split_files(cfg):
 
     # Leave out of training what is also in those files
     splits = Splits(train=[], answers=[], val=val, tests=tests)
-    held_out = {p.question for p in splits.held_out}
-    kept = [p for p in given if p.question not in held_out]
+    held_out = {form(p.question) for p in splits.held_out}
+    kept = [p for p in given if form(p.question) not in held_out]
 
     # no-cot drops the steps, so it learns from problems without any as well
     splits.train = [p for p in kept if p.steps and p.answer]
@@ -211,14 +264,23 @@ def describe_omissions(cfg, given, kept, train):
 # ---- the problems of a run that has been trained -------------------------------------------------
 
 
-def options_of(folder):
-    """The Config of a run, from its folder, its final/ or a checkpoint; None for other folders."""
+def run_of(folder):
+    """The folder of the run that a folder belongs to: its own, or that of its final/ or checkpoint.
+
+    None for other folders.
+    """
     # final/ is one folder below the run's, a checkpoint is two
     folder = Path(folder).absolute()
     for candidate in [folder, *folder.parents][:3]:
         if (candidate / "metrics.jsonl").exists():
-            return of_run(candidate / "config.json")
+            return candidate
     return None
+
+
+def options_of(folder):
+    """The Config of a run, from its folder, its final/ or a checkpoint; None for other folders."""
+    run = run_of(folder)
+    return of_run(run / "config.json") if run else None
 
 
 def test_set(folder, n=0, seed=0):
@@ -274,6 +336,25 @@ def encode_problems(cfg, problems, tokenizer, model, answer_only=False):
         return data.encode(problems, tokenizer, model, answer_only, always_K)
     except ValueError as e:
         raise UserError(str(e)) from None
+
+
+def describe_cut_off(max_new, lengths):
+    """A note on the right answers that are longer than --max-new; "" if all fit.
+
+    lengths: {set of problems: [tokens of each right answer]}.
+    """
+    parts = []
+    for name, tokens in lengths.items():
+        n = sum(length > max_new for length in tokens)
+        if n:
+            parts.append(f"{n:,} of {len(tokens):,} {name} problems")
+    if not parts:
+        return ""
+    longest = max(length for tokens in lengths.values() for length in tokens)
+    return (
+        f"note: --max-new {max_new} cuts off the right answers of {', '.join(parts)}; the longest "
+        f"needs {longest}"
+    )
 
 
 def generate(which, n, seed):

@@ -1,4 +1,4 @@
-"""Every comparison of the README in one command: train each arm that is not finished, print tables.
+"""Every comparison of docs/results.md in one command: train what is not finished, print tables.
 
     python -m minatp.ablate --out out/ablate --seeds 0,1,2 --jobs 2
     python -m minatp.ablate --options "--labelled 4000" --arms "RL; control: more SFT" --out out/few
@@ -91,6 +91,16 @@ def start_of(arm):
     return AFTER_OTHERS[arm][0] if arm in AFTER_OTHERS else "ATP"
 
 
+def template(arm):
+    """The options of an arm of stage 2, with {seconds} or {steps} where they depend on RL's."""
+    return AFTER_OTHERS[arm][1] if arm in AFTER_OTHERS else AFTER_ATP[arm]
+
+
+def has_budget_of_rl(arm):
+    """Whether an arm of stage 2 takes as many seconds or steps as the arm "RL"."""
+    return any("{" in option for option in template(arm))
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
@@ -150,23 +160,32 @@ def arms_after():
 
 def plan(arms):
     """What to train for these arms -> (arms of stage 1, groups of arms of stage 2, in order)."""
-    after = [arm for arm in arms_after() if arm in arms]
-    starts = {start_of(arm) for arm in after}
+    needed = set()
+    for arm in arms:
+        needed |= {arm, *needs(arm)}
 
     # ATP comes first, as most others wait for it
-    stage_1 = [arm for arm in METHODS if arm in arms or arm in starts or (after and arm == "ATP")]
+    stage_1 = [arm for arm in METHODS if arm in needed]
     if "ATP" in stage_1:
         stage_1 = ["ATP", *(arm for arm in stage_1 if arm != "ATP")]
-    if not after:
-        return stage_1, []
 
     # RL comes first, as its controls take as many seconds or steps
     stage_2 = [
-        ["RL"],
-        [arm for arm in AFTER_ATP if arm in after or arm in starts],
-        [arm for arm in AFTER_OTHERS if arm in after],
+        [arm for arm in AFTER_ATP if arm in needed and arm == "RL"],
+        [arm for arm in AFTER_ATP if arm in needed and arm != "RL"],
+        [arm for arm in AFTER_OTHERS if arm in needed],
     ]
-    return stage_1, stage_2
+    return stage_1, [group for group in stage_2 if group]
+
+
+def needs(arm):
+    """The other arms that must be trained before this one: a set."""
+    if arm in METHODS:
+        return set()
+    needed = {start_of(arm)}
+    if has_budget_of_rl(arm):
+        needed.add("RL")
+    return needed.union(*map(needs, needed))
 
 
 # ---- the runs ------------------------------------------------------------------------------------
@@ -197,10 +216,8 @@ class Study:
 
         # Stage 2. Some controls depend on how long RL took
         start = self.train_arm(start_of(arm), seed)
-        template = AFTER_ATP[arm] if arm in AFTER_ATP else AFTER_OTHERS[arm][1]
-        needs_epochs = any("{" in option for option in template)
-        epochs = self.epochs_like_rl(seed) if needs_epochs else {}
-        chosen = [option.format(**epochs) for option in template]
+        epochs = self.epochs_like_rl(seed) if has_budget_of_rl(arm) else {}
+        chosen = [option.format(**epochs) for option in template(arm)]
         return self.train(arm, seed, [*chosen, "--init", str(start.resolve())])
 
     def train(self, arm, seed, chosen):
@@ -271,6 +288,7 @@ def check_same_options(out, arguments):
     """Raise UserError if the run in `out` has other options than these arguments of train.py."""
     wanted = asdict(options.parse(arguments, ""))
     had = asdict(options.of_run(out / "config.json"))
+    wanted["dtype"] = wanted["dtype"] or had["dtype"]  # without --dtype the run has settled it
     free = ("device", "resume", "out", "init")  # these may differ: where it runs, not what it is
     different = [
         options.flag(name) for name in wanted if wanted[name] != had[name] and name not in free

@@ -44,7 +44,9 @@ INDEXED = {aten.index, aten.index_put, aten.index_put_}
 @dataclass
 class Counts:
     ops: int = 0  # calls that do work: neither views nor bare allocations
-    bytes: int = 0  # that they read and write, each tensor once per call
+    # that they read and write: of every tensor that goes in or comes out of a call. One that is
+    # changed in place counts as read and as written; one that goes in twice, as read twice
+    bytes: int = 0
     flops: int = 0  # of matrix products, two for a multiply and add
     waits: int = 0  # of the host for values on the GPU
 

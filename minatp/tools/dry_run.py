@@ -1,5 +1,6 @@
 """`train.py --dry-run`: data, curriculum, model and one step, before hours are spent on them."""
 
+import math
 import os
 import statistics
 import time
@@ -43,14 +44,16 @@ def dry_run(run, sft_gradients, dry_run_rl):
     if cfg.init or fits(run.model):
         run.model, run.tokenizer = build(cfg, splits.train)
     model = run.model
+    run.settle_dtype()
     if fits(model):
         model.to(device).set_recompute(cfg.recompute)
 
     # Report on the data and the model
     problems = splits.train or splits.answers  # RL can do without labels
     # The run has not started: set what its methods need
-    run.labelled = run.encode_problems(problems)
-    run.max_new = run.longest_answer()
+    run.encode_rows()
+    if not splits.train:
+        run.labelled = run.encode_problems(problems)
     report_data(problems, run.labelled, run.tokenizer)
     report_curriculum(run, problems)
     parts = ", ".join(f"{name} {n_parameters(part):,}" for name, part in model.named_children())
@@ -61,13 +64,16 @@ def dry_run(run, sft_gradients, dry_run_rl):
     longest = by_length[: cfg.batch_size]
     if cfg.stage == "rl":
         model.decoder.requires_grad_(False)
-        run.start_model = load_model(cfg.init)[0].to(device)
     stages = stages_to_try(cfg, model)
     kept = activation_bytes(run, run.labelled[longest[0]], stages)
     report_memory(run, kept, available)
     if held_bytes(cfg, model) + kept > 0.9 * available or not fits(model):
         print0("one step    not run: it does not fit here")
         return
+
+    # It fits, and so does the start that RL is compared with
+    if cfg.stage == "rl":
+        run.start_model = load_model(cfg.init)[0].to(device)
 
     # One step's gradients at each stage; no optimizer takes them
     for stage in stages:
@@ -114,9 +120,11 @@ def stages_to_try(cfg, model):
 
 
 def memory_of(device):
-    """Bytes of memory of a device."""
+    """Bytes of memory of a device; infinity if the system does not tell (Windows)."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):
+        return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -150,7 +158,7 @@ def activation_bytes(run, row, stages):
         return parts["activations"] + parts["logits"]
 
     def forward(n, stage):
-        batch = collate([row] * n, stage, model).to(device)
+        batch = collate([row] * n, stage, model).at(device=device)
 
         # The values of ε do not change what is kept: zeros will do
         eps = None
@@ -228,9 +236,10 @@ def report_memory(run, kept, available):
 
     # (0 in RL without an anchor, where SFT trains nothing)
     if kept:
-        n = min(cfg.micro_batch or cfg.batch_size, len(run.labelled))
+        n = cfg.micro_batch or cfg.batch_size
         text += f", and about {gibibytes(kept)} that a forward pass of {n} longest problems keeps"
-    print0(f"{text}; {run.device} has {gibibytes(available)}")
+    has = gibibytes(available) if available < math.inf else "an unknown amount"
+    print0(f"{text}; {run.device} has {has}")
 
 
 def gibibytes(n):

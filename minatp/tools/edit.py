@@ -147,7 +147,13 @@ def no_chain_to_edit(edit, thoughts):
     why = f"no chain has a thought {edit.reach}; edit an earlier one"
 
     # Some chain is long enough: what is missing is a thought to put in
-    if any(len(own) >= edit.reach for own in thoughts):
+    is_long_enough = any(len(own) >= edit.reach for own in thoughts)
+    if is_long_enough and edit.source == "next":
+        why = (
+            f"wherever a chain has a thought {edit.reach}, the next problem's has none; "
+            "edit an earlier one, or ask for more problems"
+        )
+    elif is_long_enough:
         why = (
             f"no thought of these or other problems is read as {edit.source!r}; "
             "name one that is shown"

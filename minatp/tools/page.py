@@ -239,7 +239,6 @@ def chain_data(column, i, problem):
     data = {
         "rows": rows,
         "links": links,
-        "counted": row_of_step,
         "text": chain.text,
         "answer": chain.answer,
         "ended": chain.ended,

@@ -5,6 +5,12 @@
 
 Losses and rewards of training; accuracy by curriculum stage (SFT) or by update (RL) with its 95 %
 interval; latents used. Needs matplotlib, which minatp itself does not.
+
+Accuracy by the number of latent steps, from what minatp.evaluate has measured. Dashed: the free
+run, in which the stop head decides.
+
+    python -m minatp.evaluate out/sft out/rl --latent-steps 0,1,2,3,4 --json > steps.jsonl
+    python -m minatp.plot steps.jsonl -o steps.png
 """
 
 import json
@@ -22,6 +28,7 @@ TITLES = {
     "kl.sft": "loss: KL to N(0, I)",
     "accuracy.stage": "validation accuracy by stage",
     "accuracy.step": "validation accuracy by update",
+    "accuracy.latent_steps": "accuracy by latent steps (dashed: free)",
     "reward": "reward",
     "acc": "reward: right answers",
     "coh": "reward: coherence",
@@ -32,6 +39,9 @@ TITLES = {
     "signal": "groups with a signal",
     "kl.rl": "KL to the start",
 }
+# What the panels count along x, if it is not the optimizer's steps
+X_LABELS = {"accuracy.stage": "stage", "accuracy.latent_steps": "latent steps"}
+
 # Losses that fall by orders of magnitude
 LOGARITHMIC = {"enc", "dec", "stop"}
 
@@ -41,7 +51,11 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "minatp", "font.sans-serif": ["
 
 def main(argv=None):
     parser = Parser(__doc__, "minatp.plot")
-    parser.add_argument("files", nargs="+", help="metrics.jsonl of runs, or their folders")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        help="metrics.jsonl of runs, or their folders; results of minatp.evaluate --json",
+    )
     parser.add_argument(
         "-o",
         "--out",
@@ -60,10 +74,14 @@ def main(argv=None):
         ) from None
     matplotlib.use("Agg")
 
-    # Read the runs
+    # Read the runs. The curves of one run can be in several files
     paths = [Path(f) for f in args.files]
     paths = [path / "metrics.jsonl" if path.is_dir() else path for path in paths]
-    runs = {name: read(path) for name, path in zip(names(paths), paths)}
+    by_folder = {}
+    for path in paths:
+        for folder, points in read(path).items():
+            by_folder.setdefault(folder, {}).update(points)
+    runs = dict(zip(names(by_folder), by_folder.values()))
     if not any(runs.values()):
         raise UserError(
             f"{paths[0]}:1: has no losses and no validation yet; wait for the run's first lines"
@@ -80,9 +98,8 @@ def main(argv=None):
     print(out)
 
 
-def names(paths):
-    """The name of the folder of each file; its path if two folders have the same name."""
-    folders = [path.absolute().parent for path in paths]
+def names(folders):
+    """The name of each folder; its path if two folders have the same name."""
     short = [folder.name for folder in folders]
     return [str(folder) if short.count(name) > 1 else name for folder, name in zip(folders, short)]
 
@@ -91,7 +108,7 @@ def names(paths):
 
 
 def read(path):
-    """The curves of a metrics.jsonl (see `curves`). Raises UserError."""
+    """The curves (see `curves`) in a file, by the folder of the run. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -102,9 +119,12 @@ def read(path):
     if not records:
         raise UserError(f"{path}:1: is empty; the run has written nothing yet")
 
-    # The lines are JSON with a step; their other values have not been checked
+    # What else is in the records has not been checked
     try:
-        return curves(records)
+        by_folder = {}
+        for record in records:
+            by_folder.setdefault(folder_of(record, path), []).append(record)
+        return {folder: curves(of_run) for folder, of_run in by_folder.items()}
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise UserError(
             f"{path}:0: has a record that no run wrote ({type(e).__name__}: {e}); is it the "
@@ -112,8 +132,20 @@ def read(path):
         ) from None
 
 
+def folder_of(record, path):
+    """The folder of the run that a record in the file `path` is of."""
+    # A line of minatp.evaluate names the run, or its final/, which holds the model
+    if "latent_steps" in record:
+        folder = Path(record["run"]).absolute()
+        return folder.parent if folder.name == "final" else folder
+    return path.absolute().parent
+
+
 def read_records(path, text):
-    """The records of a metrics.jsonl's text. Raises UserError."""
+    """The records in a file's text: lines of a metrics.jsonl or of minatp.evaluate.
+
+    Raises UserError.
+    """
     records = []
     lines = text.splitlines()
     for i, line in enumerate(lines, 1):
@@ -126,8 +158,11 @@ def read_records(path, text):
                 f"{path}:{i}: is not valid JSON ({getattr(e, 'msg', e)}); is it the metrics.jsonl "
                 "of a run?"
             ) from None
-        if not isinstance(record, dict) or "step" not in record:
-            raise UserError(f'{path}:{i}: has no "step"; is it the metrics.jsonl of a run?')
+        if not isinstance(record, dict) or not record.keys() & {"step", "latent_steps"}:
+            raise UserError(
+                f'{path}:{i}: has no "step" and no "latent_steps"; give the metrics.jsonl of a '
+                "run, or what minatp.evaluate --latent-steps --json prints"
+            )
         records.append(record)
     return records
 
@@ -140,6 +175,14 @@ def curves(records):
         points.setdefault(panel, []).append((x, value, low, high))
 
     for record in records:
+        # A result of minatp.evaluate. "free" is a level in that panel, and has none of its own
+        if "latent_steps" in record:
+            add("free", 0, record["accuracy"])
+            for row in record["latent_steps"]:
+                low, high = row["accuracy_ci95"]
+                add("accuracy.latent_steps", row["steps"], row["accuracy"], low, high)
+            continue
+
         step = record["step"]
         is_sft = "stage" in record
         if "validation" not in record:
@@ -187,6 +230,9 @@ def figure(runs):
         for i, points in enumerate(runs.values()):
             if key in points:
                 draw_curve(axis, points[key], f"C{i}")
+            if key == "accuracy.latent_steps" and "free" in points:
+                _, level, *_ = points["free"][-1]
+                axis.axhline(level, color=f"C{i}", linewidth=1, linestyle="--")
         style_panel(axis, key)
     for axis in axes[len(panels) :]:  # the rest of the last row
         axis.set_axis_off()
@@ -219,9 +265,8 @@ def style_panel(axis, key):
         axis.set_yscale("log")
         axis.minorticks_off()
 
-    # The axis counts curriculum stages or optimizer steps, in whole numbers
-    x_label = "stage" if key == "accuracy.stage" else "step"
-    axis.set_xlabel(x_label, fontsize=7.5, loc="right", labelpad=1)
+    # The axis counts in whole numbers
+    axis.set_xlabel(X_LABELS.get(key, "step"), fontsize=7.5, loc="right", labelpad=1)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.tick_params(labelsize=7.5)
     axis.grid(alpha=0.25, linewidth=0.6)

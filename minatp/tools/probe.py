@@ -19,10 +19,10 @@ import torch
 from .. import reward
 from ..rollout import Forced, Noise
 from ..run import evaluate
-from ..run.device import autocast, pick_device, place, solving_guard
+from ..run.device import autocast, pick_device, pick_dtype, place, solving_guard
 from ..run.errors import UserError
 from ..run.huggingface import load_model
-from ..run.options import Parser
+from ..run.options import Parser, add_device_options
 from ..run.problem_files import read_problems
 from ..run.splits import encode_prompts, test_set
 from ..run.terminal import print0
@@ -51,7 +51,8 @@ def main(argv=None):
         )
 
     # The thoughts of the mean policy are probed, and its answers are what others are compared with
-    with solving_guard(prompts, model, args.max_new, what="probe"), autocast(device):
+    dtype = pick_dtype(args.dtype, device, model)
+    with solving_guard(prompts, model, args.max_new, what="probe"), autocast(device, dtype):
         mean = solve()
         if not any(chain.n_latent for chain in mean):
             raise UserError(
@@ -74,7 +75,7 @@ def parse(argv):
     add("--problems", type=int, default=1000, help="how many of them [%(default)s]")
     add("--seed", type=int, default=0, help="of the split, the shuffle and the noise [%(default)s]")
     add("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
-    add("--device", default="", help="cpu | cuda | cuda:N [cuda if there is one]")
+    add_device_options(parser)
     add("--json", action="store_true", help="print one JSON object instead of tables")
     args = parser.parse_args(argv)
 
@@ -244,7 +245,8 @@ def r2(prediction, y):
 def using(model, solve, mean, problems, args):
     """Accuracy with the run's own thoughts and with changed ones: a list of dicts.
 
-    Each problem keeps its number of thoughts, unless they are those of another problem.
+    Zeros and draws from the prior are as many thoughts as the problem's own. Another problem's
+    thoughts may be more or fewer, and at a wider σ the stop head decides anew how many there are.
     """
     # Put other thoughts in place of the run's own
     forced, donor = changed_thoughts(model, mean, args.seed)
@@ -330,8 +332,9 @@ def table(report):
         lines += ["", f"{title:32} {columns}"]
     for row in report["reading"]:
         lines.append(
-            f"{row['result']:32} {row['r2']:6.3f}  {row['accuracy']:8.1%}  {interval(row)}  "
-            f"{row['commonest']:9.1%}  {row['n_steps']} ({row['n_problems']})"
+            f"{row['result']:32} {row['r2']:6.3f}  {row['accuracy']:8.1%}  "
+            f"{evaluate.interval(row)}  {row['commonest']:9.1%}  "
+            f"{row['n_steps']} ({row['n_problems']})"
         )
 
     # Using
@@ -339,16 +342,10 @@ def table(report):
     lines += ["", f"{'thoughts':32} {columns}"]
     for row in report["using"]:
         line = (
-            f"{row['thoughts']:32} {row['accuracy']:8.1%}  {interval(row)}  "
+            f"{row['thoughts']:32} {row['accuracy']:8.1%}  {evaluate.interval(row)}  "
             f"{row['same_answer']:16.1%}  {row['latents']:7.1f}  {row['n_problems']}"
         )
         if "donor_answer" in row:
             line += f"   the other problem's answer: {row['donor_answer']:.1%}"
         lines.append(line)
     return "\n".join(lines)
-
-
-def interval(row):
-    """The 95 % interval of an accuracy."""
-    low, high = row["accuracy_ci95"]
-    return f"[{low:6.1%}, {high:6.1%}]"

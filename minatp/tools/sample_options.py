@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..problems import Problem
 from ..run.errors import UserError
-from ..run.options import Parser, flag
+from ..run.options import Parser, add_device_options, flag
 from ..run.problem_files import check_text, read_problems
 from ..run.splits import test_set
 from . import edit
@@ -22,7 +22,7 @@ def parse(argv, description):
         help="folder of a run, or of a saved model; several: a,b or --run twice [out/sft]")
     add("--file", help="problems (JSON, JSONL, iCoT) or plain questions, one a line")
     add("--problems", type=int,
-        help="how many of a file or of the test set; 0: all [4, or 50 with --html]")
+        help="how many, from the first; 0: all [4, or 50 with --html; of stdin all]")
     add("--html", default="", metavar="FILE", help="write one self-contained page for the browser")
     add("--edit", action="append", default=[],
         help="edit the mean chain and think on from there; may be repeated")
@@ -35,7 +35,7 @@ def parse(argv, description):
     add("--seed", type=int, default=0,
         help="of the samples and of the choice of problems [%(default)s]")
     add("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
-    add("--device", default="", help="cpu | cuda | cuda:N [cuda if there is one]")
+    add_device_options(parser)
     add("--json", action="store_true", help="one JSON object per chain")
     # fmt: on
     args = parser.parse_args(argv)
@@ -50,7 +50,9 @@ def parse(argv, description):
             f"command line: --n {args.n} chains of --temperature 0 would all be the same; "
             "drop one of the two options"
         )
-    if args.problems is None:
+    if args.problems is None and args.question == "-":
+        args.problems = 0
+    elif args.problems is None:
         args.problems = 50 if args.html else 4
     if args.n is None:
         args.n = 6 if args.html else 1

@@ -27,6 +27,7 @@ class Column:
     c: int  # latents per thought
     chains: list  # per problem, a list of Chains; [] if the edit does not apply
     seconds: float  # that solving took
+    n_position: int  # positions of the policy in that time, also of chains that were not elected
 
     # For the page alone (tools/page.py)
     sampled: list = field(default_factory=list)  # per problem, a list of sampled Chains
@@ -54,6 +55,11 @@ def short_names(folders):
             path = path.parent
         short.append(path.name or folder)
     return [folder if short.count(name) > 1 else name for folder, name in zip(folders, short)]
+
+
+def count_positions(chains):
+    """Positions of the policy that Chains took: a latent is one, as a token is."""
+    return sum(chain.n_latent + chain.n_token for chain in chains)
 
 
 # ---- one chain -------------------------------------------------------------------------
@@ -135,7 +141,7 @@ def as_record(problem, chain, column):
         "thoughts": chain.thoughts,
         # The thoughts, then the lines written before the answer; "coherent" has a value for each
         "steps": chain.steps,
-        "coherent": reward.coherent(chain.steps, chain.answer),
+        "coherent": [bool(users) for users in reward.links(chain.steps, chain.answer)],
         "stop_prob": chain.stop_prob,
         "sigma": chain.sigma,
         "text": chain.text,
@@ -179,8 +185,8 @@ def print_chains(columns, problems, paint):
 def draw(problem, chain, c, paint):
     """The lines that show one Chain. c: latents per thought."""
     rows, row_of_step = chain_rows(chain, c)
-    coherent = reward.coherent(chain.steps, chain.answer)
-    used = dict(zip(row_of_step, coherent))  # row -> whether a later step or the answer uses it
+    # row -> the later steps, or the answer, that use it
+    used = dict(zip(row_of_step, reward.links(chain.steps, chain.answer)))
 
     # Texts are padded to one width, so that the facts align
     width = max([len(row["text"]) for row in rows] + [12])
@@ -278,9 +284,7 @@ def lengths_and_speed(column):
     chains = [chain for chains in column.chains for chain in chains]
     n_latent = sum(chain.n_latent for chain in chains)
     n_token = sum(chain.n_token for chain in chains)
-
-    # A latent counts as a token: it is one position of the policy
     return (
         f"{n_latent / len(chains):.1f} latents + {n_token / len(chains):.1f} tokens a chain · "
-        f"{(n_latent + n_token) / column.seconds:,.0f} tokens/s"
+        f"{column.n_position / column.seconds:,.0f} tokens/s"
     )

@@ -210,7 +210,8 @@ def test_a_recording_that_runs_out_of_memory_is_retried_once(monkeypatch, n_fail
     assert not graph.kept
 
 
-def test_another_failure_of_a_recording_is_not_retried(monkeypatch):
+def test_another_failure_of_a_recording_ends_the_process(monkeypatch):
+    """It is not retried, and no `except Exception` goes on with a broken allocator."""
     events = []
 
     def raise_value_error(work, place):
@@ -222,12 +223,29 @@ def test_another_failure_of_a_recording_is_not_retried(monkeypatch):
         torch.zeros(2) @ torch.zeros(3)
 
     monkeypatch.setattr(graph, "capture", raise_value_error)
-    with pytest.raises(ValueError):
+    with pytest.raises(graph.CaptureFailed, match="ValueError while recording: invalid literal"):
         graph.record("work", None)
     monkeypatch.setattr(graph, "capture", raise_shape_error)
-    with pytest.raises(RuntimeError, match="size"):
+    with pytest.raises(graph.CaptureFailed, match="size"):
         graph.record("work", None)
     assert events == ["work", "work"]
+    assert not issubclass(graph.CaptureFailed, Exception)
+
+
+def test_rows_leave_a_replayed_batch_if_it_is_large_and_half_of_it_is_done():
+    def n_left(n_row, n_done, fixed_shape):
+        done = torch.arange(n_row) < n_done
+        left = graph.unfinished_rows(done, n_done, fixed_shape)
+        return None if left is None else len(left)
+
+    # to record a step of 128 rows anew costs more than 64 fewer rows save
+    assert n_left(128, 64, fixed_shape=True) is None
+    assert n_left(256, 255, fixed_shape=True) is None
+    assert n_left(1280, 639, fixed_shape=True) is None
+    assert n_left(1280, 640, fixed_shape=True) == 640
+
+    # without a recording they leave at once
+    assert n_left(128, 1, fixed_shape=False) == 127
 
 
 # ---- rollouts and φ ------------------------------------------------------------------------------
@@ -242,9 +260,10 @@ def test_replayed_steps_are_the_steps(monkeypatch, tapes):
         llama.init_weights(torch.Generator().manual_seed(3))
     model.end = END_OF_THINKING
     model.to(DEVICE)
+    monkeypatch.setattr(graph, "FEWEST_ROWS", 2)  # this batch counts as a large one
 
     prompt, prompt_mask = data.left_pad([[5, 6], [7] * 5], model.end, DEVICE)
-    noise = Noise.draw(model, 4, 12, 530).at(slice(None), DEVICE)  # half of the rows end sooner
+    noise = Noise.draw(model, 4, 12, 530).at(device=DEVICE)  # half of the rows end sooner
     z = torch.randn(4, 4, 16, generator=torch.Generator().manual_seed(50))[:, :2].to(DEVICE)
 
     def rollout_and_texts(choice):
@@ -308,7 +327,7 @@ def sft_batch(model):
         )
 
     problems = [problem(3, 3), problem(1, 1), problem(0, 0, answer_only=True)]
-    return data.collate(problems, model.K + 1, model).to(DEVICE)
+    return data.collate(problems, model.K + 1, model).at(device=DEVICE)
 
 
 def rl_chains():

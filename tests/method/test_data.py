@@ -45,7 +45,7 @@ def test_every_step_is_right_and_leads_to_the_answer(sets):
         for p in sets[which]:
             assert 1 <= len(p.steps) <= 6
             assert reward.same(str(reward.result(p.steps[-1])), p.answer)
-            assert all(reward.coherent(p.steps, p.answer)), p
+            assert all(reward.links(p.steps, p.answer)), p
             for step in p.steps:
                 a, op, b, result = STEP.fullmatch(step).groups()
                 assert calculate(int(a), op, int(b)) == int(result)
@@ -83,6 +83,20 @@ def test_some_problems_have_several_step_orders():
     for begins_with in ("first", "second"):
         assert (begins_with, "**+-") in orders
         assert (begins_with, "*-*-") in orders
+
+
+# ---- spellings of a question ---------------------------------------------------------------------
+
+
+def test_spellings_of_one_question_have_one_normal_form():
+    plain = 'lena\'s "short" walk takes 12 minutes.'
+    for spelling in (
+        "Lena’s “short” walk takes 12 minutes.",
+        '  lena\'s  "short"\nwalk takes\N{NO-BREAK SPACE}12 minutes. ',
+        'LENA\'S "SHORT" WALK TAKES １２ MINUTES.',
+    ):
+        assert data.normal_form(spelling) == plain
+    assert data.normal_form("Lena has 12 jars.") != data.normal_form("Lena has 1 2 jars.")
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------
@@ -177,3 +191,40 @@ def test_the_worked_example_of_the_docs():
         2: ([1, 2], [True, False], (2, 2), [3, 4, 3]),
         5: ([1, 3], [True, True], (3, 4), [4, 6, 4]),
     }
+
+
+def test_a_batch_knows_where_its_labels_are():
+    """c = 2. B uses both latent steps, A stops after one, and of C the answer alone is known."""
+    model, tokenizer = small_model()
+    model.c, model.K = 2, 2
+    two = ["<<5+7=12>>", "<<12*2=24>>"]
+    pair = [problems.Problem("A?", two[:1], "12"), problems.Problem("B?", two, "24")]
+    rows = data.encode(pair, tokenizer, model)
+    rows += data.encode([problems.Problem("C?", [], "7")], tokenizer, model, answer_only=True)
+    batch = data.collate(rows, model.K + 1, model)
+
+    def pairs(at):
+        return list(zip(*(index.tolist() for index in at)))
+
+    assert pairs(batch.used_at) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3)]
+    assert pairs(batch.stop_at) == [(0, 0), (0, 2), (1, 0), (1, 2)]
+    assert batch.stop_label.tolist() == [0, 1, 0, 0]
+
+    # words: what is gathered is what was put in
+    answers = [i for row in rows for i in row.answer]
+    assert batch.target[batch.target_at].tolist() == answers
+    texts = [*rows[0].texts, *rows[1].texts]
+    assert batch.step_text[batch.step_text_at].tolist() == [i for text in texts for i in text]
+
+
+def test_a_batch_moves_with_its_indices():
+    model, tokenizer = small_model()
+    rows = data.encode(problems.generate("labelled", 3, 1), tokenizer, model)
+    batch = data.collate(rows, model.K + 1, model)
+    moved = batch.at(device="meta")
+    assert moved.L == batch.L
+    assert moved.prompt.is_meta
+
+    at = (moved.target_at, moved.used_at, moved.stop_at, moved.step_text_at)
+    assert all(index.is_meta for pair in at for index in pair)
+    assert [len(pair) for pair in at] == [2] * 4

@@ -28,12 +28,8 @@ MUON_STATE = {"momentum"}
 ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}
 
 
-def one_step(optimizer_name):
-    """Take the first step of a small model, on random gradients.
-
-    Returns (optimizer, model, moved, grads): the last two are {parameter's name: tensor}, and
-    `moved` is the step divided by the learning rate, without the weight decay.
-    """
+def small_optimizer(optimizer_name):
+    """A small model with random gradients: (optimizer, model)."""
     options_given = ["--optimizer", optimizer_name, "--lr", "0.01"]
     cfg = options.parse([*options_given, "--weight-decay", str(WEIGHT_DECAY)], "")
     llama = LlamaConfig(
@@ -47,16 +43,25 @@ def one_step(optimizer_name):
         bos=0,
         eos=(1,),
     )
+    torch.manual_seed(0)
     model = ATP(llama, c=1, K=2)
     optimizer = build_optimizer(cfg, model)
-    before, grads = {}, {}
-    for seed, (name, p) in enumerate(model.named_parameters()):
-        before[name] = p.detach().clone()
-        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
-        grads[name] = p.grad
-
     for group in optimizer.param_groups:
         group["lr"] = LR  # a schedule changes it between steps
+    for seed, p in enumerate(model.parameters()):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+    return optimizer, model
+
+
+def one_step(optimizer_name):
+    """Take the first step of a small model.
+
+    Returns (optimizer, model, moved, grads): the last two are {parameter's name: tensor}, and
+    `moved` is the step divided by the learning rate, without the weight decay.
+    """
+    optimizer, model = small_optimizer(optimizer_name)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    grads = {name: p.grad for name, p in model.named_parameters()}
     optimizer.step()
 
     moved = {}
@@ -88,3 +93,19 @@ def check_muon_step(name, moved, grad):
     cosine = (moved * expected).sum() / moved.norm() / expected.norm()
     assert cosine > 0.95, name
     assert 0.15 < moved.pow(2).mean().sqrt() < 0.25, name
+
+
+@pytest.mark.parametrize("optimizer_name", ["muon", "adamw"])
+def test_a_step_divides_gradients_by_grad_scale(optimizer_name):
+    """By a power of two, so that nothing is rounded; twice, as a first step is nearly a sign."""
+    weights = []
+    for scaled_before in (False, True):
+        optimizer, model = small_optimizer(optimizer_name)
+        for scale in (1.0, 64.0):
+            optimizer.grad_scale = None if scaled_before else torch.tensor(scale)
+            for seed, p in enumerate(model.parameters()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+                p.grad /= scale if scaled_before else 1.0
+            optimizer.step()
+        weights.append(list(model.parameters()))
+    assert all(map(torch.equal, *weights))

@@ -82,7 +82,8 @@ def test_coherence_is_what_its_definition_says(equations, final):
         is_used = any(result in (a, b) for a, _, b, _ in equations[i + 1 :])
         expected.append(is_used or result == final)
 
-    assert reward.coherent(steps, str(final)) == expected
+    used = [bool(users) for users in reward.links(steps, str(final))]
+    assert used == expected
     share = sum(expected) / len(steps) if steps else 0.0
     assert reward.coherence(steps, str(final)) == share
 
@@ -93,7 +94,7 @@ def test_any_steps_are_judged(steps, final):
     paper = reward.coherence(steps, final)
     strict = reward.coherence(steps, final, strict=True)
     assert 0.0 <= strict <= paper <= 1.0
-    assert len(reward.coherent(steps, final)) == len(steps)
+    assert len(reward.links(steps, final)) == len(steps)
 
     chain = SimpleNamespace(text="".join(steps), steps=steps, ended=True)
     for no_answers in (False, True):

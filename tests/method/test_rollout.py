@@ -39,7 +39,7 @@ def prompts_of(tokenizer, n, seed):
 
 def draw(model, *args, **options):
     """Noise.draw, on the CPU."""
-    return Noise.draw(model, *args, **options).at(slice(None), "cpu")
+    return Noise.draw(model, *args, **options).at(device="cpu")
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -171,3 +171,44 @@ def test_readings_of_fixed_shape_are_the_same_and_wait_once(model, fixed_shapes)
     texts, n_wait = waits_of(read_thoughts, model.decoder, steps, eos, 5)
     assert n_wait == 1  # for the text
     assert texts == expected
+
+
+# ---- a given number of latent steps --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_given_number_of_steps_is_thought_without_asking_the_stop_head(model, tokenizer, steps):
+    prompt, prompt_mask = padded_prompts(tokenizer, 9, seed=4)
+    chains = rollout(model, prompt, prompt_mask, 6, steps=steps)
+    assert (chains.n_latent == model.c * steps).all()
+    assert chains.stop_prob.isnan().all()
+    assert not chains.stopped.any()
+    assert not chains.logp_stop.any()
+
+
+def test_the_given_number_of_steps_are_the_models_own(model, tokenizer):
+    """Where the stop head chooses the same number, the chain is the free one; without thoughts it
+    is that of a model which is made to answer at once.
+    """
+    prompts = prompts_of(tokenizer, 17, seed=3)
+    free = solve(model, tokenizer, prompts, 6, keep_z=True)
+    by_steps = [solve(model, tokenizer, prompts, 6, steps=n, keep_z=True) for n in (0, 1, 2)]
+    assert {chain.n_latent // model.c for chain in free} == {0, 1, 2}
+    for i, chain in enumerate(free):
+        same = by_steps[chain.n_latent // model.c][i]
+        assert same.text == chain.text
+        assert torch.allclose(same.z, chain.z, atol=1e-5)
+        # the first latents do not depend on how many follow
+        assert torch.allclose(by_steps[1][i].z, by_steps[2][i].z[: model.c], atol=1e-5)
+
+    no_latents = torch.zeros(17, model.c * model.K, model.policy.cfg.n_embd)
+    at_once = Forced(no_latents, torch.zeros(17, dtype=torch.long), torch.ones(17).bool())
+    answers = solve(model, tokenizer, prompts, 6, forced=at_once)
+    assert [chain.text for chain in by_steps[0]] == [chain.text for chain in answers]
+
+
+def test_more_steps_than_were_learned_are_refused(model, tokenizer):
+    prompt, prompt_mask = padded_prompts(tokenizer, 2, seed=4)
+    model.stage = 1
+    with pytest.raises(ValueError, match="steps must be 0 … 1, not 2"):
+        rollout(model, prompt, prompt_mask, 6, steps=2)

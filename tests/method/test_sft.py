@@ -9,7 +9,8 @@ from minatp.problems import Problem
 from minatp.rollout import rollout
 from minatp.run import options
 from minatp.run.loop import Run
-from minatp.sft import sft_losses, think
+from minatp.sft import sft_losses, walk_batch
+from minatp.tools.count import count
 
 from small import SMALL, small_model
 
@@ -74,6 +75,22 @@ def test_recomputing_activations_changes_nothing(loaded):
         assert torch.equal(kept, recomputed)
 
 
+def test_the_host_waits_for_nothing_in_a_micro_batch(loaded):
+    """Not even if some rows decide on the device when they stop."""
+    model, tokenizer = loaded
+    rows = data.encode(problems.generate("labelled", 5, 1), tokenizer, model)
+    rows += data.encode(problems.generate("answers", 3, 1), tokenizer, model, answer_only=True)
+    batch = data.collate(rows, model.K + 1, model)
+    eps = torch.zeros(len(rows), batch.n_candidate, model.policy.cfg.n_embd)
+
+    def learn():
+        losses = sft_losses(model, batch, eps)
+        assert losses.keys() == {"enc", "kl", "stop", "dec"}
+        sum(losses.values()).backward()
+
+    assert count(learn).waits == 0
+
+
 # ---- what is taught ------------------------------------------------------------------------------
 
 
@@ -117,7 +134,7 @@ def test_answers_alone_stop_where_generation_does_and_teach_their_answer(model, 
     }
 
     # the thinking ends where it would in a rollout
-    _, n_latent, _ = think(model, batch)
+    _, n_latent, _ = walk_batch(model, batch)
     chains = rollout(model, batch.prompt, batch.prompt_mask, max_new=3)
     assert torch.equal(n_latent, chains.n_latent)
     assert n_latent.any()

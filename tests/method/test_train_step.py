@@ -10,6 +10,7 @@ import train
 from minatp import problems, reward
 from minatp.data import left_pad
 from minatp.decoder import Chain
+from minatp.llama import KVCache
 from minatp.rollout import Rollout
 from minatp.run import options
 from minatp.run.loop import Run
@@ -288,3 +289,66 @@ def test_the_placebo_permutes_the_rewards():
     true, permuted = rewards[False], rewards[True]
     assert not torch.equal(permuted, true)
     assert torch.equal(permuted.flatten().sort().values, true.flatten().sort().values)
+
+
+# ---- bfloat16 ------------------------------------------------------------------------------------
+
+
+def test_the_sft_losses_in_bfloat16_are_those_in_float32():
+    """Within 1 %, and each loss, gradient and weight is a float32."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        run = one_step(*SMALL, "--dtype", dtype)
+        losses[dtype], _ = train.sft_gradients(run, run.labelled, stage=2, step=0)
+        for name, p in run.model.named_parameters():
+            assert p.dtype == torch.float32, name
+            assert p.grad is None or p.grad.dtype == torch.float32, name
+    assert losses["bfloat16"].keys() == {"enc", "dec", "stop", "kl"}
+    for name, loss in losses["bfloat16"].items():
+        assert loss.dtype == torch.float32, name
+        assert float(loss) == pytest.approx(float(losses["float32"][name]), rel=0.01), name
+        assert loss != losses["float32"][name], name  # or nothing was computed in bfloat16
+
+
+@pytest.mark.parametrize("estimator", ["score", "path"])
+def test_an_rl_step_in_bfloat16_is_that_in_float32(estimator):
+    """The same chains: log-probabilities within 1 %, and a gradient of the same direction."""
+    argv = (*SMALL_RL, "--estimator", estimator, "--dtype")
+    run = one_step(*argv, "float32")
+    explored, _ = train.explore(run, run.prompts[:1], step=0)
+    advantage, informative = torch.tensor([[0.75, -0.25, -0.25, -0.25]]), torch.tensor([True])
+
+    logp, gradient = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        run = one_step(*argv, dtype)
+        _, old, metrics = train.policy_gradients(run, explored, advantage, informative, old=None)
+        logp[dtype], _ = old
+        gradients = gradients_of(run.model)
+        gradient[dtype] = torch.cat([g.flatten() for g in gradients.values()])
+        assert metrics["kl"].dtype == torch.float32
+    assert logp["bfloat16"].dtype == torch.float32
+    assert not torch.equal(logp["bfloat16"], logp["float32"])
+    torch.testing.assert_close(logp["bfloat16"], logp["float32"], rtol=0.01, atol=0.05)
+    assert logp["bfloat16"].sum().item() == pytest.approx(logp["float32"].sum().item(), rel=0.01)
+    assert torch.cosine_similarity(*gradient.values(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_chains_are_explored_and_read_in_either_dtype(dtype):
+    """The cache keeps keys and values as they were computed; latents and densities are float32."""
+    run = one_step(*SMALL_RL, "--dtype", dtype)
+    kept = set()
+    append = KVCache.append
+
+    def watch(cache, i, k, v):
+        k, v = append(cache, i, k, v)
+        kept.update((k.dtype, v.dtype))
+        return k, v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KVCache, "append", watch)
+        explored, chains = train.explore(run, run.prompts[:2], step=0)
+    assert kept == {getattr(torch, dtype)}
+    assert len(chains) == 8
+    rolled = explored.rollout
+    assert {rolled.z.dtype, rolled.logp_z.dtype, rolled.logp_token.dtype} == {torch.float32}

@@ -6,6 +6,7 @@ import pytest
 
 import train
 from minatp.run import options
+from minatp.run.options import Data, Explore, General, Latents, Optim, Report, Size
 from minatp.run.saved import checkpoints
 from minatp.run.splits import test_set as load_test_set  # pytest would collect its own name
 
@@ -73,7 +74,12 @@ SMALL_SETS = ("--labelled", 40, "--test-size", 5, "--val-size", 5)
     ("--test x.json", "--test needs --data"),
     ("--val x.json", "--val needs --data"),
     ("--data a --test x/a,y/a", "two files of the same name"),
-    ("--preset llama-1b", "--preset llama-1b needs --init"),
+    (
+        "--preset llama-1b",
+        "--preset llama-1b needs --init DIR, a Hugging Face directory of Llama-3.2-1B; to train it "
+        "from scratch, give --data, or --dry-run",
+    ),
+    ("--preset smollm2-135m", "a Hugging Face directory of SmolLM2-135M-Instruct"),
     ("--stage rl --method cot", "uses the method of --init"),
     ("--stage rl --no-stop", "uses the method of --init"),
 ])
@@ -161,6 +167,21 @@ def test_another_seed_shows_other_problems_at_once(finished):
     assert not set(shown[0]) & set(shown[1]) & set(shown[2])
 
 
+# fmt: off
+@pytest.mark.parametrize("argv, epochs", [
+    ("", "5,0.5,0.5,0.5,0.8,11"),
+    ("--method cot", "16"),
+    ("--labelled 3000 --K 2", "10,1,1.6,22"),  # as many steps
+    ("--preset smollm2-135m --init x", "1,1,1,1,3"),
+    ("--preset smollm2-135m --init x --K 5 --labelled 60", "1,1,1,1,1,1,3"),
+    ("--preset smollm2-135m --init x --method cot", "3"),
+    ("--preset llama-1b --init x", "2"),
+])
+# fmt: on
+def test_the_epochs_of_a_preset(argv, epochs):
+    assert options.parse(argv.split(), "").epochs == epochs
+
+
 def test_help_shows_every_option_and_its_default(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
@@ -175,5 +196,5 @@ def test_help_shows_every_option_and_its_default(capsys):
     assert f"latents per reasoning step [{tiny.c}; llama-1b {large.c}]" in shown
     assert f"of weights, data order and noise [{tiny.seed}]" in shown
 
-    for group in ("run", "data", "latents", "training", "rl", "evaluation and files"):
-        assert f" {group}: --" in shown
+    for group in (General, Data, Latents, Optim, Explore, Size, Report):
+        assert f" {group.__doc__}: --" in shown

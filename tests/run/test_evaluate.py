@@ -4,7 +4,7 @@ import pytest
 
 from minatp.decoder import Chain
 from minatp.problems import Problem
-from minatp.run.evaluate import elect, measure, vote, wilson
+from minatp.run.evaluate import by_latent_steps, elect, measure, vote, wilson
 
 PROBLEMS = [
     Problem("a", ["<<1+1=2>>"], "2"),
@@ -69,3 +69,29 @@ def test_who_is_elected():
     no_answer = chain_of("words")
     assert elect([no_answer], "majority") is no_answer
     assert elect([no_answer, coherent], "majority") is coherent
+
+
+def test_each_number_of_latent_steps_is_compared_with_the_free_run():
+    free = [chain_of("### 2", n_latent=1), chain_of("### 9", n_latent=2)]
+    forced = {
+        0: [chain_of("### 9"), chain_of("### 9")],
+        2: [chain_of("### 2", n_latent=2), chain_of("### 3", n_latent=2)],
+    }
+
+    def solve(steps):
+        return forced[steps]
+
+    none, two = by_latent_steps(solve, [0, 2], free, PROBLEMS)
+    assert (none["steps"], two["steps"]) == (0, 2)
+    assert (none["accuracy"], two["accuracy"]) == (0, 1)
+    assert none["accuracy_ci95"] == wilson(0, 2)
+    assert (none["tokens"], two["tokens"]) == (3, 5)
+    assert (none["gain"], two["gain"]) == (-0.5, 0.5)
+    assert none["gain_se"] == pytest.approx(0.5)  # of the differences −1 and 0
+
+
+def test_votes_count_answers_as_the_reward_reads_them():
+    seven, also_seven, eight = (chain_of(text, []) for text in ("### 7", "### $7.00.", "### 8"))
+    assert elect([eight, seven, also_seven], "majority") is seven
+    far, also_far, near = (chain_of(text, []) for text in ("### Far", "### far", "### near"))
+    assert elect([near, far, also_far], "majority") is far

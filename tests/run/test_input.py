@@ -5,6 +5,7 @@ Each case ends with exit code 2 and one line on stderr that names the file and t
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from minatp.run.folder import claim_folder
 from minatp.run.huggingface import load_model
 from minatp.run.saved import checkpoints
 
-from runs import GOOD, MODEL, TINY, TINY_RL, go
+from runs import GOOD, MODEL, TINY, TINY_RL, facts, go
 
 # ---- problem files -------------------------------------------------------------------------------
 
@@ -74,6 +75,28 @@ BAD_RECORDS = [
         'contains "### ", which begins an answer',
     ),
 ]
+BAD_PUBLISHED_RECORDS = [
+    (f'{GOOD}\n{{"question": "q", "answer": "<<1+1=2>>2 #### "}}', 2, '"answer" is empty'),
+    ('{"question": "q", "answer": "<<1+1=2>>2"}', 1, '"steps" is missing'),
+    ('{"answer": "<<1+1=2>>2 #### 2"}', 1, '"question" is missing'),
+    (
+        '{"input": "q", "code": ""}', 1,
+        '"target" is missing; GSM-Hard has input and target',
+    ),
+    ('{"input": "q", "target": null}', 1, '"target" must be a number, not NoneType'),
+    ('{"input": "q", "target": NaN}', 1, '"target" must be one number, not NaN'),
+    ('{"input": "q", "target": 1e999}', 1, '"target" must be one number, not Infinity'),
+    ('{"input": "q", "target": true}', 1, '"target" must be one number, not true'),
+    (
+        '{"Body": "b", "Answer": 1.0}', 1,
+        '"Question" is missing; SVAMP has Body, Question and Answer',
+    ),
+    ('{"Body": 7, "Question": "q", "Answer": 1.0}', 1, '"Body" must be a string, not int'),
+    ('[{"sQuestion": "q",\n"lSolutions": []}]', 1, '"lSolutions" must be one number, not []'),
+    ('{"sQuestion": "q", "lSolutions": [1.0, 2.0]}', 1, "must be one number, not [1.0, 2.0]"),
+    ('{"sQuestion": "q", "lSolutions": [[1.0]]}', 1, "must be one number, not [[1.0]]"),
+    ('{"sQuestion": " ", "lSolutions": [1.0]}', 1, '"question" is empty'),
+]
 BAD_ICOT_LINES = [
     ("q||<<1+1=2>> #### 2\nno bars #### 3", 2, "is not `question||"),
     ("q||<<1+1=2>> 2", 1, "is not `question||"),
@@ -105,6 +128,7 @@ TOO_FEW_PROBLEMS = [
         *BAD_JSON_LISTS,
         *BAD_JSON_LINES,
         *BAD_RECORDS,
+        *BAD_PUBLISHED_RECORDS,
         *BAD_ICOT_LINES,
         *BAD_TEXTS,
         *TOO_FEW_PROBLEMS,
@@ -208,6 +232,83 @@ def test_a_note_says_if_it_is_unknown_what_init_was_trained_on(own_data, capsys)
     out = capsys.readouterr().out
     assert f"unknown whether {own_data / 'moved'} was trained on" in out
     assert f"held out here: {gone}:0: cannot be read" in out
+
+
+def test_every_reason_is_given_why_it_is_unknown(own_data, tmp_path, capsys):
+    """Of --init, and of the run that it started from."""
+    for name, init in (("first", ""), ("second", str(tmp_path / "first"))):
+        shutil.copytree(own_data / "a", tmp_path / name)
+        edit_json("config.json", data=f"gone {name}", init=init)(tmp_path / name)
+    argv = [*TINY_RL, "--data", own_data / "d", "--test", own_data / "t", "--dry-run"]
+    go(*argv, "--init", tmp_path / "second")
+    out = capsys.readouterr().out
+    assert "gone first:0: cannot be read" in out
+    assert "gone second:0: cannot be read" in out
+
+
+RESPELLED = [
+    ("Ann's jar holds 6 figs. How many?", "Ann’s jar holds 6 figs. How many?"),
+    ("A “long” walk?", 'A "long"  walk?'),
+    ("Bob has 7 eggs?", "bob has 7 eggs?\n"),
+]
+
+
+@pytest.fixture
+def respelled(tmp_path):
+    """A folder with the files `d`, to learn from, and `t`, which has three questions of `d`.
+
+    They are spelled differently.
+    """
+    for name, spelling in (("d", 0), ("t", 1)):
+        records = [
+            {"question": pair[spelling], "steps": ["<<1+1=2>>"], "answer": "2"}
+            for pair in RESPELLED
+        ]
+        if name == "d":
+            for i in range(20):
+                records.append({"question": f"q {i}?", "steps": ["<<1+2=3>>"], "answer": "3"})
+        (tmp_path / name).write_text(json.dumps(records))
+    return tmp_path
+
+
+def test_another_spelling_of_a_test_question_is_left_out_of_training(respelled, capsys):
+    go(*TINY, "--data", respelled / "d", "--test", respelled / "t", "--dry-run")
+    assert "left out of training: 3 in the validation or test set" in capsys.readouterr().out
+
+
+def test_init_may_not_have_learned_another_spelling_of_a_test_question(respelled, refused):
+    go(*TINY, "--data", respelled / "d", "--out", respelled / "a")
+    argv = [*TINY_RL, "--init", respelled / "a", "--data", respelled / "d", "--val-size", 1]
+    learned = splits.learned_questions(respelled / "a")[0]
+    tested = splits.questions_of(splits.read_problems(respelled / "t"))
+    n = len(learned & tested)
+    assert n > 0
+    argv += ["--val", respelled / "t", "--test", respelled / "t", "--dry-run"]
+    refused(train.main, argv, f"{respelled / 'a'}:0: ", f"was trained on {n} of the 3 questions")
+
+
+def test_a_run_that_learned_another_spelling_goes_on_but_is_no_start(
+    respelled, refused, monkeypatch, capsys
+):
+    """An older version compared questions letter by letter."""
+    files = ["--data", respelled / "d", "--test", respelled / "t"]
+    by_letter = partial(splits.split_files, form=str)
+    with monkeypatch.context() as patch:
+        patch.setattr(splits, "normal_form", str)
+        patch.setattr(splits, "split_files", by_letter)
+        go(*TINY, *files, "--out", respelled / "old")
+        go(*TINY_RL, *files, "--init", respelled / "old", "--out", respelled / "rl")
+    capsys.readouterr()
+
+    in_training = "3 in training are in the validation or test set, in another spelling"
+    for name in ("old", "rl"):
+        before = facts(respelled / name)
+        go("--resume", "--out", respelled / name)
+        assert in_training in capsys.readouterr().out
+        assert facts(respelled / name) == before
+
+    argv = [*TINY_RL, *files, "--init", respelled / "old", "--dry-run"]
+    refused(train.main, argv, f"{respelled / 'old'}:0: ", "was trained on 3 of the 7 questions")
 
 
 def test_a_run_resumes_with_its_own_problems_wherever_they_are(own_data, refused, tmp_path):
@@ -323,6 +424,12 @@ INDEX = "model.safetensors.index.json"
 NORM = "model.norm.weight"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
+
+def edit_rope(parameters):
+    """Write RoPE's parameters as transformers 5 does."""
+    return edit_json(CONFIG, rope_scaling=None, rope_parameters=parameters)
+
+
 # (damage, file, reason)
 # fmt: off
 BAD_CONFIGS = [
@@ -365,20 +472,28 @@ BAD_CONFIGS = [
     ),
     (edit_json(CONFIG, eos_token_id=None), f"{CONFIG}:1", '"eos_token_id" one or a list of them'),
     (
-        edit_json(CONFIG, rope_parameters="yarn"), f"{CONFIG}:1",
+        edit_rope("yarn"), f"{CONFIG}:1",
         "must be an object, not 'yarn'",
     ),
     (
-        edit_json(CONFIG, rope_parameters={"rope_type": "yarn"}), f"{CONFIG}:1",
+        edit_rope({"rope_type": "yarn"}), f"{CONFIG}:1",
         "RoPE of type 'yarn'",
     ),
     (
-        edit_json(CONFIG, rope_parameters=LLAMA3), f"{CONFIG}:1",
+        edit_rope(LLAMA3), f"{CONFIG}:1",
         'needs a positive number "original_max_position_embeddings"',
     ),
     (
-        edit_json(CONFIG, rope_parameters={"rope_theta": "big"}), f"{CONFIG}:1",
+        edit_rope({"rope_theta": "big"}), f"{CONFIG}:1",
         '"rope_theta" must be a positive number',
+    ),
+    (
+        edit_rope({"partial_rotary_factor": 0.5}), f"{CONFIG}:1",
+        '"partial_rotary_factor" other than 1.0 is not supported',
+    ),
+    (
+        edit_json(CONFIG, quantization_config={"quant_method": "fp8"}), f"{CONFIG}:1",
+        "the weights are quantised; dequantise the model first",
     ),
 ]
 BAD_WEIGHTS = [
@@ -403,6 +518,22 @@ BAD_WEIGHTS = [
         set_tensor(NORM, torch.full((64,), float("nan"))), f"{WEIGHTS}:0",
         f"tensor {NORM} holds NaN",
     ),
+    (
+        set_tensor(NORM, torch.ones(64).to(torch.float8_e4m3fn)), f"{WEIGHTS}:0",
+        f"tensor {NORM} is of type F8_E4M3, not of 16, 32 or 64 bits in floating point; dequantise",
+    ),
+    (
+        set_tensor(NORM, torch.ones(64, dtype=torch.int8)), f"{WEIGHTS}:0",
+        f"tensor {NORM} is of type I8, not of 16, 32 or 64 bits in floating point; dequantise",
+    ),
+    (
+        set_tensor("lm_head.weight", torch.ones(384, 64)), f"{WEIGHTS}:0",
+        'lm_head.weight differs from model.embed_tokens.weight, but config.json has "tie_word',
+    ),
+    (
+        set_tensor("_orig_mod." + NORM, torch.ones(64)), f"{WEIGHTS}:0",
+        f"holds tensor {NORM} twice",
+    ),
     (make_index("{"), f"{INDEX}:1", "is not valid JSON"),
     (make_index('{"weight_map": {}}'), f"{INDEX}:1", '"weight_map" must map'),
     (make_index(f'{{"weight_map": {{"{NORM}": 7}}}}'), f"{INDEX}:1", '"weight_map" must map'),
@@ -423,6 +554,10 @@ BAD_TOKENIZERS = [
     (
         edit_json(TOKENIZER, added_tokens=[]), f"{TOKENIZER}:1",
         "has no token 384, which config.json calls bos or eos",
+    ),
+    (
+        overwrite("tokenizer_config.json", b"{"), "tokenizer_config.json:1",
+        "is not valid JSON",
     ),
 ]
 # fmt: on

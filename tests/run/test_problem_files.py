@@ -1,4 +1,4 @@
-"""Problem files: three formats, and what must hold for every text in them."""
+"""Problem files: three formats, sets as they are published, and what must hold for every text."""
 
 import json
 import tempfile
@@ -34,6 +34,66 @@ def test_three_formats_read_the_same(name, tmp_path):
         Problem("Q 1", ["<<1+2=3>>"], "3"),
         Problem("R", [], "4"),
     ]
+
+
+# ---- sets as they are published ------------------------------------------------------------------
+
+GSM8K = [
+    {
+        "question": "A box holds 12 pens. How many pens do 3 boxes and 1,214 more pens make?",
+        "answer": "Three boxes hold 12*3=<<12*3=36>>36 pens.\n"
+        "With the others there are 36+1214=$<<36+1214=1250>>1250.\n#### 1,250",
+    }
+]
+GSM_HARD = [
+    {"input": "How many do 3 boxes of 5234125 hold?", "code": "…", "target": 15702375.0},
+    {"input": "Half of 0.0000040214 g?", "code": "", "target": 2.0107e-06},
+    {"input": "A third of 9732141.3?", "code": "", "target": 3244047.0999999996},
+    {"input": "A debt of 5 grows by 7.", "code": "", "target": -12},
+]
+SVAMP = [
+    {"ID": "1", "Body": "Ann had 9 pens. ", "Question": "How many?", "Answer": 9.0, "Type": "…"},
+    {"ID": "2", "Body": "A pie costs $ 4", "Question": "Of 8?", "Answer": 0.5, "Type": "…"},
+]
+MULTIARITH = [
+    {"iIndex": 1, "sQuestion": " How many? ", "lEquations": ["X=21.0"], "lSolutions": [21.0]}
+]
+
+
+@pytest.mark.parametrize(
+    "records, problems",
+    [
+        (GSM8K, [Problem(GSM8K[0]["question"], ["<<12*3=36>>", "<<36+1214=1250>>"], "1,250")]),
+        (
+            GSM_HARD,
+            [
+                Problem("How many do 3 boxes of 5234125 hold?", [], "15702375"),
+                Problem("Half of 0.0000040214 g?", [], "2.0107e-06"),
+                Problem("A third of 9732141.3?", [], "3244047.0999999996"),
+                Problem("A debt of 5 grows by 7.", [], "-12"),
+            ],
+        ),
+        (
+            SVAMP,
+            [
+                Problem("Ann had 9 pens. How many?", [], "9"),
+                Problem("A pie costs $ 4 Of 8?", [], "0.5"),
+            ],
+        ),
+        (MULTIARITH, [Problem("How many?", [], "21")]),
+    ],
+    ids=["GSM8K", "GSM-Hard", "SVAMP", "MultiArith"],
+)
+def test_published_sets_are_read_as_they_are(records, problems, tmp_path):
+    (tmp_path / "list").write_text(json.dumps(records, indent=1))
+    (tmp_path / "lines").write_text("\n".join(json.dumps(record) for record in records))
+    assert read_problems(tmp_path / "list") == problems
+    assert read_problems(tmp_path / "lines") == problems
+
+
+def test_where_no_answer_is_needed_a_published_one_may_be_missing(tmp_path):
+    (tmp_path / "lines").write_text('{"input": "How many?"}')
+    assert read_problems(tmp_path / "lines", answers=False) == [Problem("How many?", [], "")]
 
 
 # ---- every text ----------------------------------------------------------------------------------
@@ -115,14 +175,15 @@ WHOLE_FILES = [
     json.dumps(RECORDS, indent=1),
     "\n".join(json.dumps(record) for record in RECORDS),
     "a||<<1+1=2>> #### 2\nb|| #### 3\n",
+    *(json.dumps(records, indent=1) for records in (GSM8K, GSM_HARD, SVAMP, MULTIARITH)),
 ]
-FRAGMENTS = ["[", "]", "{", "}", '"', "null", "1e999", "\\ud800"]
+FRAGMENTS = ["[", "]", "{", "}", '"', "null", "1e999", "NaN", "\\ud800"]
 
 
 @thorough
 @given(
     st.sampled_from(WHOLE_FILES),
-    st.integers(0, 200),
+    st.integers(0, 300),
     st.integers(0, 20),
     st.one_of(words, st.sampled_from(FRAGMENTS)),
 )

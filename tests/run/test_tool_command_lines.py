@@ -81,6 +81,22 @@ def test_probe_command_lines(seed, finished, refused):
 
 
 @pytest.mark.parametrize(
+    "option, value, reason",
+    [
+        ("--problems", -1, "must not be negative, not -1"),
+        ("--votes", -2, "must not be negative, not -2"),
+        ("--max-new", 0, "must be positive, not 0"),
+        ("--temperature", 0, "must be positive and finite, not 0.0"),
+        ("--temperature", "inf", "must be positive and finite, not inf"),
+        ("--temperature", "nan", "must be positive and finite, not nan"),
+        ("--seed", 2**32, "must not be negative or above 2^32 - 1, not 4294967296"),
+    ],
+)
+def test_evaluate_command_lines(option, value, reason, finished, refused):
+    refused(evaluate.main, [finished, option, value], "command line: ", f"{option} {reason}")
+
+
+@pytest.mark.parametrize(
     "main, argv", [(evaluate.main, []), (probe.main, []), (sample.main, ["--run"])]
 )
 def test_tools_out_of_memory_exit_4(main, argv, finished, capsys, monkeypatch):
@@ -105,6 +121,25 @@ def test_the_gain_on_one_problem_has_no_error(finished, tmp_path, capsys, recwar
     assert second["gain_se"] is None
     assert not err
     assert not recwarn
+
+
+PUBLISHED = {
+    "gsm8k.jsonl": {"question": "1 cup and 1 more?", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"},
+    "gsmhard.jsonl": {"input": "1 cup and 1 more?", "target": 2.0},
+    "svamp.json": [{"Body": "Ada has 1 cup.", "Question": "And 1 more?", "Answer": 2.0}],
+    "multiarith.json": [{"sQuestion": "1 cup and 1 more?", "lSolutions": [2.0]}],
+}
+
+
+def test_published_sets_are_evaluated_by_one_command(finished, tmp_path, capsys):
+    for name, content in PUBLISHED.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    files = [str(tmp_path / name) for name in PUBLISHED]
+    argv = [finished, "--file", ",".join(files), "--max-new", "4"]
+    assert guarded(evaluate.main, [*map(str, argv), "--json"]) == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [result["file"] for result in results] == files
+    assert [result["n_problems"] for result in results] == [1, 1, 1, 1]
 
 
 # ---- ablate --------------------------------------------------------------------------------------
@@ -158,6 +193,19 @@ def trained(monkeypatch):
     return names
 
 
+# fmt: off
+@pytest.mark.parametrize("arm, folders", [
+    ("Coconut", ["Coconut.0"]),
+    ("RL, leave one out", ["ATP.0", "RL--leave-one-out.0"]),
+    ("ATP, β × 10, then RL", ["ATP--β---10.0", "ATP--β---10--then-RL.0"]),
+    ("control: more SFT", ["ATP.0", "RL.0", "control--more-SFT.0"]),
+])
+# fmt: on
+def test_ablate_trains_no_run_that_is_not_needed(arm, folders, trained, tmp_path):
+    ablate.main(["--out", str(tmp_path), "--arms", arm])
+    assert trained == folders
+
+
 def test_ablate_trains_every_run_once_and_first_those_that_others_need(trained, tmp_path, capsys):
     # A run that was killed before it had saved anything
     (tmp_path / "ATP.0").mkdir()
@@ -179,6 +227,14 @@ def test_ablate_trains_every_run_once_and_first_those_that_others_need(trained, 
     assert len(trained) == 7
     cfg = options.of_run(tmp_path / "SFT-on-answers-alone.0" / "config.json")
     assert cfg.epochs.startswith("0,0,0,0,0,")
+
+    # A run settles its dtype, which is another one only if it is asked for
+    config = tmp_path / "ATP.0" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}))
+    ablate.main(again)
+    assert len(trained) == 7
+    assert guarded(ablate.main, [*again, "--options", "--dtype bfloat16"]) == 2
+    assert "ran with another --dtype" in capsys.readouterr().err
 
     # With other options it would be another run
     capsys.readouterr()

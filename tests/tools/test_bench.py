@@ -2,6 +2,7 @@
 floors agree with a calculation by hand.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -79,6 +80,29 @@ def test_a_static_cache_gives_the_same_chains(case):
     assert torch.equal(static.n_latent, growing.n_latent)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_the_tuned_cache_keeps_keys_in_the_dtype_of_the_values(case, static):
+    """Under autocast RoPE leaves the keys in float32, which a static cache could refuse."""
+    cfg = case.model.policy.cfg
+    tuned = peer.Tuned(case.model, static)
+    cache = tuned.empty_cache(tuned.policy, 5)
+    keys = torch.randn(2, cfg.n_kv_head, 3, cfg.head_dim)
+    keys, values = cache.update(keys, keys.bfloat16(), 0)
+    assert keys.dtype == values.dtype == torch.bfloat16
+
+
+def test_a_static_cache_serves_under_autocast(case):
+    set_to_last_stage(case)
+    prompt, prompt_mask = case.prompts(4)
+    tuned = peer.Tuned(case.model, static=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        chains = tuned.rollout(prompt, prompt_mask, cases.MAX_NEW, None, 2)
+        thoughts = torch.randn(3, case.model.c, case.model.policy.cfg.n_embd)
+        texts = tuned.read_thoughts(thoughts, case.eos, cases.MAX_NEW)
+    assert len(chains.n_latent) == 8
+    assert len(texts) == 3
+
+
 def test_a_peer_that_computes_something_else_is_not_timed(case, every, capsys):
     def wrong_losses(batch, eps):
         losses = every["tuned"].losses(batch, eps)
@@ -128,6 +152,10 @@ def run_out_of_memory():
     raise torch.OutOfMemoryError
 
 
+def run_into_a_bug():
+    raise IndexError("index_copy_(): self and source\nexpected to have the same dtype")
+
+
 class RunOutOfMemoryLater:
     """Runs out of memory at the fourth call, with the driver's message."""
 
@@ -170,6 +198,34 @@ def test_a_side_that_runs_out_of_memory_is_named_and_is_no_win(out_of_memory_cas
     assert "late               ran out of memory" in shown
 
 
+def test_a_peer_that_fails_is_named_and_the_others_are_timed(out_of_memory_case, capsys):
+    case, every = out_of_memory_case
+    every["reference"].run = run_into_a_bug
+    records = bench.measure_all(case, every, ["rollouts"], rounds=2, save=print)
+    assert list(records[0]["sides"]) == ["minatp"]
+    assert len(records[0]["sides"]["minatp"]["seconds"]) == 2
+    shown = capsys.readouterr().out
+    assert "reference          failed (IndexError: index_copy_(): self and source expected" in shown
+
+
+def test_what_fails_in_minatp_itself_is_raised(out_of_memory_case):
+    case, every = out_of_memory_case
+    every["minatp"].run = run_into_a_bug
+    with pytest.raises(IndexError):
+        bench.measure_all(case, every, ["rollouts"], rounds=1, save=print)
+
+
+def test_a_lost_gpu_ends_the_benchmark(out_of_memory_case):
+    case, every = out_of_memory_case
+
+    def lose_the_gpu():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    every["reference"].run = lose_the_gpu
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        bench.measure_all(case, every, ["rollouts"], rounds=1, save=print)
+
+
 def test_only_the_chosen_works_are_timed(out_of_memory_case):
     case, every = out_of_memory_case
     assert bench.measure_all(case, every, ["reading thoughts"], rounds=3, save=print) == []
@@ -193,6 +249,12 @@ def test_counts_are_those_of_the_arithmetic():
     assert count.stored(torch.zeros(1, 8).expand(100, 8)) == 4 * 8
 
 
+def test_bytes_are_those_of_every_argument_and_every_result():
+    a = torch.randn(4, 8)
+    assert count.count(lambda: a.add_(1)).bytes == 2 * 4 * 32  # read and written
+    assert count.count(lambda: a * a).bytes == 3 * 4 * 32  # read, read and written
+
+
 # ---- predictions ---------------------------------------------------------------------------------
 
 
@@ -204,6 +266,24 @@ def test_the_floors_agree_with_a_calculation_by_hand(rows, logits, floor_ms):
     """Llama-3.2-1B on an H200: a latent step, or with logits the token of an answer; T = 140."""
     seconds = count.pass_bytes(LLAMA_1B, rows, 140, logits) / 4.3e12
     assert round(1e3 * seconds, 2) == floor_ms
+
+
+def test_a_position_is_charged_the_keys_and_values_before_it_and_its_own(case):
+    machine = count.Machine(bandwidth=1e9, flops=math.inf)
+    floor = bench.Floor(SimpleNamespace(**{**vars(case), "machine": machine}))
+    llama = case.model.policy.cfg
+
+    def seconds(T, logits):
+        return count.pass_bytes(llama, 5, T, logits) / 1e9
+
+    three = [seconds(T, logits=False) for T in (10, 11, 12)]
+    assert floor.one_by_one(3, 5, 10, logits=False) == pytest.approx(sum(three))
+
+    # The K latents follow the prompts, then <|end-latent|> and all words but the last
+    n_prompt, K = max(len(row.prompt) for row in case.rows), case.model.K
+    thinking = [seconds(n_prompt + i, logits=False) for i in range(1, K + 1)]
+    writing = [seconds(n_prompt + K + i, logits=True) for i in range(1, cases.MAX_NEW + 1)]
+    assert floor.generation(5, 5) == pytest.approx(sum(thinking) + sum(writing))
 
 
 def test_the_memory_agrees_with_a_calculation_by_hand():
@@ -233,6 +313,16 @@ def test_no_price_is_negative():
         records.append({"sides": {"minatp": own}})
     per_op, per_flop = bench.fit_prices(records)
     assert per_op == 0 and per_flop > 0
+
+    # No other price of a FLOP explains the times as well
+    def error(price):
+        relative_errors = []
+        for record in records:
+            own = record["sides"]["minatp"]
+            relative_errors.append(price * own["flops"] / own["seconds"][0] - 1)
+        return sum(e * e for e in relative_errors)
+
+    assert error(per_flop) < min(error(0.99 * per_flop), error(1.01 * per_flop))
 
 
 # ---- the command line ----------------------------------------------------------------------------

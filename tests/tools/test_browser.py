@@ -198,6 +198,7 @@ def make_column(run, all_numbers, always_right, generator):
         c=2,
         chains=[[chain] for chain in chains],
         seconds=1.0,
+        n_position=1,
         sampled=sampled,
         readings=readings,
         plane=page.Plane.fit(chains, 2),
@@ -212,6 +213,7 @@ def drop_column(column):
         c=2,
         chains=[[], *column.chains[1:]],
         seconds=1.0,
+        n_position=1,
         readings=[[], *column.readings[1:]],
         plane=column.plane,
     )

@@ -114,6 +114,27 @@ def test_a_dry_run_of_rl_without_the_anchor_makes_one_step(sft_run, never, all_a
 # ---- too large -----------------------------------------------------------------------------------
 
 
+def test_the_start_of_rl_is_loaded_only_if_it_fits(sft_run, never, capsys, monkeypatch):
+    """A second copy of a model that just fits would end in an error instead of this report."""
+
+    def too_little(device):
+        return 2**16
+
+    def refuse(folder):
+        raise AssertionError(f"{folder} was loaded")
+
+    monkeypatch.setattr(dry_run, "memory_of", too_little)
+    monkeypatch.setattr(dry_run, "load_model", refuse)
+    go(*SMALL_RL, "--init", sft_run, "--out", never, "--dry-run")
+    assert "one step    not run: it does not fit here" in capsys.readouterr().out
+
+
+def test_memory_is_that_of_a_whole_batch(never, capsys):
+    """A training batch is filled up by repeating problems, however few there are."""
+    go(*SMALL, "--labelled", 5, "--dry-run", "--out", never)
+    assert "forward pass of 8 longest" in capsys.readouterr().out
+
+
 def test_a_model_too_large_to_build_is_counted(tmp_path, never, capsys, monkeypatch):
     huge = "9" * 400  # which no float holds, and is not the answer
     records = []
@@ -135,6 +156,18 @@ def test_a_model_too_large_to_build_is_counted(tmp_path, never, capsys, monkeypa
     assert "do not end on a step" in output
 
 
+def test_the_preset_of_smollm2_has_its_shape(never, capsys, monkeypatch):
+    """The published file has as many parameters; φ has six of the thirty layers."""
+
+    def one_mebibyte(device):
+        return 2**20
+
+    monkeypatch.setattr(dry_run, "memory_of", one_mebibyte)
+    argv = ("--labelled", 20, "--answers", 20, "--val-size", 5, "--test-size", 5)
+    go("--preset", "smollm2-135m", *argv, "--dry-run", "--out", never)
+    assert "policy 134,515,008, decoder 49,552,704" in capsys.readouterr().out
+
+
 def test_activations_of_a_model_left_on_the_cpu_are_computed():
     """A saved model can be too large for the GPU."""
     model, tokenizer = small_model()
@@ -142,3 +175,12 @@ def test_activations_of_a_model_left_on_the_cpu_are_computed():
     run = Run(options.parse(SMALL, ""), None, torch.device("cpu"), model, tokenizer)
     run.device = torch.device("cuda")
     assert dry_run.activation_bytes(run, row, [model.K + 1]) > 0
+
+
+def test_a_system_that_does_not_tell_its_memory(monkeypatch, never, capsys):
+    """As Windows, which has no os.sysconf."""
+    monkeypatch.delattr(dry_run.os, "sysconf")
+    go(*SMALL, "--dry-run", "--out", never)
+    output = capsys.readouterr().out
+    assert "cpu has an unknown amount" in output
+    assert "one step    stage" in output

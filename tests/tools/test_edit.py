@@ -126,6 +126,13 @@ def test_a_thought_of_the_next_problem_takes_its_place(solved):
     assert torch.equal(forced.z[i, :2], mean[i + 1].z[:2])
 
 
+def test_no_next_problem_with_such_a_thought_is_named_as_the_cause(solved):
+    [long, *_], [short, *_] = of_length(solved.mean, 4), of_length(solved.mean, 0)
+    chains = [solved.mean[long], solved.mean[short]]
+    with pytest.raises(UserError, match="has a thought 2, the next problem's has none"):
+        edit.force(edit.parse("replace 2 next"), solved.model, chains, chains)
+
+
 def test_a_draw_from_the_prior_is_standard_normal_and_the_same_for_a_seed(solved):
     long = of_length(solved.mean, 4)
     prior = edit.parse("replace 1 prior")

@@ -1,5 +1,5 @@
-"""What is looked at before and on a rented GPU, on a CPU: lease.py with the small model, and the
-GPU that is only counted. Each runs in a process of its own.
+"""What is looked at on a rented GPU, on a CPU: lease.py with the small model, in a process of its
+own.
 """
 
 import json
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kernels import graph
 from minatp.bench import lease
@@ -32,7 +33,7 @@ FIGURES = {
         "reading thoughts",
         "RL gradients",
         "rollouts, ragged",
-        "rollouts, ragged, nobody leaves",
+        "rollouts, ragged, rows leave",
         "rollouts without graphs",
     ],
     "profile": ["profile sft, ms", "profile rollouts, ms"],
@@ -110,119 +111,106 @@ def test_a_part_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch):
     assert figures["works"] == 1
 
 
+def test_a_gradient_that_only_one_way_has_is_reported():
+    losses = {"enc": 2.0}
+    ones, opposite = torch.ones(3), -torch.ones(3)
+    both = losses, {"a": 1.0, "b": 2.0}, {"a": ones, "b": opposite}
+    a_alone = losses, {"a": 1.0}, {"a": ones}
+    for with_graphs, plain in ((both, a_alone), (a_alone, both)):
+        compared = lease.compare_gradients(with_graphs, plain)
+        assert not compared["keys"]
+        assert compared["norms differ by"] == (0, "a")
+        assert compared["least cosine"] == pytest.approx(1)
+    assert lease.compare_gradients(both, both)["keys"]
+
+
+def test_a_lease_without_a_round_is_refused(tmp_path, capsys):
+    assert guarded(lease.main, ["tiny", "cpu", str(tmp_path), "--rounds", "0"]) == 2
+    assert capsys.readouterr().err == "command line: --rounds must be positive, not 0\n"
+
+
 def test_a_part_that_does_not_exist_is_named(tmp_path, capsys):
     assert guarded(lease.main, ["tiny", "cpu", str(tmp_path), "speed"]) == 2
     assert "there is no 'speed'; there are verify; same;" in capsys.readouterr().err
 
 
-def test_the_script_of_a_lease_is_one_that_bash_can_read():
-    script = ROOT / "minatp" / "bench" / "lease.sh"
-    subprocess.run(["bash", "-n", script], check=True)
-    text = script.read_text()
-    for path in ("tests/kernels/test_graph.py", "tests/kernels/test_kernels.py"):
-        assert path in text and (ROOT / path).exists()
+def test_a_recording_that_fails_ends_the_process(tmp_path, monkeypatch):
+    """What it leaves behind cannot be trusted; lease.sh continues with its next process."""
+
+    def fails(lease):
+        raise graph.CaptureFailed("ValueError while recording")
+
+    monkeypatch.setattr(graph, "record", graph.record)  # which a lease replaces
+    monkeypatch.setitem(lease.PARTS, "same", fails)
+    argv = ["tiny", "cpu", str(tmp_path), "same", "memory"]
+    assert lease.main(argv) == lease.LOST_CONTEXT
+    figures = json.loads((tmp_path / "lease.json").read_text())
+    assert figures["FAILED same"] == "CaptureFailed: ValueError while recording"
 
 
-# ---- the fake GPU --------------------------------------------------------------------------------
+# ---- the script ----------------------------------------------------------------------------------
 
+TESTS = [f"tests/kernels/test_graph.py::test_{i}[a b]" for i in range(19)]
 
-def count_regions(*argv):
-    """{region: {column: number}} and all that is printed by the fake GPU, with one layer."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    shown = run_python("-m", "minatp.bench.fake_gpu", "--layers", 1, *argv)
-    header, *lines = shown.split("\n\n")[1].splitlines()
-    columns = header.split()[1:]
-    regions = {}
-    for line in lines:
-        name, numbers = line[:34].strip(), line[34:].replace(",", "").split()
-        regions[name] = dict(zip([*columns, "replays"], map(float, numbers[:7])))
-    return regions, shown
-
-
-def test_the_fake_gpu_counts_an_sft_step():
-    regions, shown = count_regions()
-    assert "FAULT" not in shown
-    forward, backward = regions["chain, forward, graph"], regions["chain, backward, graph"]
-
-    # of 20 latents the first is run, the second is recorded and replayed, the others are replayed
-    assert forward["replays"] == backward["replays"] == 19
-    assert forward["waits"] == backward["waits"] == 0
-    assert forward["launches"] == forward["aten"] + forward["triton"]
-
-    # three norms, one attention (prefix and own columns), one SwiGLU; the backward pass computes
-    # them again, and each has a backward kernel; and the reparameterisation, both ways
-    assert forward["triton"] == 3 + 2 + 1
-    assert backward["triton"] == 2 * (3 + 2 + 1) + 2
-
-    # the four matrices of attention, and the three of the MLP, are read in bf16 at every latent
-    D, inner, kv = 2048, 8192, 512
-    weights = 2 * (2 * D * D + 2 * D * kv + 3 * D * inner)
-    assert 1e9 * forward["GB"] == pytest.approx(weights, rel=0.15)
-    assert 1e12 * forward["TFLOP"] == pytest.approx(32 * weights, rel=0.15)
-
-
-def test_the_fake_gpu_counts_rollouts():
-    regions, shown = count_regions("--rl")
-    assert "FAULT" not in shown
-
-    # of 10 steps of thought the first is run; of 16 words the first needs no step
-    assert regions["thinking, graph"]["replays"] == 9
-    assert regions["writing, graph"]["replays"] == 14
-    for loop, parts in (("thinking", "propose step"), ("writing", "step logits sample")):
-        for part in parts.split():
-            assert regions[f"{loop}, graph: {part}"]["launches"] > 0
-    for name, region in regions.items():
-        assert region["waits"] == 0, name
-
-
-FAULTY = """
-import torch
-from minatp.bench import fake_gpu
-
-gpu = fake_gpu.FakeGPU()
-fake_gpu.install(gpu)
-x = torch.zeros(3, device="meta")
-
-
-def ask_for_a_shape():
-    return x.nonzero()
-
-
-def ask_for_a_shape_by_a_mask():
-    return x[x > 0]
-
-
-def read_a_cpu_tensor():
-    return x + torch.ones(())
-
-
-def copy_to_the_device():
-    return x.copy_(torch.ones(3))
-
-
-with gpu:
-    ask_for_a_shape()  # outside a recording that is no fault
-    assert not gpu.faults and gpu.waits.total() == 1
-    for work in (ask_for_a_shape, ask_for_a_shape_by_a_mask, read_a_cpu_tensor, copy_to_the_device):
-        with gpu.region(work.__name__):
-            gpu.record(work, x.device)
-print("\\n".join(gpu.faults))
+# Stands in for python3: it notes how it is called
+PYTHON = """#!/bin/bash
+echo "$TRITON_INTERPRET $@" >> "$OUT/calls.txt"
+case "$*" in
+    *"import pytest_timeout"*) exit {no_timeouts} ;;
+    *--collect-only*) printf '%s\\n' {tests} "19 tests collected" ;;
+esac
 """
 
 
-def test_the_fake_gpu_notices_what_a_graph_cannot_hold():
-    pytest.importorskip("triton", reason="triton is not installed")
-    faults = run_python("-c", FAULTY).splitlines()
+def run_script(tmp_path, no_timeouts):
+    """The calls of python3 that lease.sh makes, (TRITON_INTERPRET, arguments)."""
+    quoted = " ".join(f"'{name}'" for name in TESTS)
+    programs = {
+        "python3": PYTHON.format(no_timeouts=no_timeouts, tests=quoted),
+        "nvidia-smi": "#!/bin/bash\n",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
 
-    def faults_in(region):
-        suffix = f" in elsewhere > {region} > {region}, graph"
-        return [fault.removesuffix(suffix) for fault in faults if fault.endswith(suffix)]
+    out = tmp_path / "out"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(out)}
+    script = ROOT / "minatp" / "bench" / "lease.sh"
+    subprocess.run(["bash", str(script)], env=environment, check=True, capture_output=True)
+    return [line.split(" ", 1) for line in (out / "calls.txt").read_text().splitlines()]
 
-    assert faults_in("ask_for_a_shape") == ["aten.nonzero.default waits for the device"]
-    assert faults_in("ask_for_a_shape_by_a_mask") == ["aten.index.Tensor waits for the device"]
-    assert faults_in("read_a_cpu_tensor") == ["aten.add.Tensor reads CPU tensors of shape [()]"]
-    assert faults_in("copy_to_the_device") == [
-        "aten.copy_.default reads CPU tensors of shape [(3,)]",
-        "aten.copy_.default copies between devices",
-    ]
-    assert len(faults) == 5
+
+@pytest.mark.parametrize("no_timeouts", [0, 1])
+def test_the_script_of_a_lease_tests_with_eight_workers(tmp_path, no_timeouts):
+    calls = run_script(tmp_path, no_timeouts)
+
+    # each test once, and no plugin that may be missing
+    workers = [argv for _, argv in calls if "-rfE" in argv]
+    assert len(workers) == 8
+    shares = [argv.partition("no:cacheprovider ")[2] for argv in workers]
+    for name in TESTS:
+        assert sum(share.count(name) for share in shares) == 1
+    for argv in workers:
+        assert ("--timeout 120" in argv) == (no_timeouts == 0)
+
+
+def test_the_script_of_a_lease_asks_for_truth_before_times_and_for_the_peer_last(tmp_path):
+    calls = run_script(tmp_path, no_timeouts=1)
+    parts = []
+    for _, argv in calls:
+        if "minatp.bench.lease" in argv:
+            parts.append(argv.split("llama-1b cuda ")[1].split(" ", 1)[1])
+    assert parts == ["verify same memory", "sft", "rl", "profile"]
+    _, last = calls[-1]
+    assert last.startswith("-m minatp.bench --preset llama-1b --sides tuned")
+    for name in ("SFT, last stage", "rollouts"):
+        assert name in last
+
+    # Triton compiles: its interpreter does not run with every NumPy
+    assert {interpreted for interpreted, _ in calls} == {"0"}
+
+
+def test_the_tests_of_a_lease_exist():
+    text = (ROOT / "minatp" / "bench" / "lease.sh").read_text()
+    for path in ("tests/kernels/test_graph.py", "tests/kernels/test_kernels.py"):
+        assert path in text and (ROOT / path).exists()

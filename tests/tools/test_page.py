@@ -222,7 +222,7 @@ def test_links_join_a_result_to_its_use():
     thoughts = ["<<2+3=5>>", "<<1+1=2>>\n<<5*2=10>>"]
     chain = chain_of(thoughts, "<<10-9=1>>\n### 10", [0.1, 0.2], [0.3, 0.4], n_token=3)
     readings = [[("<<2+3=5>>", 0.8), ("<<2+3=6>>", 0.1)], []]
-    column = show.Column("r", "", 2, [[chain]], seconds=1.0, readings=[readings])
+    column = show.Column("r", "", 2, [[chain]], seconds=1.0, n_position=3, readings=[readings])
     shown = page.chain_data(column, 0, Problem("?", [], "10"))
 
     rows = shown["rows"]
@@ -286,7 +286,8 @@ def test_readings_are_the_likeliest(solved):
 
     def probability(thought, ids):
         text = torch.tensor([[*ids, eos]])
-        return float((-thought_nll(phi, thought[None], text)).exp())
+        text_at = (text >= 0).nonzero(as_tuple=True)
+        return float((-thought_nll(phi, thought[None], text, text_at)).exp())
 
     readings = top_readings(phi, z, eos, n=3, max_new=6)
     for thought, likeliest in zip(z, readings):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minatp.run import evaluate
+from minatp.run.huggingface import load_model, save_model
 from minatp.tools import probe
 
 from commands import run
@@ -107,3 +108,49 @@ def test_longer_problems_are_measured(folder, capsys):
     assert "of 9 solved" in capsys.readouterr().out
     run(evaluate.main, folder, "--longer", "--file", "x", expect=2)
     assert "not both" in capsys.readouterr().err
+
+
+def test_a_run_is_measured_by_the_number_of_latent_steps(folder, capsys):
+    options = ["--problems", 24, "--max-new", 6]
+    run(evaluate.main, folder, *options, "--latent-steps", "2,0,1,1", "--json")
+    result = json.loads(capsys.readouterr().out)
+    rows = result["latent_steps"]
+    assert [row["steps"] for row in rows] == [0, 1, 2]
+    assert [row["latents"] for row in rows] == [0, 2, 4]  # c = 2
+    assert {row["n_problems"] for row in rows} == {24}
+
+    # What is measured of the free run does not change
+    run(evaluate.main, folder, *options, "--json")
+    free = json.loads(capsys.readouterr().out)
+    assert result == {**free, "latent_steps": rows}
+
+
+def test_the_table_has_a_line_for_each_number_of_latent_steps(folder, capsys):
+    run(evaluate.main, folder, "--problems", 24, "--max-new", 6, "--latent-steps", "0,2")
+    result, header, none, two = capsys.readouterr().out.splitlines()
+    assert "of 24 solved" in result
+    assert "latent steps" in header
+    assert none.split()[0] == "0" and " 0.0 + " in none
+    assert two.split()[0] == "2" and " 4.0 + " in two
+    for line in (none, two):
+        assert line.endswith("24  +0.0 ± 0.0")
+
+
+def test_latent_steps_that_cannot_be_are_one_line(folder, tmp_path, capsys):
+    # As --method cot and no-cot save a model
+    model, tokenizer = load_model(folder)
+    model.stage = 0
+    save_model(tmp_path / "cot", model, tokenizer)
+
+    def refusal(run_folder, latent_steps):
+        options = ["--problems", 2, "--latent-steps", latent_steps]
+        run(evaluate.main, folder, run_folder, *options, expect=2)
+        captured = capsys.readouterr()
+        assert captured.out == ""  # the other run is not measured first
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    assert "has learned at most 2 latent steps; give 0 … 2" in refusal(folder, "1,3")
+    assert "does not think in latents" in refusal(tmp_path / "cot", "0,1")
+    for wrong in ("1;2", "-1", "two", "1,", "²", "9" * 5000):
+        assert "must be whole numbers ≥ 0 separated by commas" in refusal(folder, wrong)

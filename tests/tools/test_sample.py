@@ -68,7 +68,38 @@ def test_one_of_several_chains_is_elected(by, show_json):
     assert elected["right"] is None
 
 
+def test_the_speed_of_an_election_counts_every_voter(show_json, show, monkeypatch):
+    records = show_json(QUESTION, "--n", "3")
+    shown = []
+
+    def keep(columns, problems):
+        shown.extend(columns)
+
+    monkeypatch.setattr(sample.show, "print_json", keep)
+    show(QUESTION, "--n", "3", "--vote", "majority", "--json")
+    [column] = shown
+    assert len(column.chains[0]) == 1
+    n_position = sum(record["latents"] + record["tokens"] for record in records)
+    assert column.n_position == n_position
+    column.seconds = 0.5
+    assert f"{2 * n_position:,} tokens/s" in sample.show.lengths_and_speed(column)
+
+
 def test_questions_are_read_from_stdin(show_json, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("One?\n\nTwo?\n"))
     records = show_json("-")
     assert [record["question"] for record in records] == ["One?", "Two?"]
+
+
+@pytest.mark.parametrize("option, n", [([], 6), (["--problems", "5"], 5)])
+def test_all_questions_are_read_from_stdin_unless_some_are_asked_for(
+    option, n, show_json, monkeypatch
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO("One more?\n" * 6))
+    assert len(show_json("-", *option)) == n
+
+
+def test_a_published_test_set_is_shown_as_it_is(show_json, tmp_path):
+    (tmp_path / "set.json").write_text('[{"sQuestion": "How many?", "lSolutions": [21.0]}]')
+    [record] = show_json("--file", str(tmp_path / "set.json"))
+    assert (record["question"], record["gold"]) == ("How many?", "21")
