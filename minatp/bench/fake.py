@@ -397,16 +397,16 @@ def recordings(measured):
 
 
 GATES = [
-    Gate("launches of a latent step", 165, latent_step, holds=False),
-    Gate("launches of a latent's backward step", 350, latent_backward_step, holds=False),
-    Gate("launches of a thinking tick", 200, thinking_tick, holds=False),
-    Gate("launches of a writing tick", 220, writing_tick, holds=False),
+    Gate("launches of a latent step", 165, latent_step, holds=True),
+    Gate("launches of a latent's backward step", 350, latent_backward_step, holds=True),
+    Gate("launches of a thinking tick", 200, thinking_tick, holds=True),
+    Gate("launches of a writing tick", 220, writing_tick, holds=True),
     Gate("waits of the host, an SFT micro-batch", 1, waits_of_sft, holds=True),
     Gate("waits of the host, a tick of a rollout", 0.25, waits_of_a_tick, holds=True),
-    Gate("GB moved beside products, SFT backward", 45, Measured.plumbing, holds=False),
-    Gate("ms, SFT last stage", 190, sft_ms, holds=False),
+    Gate("GB moved beside products, SFT backward", 45, Measured.plumbing, holds=True),
+    Gate("ms, SFT last stage", 190, sft_ms, holds=True),
     Gate("ms, RL step", 275, rl_ms, holds=False),
-    Gate("recordings in 100 SFT steps", 12, recordings, holds=False),
+    Gate("recordings in 100 SFT steps", 12, recordings, holds=True),
 ]
 
 
