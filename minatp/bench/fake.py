@@ -1,7 +1,8 @@
 """python -m minatp.bench --preset llama-1b --fake: what minatp costs on a GPU, without one.
 
-Each work below runs once on the fake GPU (fake_gpu.py) to warm up, and once more to be counted. As
-in a process of its own, no kernel has been compiled before it.
+Each work below runs three times on the fake GPU (fake_gpu.py), and the last run is counted: graphs
+that are kept have been recorded by then. As in a process of its own, no kernel has been compiled
+before the first.
 
 The exit code is 1 after a fault, or if a gate is missed that was met before (`GATES`).
 """
@@ -228,7 +229,8 @@ def run(gpu, prepare):
     with gpu:
         gpu.begin_process()
         work = prepare()
-        for _ in range(3):  # the first warms up, the second records what is kept
+        # The first runs without graphs, the second records those that are kept, the third counts
+        for _ in range(3):
             gpu.begin()
             work()
     regions = gpu.regions.values()
