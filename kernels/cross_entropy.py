@@ -18,10 +18,10 @@ of 0, whatever its hidden state holds. For dW that state must be finite: the pro
 0·NaN is NaN.
 
 Bytes with 16-bit products: h and W are read once each, if the blocks of rows that run at the same
-time share a tile of W in the L2 cache (so they are the grid's first axis). Before that a float32 W is
-cast, 6·V·D bytes. The backward pass also moves dl, 2·R·V bytes, written once and read twice; it writes dW once, in
-float32, 4·V·D; and each chunk adds its product to dh in float32, 16·R·D bytes. (Chunks of rows
-would add to dW instead, and V is far larger than R.)
+time share a tile of W in the L2 cache (so they are the grid's first axis). Before that, a float32 W
+is cast, 6·V·D bytes. The backward pass also moves dl, 2·R·V bytes, written once and read twice; it
+writes dW once, in float32, 4·V·D; and each chunk adds its product to dh in float32, 16·R·D bytes.
+(Chunks of rows would add to dW instead, and V is far larger than R.)
 Operations for R rows: 2·R·V·D forward and 6·R·V·D backward, a third of them for the logits again.
 """
 

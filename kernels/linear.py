@@ -124,26 +124,41 @@ class WeightGradient(torch.autograd.Function):
         return None, None, None, *dWs, *dbs
 
 
+def side_by_side(parts):
+    """Join tensors (..., n_i) to (..., Σ n_i): no copy if they are neighbours in memory."""
+    first = parts[0]
+    end = first.storage_offset()
+    for x in parts:
+        place = x.untyped_storage().data_ptr(), x.storage_offset(), x.stride()
+        if place != (first.untyped_storage().data_ptr(), end, first.stride()):
+            return torch.cat(parts, -1)
+        end += x.shape[-1]
+    width = end - first.storage_offset()
+    return first.as_strided((*first.shape[:-1], width), first.stride())
+
+
 class LinearCall(torch.autograd.Function):
-    """(calls, dummy, x, W, b) -> x·Wᵀ + b. Without a gradient for W and b: backward appends (x, dy)
-    to `calls`. dummy: WeightGradient's scalar, which makes autograd run that node last.
+    """(calls, dummy, x, W, b, sizes) -> x·Wᵀ + b, as parts of these sizes. Without a gradient for W
+    and b: backward appends (x, dy) to `calls`. dummy: WeightGradient's scalar, which makes autograd
+    run that node last.
     """
 
     @staticmethod
-    def forward(ctx, calls, dummy, x, W, b):
+    def forward(ctx, calls, dummy, x, W, b, sizes):
         ctx.calls = calls
         ctx.save_for_backward(x)
         # not saved: autograd would refuse a W that an optimizer step has changed between two
         # replays, as it should
         ctx.W = W
-        return F.linear(x, W, b)
+        return F.linear(x, W, b).split(sizes, -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, *parts):
         (x,) = ctx.saved_tensors
+        dy = side_by_side(parts)
         ctx.calls.append((x, dy))
-        return None, None, dy @ ctx.W, None, None
+        return None, None, dy @ ctx.W, None, None, None
 
 
 class DeferredLinear:
@@ -162,20 +177,17 @@ class DeferredLinear:
 
     def __call__(self, x):
         """x (..., in) -> (..., out), or the tuple of those of the merged ones."""
-        y = self.product(x)
-        if len(self.weights) == 1:
-            return y
-        return y.split([len(W) for W in self.weights], -1)
-
-    def product(self, x):
         # only inside autocast is the dtype known
         W, b = self.copies(compute_dtype(x))
         x = x.to(W.dtype)
-        if not torch.is_grad_enabled():
-            return F.linear(x, W, b)
-        if self.has_node and self.dummy is None:
-            self.dummy = self.weight_gradient(self.calls)
-        return LinearCall.apply(self.calls, self.dummy, x, W, b)
+        sizes = [len(W) for W in self.weights]
+        if torch.is_grad_enabled():
+            if self.has_node and self.dummy is None:
+                self.dummy = self.weight_gradient(self.calls)
+            parts = LinearCall.apply(self.calls, self.dummy, x, W, b, sizes)
+        else:
+            parts = F.linear(x, W, b).split(sizes, -1)
+        return parts if len(parts) > 1 else parts[0]
 
     def weight_gradient(self, calls):
         """The scalar of a new WeightGradient."""

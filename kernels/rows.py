@@ -120,7 +120,7 @@ def swiglu_forward_kernel(
 @triton.jit
 def swiglu_backward_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
-    dy_row_stride, gate_row_stride, up_row_stride,
+    dy_row_stride, gate_row_stride, up_row_stride, out_row_stride,
     n_rows, n_cols,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -140,12 +140,12 @@ def swiglu_backward_kernel(
     up_ptrs = up_ptr + row_ids * up_row_stride + col_ids
     up = tl.load(up_ptrs, mask, other=0.0).to(tl.float32)
 
-    # silu′(gate) = σ·(1 + gate·(1 − σ)). Both gradients are contiguous.
+    # silu′(gate) = σ·(1 + gate·(1 − σ)). Both gradients are halves of rows.
     sigmoid = tl.sigmoid(gate)
     dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    tl.store(dgate_ptr + row_ids * n_cols + col_ids, dgate, mask)
+    tl.store(dgate_ptr + row_ids * out_row_stride + col_ids, dgate, mask)
     dup = dy * gate * sigmoid
-    tl.store(dup_ptr + row_ids * n_cols + col_ids, dup, mask)
+    tl.store(dup_ptr + row_ids * out_row_stride + col_ids, dup, mask)
 
 
 # ---- kernels: RoPE -------------------------------------------------------------------------------
@@ -441,10 +441,10 @@ class SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         n_rows, n_cols = gate.shape
 
-        # The kernel takes dy at any row stride, and writes contiguous gradients.
+        # The kernel takes dy at any row stride. It writes the gradients side by side, as the merged
+        # product of gate and up takes them (kernels/linear.py).
         dy = as_rows(dy)
-        dgate = empty_contiguous(gate)
-        dup = empty_contiguous(up)
+        dgate, dup = gate.new_empty(n_rows, 2 * n_cols).split(n_cols, 1)
 
         # One program for each tile, as in the forward pass
         blocks = elementwise_blocks(n_cols)
@@ -452,7 +452,7 @@ class SwiGLU(torch.autograd.Function):
         col_tiles = ceil_div(n_cols, blocks["BLOCK_COLS"])
         swiglu_backward_kernel[(row_tiles, col_tiles)](
             dy, gate, up, dgate, dup,
-            row_stride(dy), row_stride(gate), row_stride(up),
+            row_stride(dy), row_stride(gate), row_stride(up), row_stride(dup),
             n_rows, n_cols,
             **blocks,
         )  # fmt: skip

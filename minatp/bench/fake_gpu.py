@@ -182,8 +182,11 @@ class FakeGPU(TorchDispatchMode):
         self.n_recording = 0
 
     def begin_process(self):
-        """Forget which kernels were launched before, as another process would."""
+        """Forget which kernels were launched and which graphs were kept before, as another process
+        would.
+        """
         self.launched = set()  # keys of specialisations
+        graph.kept.clear()
 
     @property
     def here(self):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear
-from kernels.linear import DeferredLinear, deferred_weight_gradients, kept_copy
+from kernels.linear import DeferredLinear, deferred_weight_gradients, kept_copy, side_by_side
 from minatp import chain, data, sft
 from minatp.latent import ATP
 from minatp.llama import LlamaConfig
@@ -155,6 +155,18 @@ def test_gradcheck():
     x, W, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
     assert torch.autograd.gradcheck(three_calls, [x, W, b])
     assert torch.autograd.gradcheck(three_calls, [x, W.detach(), b])  # W is frozen
+
+
+def test_neighbours_in_memory_are_joined_without_a_copy():
+    whole = torch.randn(2, 3, 10)
+    parts = whole.split([4, 1, 5], -1)
+    assert side_by_side(parts).data_ptr() == whole.data_ptr()
+    assert torch.equal(side_by_side(parts), whole)
+
+    # others are copied
+    a, b, c = parts
+    assert torch.equal(side_by_side([b, a, c]), torch.cat([b, a, c], -1))
+    assert torch.equal(side_by_side([a, b.clone(), c]), whole)
 
 
 def add_one(p):
