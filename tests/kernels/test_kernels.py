@@ -788,7 +788,7 @@ def sums_in_words():
     return problems
 
 
-def train_in_the_last_stage(n_steps=30):
+def train_in_the_last_stage(n_steps=12):
     """Return the losses of a tiny model in the curriculum's last stage: all losses, all kernels.
 
     With AdamW, since on a GPU Muon multiplies in bfloat16, which makes two runs drift apart.
