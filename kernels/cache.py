@@ -28,6 +28,7 @@ that of every node that uses one of its outputs and leads to the loss.
 """
 
 from copy import copy
+from weakref import ref
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -392,8 +393,9 @@ class StepCache:
         """
         if not self.replays_steps:
             return work(*inputs)
-        if work is not self.work:
-            self.work, self.replayed_step = work, graph.ReplayedStep()
+        if self.work is None or self.work() is not work:
+            # weakly: work refers to the cache itself, whose memory must be free after the loop
+            self.work, self.replayed_step = ref(work), graph.ReplayedStep()
 
         n_before, is_first = self.n_opened, self.replayed_step.inputs is None
         result = self.replayed_step(work, *inputs)

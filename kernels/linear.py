@@ -45,6 +45,9 @@ copies = WeakIdKeyDictionary()
 def kept_copy(parameters, dtype):
     """Some parameters, one below the other, in dtype: a copy without a gradient, which stays at its
     address and is written again when one of them has changed. No copy if one is enough as it is.
+
+    What is written through `.data` is not noticed before the next step of an optimizer: call
+    forget_sources after it.
     """
     first = parameters[0]
     if len(parameters) == 1 and first.dtype == dtype:

@@ -121,8 +121,11 @@ class Run:
             self.reading_rows = self.encode_problems([p for p in splits.val if p.steps][:200])
             self.reading_at_start = evaluate.reading_nll(self, self.start_model)
 
-        # Find a held-out question that is too long here, not after hours
-        self.encode_prompts(splits.held_out, self.max_new_held_out)
+        # Find a held-out question that is too long here, not after hours. At the last stage: a
+        # resumed run must be judged as it was at its start
+        last_stage = cfg.schedule()[-1][0] if cfg.stage == "sft" else model.stage
+        _, longest = self.longest_answers(last_stage)
+        self.encode_prompts(splits.held_out, cfg.max_new or longest)
 
     def encode_rows(self):
         """Encode the problems whose right answers are known, and settle the length of answers."""
@@ -144,12 +147,19 @@ class Run:
         max_new: in RL's rollouts. It follows from what the run learns from alone, because the words
         that are drawn depend on it. max_new_held_out: in validation and test.
         """
-        learned = [*self.labelled, *self.answers_only]
-        held_out = [row for rows in self.held_out.values() for row in rows]
-        longest = max([16, *(self.answer_length(row) for row in learned)])
-        longest_held_out = max([longest, *(self.answer_length(row) for row in held_out)])
+        longest, longest_held_out = self.longest_answers()
         self.max_new = self.cfg.max_new or longest
         self.max_new_held_out = self.cfg.max_new or longest_held_out
+
+    def longest_answers(self, stage=None):
+        """Tokens of the longest right answer: (of what the run learns from, of held-out sets too).
+
+        stage: as in answer_length.
+        """
+        learned = [*self.labelled, *self.answers_only]
+        held_out = [row for rows in self.held_out.values() for row in rows]
+        longest = max([16, *(self.answer_length(row, stage) for row in learned)])
+        return longest, max([longest, *(self.answer_length(row, stage) for row in held_out)])
 
     def note_cut_off(self):
         """Print how many right answers are longer than --max-new at the last stage, if any are."""

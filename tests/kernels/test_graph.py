@@ -2,6 +2,8 @@
 the real thing, on the GPU.
 """
 
+import gc
+import weakref
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -14,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from kernels import graph, linear, replayed_chain
-from kernels.cache import Columns
+from kernels.cache import Columns, StepCache
 from minatp import data
 from minatp.chain import Plan, read_prompt, walk
 from minatp.decoder import read_thoughts
@@ -286,6 +288,31 @@ def test_replayed_steps_are_the_steps(monkeypatch, tapes):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     for name in ("z", "logp_z", "logp_stop", "logp_token"):
         close(getattr(got, name), getattr(want, name), 5 * FP32, name)
+
+
+def test_the_memory_of_a_cache_is_free_when_its_loop_ends(monkeypatch, tapes):
+    """At once, and not when Python next looks for cycles: nothing tells it that a GPU is full."""
+    model = ATP(tiny_config(vocab_size=12), c=2, K=2)
+    model.end = END_OF_THINKING
+    model.to(DEVICE)
+    prompt, prompt_mask = data.left_pad([[5, 6], [7] * 5], model.end, DEVICE)
+
+    caches = []
+    make = StepCache.__init__
+
+    def remember(self, *args):
+        caches.append(weakref.ref(self))
+        make(self, *args)
+
+    monkeypatch.setattr(StepCache, "__init__", remember)
+    monkeypatch.setenv("MINATP_KERNELS", "triton")
+    gc.disable()
+    try:
+        rollout(model, prompt, prompt_mask, max_new=4)
+        assert len(caches) == 1
+        assert caches[0]() is None
+    finally:
+        gc.enable()
 
 
 # ---- the chain of latents ------------------------------------------------------------------------
