@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -198,3 +199,20 @@ def writing(start, out, log, acknowledge):
         start_time = time.perf_counter()
         checkpoint.save_checkpoint(out, {"step": step}, model, tokenizer, optimizer)
         acknowledge.send((step, time.perf_counter() - start_time))
+
+
+def run_python(*argv):
+    """What `python argv` prints, in a process of its own, where it must succeed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("MINATP_KERNELS", "MINATP_GRAPHS", "TRITON_INTERPRET"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -4,9 +4,6 @@ It replaces parts of torch for good, so it runs in processes of its own.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,25 +15,10 @@ from minatp.bench import __main__ as bench  # noqa: E402
 from minatp.bench import fake, fake_gpu  # noqa: E402
 from minatp.run.errors import guarded  # noqa: E402
 
+from runs import run_python  # noqa: E402
+
 ROOT = Path(__file__).parents[2]
 aten = torch.ops.aten
-
-
-def run_python(*argv):
-    """What `python argv` prints, in a process of its own, where it must succeed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("MINATP_KERNELS", "MINATP_GRAPHS", "TRITON_INTERPRET"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, *map(str, argv)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ own.
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,8 @@ import torch
 from kernels import graph
 from minatp.bench import lease
 from minatp.run.errors import guarded
+
+from runs import run_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,22 +39,6 @@ FIGURES = {
     ],
     "profile": ["profile sft, ms", "profile rollouts, ms"],
 }
-
-
-def run_python(*argv):
-    """What `python argv` prints, in a process of its own, where it must succeed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("MINATP_KERNELS", None)
-    done = subprocess.run(
-        [sys.executable, *map(str, argv)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 # ---- the lease -----------------------------------------------------------------------------------
