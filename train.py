@@ -124,11 +124,12 @@ def sft_gradients(run, problems, stage, step, weight=1.0):
     for batch, eps_keys, counts in run.micro_batches(problems, stage, step):
         with run.autocast:
             # "enc": the text after the latents; "dec": φ writes each step from its latents;
-            # "stop": the stop head; "kl": the latents' Gaussians against N(0, I)
+            # "stop": the stop head; "kl": the latents' Gaussians against N(0, I). With --distill
+            # also "teacher": the problem in words; "distill": the latents lead to the same states
             losses = sft_losses(model, batch, eps_keys)
             # L_enc + L_dec + L_stop + β·L_KL, each divided by its count in the WHOLE batch: how it
             # is split over micro-batches and ranks changes nothing
-            loss = weight * total_loss(losses, counts, run.cfg.beta)
+            loss = weight * total_loss(losses, counts, run.cfg.beta, run.cfg.distill)
         loss.backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach()

@@ -406,6 +406,13 @@ class StepCache:
         self.n_opened = n_before + self.n_step_columns
         return result
 
+    def fork(self):
+        """A second cache that has read the same prefix. Neither has read anything after it yet."""
+        cache = copy(self)
+        cache.own, cache.order_tokens = list(self.own), list(self.order_tokens)
+        cache.n_own = self.n_own.clone()
+        return cache
+
     def keep(self, rows, group=None):
         """Continue with the rows `rows` (a LongTensor) alone; `group`: how often each is repeated,
         if it is, a hint that only speed depends on. The prefix stays where it is.
