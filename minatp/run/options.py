@@ -273,6 +273,12 @@ class Explore:
         "scored)",
         choices=("score", "path"),
     )
+    latent_weight: float = opt(
+        1.0,
+        "of the latents' log-densities beside the words' log-probabilities, with --estimator "
+        "score; 1/D makes the sum over D dimensions a mean",
+        NOT_NEGATIVE,
+    )
     greedy: bool = opt(
         False,
         "greedy words in rollouts: all randomness is in the latents and stops, and with "
@@ -303,6 +309,9 @@ class Explore:
         0.0, "weight of the SFT loss on labelled problems, beside the reward", NOT_NEGATIVE
     )
     placebo: bool = opt(False, "control: rewards permuted within the batch")
+    placebo_latents: bool = opt(
+        False, "control: advantages permuted among chains, for latents but not for stops and words"
+    )
     val_every: int = opt(100, "batches between validations", POSITIVE)
 
 
