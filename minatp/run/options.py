@@ -36,9 +36,9 @@ class Method:
     vae: bool = False
     stop: bool = False
     decode: bool = False
-    # CODI's projection of the hidden state, and its self-distillation: the default of --distill
+    # CODI's projection of the hidden state, and its self-distillation
     project: bool = False
-    distill: float = 0.0
+    distill: bool = False
 
 
 METHODS = {
@@ -55,9 +55,9 @@ METHODS = {
     # … from which a decoder LM must be able to read the steps
     "sim-cot":      Method("curriculum", decode=True),
     # latents from the start, taught by the same model when it reads the steps in words
-    "codi":         Method("all", project=True, distill=1.0),
+    "codi":         Method("all", project=True, distill=True),
     # … with a decoder LM
-    "codi-sim-cot": Method("all", project=True, distill=1.0, decode=True),
+    "codi-sim-cot": Method("all", project=True, distill=True, decode=True),
     # latents that are sampled, as many as the stop head decides, and read by a decoder LM
     "atp":          Method("curriculum", vae=True, stop=True, decode=True),
 }
@@ -104,6 +104,9 @@ EPOCHS = {
     "smollm2-135m": {"curriculum": (1, 1, 1, 3),      "all": 6,  "cot": 3,  "no-cot": 3},
     "llama-1b":     {"curriculum": (2, 2, 2, 2),      "all": 24, "cot": 2,  "no-cot": 2},
 }
+
+# A preset's --distill, of a method that has it. llama-1b: the paper's
+DISTILL = {"tiny": 5.0, "smollm2-135m": 5.0, "llama-1b": 20.0}
 # fmt: on
 
 
@@ -199,7 +202,7 @@ class Latents:
     distill: float = opt(
         0.0,
         "weight of CODI's self-distillation: the model that reads the steps in words teaches the "
-        "one that reads latents [0; with codi and codi-sim-cot 1]",
+        "one that reads latents [0; with codi and codi-sim-cot 5, llama-1b 20]",
         NOT_NEGATIVE,
     )
 
@@ -617,7 +620,8 @@ def parse(argv, description):
     cfg = Config(**{**preset_values(preset, given.get("stage")), **given})
     if cfg.method in METHODS:
         cfg.epochs = cfg.epochs or default_epochs(cfg)
-        cfg.distill = given.get("distill", METHODS[cfg.method].distill)
+        of_preset = DISTILL[preset] if METHODS[cfg.method].distill else 0.0
+        cfg.distill = given.get("distill", of_preset)
     cfg.out = cfg.out or f"out/{cfg.stage}"
 
     # A resumed run has its options already
