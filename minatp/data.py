@@ -161,8 +161,9 @@ class Batch(Rows):
     step_text: torch.Tensor
     # where `step_text` has an id: (rows, columns)
     step_text_at: tuple
-    # for distillation, or None: the problem in words (B, Tw), all masked where steps are unknown;
-    # and where either text is about to give the answer, of the problems with steps: (rows, columns)
+    # for distillation: the problem in words (B, Tw), all masked where steps are unknown; and where
+    # either text is about to give the answer, of the problems whose steps are known: (rows,
+    # columns). None without distillation, or if no steps are known
     words: torch.Tensor | None
     words_mask: torch.Tensor | None
     words_target: torch.Tensor | None
@@ -246,6 +247,7 @@ def collate(rows, stage, model, distills=False):
     n_word, taught = 0, []
     if distills and n_candidate:
         taught = [b for b, row in enumerate(rows) if not row.answer_only]
+    if taught:
         in_words = [[] if row.answer_only else text_of(row, row.lines, model) for row in rows]
         words, words_mask, words_target = read_and_write(in_words, model.end)
         words_target_at = (words_target != IGNORE).nonzero(as_tuple=True)
