@@ -104,7 +104,7 @@ def build_on_meta(cfg, problems):
     # The vocabulary is --vocab-size, although the tokenizer may have fewer tokens
     with torch.device("meta"):
         model = ATP(llama_config(cfg, cfg.vocab_size), **cfg.switches)
-    model.end = tokenizer.end
+    model.latent, model.end = tokenizer.latent, tokenizer.end
     return model, tokenizer
 
 
@@ -153,12 +153,19 @@ def activation_bytes(run, row, stages):
     ):  # too large for the device, or to be built
         llama = model.policy.cfg
         parts = count.training_memory(
-            llama, model.K, model.c, size, row, cfg.recompute, scale=llama.n_kv_head
+            llama,
+            model.K,
+            model.c,
+            size,
+            row,
+            cfg.recompute,
+            scale=llama.n_kv_head,
+            distills=cfg.distill > 0,
         )
         return parts["activations"] + parts["logits"]
 
     def forward(n, stage):
-        batch = collate([row] * n, stage, model).at(device=device)
+        batch = collate([row] * n, stage, model, cfg.distill > 0).at(device=device)
 
         # The values of ε do not change what is kept: zeros will do
         eps = None
