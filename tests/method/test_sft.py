@@ -342,6 +342,38 @@ def test_what_one_fork_of_a_cache_reads_the_other_does_not_see(model):
             torch.testing.assert_close(h, expected)
 
 
+def test_a_problem_without_latents_has_no_teacher():
+    """Student and teacher would read the same, and their distance be rounding, with a gradient.
+
+    CODI's problems all have latents.
+    """
+    for method, n_taught in (("atp", 1), ("codi", 2)):
+        model, tokenizer = small_model(method=method)
+        without_steps = Problem("Ann has 5 pens. How many?", [], "5")
+        [with_steps] = problems.generate("labelled", 1, 1)
+        rows = data.encode([without_steps, with_steps], tokenizer, model)
+        batch = data.collate(rows, model.K + 1, model, distills=True)
+        assert batch.counts["distill"] == n_taught
+        assert batch.counts["teacher"] == batch.words_mask.sum()
+        assert batch.words_mask.any(1).tolist() == [n_taught == 2, True]
+        assert batch.answer_at[0].tolist() == batch.words_answer_at[0].tolist()
+        both = sft_losses(model, batch)
+        alone = sft_losses(model, data.collate(rows[1:], model.K + 1, model, distills=True))
+        if method == "atp":
+            assert both["distill"].item() == pytest.approx(alone["distill"].item(), rel=1e-5)
+
+
+def test_what_the_teacher_reads_counts_as_read(loaded):
+    model, tokenizer = loaded
+    rows = data.encode(problems.generate("labelled", 3, 1), tokenizer, model)
+    without, with_teacher = (
+        data.collate(rows, model.K + 1, model, distills) for distills in (False, True)
+    )
+    n_word = int(with_teacher.words_mask.sum())
+    assert n_word > 0
+    assert with_teacher.counts["position"] == without.counts["position"] + n_word
+
+
 def test_answers_alone_have_no_teacher():
     """Beside other problems they are left out; alone there is none, and the rest is learned."""
     model, tokenizer, batch, eps = distilled("codi")
