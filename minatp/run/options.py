@@ -21,8 +21,6 @@ from .saved import replace_file
 POSITIVE = "positive"
 NOT_NEGATIVE = "not negative"
 
-# fmt: off
-
 
 @dataclass
 class Method:
@@ -41,6 +39,7 @@ class Method:
     distill: float = 0.0
 
 
+# fmt: off
 METHODS = {
     # the answer at once
     "no-cot":       Method("words"),
