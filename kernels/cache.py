@@ -1,10 +1,9 @@
 """The cache that the attention kernels read and write, with autograd through it.
 
-It has the interface of minatp's KVCache (open, attend, step, keep; it ignores `rows`, since every
-call is of all rows), and what the replayed
-chain needs besides (prefix_kv, with_prefix, read_own, append_own). The first call's columns,
-left-padded, are the prefix: stored once, however many rows continue from it. The columns of later
-calls are a row's own.
+It has the interface of minatp's KVCache (open, attend, step, fork, keep; it ignores `rows`, since
+every call is of all rows), and what the replayed chain needs besides (prefix_kv, with_prefix,
+read_own, append_own). The first call's columns, left-padded, are the prefix: stored once, however
+many rows continue from it. The columns of later calls are a row's own.
 
 Both lie in memory that is written in place, which autograd cannot follow. So each operation on a
 layer's columns is a node of its own:

@@ -161,8 +161,9 @@ class Batch(Rows):
     step_text: torch.Tensor
     # where `step_text` has an id: (rows, columns)
     step_text_at: tuple
-    # for distillation, or None: the problem in words (B, Tw), all masked where steps are unknown;
-    # and where either text is about to give the answer, of the problems with steps: (rows, columns)
+    # for distillation: the problem in words (B, Tw), all masked if its steps are unknown or it has
+    # no latents; and where either text is about to give the answer, of the other problems: (rows,
+    # columns). None without distillation, or if there are no other problems
     words: torch.Tensor | None
     words_mask: torch.Tensor | None
     words_target: torch.Tensor | None
@@ -241,12 +242,16 @@ def collate(rows, stage, model, distills=False):
         step_row, step_index, step_texts = texts_of_steps(rows, n_step, stage, K)
     step_text = pad(step_texts, IGNORE)
 
-    # The same problems in words, where their steps are known
+    # The same problems in words, if their steps are known. Without latents there is nothing to
+    # teach: the text is the same
     words = words_mask = words_target = words_target_at = words_answer_at = answer_at = None
     n_word, taught = 0, []
     if distills and n_candidate:
-        taught = [b for b, row in enumerate(rows) if not row.answer_only]
-        in_words = [[] if row.answer_only else text_of(row, row.lines, model) for row in rows]
+        taught = [b for b, row in enumerate(rows) if n_latent[b] > 0 and not row.answer_only]
+    if taught:
+        in_words = [[] for _ in rows]
+        for b in taught:
+            in_words[b] = text_of(rows[b], rows[b].lines, model)
         words, words_mask, words_target = read_and_write(in_words, model.end)
         words_target_at = (words_target != IGNORE).nonzero(as_tuple=True)
         words_answer_at = before_answer(rows, in_words, taught)
@@ -263,7 +268,7 @@ def collate(rows, stage, model, distills=False):
         "answer_only": int(answer_only.sum()),
         "teacher": n_word,
         "distill": len(taught),
-        "position": int(prompt_mask.sum() + n_latent.sum() + text_mask.sum()),
+        "position": int(prompt_mask.sum() + n_latent.sum() + text_mask.sum()) + n_word,
     }
     return Batch(
         prompt=prompt,

@@ -1,4 +1,6 @@
-"""The optimizer: AdamW, or Muon for the matrices of the layers and of the latent head, AdamW else.
+"""The optimizer: AdamW, or Muon for the matrices of the layers and of what makes latents.
+
+The latter are the latent head or CODI's projection. The rest always has AdamW.
 
 AdamW scales every element by itself, and a few directions of a matrix take most of its step. Muon
 makes all directions equal: if the SVD of the step is U·S·Vᵀ, it takes U·Vᵀ.

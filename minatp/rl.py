@@ -39,7 +39,7 @@ def advantages(reward, baseline="mean", normalise=False):
 def surrogate(logp, old, advantage, clip=0.2):
     """The clipped policy gradient of each decision.
 
-    logp, old (B, T), advantage (B, 1) -> loss (B, T), clamped (B, T) bool.
+    logp, old (B, T), advantage (B, 1 or T) -> loss (B, T), clamped (B, T) bool.
 
     The ratio π/π_old is clipped to 1 ± clip, its logarithm before that to ± 3. If old is logp
     itself the ratio is 1 and the gradient is REINFORCE's, −advantage·∇logp.

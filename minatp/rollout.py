@@ -141,7 +141,7 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
 
     # 2. All rows read <|end-latent|>, after the fillers of a method that has them, and write
     given = torch.tensor(given, device=h.device).expand(len(h), -1)
-    h = policy(policy.embed(given), torch.ones_like(given, dtype=torch.bool), cache, last=1)[:, 0]
+    h = policy(policy.embed(given), torch.ones_like(given, dtype=torch.bool), cache)[:, -1]
     token, logp_token = write(policy, h, cache, max_new, policy.cfg.eos, noise)
     out.n_token = (token >= 0).sum(1)
 

@@ -77,6 +77,11 @@ MATRIX = [
     Run("cot", SFT + PROBLEMS + ONE_STAGE + "--method cot"),
     Run("coconut", SFT + PROBLEMS + SHORT + "--method coconut"),
     Run("sim-cot", SFT + PROBLEMS + SHORT + "--method sim-cot"),
+    Run("icot", SFT + PROBLEMS + SHORT + "--method icot"),
+    Run("pause", SFT + PROBLEMS + SHORT + "--method pause --c 2"),
+    Run("codi", SFT + PROBLEMS + ONE_STAGE + "--method codi"),
+    Run("codi-sim-cot", SFT + PROBLEMS + ONE_STAGE + "--method codi-sim-cot --c 2"),
+    Run("distill", SFT + PROBLEMS + SHORT + "--distill 2 --micro-batch 3 --answers-share .5"),
     Run("no-vae", SFT + PROBLEMS + SHORT + "--no-vae"),
     Run("no-stop", SFT + PROBLEMS + SHORT + "--no-stop"),
     Run("no-decoder", SFT + PROBLEMS + SHORT + "--no-decoder"),
@@ -101,6 +106,16 @@ MATRIX = [
     # Stage 2. The first has the preset's options, pathwise gradients and an anchor among them.
     Run("rl", RL + PROBLEMS + UPDATES + "--val-every 4", start="sft"),
     Run("rl-score", RL + PROBLEMS + UPDATES + "--estimator score", start="sft"),
+    Run(
+        "rl-latent-weight",
+        RL + PROBLEMS + UPDATES + "--estimator score --latent-weight .1 --distill 1",
+        start="sft",
+    ),
+    Run(
+        "rl-placebo-latents",
+        RL + PROBLEMS + UPDATES + "--estimator score --placebo-latents",
+        start="sft",
+    ),
     Run("rl-no-anchor", RL + PROBLEMS + UPDATES + "--anchor 0", start="sft"),
     Run(
         "rl-score-no-anchor", RL + PROBLEMS + UPDATES + "--estimator score --anchor 0", start="sft"

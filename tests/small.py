@@ -29,12 +29,13 @@ SMALL_RL = [
 ]
 
 
-def small_model(seed=0):
+def small_model(seed=0, method="atp"):
     """(model, tokenizer): untrained, but with no weight left at zero."""
     torch.manual_seed(seed)
-    cfg = options.parse(SMALL_MODEL, "")
+    cfg = options.parse([*SMALL_MODEL, "--method", method], "")
     model, tokenizer = build(cfg, problems.generate("labelled", 160, 0))
-    torch.nn.init.normal_(model.latent_head.gaussian.weight, std=0.1)
+    if model.vae:
+        torch.nn.init.normal_(model.latent_head.gaussian.weight, std=0.1)
     return model, tokenizer
 
 

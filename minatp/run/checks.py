@@ -107,22 +107,40 @@ def check_latents(cfg, saved):
     wanted = cfg.switches
 
     # c has to be equal. K may grow: the later stages of the curriculum teach the added steps. A
-    # plain LLaMA, or a model at stage 0, does not think yet: any number will do
-    if saved.get("stage") and cfg.replaces_steps:
+    # plain LLaMA, or a model at stage 0, does not think yet, and one with something else in place
+    # of its steps thinks otherwise: any number will do
+    has_same = replacement(saved) == replacement(wanted)
+    if saved.get("stage") and cfg.replaces_steps and has_same:
         for name in ("c", "K"):
             fits = wanted["c"] == saved["c"] if name == "c" else wanted["K"] >= saved["K"]
-            if not fits:
+            counts = name == "K" or replacement(wanted) != "nothing"
+            if counts and not fits:
                 raise UserError(
                     f"command line: --init {cfg.init} thinks with {flag(name)} {saved[name]}, not "
                     f"{wanted[name]}; give {flag(name)} {saved[name]}"
                 )
 
     # Parts may be added and dropped, but perhaps the user did not mean to. A plain LLaMA has none
-    for name, what in (("vae", "VAE"), ("stop", "stop head"), ("decode", "decoder LM")):
-        if saved and saved[name] and not wanted[name]:
+    parts = (
+        ("vae", "VAE"),
+        ("stop", "stop head"),
+        ("decode", "decoder LM"),
+        ("project", "projection"),
+    )
+    for name, what in parts:
+        has = saved.get(name, False)
+        if has and not wanted[name]:
             print0(f"note: --init {cfg.init} has a {what}: it is dropped")
-        elif saved and wanted[name] and not saved[name]:
+        elif saved and wanted[name] and not has:
             print0(f"note: --init {cfg.init} has no {what}: it starts untrained")
+
+
+def replacement(switches):
+    """What a model with these switches has in place of written steps."""
+    fillers = switches.get("fillers")
+    if fillers is None:
+        return "latents"
+    return "fillers" if fillers else "nothing"
 
 
 def check_problems(cfg, splits, state):

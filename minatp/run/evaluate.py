@@ -455,9 +455,11 @@ def check_latent_steps(folder, latent_steps):
     if not latent_steps:
         return
 
-    # A plain LLaMA, or a run that has only learned to write its steps, has no latent step
+    # A plain LLaMA, a run that has only learned to write its steps, or one that has fillers or
+    # nothing in their place, has no latent step
     saved = read_switches(folder)
-    most = min(saved["stage"], saved["K"]) if saved else 0
+    has_latents = saved and "fillers" not in saved
+    most = min(saved["stage"], saved["K"]) if has_latents else 0
     if not most:
         raise UserError(
             f"command line: --latent-steps: {folder} does not think in latents; leave the option "

@@ -21,8 +21,6 @@ from .saved import replace_file
 POSITIVE = "positive"
 NOT_NEGATIVE = "not negative"
 
-# fmt: off
-
 
 @dataclass
 class Method:
@@ -41,6 +39,7 @@ class Method:
     distill: bool = False
 
 
+# fmt: off
 METHODS = {
     # the answer at once
     "no-cot":       Method("words"),
@@ -233,8 +232,8 @@ class Optim:
     # The optimizer and its learning rate
     optimizer: str = opt(
         "muon",
-        "muon: for the matrices of the layers and of the latent head, AdamW for the rest; adamw: "
-        "for all",
+        "muon: for the matrices of the layers and of the latent head or projection, AdamW for the "
+        "rest; adamw: for all",
         choices=("muon", "adamw"),
     )
     lr: float = opt(2e-3, "peak learning rate; a cosine in each stage", POSITIVE)
@@ -314,7 +313,9 @@ class Explore:
     )
     placebo: bool = opt(False, "control: rewards permuted within the batch")
     placebo_latents: bool = opt(
-        False, "control: advantages permuted among chains, for latents but not for stops and words"
+        False,
+        "control: advantages permuted among chains, for latents but not for stops and words; with "
+        "--estimator score",
     )
     val_every: int = opt(100, "batches between validations", POSITIVE)
 
@@ -405,6 +406,7 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         self.check_data()
         self.check_method()
         self.check_answers_share()
+        self.check_credit_of_latents()
         require(self.G > 1, "--G must be at least 2: a group is its own baseline")
         self.schedule()
 
@@ -506,6 +508,19 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
             "--answers-share applies to the last stage of a method that replaces written steps, "
             "and there is none here",
         )
+
+    def check_credit_of_latents(self):
+        """Refuse options about the credit that latents get where they get none."""
+        chosen = (
+            ("--latent-weight", self.latent_weight != 1),
+            ("--placebo-latents", self.placebo_latents),
+        )
+        for option, is_chosen in chosen:
+            require(
+                not is_chosen or self.stage != "rl" or self.estimator == "score",
+                f"{option} is about the density of latents, which --estimator path does not use; "
+                "give --estimator score",
+            )
 
 
 def check_value(f, value):

@@ -177,7 +177,7 @@ def training_memory(cfg, K, c, batch_size, row, recompute=False, scale=8, distil
 
     Returns {"weights", "gradients", "moments", "bf16 weights", "activations", "logits"}. row: the
     data.Encoded that stands for every problem of the batch. scale: see `activations_per_row`.
-    distills: whether a teacher reads the problems in words.
+    distills: whether the batch is also read in words, as with --distill.
     """
     # The whole model, which takes no memory. The chain has its own copy of its weights in bf16
     # (kernels/linear.py)
@@ -204,7 +204,7 @@ def training_memory(cfg, K, c, batch_size, row, recompute=False, scale=8, distil
     }
 
 
-def activations_per_row(model, row, recompute, scale, distills=False):
+def activations_per_row(model, row, recompute, scale, distills):
     """Bytes of activations that autograd keeps for one problem like `row`, under bf16 autocast.
 
     Counted on a model of the same proportions, `scale` times narrower, with one layer and with two:
@@ -275,7 +275,7 @@ def kept_by_last_stage(model, rows, distills):
         # The kernels' references, which run anywhere, in the precision of a run on a GPU
         with patch.dict(os.environ, MINATP_KERNELS="torch"):
             with torch.autocast("cpu", torch.bfloat16):
-                return total_loss(sft_losses(model, batch, eps), batch.counts, 1e-3)
+                return total_loss(sft_losses(model, batch, eps), batch.counts, 1e-3, 1.0)
 
     return kept_bytes(model, loss)
 

@@ -108,14 +108,14 @@ def read_chains(model, tokenizer, chains):
 def read_latents(model, tokenizer, z):
     """The likeliest readings of thoughts z (thoughts, c, D): a list of [(words, probability)].
 
-    φ reads them. Without φ, a thought that is a hidden state (no VAE) is read as the words that the
-    policy would write there, and any other thought has no reading.
+    φ reads them. Without φ, a thought that is a hidden state (no VAE, no projection) is read as the
+    words that the policy would write there, and any other thought has no reading.
     """
     if model.decode:
         eos = tokenizer.eos[0]
         texts = top_readings(model.decoder, z, eos, N_READING, model.longest)
         return [[(tokenizer.decode(ids), p) for ids, p in text] for text in texts]
-    if model.vae:
+    if model.vae or model.project:
         return [[] for _ in z]
 
     # A hidden state predicts a word, as the last state of the question does. Of the c latents of a

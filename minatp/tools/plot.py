@@ -27,7 +27,7 @@ TITLES = {
     "stop": "loss: stop head",
     "kl.sft": "loss: KL to N(0, I)",
     "teacher": "loss: words of the teacher",
-    "distill": "loss: states unlike the teacher's",
+    "distill": "loss: distance to the teacher",
     "accuracy.stage": "validation accuracy by stage",
     "accuracy.step": "validation accuracy by update",
     "accuracy.latent_steps": "accuracy by latent steps (dashed: free)",
@@ -45,7 +45,7 @@ TITLES = {
 X_LABELS = {"accuracy.stage": "stage", "accuracy.latent_steps": "latent steps"}
 
 # Losses that fall by orders of magnitude
-LOGARITHMIC = {"enc", "dec", "stop"}
+LOGARITHMIC = {"enc", "dec", "stop", "teacher"}
 
 # In an SVG, text stays text: the file is small. A fixed salt makes the ids in it reproducible
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "minatp", "font.sans-serif": ["DejaVu Sans"]}

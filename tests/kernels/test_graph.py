@@ -331,16 +331,17 @@ class Mixed(ATP):
         return super().propose(self.mix(h), *args, **kwargs)
 
 
-def mixed_model(vae):
-    model = Mixed(tiny_config(vocab_size=20), c=1, K=3, vae=vae, decode=False)
+def mixed_model(vae, project=False):
+    llama = tiny_config(vocab_size=20)
+    model = Mixed(llama, c=1, K=3, vae=vae, project=project, decode=False)
     for p in model.parameters():
         torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.25)
     model.to(DEVICE).end = END_OF_THINKING
     return model
 
 
-def sft_batch(model):
-    """Chains of 3 and 1 latents, and one that the model ends."""
+def sft_batch(model, distills=False):
+    """Chains of 3 and 1 latents, and one that the model ends. distills: with their teacher's."""
 
     def problem(n, n_steps, answer_only=False):
         return data.Encoded(
@@ -349,12 +350,13 @@ def sft_batch(model):
             texts=[[7, 8, EOS]] * n_steps,
             rest=[],
             answer=[6, 5, 9, EOS],
+            n_before_answer=1,
             source="",
             answer_only=answer_only,
         )
 
     problems = [problem(3, 3), problem(1, 1), problem(0, 0, answer_only=True)]
-    return data.collate(problems, model.K + 1, model).at(device=DEVICE)
+    return data.collate(problems, model.K + 1, model, distills).at(device=DEVICE)
 
 
 def rl_chains():
@@ -388,25 +390,27 @@ def autograd_node(p):
 
 
 @pytest.mark.parametrize(
-    "vae, min_elements, autocast, with_rl",
+    "vae, min_elements, autocast, with_rl, distills",
     [
-        (True, 300, None, True),
-        (False, 0, None, False),
-        (True, 10**9, torch.float16, False),
+        (True, 300, None, True, False),
+        (False, 0, None, False, False),
+        (False, 300, None, False, True),
+        (True, 10**9, torch.float16, False, False),
     ],
 )
 def test_a_replayed_chain_has_the_gradients_of_the_plain_one(
-    monkeypatch, tapes, kept, vae, min_elements, autocast, with_rl
+    monkeypatch, tapes, kept, vae, min_elements, autocast, with_rl, distills
 ):
-    """SFT's losses: chains of 3 and 1 latents, and one that the model ends. RL's log-probabilities:
-    two chains of each prompt. Of the batches the first runs, the second is recorded and the third
+    """SFT's losses: chains of 3 and 1 latents, and one that the model ends, also with a teacher
+    that reads on from the same prompts. RL's log-probabilities: two chains of each prompt. Of the
+    batches the first runs, the second is recorded and the third
     replays what is kept, each with other prompts, noise and weights.
     """
     monkeypatch.setattr(linear, "MIN_ELEMENTS", min_elements)
     monkeypatch.setattr(replayed_chain, "PREFIX", 8)
     monkeypatch.setattr(replayed_chain, "LATENTS", 1)
-    model = mixed_model(vae)
-    batch = sft_batch(model)
+    model = mixed_model(vae, project=distills)
+    batch = sft_batch(model, distills)
     chains = rl_chains()
     names = [name for name, _ in model.named_parameters()]
     parameters = list(model.parameters())
@@ -483,6 +487,7 @@ def gsm8k_like_batches(model, n_batch):
                 texts=[[7, 8, EOS]] * n_step,
                 rest=[],
                 answer=[6, EOS],
+                n_before_answer=0,
                 source="",
             )
         )

@@ -877,6 +877,7 @@ def encoded_problem(n, n_steps):
         texts=[[7, 8, 1]] * n_steps,
         rest=[],
         answer=[6, 5, 9, 1],
+        n_before_answer=1,
         source="",
     )
 
@@ -920,6 +921,52 @@ def everything_under_autocast():
     assert all(x.dtype == torch.float32 for x in values)
     assert len(read_thoughts(model.decoder, chains.z[:, :1], 1, 2)) == 4
     return values
+
+
+def two_layers(**switches):
+    """Return an ATP without the VAE and φ, with a policy of two layers."""
+    torch.manual_seed(0)
+    llama = tiny_llama()
+    model = ATP(llama.cfg, c=1, K=2, vae=False, stop=False, decode=False, **switches)
+    model.policy.load_state_dict(llama.state_dict())
+    model.latent, model.end = 2, 3
+    return model.to(DEVICE)
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_student_and_teacher_share_a_prompt_with_the_kernels(n_steps, monkeypatch):
+    """The teacher's text is short enough for the kernel of a step, or a long pass of its own."""
+    model = two_layers(project=True)
+    problems = [encoded_problem(3, n_steps), encoded_problem(1, 0), encoded_problem(0, 0)]
+    problems[2].answer_only = True
+    batch = collate(problems, model.K + 1, model, distills=True).at(device=DEVICE)
+    assert (batch.words.shape[1] > cache.MAX_STEP_COLUMNS) == (n_steps == 3)
+    parameters = list(model.parameters())
+
+    results = {}
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv("MINATP_KERNELS", choice)
+        monkeypatch.setenv("MINATP_GRAPHS", "0")
+        losses = sft_losses(model, batch)
+        assert losses.keys() == {"enc", "teacher", "distill"}
+        loss = total_loss(losses, batch.counts, beta=0, distill=2.0)
+        results[choice] = [*losses.values(), *torch.autograd.grad(loss, parameters)]
+    for a, b in zip(results["triton"], results["torch"]):
+        close(a, b, 10 * FP32)
+
+
+@pytest.mark.parametrize("fillers", [2, 4])
+def test_a_rollout_reads_fillers_with_the_kernels(fillers, monkeypatch):
+    """They are few enough for the kernel of a step, or not, with <|end-latent|>."""
+    model = two_layers(fillers=fillers)
+    assert (fillers * model.K + 1 > cache.MAX_STEP_COLUMNS) == (fillers == 4)
+    prompt, prompt_mask = left_pad([[5, 6], [7] * 5], model.end, DEVICE)
+    chains = {}
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv("MINATP_KERNELS", choice)
+        chains[choice] = rollout(model, prompt, prompt_mask, 3)
+    assert torch.equal(chains["triton"].token, chains["torch"].token)
+    close(chains["triton"].logp_token, chains["torch"].logp_token, 10 * FP32)
 
 
 def test_kernels_under_autocast(monkeypatch):

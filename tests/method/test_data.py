@@ -3,10 +3,12 @@
 import re
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from minatp import data, problems, reward
-from minatp.tokenizer import train_tokenizer
+from minatp.tokenizer import Tokenizer, train_tokenizer
 
 from small import small_model
 
@@ -124,6 +126,94 @@ def test_tokenizer_reads_back_what_it_wrote_and_knows_no_injection():
     assert len(tokenizer.encode("<<12+7=19>>\n")) == 7
 
 
+# ---- where the answer begins ---------------------------------------------------------------------
+
+
+def byte_level(*texts, split=(), **byte_level_options):
+    """A byte-level BPE that has learned the words of some texts: a Tokenizer.
+
+    split: pre-tokenizers that come before ByteLevel.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, **byte_level_options)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, last])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        show_progress=False,
+        special_tokens=["<|bos|>", "<|eos|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator([text for text in texts for _ in range(9)], trainer)
+    return Tokenizer(backend, bos=0, eos=(1,))
+
+
+def trimming(tokenizer):
+    """The same, whose offsets leave out the spaces of a token, as RoBERTa's do."""
+    tokenizer.backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
+
+
+# What makes each tokenizer, and the pieces of "### 19" and of "### -5"
+TOKENIZERS = {
+    "trained": (
+        lambda: train_tokenizer(problems.generate("labelled", 300, 0), 600),
+        ["### ", "19"],
+        None,
+    ),
+    "space and number": (lambda: byte_level("### 19"), ["###", " 19"], None),
+    "the same, trimmed": (lambda: trimming(byte_level("### 19")), ["###", " 19"], None),
+    "all in one": (
+        lambda: byte_level("### 1", "### -", use_regex=False),
+        ["### 1", "9"],
+        ["### -", "5"],
+    ),
+    "single digits": (
+        lambda: byte_level("### 19", split=[pre_tokenizers.Digits(individual_digits=True)]),
+        ["###", " ", "1", "9"],
+        ["###", " ", "-", "5"],
+    ),
+    "single bytes": (lambda: byte_level(), list("### 19"), list("### -5")),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_position_is_the_last_before_a_character_of_the_answer(name):
+    """Found a second time from the text of each id, for the whole problem and for a part of it."""
+    make, of_19, of_minus_5 = TOKENIZERS[name]
+    tokenizer = make()
+
+    def pieces(ids):
+        return [tokenizer.decode([i]) for i in ids]
+
+    assert pieces(tokenizer.encode("### 19")) == of_19
+    assert of_minus_5 is None or pieces(tokenizer.encode("### -5")) == of_minus_5
+
+    model, _ = small_model(method="codi")
+    model.end = tokenizer.end
+    answers = ["19", "-5", "1,200", "7", "0.5", "−3", "50%"]
+    steps = ["<<5+7=12>>", "<<12*2=24>>", "<<24-5=19>>"]
+    of_answers = [problems.Problem("A?", steps[: i % 4], a) for i, a in enumerate(answers)]
+    rows = data.encode(of_answers, tokenizer, model)
+    for stage in (1, 3):
+        batch = data.collate(rows, stage, model, distills=True)
+        for b, problem in enumerate(of_answers):
+            whole = "".join(step + "\n" for step in problem.steps)
+            rest = "".join(step + "\n" for step in problem.steps[1:]) if stage == 1 else ""
+            words, text = batch.words[b].tolist(), batch.text[b].tolist()
+            for ids, at, before in (
+                (words, batch.words_answer_at, whole),
+                (text, batch.answer_at, rest),
+            ):
+                assert at[0][b] == b
+                column = at[1][b].item()
+                next_id = [*ids, *tokenizer.eos][column + 1]
+                read = len("".join(pieces(ids[1 : column + 1])))
+                assert read <= len(before + "### "), (problem.answer, stage)
+                if next_id not in tokenizer.eos:
+                    assert read + len(pieces([next_id])[0]) > len(before + "### ")
+
+
 # ---- encoding ------------------------------------------------------------------------------------
 
 
@@ -228,3 +318,85 @@ def test_a_batch_moves_with_its_indices():
     at = (moved.target_at, moved.used_at, moved.stop_at, moved.step_text_at)
     assert all(index.is_meta for pair in at for index in pair)
     assert [len(pair) for pair in at] == [2] * 4
+    assert moved.words is None
+
+    moved = data.collate(rows, model.K + 1, model, distills=True).at(device="meta")
+    at = (moved.words_target_at, moved.words_answer_at, moved.answer_at)
+    assert all(index.is_meta for pair in at for index in pair)
+    assert moved.words.is_meta and moved.words_mask.is_meta and moved.words_target.is_meta
+
+
+# ---- what takes the place of steps ---------------------------------------------------------------
+
+
+def rows_of_all_lengths(model, tokenizer):
+    """Problems of no step, of one and of K + 1, and an answer alone."""
+    steps = ["<<5+7=12>>", "<<12*2=24>>", "<<24-5=19>>"]
+    known = [problems.Problem("A?", steps[:n], "19") for n in (0, 1, 3)]
+    alone = [problems.Problem("B?", [], "7")]
+    rows = data.encode(known, tokenizer, model, always_K=True)
+    return rows + data.encode(alone, tokenizer, model, answer_only=True, always_K=True)
+
+
+@pytest.mark.parametrize("method, n_filler", [("icot", 0), ("pause", 2)])
+@pytest.mark.parametrize("stage", range(4))
+def test_steps_go_for_nothing_or_for_fillers(method, n_filler, stage):
+    """The first k steps go. Every problem reads c fillers for each of them, whatever it has."""
+    model, tokenizer = small_model(method=method)  # K = 2, c = 2
+    rows = rows_of_all_lengths(model, tokenizer)
+    batch = data.collate(rows, stage, model)
+    assert (batch.L, batch.n_candidate, batch.step_row.tolist()) == (0, 0, [])
+
+    fillers = [tokenizer.latent] * n_filler * min(stage, 2)
+    for b, row in enumerate(rows):
+        left = row.lines[stage:] if stage < 3 else []
+        written = [i for line in left for i in line] + row.answer
+        read = [*fillers, tokenizer.end, *written[:-1]]
+        assert batch.text[b][batch.text_mask[b]].tolist() == read
+        labels = [data.IGNORE] * len(fillers) + written
+        assert batch.target[b][batch.text_mask[b]].tolist() == labels
+    n_written = int((batch.target != data.IGNORE).sum())
+    assert batch.counts["enc"] == n_written
+    assert batch.counts["position"] == sum(len(row.prompt) for row in rows) + int(
+        batch.text_mask.sum()
+    )
+
+
+@pytest.mark.parametrize("method, n_filler", [("icot", 0), ("pause", 4)])
+def test_fillers_count_in_the_context(method, n_filler):
+    """A problem without steps fits beside its fillers, and not beside one more."""
+    model, tokenizer = small_model(method=method)
+    problem = [problems.Problem("Ann has 5 pens. How many?", [], "5")]
+    [row] = data.encode(problem, tokenizer, model, always_K=True)
+    length = row.length + 1 + n_filler  # 1: <|end-latent|>
+
+    model.policy.cfg.block_size = length
+    data.encode(problem, tokenizer, model, always_K=True)
+    model.policy.cfg.block_size = length - 1
+    with pytest.raises(ValueError, match=f"is {length} tokens long"):
+        data.encode(problem, tokenizer, model, always_K=True)
+
+
+def test_codi_takes_all_its_latents_for_every_problem():
+    """From its first stage, which is its last; φ reads the steps that exist, the K-th with more."""
+    model, tokenizer = small_model(method="codi-sim-cot")  # K = 2, c = 2
+    rows = rows_of_all_lengths(model, tokenizer)
+    batch = data.collate(rows, 3, model, distills=True)
+    assert batch.n_latent.tolist() == [4] * 4
+    assert batch.n_candidate == batch.L == 4
+    assert not batch.has_stop.any()
+    for b, row in enumerate(rows):
+        assert batch.text[b][batch.text_mask[b]].tolist() == [tokenizer.end, *row.answer[:-1]]
+
+    # problem 1 has one step, problem 2 three, of which the last two are the second thought's
+    assert (batch.step_row.tolist(), batch.step_index.tolist()) == ([1, 2, 2], [0, 0, 1])
+    texts = [rows[1].texts[0], rows[2].texts[0], rows[2].rest]
+    assert batch.step_text[batch.step_text_at].tolist() == [i for text in texts for i in text]
+
+    # the teacher reads all of them in words, where they are known
+    for b, row in enumerate(rows[:3]):
+        words = [tokenizer.end, *(i for line in row.lines for i in line), *row.answer]
+        assert batch.words[b][batch.words_mask[b]].tolist() == words[:-1]
+        assert batch.words_target[b][batch.words_mask[b]].tolist() == words[1:]
+    assert batch.words_answer_at[0].tolist() == batch.answer_at[0].tolist() == [0, 1, 2]
+    assert not batch.words_mask[3].any()

@@ -8,6 +8,8 @@ from minatp.llama import LlamaConfig
 from minatp.optim import build_optimizer, orthogonalise
 from minatp.run import options
 
+from small import small_model
+
 
 @pytest.mark.parametrize("shape", [(1, 5), (5, 9), (9, 5), (64, 64)])
 def test_a_step_is_orthogonal(shape):
@@ -84,6 +86,17 @@ def test_which_parameters_are_muons(optimizer_name):
             assert optimizer.state[p].keys() == ADAMW_STATE, name
             # AdamW's first step is the sign of the gradient
             assert (moved[name] + grads[name].sign()).abs().median() < 1e-2, name
+
+
+def test_the_matrices_of_a_projection_are_muons():
+    model, _ = small_model(method="codi")
+    optimizer = build_optimizer(options.parse(["--method", "codi"], ""), model)
+    hidden = {id(p) for p in optimizer.hidden}
+    of_projection = dict(model.projection.named_parameters())
+    assert len(of_projection) == 6
+    for name, p in of_projection.items():
+        assert (id(p) in hidden) == (p.dim() == 2), name
+    assert id(model.policy.model.embed_tokens.weight) not in hidden
 
 
 def check_muon_step(name, moved, grad):

@@ -5,12 +5,13 @@ from dataclasses import fields
 import pytest
 import torch
 
-from minatp import problems
+from minatp import data, problems
 from minatp.decoder import read_thoughts
 from minatp.llama import KVCache, Llama
 from minatp.rl import log_probs
 from minatp.rollout import Forced, Noise, rollout
 from minatp.run.evaluate import solve
+from minatp.sft import read_as_text, sft_losses
 from minatp.tools.count import count
 
 from small import make_ragged, padded_prompts, small_model
@@ -212,3 +213,80 @@ def test_more_steps_than_were_learned_are_refused(model, tokenizer):
     model.stage = 1
     with pytest.raises(ValueError, match="steps must be 0 … 1, not 2"):
         rollout(model, prompt, prompt_mask, 6, steps=2)
+
+
+# ---- what takes the place of latents -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["icot", "pause"])
+@pytest.mark.parametrize("stage", range(4))
+def test_a_rollout_reads_what_training_did(method, stage):
+    """Fed what a rollout has written, training's pass gives its words the same log-probabilities.
+
+    So it reads as many fillers. Thoughts it has none.
+    """
+    model, tokenizer = small_model(method=method)
+    model.stage = stage
+    prompt, mask = padded_prompts(tokenizer, 5, seed=3)
+    chains = rollout(model, prompt, mask, max_new=6)
+    assert not chains.n_latent.any()
+    assert not chains.z.any()
+
+    # problems whose text is what was written (an id at the end is read by nobody)
+    rows = []
+    for b in range(5):
+        words = chains.token[b, : chains.n_token[b]].tolist()
+        row = data.Encoded(prompt[b][mask[b]].tolist(), [], [], [], words, 0, "")
+        rows.append(row)
+    batch = data.collate(rows, stage, model)
+    n_filler = {"icot": 0, "pause": 2 * min(stage, 2)}[method]
+    assert (batch.text == tokenizer.latent).sum(1).tolist() == [n_filler] * 5
+
+    h = read_as_text(model.policy, batch)
+    logp = -model.policy.nll(h, batch.target)[:, n_filler:]
+    torch.testing.assert_close(logp, chains.logp_token, rtol=1e-4, atol=1e-5)
+    greedy = model.policy.logits(h[:, n_filler:]).argmax(-1)
+    written = chains.token >= 0
+    assert torch.equal(greedy[written], chains.token[written])
+
+
+def test_the_filler_is_learned():
+    """What is written after the fillers has a gradient to the embedding of each."""
+    model, tokenizer = small_model(method="pause")
+    rows = data.encode(problems.generate("labelled", 3, 1), tokenizer, model)
+    x = []
+    embed = model.policy.embed
+    model.policy.embed = lambda ids: x.append(embed(ids)) or x[-1]
+    batch = data.collate(rows, 3, model)
+    loss = sft_losses(model, batch)["enc"]
+    [gradient] = torch.autograd.grad(loss, x[0])
+    n_prompt = batch.prompt.shape[1]
+    of_fillers = gradient[:, n_prompt : n_prompt + 4]
+    assert (of_fillers.norm(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize("method", ["icot", "pause"])
+def test_without_latents_no_steps_can_be_asked_for(method):
+    model, tokenizer = small_model(method=method)
+    prompt, mask = padded_prompts(tokenizer, 2, seed=3)
+    rollout(model, prompt, mask, max_new=2, steps=0)
+    with pytest.raises(ValueError, match="steps must be 0 … 0, not 1"):
+        rollout(model, prompt, mask, max_new=2, steps=1)
+
+
+def test_codi_thinks_the_projection_of_what_it_has_read():
+    """All K·c latents, in training as in a rollout."""
+    model, tokenizer = small_model(method="codi")
+    prompt, mask = padded_prompts(tokenizer, 3, seed=3)
+    chains = rollout(model, prompt, mask, max_new=2)
+    assert chains.n_latent.tolist() == [4] * 3
+    assert chains.logvar is None
+
+    # the first one follows from the prompt, and the next from it
+    policy = model.policy
+    cache = policy.cache(len(prompt), prompt.shape[1] + 4)
+    h = policy(policy.embed(prompt), mask, cache)[:, -1]
+    for t in range(4):
+        z = model.projection(h)
+        torch.testing.assert_close(chains.z[:, t], z, rtol=1e-4, atol=1e-5)
+        h = policy.step(z, torch.ones(3, dtype=torch.bool), cache)

@@ -1,15 +1,15 @@
-"""Stage 1: what the four losses are of, and that the split of a batch changes nothing."""
+"""Stage 1: what its losses are of, their gradients, and that a batch can be split in any way."""
 
 import pytest
 import torch
 
 import train
-from minatp import data, problems
+from minatp import data, problems, sft
 from minatp.problems import Problem
 from minatp.rollout import rollout
 from minatp.run import options
 from minatp.run.loop import Run
-from minatp.sft import read_batch, sft_losses, walk_batch
+from minatp.sft import read_batch, sft_losses, state_distance, total_loss, walk_batch
 from minatp.tools.count import count
 
 from small import SMALL, small_model
@@ -49,18 +49,30 @@ def flat_gradients_of(model):
 
 
 @pytest.mark.parametrize("size", [3, 1])
-def test_accumulation_changes_nothing(loaded, size):
-    """3 × 3 problems, or 8 × 1, instead of 1 × 8. In float64, so that rounding hides nothing."""
-    model, last_stage = loaded[0].double(), 3
-    run, rows = sft_run(loaded, "--micro-batch", "0")
-    train.sft_gradients(run, rows, last_stage, step=5)
-    expected = flat_gradients_of(model)
+@pytest.mark.parametrize(
+    "method, more", [("atp", []), ("atp", ["--distill", "2"]), ("codi-sim-cot", [])]
+)
+def test_accumulation_changes_nothing(method, more, size):
+    """4 × 3 problems, or 11 × 1, instead of 1 × 11. In float64, so that rounding hides nothing."""
+    model, tokenizer = loaded = small_model(method=method)
+    model.double()
+    last_stage = 3
 
-    model.zero_grad()
-    run, rows = sft_run(loaded, "--micro-batch", str(size))
-    train.sft_gradients(run, rows, last_stage, step=5)
-    difference = flat_gradients_of(model) - expected
-    assert difference.norm() / expected.norm() < 1e-12
+    def losses_and_gradient(micro_batch):
+        model.zero_grad()
+        argv = ["--method", method, *more, "--micro-batch", str(micro_batch)]
+        run, rows = sft_run(loaded, *argv)
+        rows += run.encode_problems(problems.generate("answers", 3, 1), answer_only=True)
+        losses, counts = train.sft_gradients(run, rows, last_stage, step=5)
+        return losses, counts, flat_gradients_of(model)
+
+    losses, counts, gradient = losses_and_gradient(size)
+    expected_losses, expected_counts, expected = losses_and_gradient(0)
+    assert counts == expected_counts
+    assert losses.keys() == expected_losses.keys()
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(expected_losses[name].item(), rel=1e-12), name
+    assert (gradient - expected).norm() / expected.norm() < 1e-12
 
 
 def test_recomputing_activations_changes_nothing(loaded):
@@ -75,17 +87,19 @@ def test_recomputing_activations_changes_nothing(loaded):
         assert torch.equal(kept, recomputed)
 
 
-def test_the_host_waits_for_nothing_in_a_micro_batch(loaded):
+@pytest.mark.parametrize("distills", [False, True])
+def test_the_host_waits_for_nothing_in_a_micro_batch(loaded, distills):
     """Not even if some rows decide on the device when they stop."""
     model, tokenizer = loaded
     rows = data.encode(problems.generate("labelled", 5, 1), tokenizer, model)
     rows += data.encode(problems.generate("answers", 3, 1), tokenizer, model, answer_only=True)
-    batch = data.collate(rows, model.K + 1, model)
+    batch = data.collate(rows, model.K + 1, model, distills)
     eps = torch.zeros(len(rows), batch.n_candidate, model.policy.cfg.n_embd)
+    of_distillation = {"teacher", "distill"} if distills else set()
 
     def learn():
         losses = sft_losses(model, batch, eps)
-        assert losses.keys() == {"enc", "kl", "stop", "dec"}
+        assert losses.keys() == {"enc", "kl", "stop", "dec"} | of_distillation
         sum(losses.values()).backward()
 
     assert count(learn).waits == 0
@@ -150,3 +164,237 @@ def test_answers_alone_stop_where_generation_does_and_teach_their_answer(model, 
     losses["enc"].backward()
     D = model.policy.cfg.n_embd
     assert model.latent_head.gaussian.weight.grad[:D].norm() > 0
+
+
+# ---- self-distillation ---------------------------------------------------------------------------
+
+
+def distilled(method="atp", stage=3, n=4, dtype=torch.float64):
+    """(model, tokenizer, Batch of n problems and an answer alone, ε): with a teacher."""
+    model, tokenizer = small_model(method=method)
+    model.to(dtype)
+    rows = data.encode(problems.generate("labelled", n, 1), tokenizer, model)
+    rows += data.encode(problems.generate("answers", 1, 1), tokenizer, model, answer_only=True)
+    batch = data.collate(rows, stage, model, distills=True)
+    generator = torch.Generator().manual_seed(4)
+    shape = (n + 1, batch.n_candidate, model.policy.cfg.n_embd)
+    return model, tokenizer, batch, torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def test_l_is_the_sum_of_the_weighted_means():
+    names = ("enc", "dec", "stop", "kl", "teacher", "distill")
+    losses = {name: torch.tensor(float(i)) for i, name in enumerate(names, 1)}
+    counts = {name: 2 * i for i, name in enumerate(names, 1)}  # each mean is ½
+    assert total_loss(losses, counts, beta=0.1).item() == pytest.approx(0.5 * (4 + 0.1))
+    with_distillation = total_loss(losses, counts, beta=0.1, distill=3.0)
+    assert with_distillation.item() == pytest.approx(0.5 * (4 + 0.1 + 3))
+
+
+def test_the_distance_of_states_by_hand():
+    """Mean over D of |difference|, over the teacher's deviation, mean over the two layers."""
+    teacher = torch.tensor([[[1.0, 3.0, 5.0]], [[0.0, 0.0, 3.0]]])  # deviations 2 and √3
+    student = torch.tensor([[[1.0, 6.0, 2.0]], [[1.0, -1.0, 2.0]]])  # 2 and 1 away
+    expected = (2 / 2 + 1 / 3**0.5) / 2
+    assert state_distance(student, teacher).tolist() == [pytest.approx(expected)]
+
+
+@pytest.mark.parametrize("method, stage", [("atp", 2), ("codi-sim-cot", 3)])
+def test_gradients_of_distillation_are_finite_differences(method, stage, monkeypatch):
+    """Of both losses and of L. The teacher's states are constants, those before a weight moves."""
+    model, _, batch, eps = distilled(method, stage, n=2)
+    teachers = []
+
+    def distance_to_the_first(student, teacher):
+        teachers.append(teacher.detach())
+        return state_distance(student, teachers[0])
+
+    monkeypatch.setattr(sft, "state_distance", distance_to_the_first)
+
+    def values():
+        losses = sft_losses(model, batch, eps)
+        total = total_loss(losses, batch.counts, beta=0.1, distill=3.0)
+        return torch.stack((losses["teacher"], losses["distill"], total))
+
+    parameters = list(model.parameters())
+    gradients = []  # of each value, of each parameter
+    for value in values():
+        of_value = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        gradients.append(
+            [torch.zeros_like(p) if g is None else g for g, p in zip(of_value, parameters)]
+        )
+    assert all(g.norm() > 0 for g in gradients[2])  # L reaches every parameter
+
+    generator = torch.Generator().manual_seed(0)
+    for p, *of_parameter in zip(parameters, *gradients):
+        # where the gradient of the distance is largest, and anywhere
+        _, of_distance, _ = of_parameter
+        anywhere = torch.randint(p.numel(), (), generator=generator)
+        for i in {of_distance.abs().argmax().item(), anywhere.item()}:
+            actual = [g.view(-1)[i].item() for g in of_parameter]
+            expected = finite_difference(values, p, i).tolist()
+            assert actual == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+    # the teacher did move, so it counts that it was held
+    assert any(not torch.equal(teacher, teachers[0]) for teacher in teachers)
+
+
+@torch.no_grad()
+def finite_difference(f, p, i, h=1e-6):
+    """The derivative of the tensor f() with respect to the i-th number of p."""
+    values = p.view(-1)
+    before = values[i].item()
+    values[i] = before + h
+    above = f()
+    values[i] = before - h
+    below = f()
+    values[i] = before
+    return (above - below) / (2 * h)
+
+
+@pytest.mark.parametrize("method", ["atp", "codi"])
+def test_the_teacher_learns_nothing_from_the_distance(method):
+    """No gradient reaches words that the teacher alone reads, but those of the student's text."""
+    model, _, batch, eps = distilled(method)
+
+    def ids_of(ids, mask):
+        return set(ids[mask].tolist())
+
+    of_student = ids_of(batch.prompt, batch.prompt_mask) | ids_of(batch.text, batch.text_mask)
+    of_teacher_alone = sorted(ids_of(batch.words, batch.words_mask) - of_student)
+    assert len(of_teacher_alone) > 3
+
+    losses = sft_losses(model, batch, eps)
+    embedding = model.policy.model.embed_tokens.weight
+    [gradient] = torch.autograd.grad(losses["distill"], embedding, retain_graph=True)
+    assert not gradient[of_teacher_alone].any()
+    assert gradient[model.end].any()
+    head = model.latent_head if model.vae else model.projection
+    gradients = torch.autograd.grad(losses["distill"], list(head.parameters()), allow_unused=True)
+    assert gradients[0].any()
+
+
+@pytest.mark.parametrize("method, stage", [("atp", 1), ("atp", 3), ("codi", 3)])
+def test_the_prompt_is_read_once_for_student_and_teacher(method, stage, monkeypatch):
+    """As if the teacher had read the whole problem by itself, to the last bits of a float64."""
+    model, _, batch, eps = distilled(method, stage)
+    parameters = list(model.parameters())
+
+    def results():
+        losses = sft_losses(model, batch, eps)
+        loss = total_loss(losses, batch.counts, beta=0.1, distill=3.0)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return losses, [g for g in gradients if g is not None]
+
+    losses, gradients = results()
+    monkeypatch.setattr(sft, "distillation", distillation_in_two_passes)
+    expected_losses, expected_gradients = results()
+
+    assert {"teacher", "distill"} < losses.keys() == expected_losses.keys()
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(expected_losses[name].item(), rel=1e-12), name
+    assert len(gradients) == len(expected_gradients)
+    for gradient, expected in zip(gradients, expected_gradients):
+        assert (gradient - expected).norm() <= 1e-12 * (1 + expected.norm())
+
+
+def distillation_in_two_passes(policy, batch, cache, states):
+    """`sft.distillation` with a second pass over the prompts, which `cache` has read."""
+    ids = torch.cat((batch.prompt, batch.words), 1)
+    mask = torch.cat((batch.prompt_mask, batch.words_mask), 1)
+    n_prompt = batch.prompt.shape[1]
+    row, column = batch.words_answer_at
+    h, teacher = policy(
+        policy.embed(ids), mask, policy.cache(*ids.shape), states_at=(row, n_prompt + column)
+    )
+    written = batch.words_target_at
+    nll = policy.nll(h[:, n_prompt:][written], batch.words_target[written]).sum()
+    return {"teacher": nll, "distill": state_distance(states, teacher.detach()).sum()}
+
+
+def test_states_are_what_each_layer_leaves(model):
+    """The residual stream after each layer; of the top one the final norm's result."""
+    policy = model.policy
+    left = []
+    for block in policy.model.layers:
+        block.register_forward_hook(lambda block, inputs, output: left.append(sum(output)))
+    ids = torch.randint(5, 40, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    at = torch.tensor([0, 2, 2]), torch.tensor([6, 0, 3])
+    h, states = policy(policy.embed(ids), mask, policy.cache(3, 7), states_at=at)
+    assert states.shape == (2, 3, policy.cfg.n_embd)
+    torch.testing.assert_close(states[0], left[0][at])
+    assert torch.equal(states[1], h[at])
+
+
+def test_what_one_fork_of_a_cache_reads_the_other_does_not_see(model):
+    policy = model.policy
+    ids = torch.randint(5, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    x, real = policy.embed(ids), torch.ones_like(ids, dtype=torch.bool)
+    real[1, :2] = False
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            cache = policy.cache(2, 9)
+            policy(x[:, :4], real[:, :4], cache)
+            other = cache.fork()
+            policy(x[:, 7:], real[:, 7:], other)
+            h = policy(x[:, 4:], real[:, 4:], cache)
+            expected = policy(x, real, policy.cache(2, 9))[:, 4:]
+            torch.testing.assert_close(h, expected)
+
+
+def test_a_problem_without_latents_has_no_teacher():
+    """Student and teacher would read the same, and their distance be rounding, with a gradient.
+
+    CODI's problems all have latents.
+    """
+    for method, n_taught in (("atp", 1), ("codi", 2)):
+        model, tokenizer = small_model(method=method)
+        without_steps = Problem("Ann has 5 pens. How many?", [], "5")
+        [with_steps] = problems.generate("labelled", 1, 1)
+        rows = data.encode([without_steps, with_steps], tokenizer, model)
+        batch = data.collate(rows, model.K + 1, model, distills=True)
+        assert batch.counts["distill"] == n_taught
+        assert batch.counts["teacher"] == batch.words_mask.sum()
+        assert batch.words_mask.any(1).tolist() == [n_taught == 2, True]
+        assert batch.answer_at[0].tolist() == batch.words_answer_at[0].tolist()
+        both = sft_losses(model, batch)
+        alone = sft_losses(model, data.collate(rows[1:], model.K + 1, model, distills=True))
+        if method == "atp":
+            assert both["distill"].item() == pytest.approx(alone["distill"].item(), rel=1e-5)
+
+
+def test_what_the_teacher_reads_counts_as_read(loaded):
+    model, tokenizer = loaded
+    rows = data.encode(problems.generate("labelled", 3, 1), tokenizer, model)
+    without, with_teacher = (
+        data.collate(rows, model.K + 1, model, distills) for distills in (False, True)
+    )
+    n_word = int(with_teacher.words_mask.sum())
+    assert n_word > 0
+    assert with_teacher.counts["position"] == without.counts["position"] + n_word
+
+
+def test_answers_alone_have_no_teacher():
+    """Beside other problems they are left out; alone there is none, and the rest is learned."""
+    model, tokenizer, batch, eps = distilled("codi")
+    assert batch.counts["distill"] == 4
+    assert not batch.words_mask[4].any()
+
+    answers = problems.generate("answers", 3, 1)
+    rows = data.encode(answers, tokenizer, model, answer_only=True)
+    alone = data.collate(rows, 3, model, distills=True)
+    assert alone.words is None
+    assert (alone.counts["teacher"], alone.counts["distill"]) == (0, 0)
+    assert sft_losses(model, alone).keys() == {"enc"}
+
+
+def test_distillation_in_bfloat16_is_that_in_float32(loaded):
+    """Within 2 %, and the losses are float32."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        run, rows = sft_run(loaded, "--distill", "1", "--dtype", dtype)
+        losses[dtype], _ = train.sft_gradients(run, rows, 2, step=0)
+    for name in ("teacher", "distill"):
+        low, high = losses["bfloat16"][name], losses["float32"][name]
+        assert low.dtype == torch.float32
+        assert float(low) == pytest.approx(float(high), rel=0.02), name

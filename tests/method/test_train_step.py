@@ -291,6 +291,68 @@ def test_the_placebo_permutes_the_rewards():
     assert torch.equal(permuted.flatten().sort().values, true.flatten().sort().values)
 
 
+# ---- the credit of latents -----------------------------------------------------------------------
+
+
+def score_gradients(latent_weight, spread=2.0):
+    """{name: gradient} of one update by the score estimator, of groups with a signal.
+
+    In float64, so that gradients of different size can be added.
+    """
+    argv = ("--estimator", "score", "--spread", spread, "--latent-weight", latent_weight)
+    run = one_step(*SMALL_RL, *argv)
+    explored, _ = train.explore(run, run.prompts[:2], step=0)
+    run.model.double()
+    for name in ("z", "logp_z", "logp_stop"):
+        setattr(explored.rollout, name, getattr(explored.rollout, name).double())
+    advantage, informative = torch.eye(4, dtype=torch.float64)[:2] - 0.25, torch.ones(2).bool()
+    train.policy_gradients(run, explored, advantage, informative, old=None)
+    return gradients_of(run.model)
+
+
+def test_the_weight_of_latents_scales_their_gradient_and_no_others():
+    of_words, of_both, weighted = (score_gradients(weight) for weight in (0.0, 1.0, 0.03))
+    assert of_words["latent_head.gaussian.bias"].norm() == 0
+    assert of_both["latent_head.gaussian.bias"].norm() > 0
+    assert of_words["policy.model.embed_tokens.weight"].norm() > 0
+    expected = {name: of_words[name] + 0.03 * (of_both[name] - of_words[name]) for name in of_both}
+    assert_equal_gradients(weighted, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_placebo_of_latents_permutes_their_advantages_among_informative_chains():
+    """Stops and words keep theirs; so do chains of silent groups, which is none."""
+    credits = {}
+    for placebo in ([], ["--placebo-latents"]):
+        run = one_step(*SMALL_RL, "--estimator", "score", *placebo)
+        explored, _ = train.explore(run, run.prompts[:4], step=0)
+        advantage = torch.arange(16.0).view(4, 4) - 7.5
+        informative = torch.tensor([True, False, True, True])
+        surrogate, seen = train.surrogate, []
+
+        def watch(logp, old, credit, surrogate=surrogate, seen=seen):
+            seen.append(credit.expand_as(logp))
+            return surrogate(logp, old, credit)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "surrogate", watch)
+            old = None
+            for _ in range(2):  # more updates on a batch have the same placebo
+                _, old, _ = train.policy_gradients(run, explored, advantage, informative, old)
+        first, second = seen
+        assert torch.equal(first, second)
+        credits[bool(placebo)] = first
+
+    true, permuted = credits[False], credits[True]
+    n_latent = explored.rollout.z.shape[1]
+    expected = advantage[informative].view(-1, 1).expand_as(true)
+    assert torch.equal(true, expected)
+    assert torch.equal(permuted[:, n_latent:], expected[:, n_latent:])
+    of_latents = permuted[:, :n_latent]
+    assert torch.equal(of_latents, of_latents[:, :1].expand_as(of_latents))
+    assert not torch.equal(of_latents, expected[:, :n_latent])
+    assert torch.equal(of_latents[:, 0].sort().values, expected[:, 0].sort().values)
+
+
 # ---- bfloat16 ------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,9 @@ SMALL_SETS = ("--labelled", 40, "--test-size", 5, "--val-size", 5)
     ("--micro-batch -2", "--micro-batch must not be negative"),
     ("--answers-share 2", "--answers-share must be between 0 and 1"),
     ("--stage rl --G 1", "--G must be at least 2"),
+    ("--distill -1", "--distill must not be negative"),
+    ("--distill nan", "--distill must be a finite number"),
+    ("--stage rl --latent-weight -1", "--latent-weight must not be negative"),
 
     # Not one of the words
     ("--method sft", "--method must be one of"),
@@ -67,10 +70,18 @@ SMALL_SETS = ("--labelled", 40, "--test-size", 5, "--val-size", 5)
     ("--epochs inf", "--epochs needs"),
     ("--answers-share .5 --epochs 1,0,0,0,0,0", "none here"),
     ("--answers-share .5 --method cot", "none here"),
+    ("--method codi --epochs 1,2", "--epochs needs 1 or 1 numbers"),
+    ("--method pause --epochs 1,2", "--epochs needs 1 or 6 numbers"),
 
     # Options that contradict each other, or need another
     ("--method cot --no-vae", "--no-vae contradicts --method cot"),
+    ("--method codi --no-decoder", "--no-decoder contradicts --method codi"),
     ("--no-vae --no-stop --no-decoder", "is --method coconut"),
+    ("--method cot --distill 1", "--distill teaches latents, and --method cot has none"),
+    ("--method icot --distill 1", "--distill teaches latents, and --method icot has none"),
+    ("--method pause --distill 1", "--distill teaches latents, and --method pause has none"),
+    ("--stage rl --placebo-latents", "--placebo-latents is about the density"),
+    ("--stage rl --latent-weight .1", "give --estimator score"),
     ("--test x.json", "--test needs --data"),
     ("--val x.json", "--val needs --data"),
     ("--data a --test x/a,y/a", "two files of the same name"),
@@ -171,6 +182,9 @@ def test_another_seed_shows_other_problems_at_once(finished):
 @pytest.mark.parametrize("argv, epochs", [
     ("", "5,0.5,0.5,0.5,0.8,11"),
     ("--method cot", "16"),
+    ("--method pause", "5,0.5,0.5,0.5,0.8,11"),
+    ("--method codi", "18"),
+    ("--method codi-sim-cot --labelled 3000", "36"),
     ("--labelled 3000 --K 2", "10,1,1.6,22"),  # as many steps
     ("--preset smollm2-135m --init x", "1,1,1,1,3"),
     ("--preset smollm2-135m --init x --K 5 --labelled 60", "1,1,1,1,1,1,3"),
@@ -180,6 +194,17 @@ def test_another_seed_shows_other_problems_at_once(finished):
 # fmt: on
 def test_the_epochs_of_a_preset(argv, epochs):
     assert options.parse(argv.split(), "").epochs == epochs
+
+
+# fmt: off
+@pytest.mark.parametrize("argv, distill", [
+    ("", 0), ("--distill 2", 2), ("--method coconut", 0), ("--method codi", 1),
+    ("--method codi-sim-cot", 1), ("--method codi --distill 0", 0),
+    ("--method codi --distill 5", 5),
+])
+# fmt: on
+def test_the_weight_of_distillation_depends_on_the_method(argv, distill):
+    assert options.parse(argv.split(), "").distill == distill
 
 
 def test_help_shows_every_option_and_its_default(capsys):

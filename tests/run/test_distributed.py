@@ -26,10 +26,19 @@ SMALL = (
     "--val-size 6 --test-size 12 --batch-size 8 --log-every 1 --device cpu"
 ).split()
 SFT = [*SMALL, *"--epochs 0.1 --answers-share 0.25 --votes 2 --micro-batch 3".split()]
+DISTILL = [*SMALL, *"--epochs 0.1 --answers-share 0.75 --micro-batch 1 --distill 2".split()]
+CODI = [*SMALL, *"--epochs 0.2 --answers-share 0.25 --method codi-sim-cot".split()]
 RL = [
     *SMALL,
     *"--stage rl --batch-size 4 --G 4 --updates 4 --val-every 4 --save-every 2".split(),
     *"--anchor 0.5 --kl 0.01 --placebo".split(),
+]
+
+
+RL_OF_LATENTS = [
+    *SMALL,
+    *"--stage rl --batch-size 4 --G 4 --updates 4 --val-every 4 --estimator score".split(),
+    *"--placebo-latents --latent-weight 0.1 --anchor 0.5 --distill 1".split(),
 ]
 
 
@@ -114,19 +123,26 @@ def worker(jobs):
 def runs(tmp_path_factory):
     """(folder of the runs, [(stdout, stderr) of each rank]).
 
-    one.sft and one.rl are runs of one process, two.sft and two.rl of two ranks; cut.rl was begun by
-    one process and resumed by two ranks.
+    one.* are runs of one process, two.* of two ranks; cut.rl was begun by one process and resumed
+    by two ranks.
     """
     root = tmp_path_factory.mktemp("ranks")
     rl = [*RL, "--init", root / "one.sft"]
+    rl_of_latents = [*RL_OF_LATENTS, "--init", root / "one.sft"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "chain_reward", reward_by_hash)
         run_alone(*SFT, "--out", root / "one.sft")
+        run_alone(*DISTILL, "--out", root / "one.distill")
+        run_alone(*CODI, "--out", root / "one.codi")
         run_alone(*rl, "--out", root / "one.rl")
+        run_alone(*rl_of_latents, "--out", root / "one.latents")
         run_interrupted(patch, *rl, "--out", root / "cut.rl")
     outputs = run_together(
         (0, [*SFT, "--out", root / "two.sft"]),
+        (0, [*DISTILL, "--out", root / "two.distill"]),
+        (0, [*CODI, "--out", root / "two.codi"]),
         (0, [*rl, "--out", root / "two.rl"]),
+        (0, [*rl_of_latents, "--out", root / "two.latents"]),
         (0, ["--stage", "rl", "--out", root / "cut.rl", "--resume"]),
         (2, [*SMALL, "--batch-size", 9, "--out", root / "never"]),
     )
@@ -207,6 +223,21 @@ def test_sft_is_the_same_on_two_ranks(runs):
     votes_of_one = read_summary(root / "one.sft")["sampled"]
     votes_of_two = read_summary(root / "two.sft")["sampled"]
     assert votes_of_one == votes_of_two
+
+
+@pytest.mark.parametrize("name", ["distill", "codi"])
+def test_distillation_is_the_same_on_two_ranks(runs, name):
+    """Also where a rank has answers alone in a micro-batch."""
+    root, _ = runs
+    assert_same_run(root / f"one.{name}", root / f"two.{name}")
+    assert any("distill" in record for record in read_records(root / f"two.{name}"))
+
+
+def test_the_credit_of_latents_is_the_same_on_two_ranks(runs):
+    root, _ = runs
+    assert_same_run(root / "one.latents", root / "two.latents")
+    signals = [r["signal"] for r in read_records(root / "two.latents") if "signal" in r]
+    assert min(signals) > 0
 
 
 @pytest.mark.parametrize("name", ["two.rl", "cut.rl"])

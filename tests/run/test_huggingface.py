@@ -25,6 +25,7 @@ from minatp.run.huggingface import (
 from minatp.tokenizer import Tokenizer, train_tokenizer
 
 from runs import MODEL
+from small import small_model
 
 
 @pytest.fixture
@@ -82,6 +83,19 @@ def test_a_saved_model_loads_as_it_was(saved):
     assert loaded_tokenizer.start == tokenizer.start
     assert loaded_tokenizer.end == tokenizer.end
     assert loaded_tokenizer.encode("a 12") == tokenizer.encode("a 12")
+
+
+@pytest.mark.parametrize("method", options.METHODS)
+def test_a_model_of_each_method_loads_as_it_was(method, tmp_path):
+    model, tokenizer = small_model(method=method)
+    model.stage = 2
+    save_model(tmp_path / "saved", model, tokenizer)
+    loaded, _ = load_model(tmp_path / "saved")
+    for switch in ("c", "K", "vae", "stop", "decode", "project", "fillers", "stage"):
+        assert getattr(loaded, switch) == getattr(model, switch), switch
+    assert_same_parameters(loaded, model)
+    assert (loaded.latent, loaded.end) == (tokenizer.latent, tokenizer.end)
+    assert loaded.fillers_at(3) == model.fillers_at(3)
 
 
 def test_a_saved_model_loads_as_another_method(saved, tmp_path):

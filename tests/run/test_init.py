@@ -11,12 +11,14 @@ import pytest
 import torch
 
 import train
-from minatp import problems
+from minatp import data, problems
 from minatp.run import options
 from minatp.run.build import build
 from minatp.run.checks import check_init
 from minatp.run.errors import UserError
 from minatp.run.huggingface import load_model, save_model
+from minatp.run.splits import encode_problems
+from minatp.sft import sft_losses
 
 from runs import MODEL, TINY, go
 
@@ -30,6 +32,10 @@ PARTS = {
     "no decoder": dict(vae=True, stop=True, decode=False, stage=3),
     "sim-cot": dict(vae=False, stop=False, decode=True, stage=3),
     "coconut": dict(vae=False, stop=False, decode=False, stage=3),
+    "codi": dict(vae=False, stop=False, decode=False, stage=3, project=True),
+    "codi-sim-cot": dict(vae=False, stop=False, decode=True, stage=3, project=True),
+    "pause": dict(vae=False, stop=False, decode=False, stage=3, fillers=1),
+    "icot": dict(vae=False, stop=False, decode=False, stage=3, fillers=0),
     "cot": dict(vae=False, stop=False, decode=False, stage=0),
 }
 
@@ -40,7 +46,7 @@ def starts(tmp_path_factory):
     root = tmp_path_factory.mktemp("starts")
     folders = {"hub": MODEL}
     for name, parts in PARTS.items():
-        switches = {part: parts[part] for part in ("vae", "stop", "decode")}
+        switches = {part: value for part, value in parts.items() if part != "stage"}
         model, tokenizer = load_model(MODEL, c=1, K=2, decoder_layers=1, **switches)
         model.stage = parts["stage"]
         folders[name] = root / name
@@ -58,6 +64,10 @@ COLUMNS = [
     ("sft", "atp", "sim-cot"),
     ("sft", "atp", "coconut"),
     ("sft", "cot", "atp"),
+    ("sft", "codi", "atp"),
+    ("sft", "pause", "pause"),
+    ("sft", "atp", "pause"),
+    ("sft", "icot", "icot"),
     ("rl", "atp", "atp"),
     ("rl", "atp", "no stop head"),
 ]
@@ -66,73 +76,76 @@ COLUMNS = [
 # in each column: t taken, r refused, f free (FREE says where --help says so)
 # fmt: off
 VERDICTS = {
-    "stage":             ("--stage rl",                 "r t r r r r  t t"),
-    "method":            ("--method sim-cot",           "t t t t t t  r r"),
-    "preset":            ("--preset llama-1b",          "t r t r r t  t t"),
-    "init":              ("--init nowhere",             "r r r r r r  r r"),
-    "out":               ("--out o",                    "t t t t t t  t t"),
-    "resume":            ("--resume --out nowhere",     "r r r r r r  r r"),
-    "dry_run":           ("--dry-run",                  "t t t t t t  t t"),
-    "seed":              ("--seed 1",                   "t t t t t t  t t"),
-    "device":            ("--device cpu",               "t t t t t t  t t"),
-    "dtype":             ("--dtype bfloat16",           "t t t t t t  t t"),
-    "data":              ("--data d",                   "t t t t t t  t t"),
-    "val":               ("--data d --val v",           "t t t t t t  t t"),
-    "test":              ("--data d --test t",          "t t t t t t  t t"),
-    "labelled":          ("--labelled 50",              "t t t t t t  t t"),
-    "val_size":          ("--val-size 5",               "t t t t t t  t t"),
-    "test_size":         ("--test-size 5",              "t t t t t t  t t"),
-    "n_layer":           ("--n-layer 4",                "r r r r r r  r r"),
-    "n_head":            ("--n-head 8",                 "r r r r r r  r r"),
-    "n_kv_head":         ("--n-kv-head 1",              "r r r r r r  r r"),
-    "n_embd":            ("--n-embd 32",                "r r r r r r  r r"),
-    "n_inner":           ("--n-inner 32",               "r r r r r r  r r"),
-    "block_size":        ("--block-size 99",            "r r r r r r  r r"),
-    "rope_theta":        ("--rope-theta 5",             "r r r r r r  r r"),
-    "vocab_size":        ("--vocab-size 100",           "r r r r r r  r r"),
-    "decoder_layers":    ("--decoder-layers 2",         "t r t r t f  r r"),
-    "c":                 ("--c 2",                      "t r t r r f  r r"),
-    "K":                 ("--K 1",                      "t r t r r f  r r"),
-    "beta":              ("--beta 1",                   "t t t t t f  t t"),
-    "init_logvar":       ("--init-logvar -2",           "t r t t t f  r r"),
-    "no_vae":            ("--no-vae",                   "t t t t t r  r r"),
-    "no_stop":           ("--no-stop",                  "t t t t t r  r r"),
-    "no_decoder":        ("--no-decoder",               "t t t t t r  r r"),
-    "epochs":            ("--epochs 3",                 "t t t t t t  f f"),
-    "batch_size":        ("--batch-size 8",             "t t t t t t  t t"),
-    "micro_batch":       ("--micro-batch 8",            "t t t t t t  t t"),
-    "optimizer":         ("--optimizer adamw",          "t t t t t t  t t"),
-    "lr":                ("--lr 1",                     "t t t t t t  t t"),
-    "warmup":            ("--warmup 1",                 "t t t t t t  t t"),
-    "weight_decay":      ("--weight-decay 1",           "t t t t t t  t t"),
-    "clip":              ("--clip 2",                   "t t t t t t  t t"),
-    "answers_share":     ("--answers-share .5",         "t t t t t r  f f"),
-    "recompute":         ("--recompute",                "t t t t t t  t t"),
-    "updates":           ("--updates 2",                "f f f f f f  t t"),
-    "G":                 ("--G 2",                      "f f f f f f  t t"),
-    "answers":           ("--answers 50",               "t t t t t t  t t"),
-    "spread":            ("--spread 2",                 "f f f f f f  t t"),
-    "estimator":         ("--estimator score",          "f f f f f f  t t"),
-    "greedy":            ("--greedy",                   "f f f f f f  t t"),
-    "baseline":          ("--baseline rloo",            "f f f f f f  t t"),
-    "normalise":         ("--normalise",                "f f f f f f  t t"),
-    "updates_per_batch": ("--updates-per-batch 2",      "f f f f f f  t t"),
-    "w_acc":             ("--w-acc 2",                  "f f f f f f  t t"),
-    "w_coh":             ("--w-coh 2",                  "f f f f f f  t t"),
-    "w_fmt":             ("--w-fmt 2",                  "f f f f f f  t t"),
-    "coherence":         ("--coherence strict",         "f f f f f f  t t"),
-    "no_answers":        ("--no-answers",               "f f f f f f  t t"),
-    "kl":                ("--kl 1",                     "f f f f f f  t t"),
-    "anchor":            ("--anchor 2",                 "f f f f f f  t t"),
-    "placebo":           ("--placebo",                  "f f f f f f  t t"),
-    "val_every":         ("--val-every 2",              "f f f f f f  t t"),
-    "max_new":           ("--max-new 9",                "t t t t t t  t t"),
-    "eval_batch":        ("--eval-batch 9",             "t t t t t t  t t"),
-    "votes":             ("--votes 2",                  "t t t t t t  t t"),
-    "temperature":       ("--temperature 2",            "t t t t t t  t t"),
-    "log_every":         ("--log-every 9",              "t t t t t t  t t"),
-    "sink":              ("--sink wandb",               "t t t t t t  t t"),
-    "save_every":        ("--save-every 9",             "t t t t t t  t t"),
+    "stage":             ("--stage rl",                 "r t r r r r  r r r r  t t"),
+    "method":            ("--method sim-cot",           "t t t t t t  t t t t  r r"),
+    "preset":            ("--preset llama-1b",          "t r t r r t  r r t t  t t"),
+    "init":              ("--init nowhere",             "r r r r r r  r r r r  r r"),
+    "out":               ("--out o",                    "t t t t t t  t t t t  t t"),
+    "resume":            ("--resume --out nowhere",     "r r r r r r  r r r r  r r"),
+    "dry_run":           ("--dry-run",                  "t t t t t t  t t t t  t t"),
+    "seed":              ("--seed 1",                   "t t t t t t  t t t t  t t"),
+    "device":            ("--device cpu",               "t t t t t t  t t t t  t t"),
+    "dtype":             ("--dtype bfloat16",           "t t t t t t  t t t t  t t"),
+    "data":              ("--data d",                   "t t t t t t  t t t t  t t"),
+    "val":               ("--data d --val v",           "t t t t t t  t t t t  t t"),
+    "test":              ("--data d --test t",          "t t t t t t  t t t t  t t"),
+    "labelled":          ("--labelled 50",              "t t t t t t  t t t t  t t"),
+    "val_size":          ("--val-size 5",               "t t t t t t  t t t t  t t"),
+    "test_size":         ("--test-size 5",              "t t t t t t  t t t t  t t"),
+    "n_layer":           ("--n-layer 4",                "r r r r r r  r r r r  r r"),
+    "n_head":            ("--n-head 8",                 "r r r r r r  r r r r  r r"),
+    "n_kv_head":         ("--n-kv-head 1",              "r r r r r r  r r r r  r r"),
+    "n_embd":            ("--n-embd 32",                "r r r r r r  r r r r  r r"),
+    "n_inner":           ("--n-inner 32",               "r r r r r r  r r r r  r r"),
+    "block_size":        ("--block-size 99",            "r r r r r r  r r r r  r r"),
+    "rope_theta":        ("--rope-theta 5",             "r r r r r r  r r r r  r r"),
+    "vocab_size":        ("--vocab-size 100",           "r r r r r r  r r r r  r r"),
+    "decoder_layers":    ("--decoder-layers 2",         "t r t r t f  f f t f  r r"),
+    "c":                 ("--c 2",                      "t r t r r f  r r t f  r r"),
+    "K":                 ("--K 1",                      "t r t r r f  r r t r  r r"),
+    "beta":              ("--beta 1",                   "t t t t t f  f f t f  t t"),
+    "init_logvar":       ("--init-logvar -2",           "t r t t t f  f f t f  r r"),
+    "distill":           ("--distill 2",               "t t t t t r  t r t r  t t"),
+    "no_vae":            ("--no-vae",                   "t t t t t r  r r t r  r r"),
+    "no_stop":           ("--no-stop",                  "t t t t t r  r r t r  r r"),
+    "no_decoder":        ("--no-decoder",               "t t t t t r  r r t r  r r"),
+    "epochs":            ("--epochs 3",                 "t t t t t t  t t t t  f f"),
+    "batch_size":        ("--batch-size 8",             "t t t t t t  t t t t  t t"),
+    "micro_batch":       ("--micro-batch 8",            "t t t t t t  t t t t  t t"),
+    "optimizer":         ("--optimizer adamw",          "t t t t t t  t t t t  t t"),
+    "lr":                ("--lr 1",                     "t t t t t t  t t t t  t t"),
+    "warmup":            ("--warmup 1",                 "t t t t t t  t t t t  t t"),
+    "weight_decay":      ("--weight-decay 1",           "t t t t t t  t t t t  t t"),
+    "clip":              ("--clip 2",                   "t t t t t t  t t t t  t t"),
+    "answers_share":     ("--answers-share .5",         "t t t t t r  t t t t  f f"),
+    "recompute":         ("--recompute",                "t t t t t t  t t t t  t t"),
+    "updates":           ("--updates 2",                "f f f f f f  f f f f  t t"),
+    "G":                 ("--G 2",                      "f f f f f f  f f f f  t t"),
+    "answers":           ("--answers 50",               "t t t t t t  t t t t  t t"),
+    "spread":            ("--spread 2",                 "f f f f f f  f f f f  t t"),
+    "estimator":         ("--estimator score",          "f f f f f f  f f f f  t t"),
+    "latent_weight":     ("--latent-weight 2 --estimator score", "f f f f f f  f f f f  t t"),
+    "greedy":            ("--greedy",                   "f f f f f f  f f f f  t t"),
+    "baseline":          ("--baseline rloo",            "f f f f f f  f f f f  t t"),
+    "normalise":         ("--normalise",                "f f f f f f  f f f f  t t"),
+    "updates_per_batch": ("--updates-per-batch 2",      "f f f f f f  f f f f  t t"),
+    "w_acc":             ("--w-acc 2",                  "f f f f f f  f f f f  t t"),
+    "w_coh":             ("--w-coh 2",                  "f f f f f f  f f f f  t t"),
+    "w_fmt":             ("--w-fmt 2",                  "f f f f f f  f f f f  t t"),
+    "coherence":         ("--coherence strict",         "f f f f f f  f f f f  t t"),
+    "no_answers":        ("--no-answers",               "f f f f f f  f f f f  t t"),
+    "kl":                ("--kl 1",                     "f f f f f f  f f f f  t t"),
+    "anchor":            ("--anchor 2",                 "f f f f f f  f f f f  t t"),
+    "placebo":           ("--placebo",                  "f f f f f f  f f f f  t t"),
+    "placebo_latents":   ("--placebo-latents --estimator score", "f f f f f f  f f f f  t t"),
+    "val_every":         ("--val-every 2",              "f f f f f f  f f f f  t t"),
+    "max_new":           ("--max-new 9",                "t t t t t t  t t t t  t t"),
+    "eval_batch":        ("--eval-batch 9",             "t t t t t t  t t t t  t t"),
+    "votes":             ("--votes 2",                  "t t t t t t  t t t t  t t"),
+    "temperature":       ("--temperature 2",            "t t t t t t  t t t t  t t"),
+    "log_every":         ("--log-every 9",              "t t t t t t  t t t t  t t"),
+    "sink":              ("--sink wandb",               "t t t t t t  t t t t  t t"),
+    "save_every":        ("--save-every 9",             "t t t t t t  t t t t  t t"),
 }
 
 # Where --help says that an option has no effect: words of its group's title or of its own text
@@ -205,12 +218,15 @@ def test_help_says_which_options_are_free():
             title, text = texts[name]
             shown = " ".join((title, text))
             reasons = [FREE["sft"]] if stage == "rl" else [FREE["rl"]]
-            if method == "cot":
+            if method != "atp":
                 reasons = [FREE["rl"], FREE["latents"], FREE["decoder"]]
             assert any(reason in shown for reason in reasons), name
 
 
-@pytest.mark.parametrize("start", ["hub", "no decoder", "sim-cot", "coconut", "cot"])
+@pytest.mark.parametrize(
+    "start",
+    ["hub", "no decoder", *("sim-cot", "coconut", "codi", "codi-sim-cot", "pause", "icot", "cot")],
+)
 def test_rl_refuses_a_start_without_sampled_latents_or_a_decoder(start, starts, refused):
     reason = "start --stage rl from an SFT run of --method atp"
     refused(train.main, ["--stage", "rl", "--init", starts[start]], f"{starts[start]}:0: ", reason)
@@ -328,6 +344,46 @@ def test_a_model_cannot_start_from_one_of_fewer_layers(starts):
         model.policy.start_from(model.decoder)
 
 
+@pytest.mark.parametrize("method", options.METHODS)
+def test_each_method_learns_from_each_start(method, starts):
+    """Also if it has another thing in place of its steps than the start has."""
+    pair = problems.generate("labelled", 2, 0)
+    for start in starts:
+        argv = base(("sft", method, start), starts)
+        model = built(("sft", method, start), starts)
+        cfg, (_, tokenizer) = settle(argv), load_model(starts[start])
+        has_parts = {name: getattr(model, name) for name in ("vae", "stop", "decode", "project")}
+        assert has_parts.items() <= cfg.switches.items(), start
+        assert model.fillers == cfg.switches["fillers"], start
+
+        last_stage, _ = cfg.schedule()[-1]
+        rows = encode_problems(cfg, pair, tokenizer, model)
+        losses = sft_losses(model, data.collate(rows, last_stage, model, cfg.distill > 0))
+        loss = sum(losses.values())
+        loss.backward()
+        assert loss.isfinite(), start
+
+
+# fmt: off
+@pytest.mark.parametrize("method, start, words, reason", [
+    ("pause", "pause", "--c 2", "thinks with --c 1, not 2; give --c 1"),
+    ("icot",  "icot",  "--K 1", "thinks with --K 2, not 1; give --K 2"),
+    ("icot",  "icot",  "--c 2", None),        # it has nothing c of which could stand for a step
+    ("atp",   "pause", "--c 2 --K 1", None),  # fillers are no latents
+    ("pause", "atp",   "--c 2 --K 1", None),
+    ("codi",  "atp",   "--c 2", "thinks with --c 1, not 2; give --c 1"),
+    ("atp",   "codi",  "--K 1", "thinks with --K 2, not 1; give --K 2"),
+])
+# fmt: on
+def test_c_and_k_bind_where_the_same_stands_for_a_step(method, start, words, reason, starts):
+    argv = [*base(("sft", method, start), starts), *words.split()]
+    if reason is None:
+        settle(argv)
+        return
+    with pytest.raises(UserError, match=reason):
+        settle(argv)
+
+
 @pytest.mark.parametrize("start, n_new", [("hub", 0), ("atp", 0), ("cot", 3), ("sim-cot", 2)])
 def test_parts_that_a_run_lacks_are_named(start, n_new, starts, capsys):
     settle(base(("sft", "atp", start), starts))
@@ -337,6 +393,15 @@ def test_parts_that_a_run_lacks_are_named(start, n_new, starts, capsys):
 def test_parts_that_are_dropped_are_named_whatever_the_method(starts, capsys):
     settle(base(("sft", "cot", "atp"), starts))
     assert capsys.readouterr().out.count("it is dropped") == 3
+
+
+def test_a_projection_is_named_where_it_comes_and_goes(starts, capsys):
+    settle(base(("sft", "codi", "coconut"), starts))
+    assert "has no projection: it starts untrained" in capsys.readouterr().out
+    settle(base(("sft", "atp", "codi"), starts))
+    assert "has a projection: it is dropped" in capsys.readouterr().out
+    settle(base(("sft", "codi-sim-cot", "codi"), starts))
+    assert "projection" not in capsys.readouterr().out
 
 
 def test_an_untrained_latent_head_has_the_sigma_that_is_asked_for(starts):

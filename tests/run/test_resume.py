@@ -67,6 +67,27 @@ def test_a_resumed_run_is_the_run(
     assert validated == {"sft": [4, 8, 12, 16], "rl": [4, 8, 12]}[stage]
 
 
+@pytest.mark.parametrize("argv", ["--method codi-sim-cot", "--method pause", "--distill 2"])
+def test_a_resumed_run_of_a_method_is_the_run(argv, tmp_path, monkeypatch):
+    """Between two log lines, whose averages count the teacher's losses as well."""
+    command = [*TINY, *argv.split(), "--epochs", ".54" if "codi" in argv else ".27"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    go(*command, "--out", whole)
+    real = checkpoint.save_checkpoint
+
+    def save_and_crash(out, state, *args):
+        real(out, state, *args)
+        if state["step"] == 5:
+            raise Crash
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_and_crash)
+    with pytest.raises(Crash):
+        train.main([str(a) for a in (*command, "--out", cut)])
+    monkeypatch.undo()
+    go("--resume", "--out", cut)
+    assert facts(cut) == facts(whole)
+
+
 def test_same_seed_same_bits_other_seed_other_numbers(undisturbed, context, tmp_path):
     """Also in another process. That a resumed run has the same bits is tested above."""
 

@@ -87,7 +87,11 @@ def test_the_files_of_a_run(sft_run):
 
 @pytest.mark.parametrize(
     "method, latents, has_decoder",
-    [("no-cot", 0, False), ("cot", 0, False), ("coconut", 4, False), ("sim-cot", 4, True)],
+    [
+        *[("no-cot", 0, False), ("cot", 0, False), ("icot", 0, False), ("pause", 0, False)],
+        *[("coconut", 4, False), ("sim-cot", 4, True), ("codi", 4, False)],
+        ("codi-sim-cot", 4, True),
+    ],
 )
 def test_the_baselines_run_by_the_same_code(method, latents, has_decoder, tmp_path):
     go(*SMALL, "--out", tmp_path, "--method", method, "--epochs", "0.1")
@@ -96,6 +100,13 @@ def test_the_baselines_run_by_the_same_code(method, latents, has_decoder, tmp_pa
     assert summary["latents"] == latents
     model, _ = load_model(tmp_path)
     assert [hasattr(model, head) for head in HEADS] == [has_decoder, False, False]
+
+    # the teacher's losses are logged where there is one
+    distills = method in ("codi", "codi-sim-cot")
+    last_line = records_of(tmp_path)[-2]
+    assert ("teacher" in last_line) == ("distill" in last_line) == distills
+    assert hasattr(model, "projection") == distills
+    assert config_of(tmp_path)["distill"] == float(distills)
 
 
 @pytest.mark.parametrize("ablation", ["--no-vae", "--no-stop", "--no-decoder"])
@@ -108,6 +119,19 @@ def test_the_ablations_run(ablation, tmp_path):
 def test_sft_learns_from_answers_alone(tmp_path):
     go(*SMALL, "--out", tmp_path, "--answers", 40, "--answers-share", 0.5)
     assert summary_of(tmp_path)["method"] == "atp"
+
+
+@pytest.mark.parametrize("method", ["icot", "pause", "codi", "atp"])
+def test_a_teacher_has_nothing_to_say_of_answers_alone(method, tmp_path):
+    """One problem a micro-batch: some have no steps, in the last stage."""
+    more = ["--answers-share", 0.75, "--micro-batch", 1, "--epochs", "0.1"]
+    if method == "atp":
+        more += ["--distill", 2]
+    go(*SMALL, "--answers", 40, "--method", method, *more, "--out", tmp_path)
+    records = [r for r in records_of(tmp_path) if r.get("stage") == 3 and "loss" in r]
+    assert records
+    for record in records:
+        assert ("distill" in record) == (method in ("codi", "atp"))
 
 
 def test_a_decoder_starts_as_the_policy_that_thinks_first(tmp_path):

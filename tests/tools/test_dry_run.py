@@ -65,6 +65,16 @@ def test_a_dry_run_changes_no_weight(never, monkeypatch):
         assert torch.equal(p, before[name]), name
 
 
+@pytest.mark.parametrize("method", options.METHODS)
+def test_a_dry_run_of_each_method(method, never, capsys):
+    """Steps of the first and of the last stage, which are one where there is no curriculum."""
+    go(*SMALL, "--method", method, "--dry-run", "--out", never)
+    output = capsys.readouterr().out
+    has_curriculum = options.METHODS[method].stages == "curriculum"
+    assert output.count("one step") == 1 + has_curriculum
+    assert ("  teacher " in output) == ("  distill " in output) == method.startswith("codi")
+
+
 # ---- RL ------------------------------------------------------------------------------------------
 
 
@@ -168,13 +178,29 @@ def test_the_preset_of_smollm2_has_its_shape(never, capsys, monkeypatch):
     assert "policy 134,515,008, decoder 49,552,704" in capsys.readouterr().out
 
 
-def test_activations_of_a_model_left_on_the_cpu_are_computed():
-    """A saved model can be too large for the GPU."""
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_teacher_counts_in_the_memory(device):
+    """A saved model can be too large for the GPU: then its activations are computed."""
     model, tokenizer = small_model()
     [row] = data.encode(problems.generate("labelled", 1, 0), tokenizer, model)
-    run = Run(options.parse(SMALL, ""), None, torch.device("cpu"), model, tokenizer)
-    run.device = torch.device("cuda")
-    assert dry_run.activation_bytes(run, row, [model.K + 1]) > 0
+    kept = []
+    for distill in ("0", "1"):
+        cfg = options.parse([*SMALL, "--distill", distill], "")
+        run = Run(cfg, None, torch.device("cpu"), model, tokenizer)
+        run.device = torch.device(device)
+        kept.append(dry_run.activation_bytes(run, row, [model.K + 1]))
+    without, with_teacher = kept
+    assert 0 < 1.2 * without < with_teacher < 4 * without
+
+
+@pytest.mark.parametrize("method", ["pause", "codi"])
+def test_a_model_of_any_method_can_be_too_large_to_build(method, never, capsys, monkeypatch):
+    def too_little(device):
+        return 2**16
+
+    monkeypatch.setattr(dry_run, "memory_of", too_little)
+    go(*SMALL, "--method", method, "--dry-run", "--out", never)
+    assert "one step    not run: it does not fit here" in capsys.readouterr().out
 
 
 def test_a_system_that_does_not_tell_its_memory(monkeypatch, never, capsys):

@@ -141,15 +141,27 @@ def test_the_plane_has_every_thought_and_fills_the_square(parsed):
 
 
 class TestRunsWithoutDecoder:
-    """A run whose thoughts are hidden states, or that thinks in words."""
+    """A run whose thoughts are hidden states or projections of them, or that has none."""
 
-    @pytest.fixture(params=["no head", "a stop head", "words alone"])
+    # {kind: switches of ATP}. The last three have no thoughts
+    KINDS = {
+        "no head": {},
+        "a stop head": {"stop": True},
+        "a projection": {"project": True},
+        "words alone": {},
+        "fillers": {"fillers": 2},
+        "nothing": {"fillers": 0},
+    }
+    WITHOUT_THOUGHTS = ("words alone", "fillers", "nothing")
+
+    @pytest.fixture(params=KINDS)
     def kind(self, request):
         return request.param
 
     @pytest.fixture
     def plain(self, kind, folder, tmp_path):
-        model, tokenizer = load_model(folder, vae=False, decode=False, stop=kind == "a stop head")
+        switches = {"vae": False, "decode": False, "stop": False, **self.KINDS[kind]}
+        model, tokenizer = load_model(folder, **switches)
         model.stage = 0 if kind == "words alone" else 3
         save_model(tmp_path / "run", model, tokenizer)
         return tmp_path / "run"
@@ -160,24 +172,31 @@ class TestRunsWithoutDecoder:
         data = Parsed((tmp_path / "t.html").read_text()).data
         shown = [problem["chains"][0] for problem in data["problems"]]
         thoughts = [row for chain in shown for row in chain["rows"] if "thought" in row]
-        if kind == "words alone":
+        if kind in self.WITHOUT_THOUGHTS:
             assert not thoughts
             assert not data["planes"]
             return
         assert thoughts
         assert data["planes"][0]["points"]
-        for row in thoughts:  # no words, but the three that the policy would write
-            assert (row["text"], row["p"], len(row["or"])) == ("", None, 3)
+
+        # no words, but the three that the policy would write at a hidden state
+        n_word = 0 if kind == "a projection" else 3
+        for row in thoughts:
+            assert (row["text"], row["p"], len(row["or"])) == ("", None, n_word)
+
+    def test_it_is_shown_in_the_terminal(self, plain, capsys):
+        run(sample.main, "--run", plain, "--problems", 3, "--max-new", 4)
+        assert " of 3 right" in capsys.readouterr().out
 
     def test_it_has_no_prior_to_draw_a_thought_from(self, plain, kind, capsys):
         edit = ["--edit", "replace 1 prior", "--problems", 6, "--max-new", 4]
         run(sample.main, "--run", plain, *edit, expect=2)
-        reason = "no thoughts to edit" if kind == "words alone" else "no prior"
+        reason = "no thoughts to edit" if kind in self.WITHOUT_THOUGHTS else "no prior"
         assert reason in capsys.readouterr().err
 
     def test_it_is_probed_if_it_has_latents(self, plain, kind, capsys):
         options = ["--problems", 12, "--max-new", 4, "--json"]
-        if kind == "words alone":
+        if kind in self.WITHOUT_THOUGHTS:
             run(probe.main, plain, *options, expect=2)
             assert "thinks in words" in capsys.readouterr().err
             return

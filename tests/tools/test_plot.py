@@ -23,6 +23,11 @@ def test_curves_have_every_quantity_of_sft(folder):
     assert [stage for stage, *_ in curves["accuracy.stage"]] == [0, 1, 2, 3]
 
 
+def test_curves_have_the_losses_of_distillation():
+    curves = plot.curves([{"step": 5, "stage": 1, "teacher": 0.4, "distill": 0.3}])
+    assert curves == {"teacher": [(5, 0.4, None, None)], "distill": [(5, 0.3, None, None)]}
+
+
 def test_curves_have_every_quantity_of_rl():
     record = {"step": 5, "reward": 0.4, "acc": 0.3, "coh": 0.1, "fmt": 0.9, "kl": 0.01}
     curves = plot.curves([{**record, "latents": 3.0}])

@@ -142,6 +142,12 @@ def test_latent_steps_that_cannot_be_are_one_line(folder, tmp_path, capsys):
     model.stage = 0
     save_model(tmp_path / "cot", model, tokenizer)
 
+    # As pause and icot do
+    model.stage = 3
+    for name, fillers in (("pause", 2), ("icot", 0)):
+        model.fillers = fillers
+        save_model(tmp_path / name, model, tokenizer)
+
     def refusal(run_folder, latent_steps):
         options = ["--problems", 2, "--latent-steps", latent_steps]
         run(evaluate.main, folder, run_folder, *options, expect=2)
@@ -151,6 +157,7 @@ def test_latent_steps_that_cannot_be_are_one_line(folder, tmp_path, capsys):
         return captured.err
 
     assert "has learned at most 2 latent steps; give 0 … 2" in refusal(folder, "1,3")
-    assert "does not think in latents" in refusal(tmp_path / "cot", "0,1")
+    for name in ("cot", "pause", "icot"):
+        assert "does not think in latents" in refusal(tmp_path / name, "0,1")
     for wrong in ("1;2", "-1", "two", "1,", "²", "9" * 5000):
         assert "must be whole numbers ≥ 0 separated by commas" in refusal(folder, wrong)
