@@ -480,6 +480,11 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
             f"--distill teaches latents, and --method {self.method} has none",
         )
 
+        require(
+            self.distill_every == 1 or self.distill,
+            "--distill-every is about --distill; give that as well",
+        )
+
         # Without all three parts the method has a name of its own
         require(
             not (self.no_vae and self.no_stop and self.no_decoder),

@@ -75,6 +75,15 @@ def test_accumulation_changes_nothing(method, more, size):
     assert (gradient - expected).norm() / expected.norm() < 1e-12
 
 
+def test_a_teacher_comes_every_few_steps(loaded):
+    run, rows = sft_run(loaded, "--distill", "2", "--distill-every", "3")
+    taught = []
+    for step in range(5):
+        losses, _ = train.sft_gradients(run, rows, 3, step)
+        taught.append("teacher" in losses and "distill" in losses)
+    assert taught == [True, False, False, True, False]
+
+
 def test_recomputing_activations_changes_nothing(loaded):
     model, last_stage = loaded[0], 3
     run, rows = sft_run(loaded)

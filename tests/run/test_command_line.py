@@ -77,6 +77,7 @@ SMALL_SETS = ("--labelled", 40, "--test-size", 5, "--val-size", 5)
     ("--method cot --no-vae", "--no-vae contradicts --method cot"),
     ("--method codi --no-decoder", "--no-decoder contradicts --method codi"),
     ("--no-vae --no-stop --no-decoder", "is --method coconut"),
+    ("--distill-every 2", "--distill-every is about --distill"),
     ("--method cot --distill 1", "--distill teaches latents, and --method cot has none"),
     ("--method icot --distill 1", "--distill teaches latents, and --method icot has none"),
     ("--method pause --distill 1", "--distill teaches latents, and --method pause has none"),
@@ -198,12 +199,12 @@ def test_the_epochs_of_a_preset(argv, epochs):
 
 # fmt: off
 @pytest.mark.parametrize("argv, distill", [
-    ("", 0), ("--distill 2", 2), ("--method coconut", 0), ("--method codi", 1),
-    ("--method codi-sim-cot", 1), ("--method codi --distill 0", 0),
-    ("--method codi --distill 5", 5),
+    ("", 0), ("--distill 2", 2), ("--method coconut", 0), ("--method codi", 5),
+    ("--method codi-sim-cot", 5), ("--method codi --distill 0", 0),
+    ("--method codi --distill 1", 1), ("--method codi --preset llama-1b --init x", 20),
 ])
 # fmt: on
-def test_the_weight_of_distillation_depends_on_the_method(argv, distill):
+def test_the_weight_of_distillation_depends_on_the_method_and_preset(argv, distill):
     assert options.parse(argv.split(), "").distill == distill
 
 
