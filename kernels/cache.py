@@ -1,10 +1,9 @@
 """The cache that the attention kernels read and write, with autograd through it.
 
 It has the interface of minatp's KVCache (open, attend, step, keep; it ignores `rows`, since every
-call is of all rows), and what the replayed
-chain needs besides (prefix_kv, with_prefix, read_own, append_own). The first call's columns,
-left-padded, are the prefix: stored once, however many rows continue from it. The columns of later
-calls are a row's own.
+call is of all rows), and what the replayed chain needs besides: prefix_kv, with_prefix, append_own.
+The first call's columns, left-padded, are the prefix: stored once, however many rows continue from
+it. The columns of later calls are a row's own.
 
 Both lie in memory that is written in place, which autograd cannot follow. So each operation on a
 layer's columns is a node of its own:
@@ -13,9 +12,8 @@ layer's columns is a node of its own:
                                                   added to the gradient buffers
     AttendStep     kernels/attention.py           backward: adds to the buffers, and collects what
                                                   later steps added to its own columns
-    ReadColumns    columns for a long pass        backward: adds the gradient of what was read
-    AppendColumns  columns of a long pass         backward: collects what was added to them
-    SelectRows     continue with other rows       backward: adds the new rows' buffers to the old
+    LongPass       columns of a long pass         backward: collects what was added to its own
+                                                  columns, and adds the gradient of what was read
 
 Most of these nodes pass gradients through the buffers, where autograd does not see them. It must
 still run them in exactly the reverse order: a step may collect its columns' gradients only after
@@ -58,15 +56,18 @@ class Columns:
 
     def collect(self, slot):
         """Return what was added to the columns `slot` (B, T; −1: no column), and clear it:
-        (dk, dv), each (B, h_kv, T, hd), 0 where there is no column.
+        (dk, dv), each (B, h_kv, T, hd), 0 where there is no column. (0, 0) if nothing was added.
         """
+        if self.grad is None:
+            return 0, 0
+
         # gather needs a valid index everywhere: a position without a column takes column 0, and the
         # product with is_real drops what is found there
         is_real = (slot >= 0)[:, None, :, None]  # (B, 1, T, 1)
         column = slot.clamp(min=0)[:, None, :, None].long()  # (B, 1, T, 1)
 
         collected = []
-        for buffer in self.grad_buffers():
+        for buffer in self.grad:
             index = column.expand(-1, buffer.shape[1], -1, buffer.shape[3])
             added = buffer.gather(2, index) * is_real
 
@@ -138,77 +139,41 @@ class AttendStep(torch.autograd.Function):
         return None, None, order_token, dq, dk, dv, None, None, None
 
 
-class ReadColumns(torch.autograd.Function):
-    """(prefix, own, order_token, owner, n_own) -> the keys and values of the prefix and of the
-    first n_own own columns, each (B, h_kv, P + n_own, hd), and order_token.
+class LongPass(torch.autograd.Function):
+    """(prefix, own, order_token, k, v, owner, n_own, slot, real) -> the keys and values of the
+    prefix, of the first n_own own columns, and k and v (B, h_kv, T, d) themselves, each
+    (B, h_kv, P + n_own + T, d), and order_token. Writes k and v to the own columns `slot` (B, T);
+    real: the indices (b, t) of the positions that are real.
     """
 
     @staticmethod
-    def forward(ctx, prefix, own, order_token, owner, n_own):
-        ctx.prefix = prefix
-        ctx.own = own
-        ctx.owner = owner
-        ctx.n_own = n_own
-        k = torch.cat((prefix.kv.k[owner], own.kv.k[:, :, :n_own]), 2)
-        v = torch.cat((prefix.kv.v[owner], own.kv.v[:, :, :n_own]), 2)
-        return k, v, k.new_empty(())
+    def forward(ctx, prefix, own, order_token, k, v, owner, n_own, slot, real):
+        ctx.prefix, ctx.own = prefix, own
+        ctx.owner, ctx.n_own, ctx.slot = owner, n_own, slot
+        b, t = real
+        joined = []
+        for old, buffer, new in zip(prefix.kv, own.kv, (k, v)):
+            joined.append(torch.cat((old[owner], buffer[:, :, :n_own], new), 2))
+            # only real positions: the others have no column
+            buffer[b, :, slot[b, t]] = new[b, :, t].to(buffer.dtype)
+        return *joined, k.new_empty(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dk, dv, order_token):
-        P = ctx.prefix.kv.k.shape[2]
-        prefix_grads = ctx.prefix.grad_buffers()
-        own_grads = ctx.own.grad_buffers()
+        # what later calls have added to the new columns
+        collected = ctx.own.collect(ctx.slot)
+        sizes = ctx.prefix.kv.k.shape[2], ctx.n_own, ctx.slot.shape[1]
+        d_prefix, d_own, d_new = zip(*(grad.split(sizes, 2) for grad in (dk, dv)))
 
         # the rows that share a prefix add up in it; own columns belong to one row
-        for grad, prefix_grad, own_grad in zip((dk.float(), dv.float()), prefix_grads, own_grads):
-            prefix_grad.index_add_(0, ctx.owner, grad[:, :, :P])
-            own_grad[:, :, : ctx.n_own] += grad[:, :, P:]
-        return None, None, order_token, None, None
-
-
-class AppendColumns(torch.autograd.Function):
-    """(own, order_token, k, v, slot, real) -> order_token. Writes k and v (B, h_kv, T, hd) to the
-    columns `slot` (B, T); real: the indices (b, t) of the positions that are real.
-    """
-
-    @staticmethod
-    def forward(ctx, own, order_token, k, v, slot, real):
-        ctx.own = own
-        ctx.slot = slot
-        ctx.dtype = k.dtype
-
-        # only real positions: the others have no column
-        b, t = real
-        for buffer, new in zip(own.kv, (k, v)):
-            buffer[b, :, slot[b, t]] = new[b, :, t].to(buffer.dtype)
-        return k.new_empty(())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, order_token):
-        dk, dv = ctx.own.collect(ctx.slot)
-        return None, order_token, dk.to(ctx.dtype), dv.to(ctx.dtype), None, None
-
-
-class SelectRows(torch.autograd.Function):
-    """(old, new, order_token, rows) -> order_token. `new` already holds rows `rows` of `old`."""
-
-    @staticmethod
-    def forward(ctx, old, new, order_token, rows):
-        ctx.old = old
-        ctx.new = new
-        ctx.rows = rows
-        return order_token.new_empty(())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, order_token):
-        # a row that was repeated receives the sum; one that was dropped receives nothing
-        for old_grad, new_grad in zip(ctx.old.grad_buffers(), ctx.new.grad_buffers()):
-            old_grad.index_add_(0, ctx.rows, new_grad)
-        ctx.new.grad = None  # passed on, as in StoreColumns
-        return None, None, order_token, None
+        for buffer, d in zip(ctx.prefix.grad_buffers(), d_prefix):
+            buffer.index_add_(0, ctx.owner, d.float())
+        if ctx.n_own:
+            for buffer, d in zip(ctx.own.grad_buffers(), d_own):
+                buffer[:, :, : ctx.n_own] += d
+        d_new = [(d + later).to(d.dtype) for d, later in zip(d_new, collected)]
+        return None, None, order_token, *d_new, None, None, None, None
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -351,7 +316,12 @@ class StepCache:
         if self.slot is None:
             self.store_prefix(i, k, v)
         else:
-            k, v = self.append_long(i, k, v)
+            # no row has more own columns than were opened; the mask hides those that it lacks
+            n_before = self.n_opened - k.shape[2]
+            columns = self.prefix[i], self.own_columns(i, k)
+            k, v, self.order_tokens[i] = LongPass.apply(
+                *columns, self.order_tokens[i], k, v, self.owner, n_before, self.slot, self.real
+            )
         return attention.masked_sdpa(q, k, v, self.mask[:, :, -n:])
 
     def store_prefix(self, i, k, v):
@@ -360,22 +330,6 @@ class StepCache:
         self.order_tokens[i] = StoreColumns.apply(self.prefix[i], None, k, v)
         if torch.is_grad_enabled():
             self.prefix_kv[i] = k, v
-
-    def append_long(self, i, k, v):
-        """Append a long pass to layer i; returns the keys and values of all columns, the prefix's,
-        the own ones before this call, and k and v.
-        """
-        # no row has more than n_before own columns, and the mask hides those that a row lacks
-        own = self.own_columns(i, k)
-        n_before = self.n_opened - k.shape[2]
-        old_k, old_v, order_token = ReadColumns.apply(
-            self.prefix[i], own, self.order_tokens[i], self.owner, n_before
-        )
-
-        # this pass attends to k and v themselves, so autograd knows its share of their gradient;
-        # AppendColumns brings what later calls add
-        self.order_tokens[i] = AppendColumns.apply(own, order_token, k, v, self.slot, self.real)
-        return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
 
     def own_columns(self, i, k):
         """Layer i's own columns, allocated at the first call after the prefix."""
@@ -415,13 +369,10 @@ class StepCache:
         self.n_own = self.n_own[rows]
         self.work = self.replayed_step = None  # other shapes: record anew
         self.group_rows()
-
-        # copy the own columns of these rows; SelectRows leads their gradients back to the old ones
-        for i, old in enumerate(self.own):
-            if old is None:
-                continue
-            self.own[i] = Columns(old.kv.k[rows], old.kv.v[rows])
-            self.order_tokens[i] = SelectRows.apply(old, self.own[i], self.order_tokens[i], rows)
+        for i, own in enumerate(self.own):
+            if own is not None:
+                assert not torch.is_grad_enabled(), "no gradient leads back to the rows before"
+                self.own[i] = Columns(*(x[rows] for x in own.kv))
 
     # ---- for the replayed chain ----
 
@@ -445,18 +396,9 @@ class StepCache:
             cache.store_prefix(i, *kv[2 * i : 2 * i + 2])
         return cache
 
-    def read_own(self, n):
-        """The first n own columns: keys and values (B, h_kv, n, hd) of each layer, in one list."""
-        kv = []
-        for i, own in enumerate(self.own):
-            no_prefix = Columns(*(x[:, :, :0] for x in self.prefix[i].kv))
-            k, v, _ = ReadColumns.apply(no_prefix, own, self.order_tokens[i], self.owner, n)
-            kv += k, v
-        return kv
-
     def append_own(self, kv, n_real):
-        """Append columns that another cache has made, as `read_own` returns them. n_real (B,): how
-        many of a row's are real, the first ones.
+        """Append columns that another cache has made: keys and values (B, h_kv, n, d) of each
+        layer, in one list. n_real (B,): how many of a row's are real, the first ones.
         """
         memory = []
         for i, (k, v) in enumerate(zip(kv[::2], kv[1::2])):

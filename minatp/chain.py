@@ -68,7 +68,7 @@ def walk(model, h, cache, plan):
     # Without a graph the loop runs as it stands. Inside deferred_weight_gradients the gradients are
     # the same, but in the backward pass that of each weight is one product for the whole chain, not
     # one for each latent
-    with deferred_weight_gradients(model):
+    with deferred_weight_gradients():
         return latent_loop(model, h, plan, cache)
 
 

@@ -13,6 +13,7 @@ import torch.nn as nn
 
 from kernels import ops
 from kernels.common import upcast
+from kernels.linear import Linear
 
 from .llama import Block, Llama
 
@@ -44,8 +45,8 @@ class LatentHead(nn.Module):
 
     def __init__(self, D, init_logvar=-4.0):
         super().__init__()
-        self.fc = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D), nn.LayerNorm(D))
-        self.gaussian = nn.Linear(D, 2 * D)
+        self.fc = nn.Sequential(Linear(D, D), nn.GELU(), Linear(D, D), nn.LayerNorm(D))
+        self.gaussian = Linear(D, 2 * D)
 
         # σ starts the same for every h
         nn.init.zeros_(self.gaussian.weight[D:])
@@ -58,7 +59,7 @@ class LatentHead(nn.Module):
 
 def stop_head(D):
     """z (..., D) -> two logits, 0: continue, 1: stop.  Wb·GELU(Wa·z + ba) + bb."""
-    return nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 2))
+    return nn.Sequential(Linear(D, D), nn.GELU(), Linear(D, 2))
 
 
 class ATP(nn.Module):

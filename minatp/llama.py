@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import ops
 from kernels.attention import masked_sdpa
-from kernels.linear import Linear, Merged
+from kernels.linear import Linear, together
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -177,12 +177,10 @@ class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.h, self.h_kv, self.hd = cfg.n_head, cfg.n_kv_head, cfg.head_dim
-        self.q_proj = nn.Linear(cfg.n_embd, self.h * self.hd, bias=False)
-        self.k_proj = nn.Linear(cfg.n_embd, self.h_kv * self.hd, bias=False)
-        self.v_proj = nn.Linear(cfg.n_embd, self.h_kv * self.hd, bias=False)
+        self.q_proj = Linear(cfg.n_embd, self.h * self.hd, bias=False)
+        self.k_proj = Linear(cfg.n_embd, self.h_kv * self.hd, bias=False)
+        self.v_proj = Linear(cfg.n_embd, self.h_kv * self.hd, bias=False)
         self.o_proj = Linear(self.h * self.hd, cfg.n_embd, bias=False)
-        # all three of x; one product where kernels run
-        self.qkv = Merged(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x, n, rope, cache, i):
         """Layer i: keys and values of all T columns of x (B, T, D), queries of the last n.
@@ -191,7 +189,7 @@ class Attention(nn.Module):
         """
         B, T, _ = x.shape
         if n == T:
-            q, k, v = self.qkv(x)
+            q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
         else:
             q, k, v = self.q_proj(x[:, -n:]), self.k_proj(x), self.v_proj(x)
         q = q.view(B, n, self.h, self.hd).transpose(1, 2)  # (B, h, n, hd)
@@ -204,13 +202,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=False)
-        self.up_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=False)
+        self.gate_proj = Linear(cfg.n_embd, cfg.n_inner, bias=False)
+        self.up_proj = Linear(cfg.n_embd, cfg.n_inner, bias=False)
         self.down_proj = Linear(cfg.n_inner, cfg.n_embd, bias=False)
-        self.gate_up = Merged(self.gate_proj, self.up_proj)
 
     def forward(self, x):
-        gate, up = self.gate_up(x)
+        gate, up = together(x, self.gate_proj, self.up_proj)
         return self.down_proj(ops.swiglu(gate, up))  # silu(gate)·up
 
 
