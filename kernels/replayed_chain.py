@@ -52,7 +52,7 @@ def run(loop, model, h, cache, plan):
 
     # what the chain reads: first what a gradient flows to
     padding = chain.P - cache.P
-    kv = [F.pad(x, (0, 0, padding, 0)) for layer in cache.prefix_kv.values() for x in layer]
+    kv = [F.pad(x, (0, 0, padding, 0)) for x in cache.prefix_kv]
 
     # the rest by name
     given = {**cache.groups, "n_prefix_real": cache.n_prefix_real, "n_latent": plan.n_latent}

@@ -28,7 +28,7 @@ def read_prompt(policy, prompt, prompt_mask, room, group=1):
     h = policy(policy.embed(prompt), prompt_mask, cache, last=1)[:, 0]
     if group > 1:
         rows = torch.arange(len(h) * group, device=h.device) // group
-        cache.keep(rows, group)
+        cache.keep(rows)
         h = h.repeat_interleave(group, 0)
     return h, cache
 

@@ -151,11 +151,8 @@ class KVCache:
         """work(*inputs), which reads one column and is the same function every time."""
         return work(*inputs)
 
-    def keep(self, rows, group=None):
-        """Keep only `rows` (a LongTensor, repeats allowed): the others cost nothing more.
-
-        group: how often each row is repeated; a hint for the cache of kernels/cache.py.
-        """
+    def keep(self, rows):
+        """Keep only `rows` (a LongTensor, repeats allowed): the others cost nothing more."""
         self.valid, self.count = self.valid[rows], self.count[rows]
         self.shape = (len(rows), *self.shape[1:])
         self.kv = [(k[rows], v[rows]) for k, v in self.kv]
