@@ -124,11 +124,12 @@ def sft_gradients(run, problems, stage, step, weight=1.0):
     for batch, eps_keys, counts in run.micro_batches(problems, stage, step):
         with run.autocast:
             # "enc": the text after the latents; "dec": φ writes each step from its latents;
-            # "stop": the stop head; "kl": the latents' Gaussians against N(0, I)
+            # "stop": the stop head; "kl": the latents' Gaussians against N(0, I). With --distill
+            # also "teacher": the problem in words; "distill": the latents lead to the same states
             losses = sft_losses(model, batch, eps_keys)
             # L_enc + L_dec + L_stop + β·L_KL, each divided by its count in the WHOLE batch: how it
             # is split over micro-batches and ranks changes nothing
-            loss = weight * total_loss(losses, counts, run.cfg.beta)
+            loss = weight * total_loss(losses, counts, run.cfg.beta, run.cfg.distill)
         loss.backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach()
@@ -260,8 +261,7 @@ def judge(run, chains, problems, step):
 
     # A control: the same rewards, for the wrong chains
     if cfg.placebo:
-        g = torch.Generator().manual_seed(run.seed_at(step, stream=2))
-        reward = reward.flatten()[torch.randperm(reward.numel(), generator=g)].view_as(reward)
+        reward = permuted(reward, run, step)
 
     # The mean of each term, for the log
     names = judged[0][1]
@@ -269,6 +269,12 @@ def judge(run, chains, problems, step):
     for name in names:
         means[name] = torch.tensor([float(terms[name]) for _, terms in judged]).mean()
     return reward, distributed.all_reduce(means, run.device, weight=len(our_problems))
+
+
+def permuted(values, run, step):
+    """Values (Q, G) in another order, the same on every rank."""
+    g = torch.Generator().manual_seed(run.seed_at(step, stream=2))
+    return values.flatten()[torch.randperm(values.numel(), generator=g)].view_as(values)
 
 
 def policy_gradients(run, explored, advantage, informative, old):
@@ -289,9 +295,13 @@ def policy_gradients(run, explored, advantage, informative, old):
     rows = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
     prompt, prompt_mask = explored.prompt[group], explored.prompt_mask[group]
     rolled = explored.rollout.at(rows)
-    chain_advantage = (
-        distributed.shard(advantage)[our_informative].view(-1, 1).to(device)
-    )  # (rows, 1)
+
+    def of_our_rows(values):
+        """Of (Q, G), what belongs to `rows`: (rows, 1)."""
+        return distributed.shard(values)[our_informative].view(-1, 1).to(device)
+
+    chain_advantage = of_our_rows(advantage)
+    latent_advantage = of_our_rows(advantage_of_latents(run, advantage, informative))
 
     loss, metrics = torch.zeros((), device=device), {}
     if len(rows):
@@ -306,7 +316,9 @@ def policy_gradients(run, explored, advantage, informative, old):
             # REINFORCE at the first update; later ones are clipped against it. (Where nothing was
             # decided a term is constant: mask with is_decision before taking any mean over T)
             old_logp, start = old or (logp.detach(), None)
-            each, clamped = surrogate(logp, old_logp, chain_advantage)
+            is_of_latent = torch.arange(logp.shape[1], device=device) < rolled.z.shape[1]
+            credit = torch.where(is_of_latent, latent_advantage, chain_advantage)
+            each, clamped = surrogate(logp, old_logp, credit)
             loss = each.sum() / advantage.numel()
             metrics["clamped"] = clamped.sum() / is_decision.sum().clamp(min=1)
 
@@ -328,6 +340,18 @@ def policy_gradients(run, explored, advantage, informative, old):
     return total, old, distributed.all_reduce(metrics, device, weight=len(rows))
 
 
+def advantage_of_latents(run, advantage, informative):
+    """The advantage that the latents of each chain get (Q, G): that of the chain.
+
+    A control, --placebo-latents: that of another chain of the informative groups.
+    """
+    if not run.cfg.placebo_latents:
+        return advantage
+    of_others = advantage.clone()
+    of_others[informative] = permuted(advantage[informative], run, run.step)
+    return of_others
+
+
 def decisions(cfg, model, rolled, new):
     """What the policy decided, side by side: cK latents, K stops, Tt words.
 
@@ -336,7 +360,7 @@ def decisions(cfg, model, rolled, new):
     """
     # Greedy words were not sampled; with path the latents were not decided, but computed
     logp_token = 0 * new.logp_token if cfg.greedy else new.logp_token
-    logp = torch.cat((new.logp_z, new.logp_stop, logp_token), 1)
+    logp = torch.cat((cfg.latent_weight * new.logp_z, new.logp_stop, logp_token), 1)
     is_latent = new.candidate & (cfg.estimator == "score")
     is_stop = new.candidate[:, :: model.c] & model.stop
     is_word = (rolled.token >= 0) & (not cfg.greedy)

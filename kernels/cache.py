@@ -325,6 +325,13 @@ class StepCache:
         self.n_opened = self.capacity - self.P
         return result
 
+    def fork(self):
+        """A second cache that has read the same prefix. Neither has read anything after it yet."""
+        cache = copy(self)
+        cache.own, cache.order_tokens = list(self.own), list(self.order_tokens)
+        cache.n_own = self.n_own.clone()
+        return cache
+
     def keep(self, rows):
         """Continue with the rows `rows` (a LongTensor, repeats allowed) alone. The prefix stays
         where it is.

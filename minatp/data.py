@@ -54,6 +54,8 @@ class Encoded:
     rest: list
     # "### " answer eos
     answer: list
+    # how many of its ids come before the first that covers a character of the answer
+    n_before_answer: int
     # where the problem comes from, "path:line"
     source: str
     # its steps are unknown, which is not the same as having none (n = 0: it must stop at once)
@@ -75,13 +77,13 @@ def encode(problems, tokenizer, model, answer_only=False, always_K=False):
     """
     eos = tokenizer.eos[0]
     prompts = tokenizer.prompts([p.question for p in problems])
-    answers = tokenizer.encode_batch(["### " + p.answer for p in problems])
+    answers = tokenizer.encode_answers([p.answer for p in problems])
     steps = [step for p in problems for step in p.steps]
     lines = iter(tokenizer.encode_batch([step + "\n" for step in steps]))
     texts = iter(tokenizer.encode_batch(steps))
 
     rows = []
-    for p, prompt, answer in zip(problems, prompts, answers):
+    for p, prompt, (answer, n_before_answer) in zip(problems, prompts, answers):
         rest = []
         if len(p.steps) > model.K:
             rest = tokenizer.encode("\n".join(p.steps[model.K - 1 :])) + [eos]
@@ -91,6 +93,7 @@ def encode(problems, tokenizer, model, answer_only=False, always_K=False):
             texts=[next(texts) + [eos] for _ in p.steps],
             rest=rest,
             answer=answer + [eos],
+            n_before_answer=n_before_answer,
             source=p.source,
             answer_only=answer_only,
         )
@@ -102,9 +105,10 @@ def encode(problems, tokenizer, model, answer_only=False, always_K=False):
 def check_length(row, problem, model, always_K):
     """Raise ValueError if an Encoded row is longer than the model's context at any stage."""
     reasoning = 0
+    per_step = model.c if model.fillers is None else model.fillers
     for k in range(model.K + 1):
         n_step = k if always_K else min(k, len(row.lines))
-        reasoning = max(reasoning, model.c * n_step + sum(map(len, row.lines[k:])))
+        reasoning = max(reasoning, per_step * n_step + sum(map(len, row.lines[k:])))
     length = len(row.prompt) + reasoning + 1 + len(row.answer)  # 1: <|end-latent|>
     context = model.policy.cfg.block_size
     if length > context:
@@ -157,6 +161,14 @@ class Batch(Rows):
     step_text: torch.Tensor
     # where `step_text` has an id: (rows, columns)
     step_text_at: tuple
+    # for distillation, or None: the problem in words (B, Tw), all masked where steps are unknown;
+    # and where either text is about to give the answer, of the problems with steps: (rows, columns)
+    words: torch.Tensor | None
+    words_mask: torch.Tensor | None
+    words_target: torch.Tensor | None
+    words_target_at: tuple | None
+    words_answer_at: tuple | None
+    answer_at: tuple | None
     # most latents of a row
     L: int
     # L, or L + 1 if a row of L latents has a candidate labelled "stop"
@@ -184,10 +196,11 @@ def left_pad(rows, value, device="cpu"):
     return ids.to(device), mask.to(device)
 
 
-def collate(rows, stage, model):
+def collate(rows, stage, model, distills=False):
     """Encoded rows -> a Batch at a curriculum stage, 0 … K + 1.
 
-    model: an ATP, for c, K and its switches.
+    model: an ATP, for c, K and its switches. distills: whether the batch also holds the problems in
+    words, from which the latents are taught (in stage 0 there are none).
     """
     c, K = model.c, model.K
     most_steps = min(stage, K)
@@ -196,10 +209,12 @@ def collate(rows, stage, model):
     n_step = [min(len(row.lines), most_steps) for row in rows]
 
     # How many latents that makes. The full length of the stage, if the steps are not known or there
-    # is no stop head that could end the thinking earlier
+    # is no stop head that could end the thinking earlier. Fillers are words, in place of latents
     answer_only = torch.tensor([row.answer_only and most_steps > 0 for row in rows])
     takes_all = answer_only | (not model.stop)
     n_latent = c * torch.where(takes_all, most_steps, torch.tensor(n_step))
+    if model.fillers is not None:
+        n_latent.zero_()
     L = int(n_latent.max())
 
     # A row with fewer steps than min(k, K) is shown one more candidate, and must stop there. That
@@ -215,13 +230,10 @@ def collate(rows, stage, model):
     stop_at = ((used | dropped) & (column % c == 0)).nonzero(as_tuple=True)
 
     # What stays text: the later steps and the answer; in the last stage the answer alone
-    texts = []
-    for row, n in zip(rows, n_step):
-        lines = [] if stage > K else row.lines[n:]
-        texts.append([model.end, *(i for line in lines for i in line), *row.answer])
-    n_read = torch.tensor([len(text) - 1 for text in texts])  # the last id is written, not read
-    text = pad([text[:-1] for text in texts], model.end)
-    target = pad([text[1:] for text in texts], IGNORE)
+    fillers = model.fillers_at(stage)
+    lines = [[] if stage > K else row.lines[n:] for row, n in zip(rows, n_step)]
+    texts = [fillers + text_of(row, of_row, model) for row, of_row in zip(rows, lines)]
+    text, text_mask, target = read_and_write(texts, model.end, len(fillers))
 
     # What φ must write
     step_row, step_index, step_texts = [], [], []
@@ -229,14 +241,29 @@ def collate(rows, stage, model):
         step_row, step_index, step_texts = texts_of_steps(rows, n_step, stage, K)
     step_text = pad(step_texts, IGNORE)
 
+    # The same problems in words, where their steps are known
+    words = words_mask = words_target = words_target_at = words_answer_at = answer_at = None
+    n_word, taught = 0, []
+    if distills and n_candidate:
+        taught = [b for b, row in enumerate(rows) if not row.answer_only]
+        in_words = [[] if row.answer_only else text_of(row, row.lines, model) for row in rows]
+        words, words_mask, words_target = read_and_write(in_words, model.end)
+        words_target_at = (words_target != IGNORE).nonzero(as_tuple=True)
+        words_answer_at = before_answer(rows, in_words, taught)
+        answer_at = before_answer(rows, texts, taught)
+        n_word = len(words_target_at[0])
+
     prompt, prompt_mask = left_pad([row.prompt for row in rows], model.end)
+    target_at = (target != IGNORE).nonzero(as_tuple=True)
     counts = {
-        "enc": int(n_read.sum()),
+        "enc": len(target_at[0]),
         "dec": len(step_texts),
         "kl": int(used.sum()),
         "stop": int(sum(n_step) + has_stop.sum()),
         "answer_only": int(answer_only.sum()),
-        "position": int(prompt_mask.sum() + n_latent.sum() + n_read.sum()),
+        "teacher": n_word,
+        "distill": len(taught),
+        "position": int(prompt_mask.sum() + n_latent.sum() + text_mask.sum()),
     }
     return Batch(
         prompt=prompt,
@@ -245,9 +272,9 @@ def collate(rows, stage, model):
         has_stop=has_stop,
         answer_only=answer_only,
         text=text,
-        text_mask=torch.arange(text.shape[1]) < n_read[:, None],
+        text_mask=text_mask,
         target=target,
-        target_at=(target != IGNORE).nonzero(as_tuple=True),
+        target_at=target_at,
         used_at=used.nonzero(as_tuple=True),
         stop_at=stop_at,
         stop_label=dropped[stop_at].long(),
@@ -255,10 +282,45 @@ def collate(rows, stage, model):
         step_index=torch.tensor(step_index, dtype=torch.long),
         step_text=step_text,
         step_text_at=(step_text != IGNORE).nonzero(as_tuple=True),
+        words=words,
+        words_mask=words_mask,
+        words_target=words_target,
+        words_target_at=words_target_at,
+        words_answer_at=words_answer_at,
+        answer_at=answer_at,
         L=L,
         n_candidate=n_candidate,
         counts=counts,
     )
+
+
+def text_of(row, lines, model):
+    """What follows the latents: <|end-latent|>, some lines of an Encoded row, and its answer."""
+    return [model.end, *(i for line in lines for i in line), *row.answer]
+
+
+def read_and_write(texts, padding, n_unlabelled=0):
+    """Texts, lists of ids -> what is read (B, T), where it is real, and what is written there.
+
+    padding: the id to read where there is nothing. The first n_unlabelled of each are given to the
+    model: nothing is written there (IGNORE).
+    """
+    ids = pad([text[:-1] for text in texts], padding)  # the last id is written, not read
+    n_read = torch.tensor([max(0, len(text) - 1) for text in texts])
+    target = pad([[IGNORE] * n_unlabelled + text[1 + n_unlabelled :] for text in texts], IGNORE)
+    return ids, torch.arange(ids.shape[1]) < n_read[:, None], target
+
+
+def before_answer(rows, texts, chosen):
+    """Where a text is about to give the answer: (rows, columns) of the chosen rows.
+
+    It is the last position before the first id that covers a character of the answer.
+    """
+    columns = []
+    for b in chosen:
+        first = len(texts[b]) - len(rows[b].answer) + rows[b].n_before_answer
+        columns.append(first - 1)
+    return torch.tensor(chosen, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
 
 
 def texts_of_steps(rows, n_step, stage, K):

@@ -45,7 +45,7 @@ class LatentHead(nn.Module):
 
     def __init__(self, D, init_logvar=-4.0):
         super().__init__()
-        self.fc = nn.Sequential(Linear(D, D), nn.GELU(), Linear(D, D), nn.LayerNorm(D))
+        self.fc = projection(D)
         self.gaussian = Linear(D, 2 * D)
 
         # σ starts the same for every h
@@ -57,6 +57,11 @@ class LatentHead(nn.Module):
         return mu, logvar
 
 
+def projection(D):
+    """h (..., D) -> the next latent, of CODI: LayerNorm(W2·GELU(W1·h + b1) + b2)."""
+    return nn.Sequential(Linear(D, D), nn.GELU(), Linear(D, D), nn.LayerNorm(D))
+
+
 def stop_head(D):
     """z (..., D) -> two logits, 0: continue, 1: stop.  Wb·GELU(Wa·z + ba) + bb."""
     return nn.Sequential(Linear(D, D), nn.GELU(), Linear(D, 2))
@@ -66,35 +71,54 @@ class ATP(nn.Module):
     """The policy π, the decoder φ and the two heads.
 
     c: latents per reasoning step. K: most steps kept latent.
-    vae=False: the latent is the hidden state itself (Coconut). decode=False: no decoder LM.
+    vae=False: the latent is the hidden state itself (Coconut) or, with project=True, a projection
+    of it (CODI). decode=False: no decoder LM.
     stop=False: no stop head; the thinking always takes the full length of the stage.
+    fillers: so many words <|latent|> for each step, in place of latents; None: latents.
     """
 
     def __init__(
-        self, cfg, c=2, K=10, vae=True, stop=True, decode=True, decoder_layers=0, init_logvar=-4.0
+        self,
+        cfg,
+        c=2,
+        K=10,
+        vae=True,
+        stop=True,
+        decode=True,
+        project=False,
+        fillers=None,
+        decoder_layers=0,
+        init_logvar=-4.0,
     ):
         """cfg: the LlamaConfig of π. decoder_layers: of φ; 0 means as many as π."""
         super().__init__()
         self.c, self.K = c, K
         self.vae, self.stop, self.decode = vae, stop, decode
+        self.project, self.fillers = project, fillers
 
         # The last curriculum stage taught. It bounds the thinking: a model in its k-th stage thinks
         # at most k steps and writes the rest.
         self.stage = K + 1
         self.longest = 24  # most tokens that φ writes for a step; SFT raises it if a text is longer
-        self.end = None  # id of <|end-latent|>
+        self.latent = self.end = None  # ids of <|latent|>, a filler, and of <|end-latent|>
 
         self.policy = Llama(cfg)
         if decode:
             self.decoder = Llama(replace(cfg, n_layer=decoder_layers or cfg.n_layer))
         if vae:
             self.latent_head = LatentHead(cfg.n_embd, init_logvar)
+        if project:
+            self.projection = projection(cfg.n_embd)
         if stop:
             self.stop_head = stop_head(cfg.n_embd)
 
     @property
     def device(self):
         return self.policy.freq.device
+
+    def fillers_at(self, stage):
+        """The fillers of every problem at a curriculum stage, a list of ids; [] with latents."""
+        return [self.latent] * ((self.fillers or 0) * min(stage, self.K))
 
     def propose(self, h, eps=None, z=None, spread=1.0):
         """The candidate after hidden state h (..., D) -> Latent.
@@ -105,7 +129,8 @@ class ATP(nn.Module):
         logvar stay the head's.
         """
         if not self.vae:
-            return Latent(upcast(h) if z is None else z, upcast(h), None, None, None)
+            h = upcast(self.projection(h) if self.project else h)
+            return Latent(h if z is None else z, h, None, None, None)
         mu, logvar = self.latent_head(h)
         spread_logvar = logvar if spread == 1 else logvar + 2 * math.log(spread)
         # z = μ + exp(½ log σ²)·ε

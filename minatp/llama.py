@@ -6,6 +6,7 @@ this file knows of latents or text.
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import ops
 from kernels.attention import masked_sdpa
+from kernels.common import upcast
 from kernels.linear import Linear, together
 
 LLAMA3_ROPE = {
@@ -150,6 +152,15 @@ class KVCache:
     def step(self, work, *inputs):
         """work(*inputs), which reads one column and is the same function every time."""
         return work(*inputs)
+
+    def fork(self):
+        """A second cache that has read the same. What either reads next, the other does not see."""
+        other = copy(self)
+        other.valid, other.count = self.valid.clone(), self.count.clone()
+        other.kv = list(self.kv)
+        if not torch.is_grad_enabled():
+            other.kv = [(k.clone(), v.clone()) for k, v in self.kv]
+        return other
 
     def keep(self, rows):
         """Keep only `rows` (a LongTensor, repeats allowed): the others cost nothing more."""
@@ -303,12 +314,15 @@ class Llama(nn.Module):
         """ids (...) -> input embeddings (..., D)."""
         return self.model.embed_tokens(ids)
 
-    def forward(self, x, valid, cache, last=None):
+    def forward(self, x, valid, cache, last=None, states_at=None):
         """Read T new columns x (B, T, D), real where valid (B, T) bool, after those in the cache.
 
         Returns the hidden states after the final norm, (B, T, D), or those of the `last` columns
         alone: of the others the top layer then makes keys and values and nothing else.
         Positions count the real columns only.
+
+        states_at: the indices (rows, columns) of N of these positions. Then it returns (hidden
+        states, states (n_layer, N, D)): what each layer leaves there, the top one after the norm.
         """
         T = x.shape[1]
 
@@ -319,12 +333,17 @@ class Llama(nn.Module):
 
         # The layers; each leaves a branch to be added by the next norm
         branch = None
+        states = []
         top = len(self.model.layers) - 1
         for i, block in enumerate(self.model.layers):
             n_out = last if last and i == top else T
             x, branch = block(x, branch, n_out, rope, cache, i)
+            if states_at is not None and i < top:
+                states.append(upcast(x[states_at]) + branch[states_at])
         _, h = self.model.norm(x, branch)
-        return h
+        if states_at is None:
+            return h
+        return h, torch.stack([*states, upcast(h[states_at])])
 
     def step(self, x, real, cache):
         """Read one more column, x (B, D), of the rows where real (B,) -> hidden states (B, D)."""

@@ -25,7 +25,7 @@ def build_optimizer(cfg, model):
     matrices, others, hidden = [], [], []
     for name, p in model.named_parameters():
         (matrices if p.dim() >= 2 else others).append(p)
-        in_layer = ".layers." in name or name.startswith("latent_head.")
+        in_layer = ".layers." in name or name.startswith(("latent_head.", "projection."))
         if cfg.optimizer == "muon" and p.dim() == 2 and in_layer:
             hidden.append(p)
     groups = [

@@ -126,21 +126,22 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
     Raises ValueError if the model has not learned so many steps.
     """
     policy = model.policy
-    n_step = min(model.stage, model.K)  # most steps of thought
+    n_step = min(model.stage, model.K) if model.fillers is None else 0  # most steps of thought
     if steps is not None:
         if not 0 <= steps <= n_step:
             raise ValueError(f"steps must be 0 … {n_step}, not {steps}")
         n_step = steps
-    h, cache = read_prompt(policy, prompt, prompt_mask, model.c * n_step + 1 + max_new, group)
+    given = [*model.fillers_at(model.stage), model.end]  # what it reads after its thoughts
+    room = model.c * n_step + len(given) + max_new
+    h, cache = read_prompt(policy, prompt, prompt_mask, room, group)
     out = Rollout.empty(model, len(h), max_new, noise, h.device)
 
     # 1. All rows think. One that stops waits for the others
     think(model, h, cache, n_step, out, noise, forced, may_stop=steps is None)
 
-    # 2. All rows read <|end-latent|> and write
-    all_rows = torch.ones(len(h), dtype=torch.bool, device=h.device)
-    end_latent = torch.full((len(h),), model.end, device=h.device)
-    h = policy.step(policy.embed(end_latent), all_rows, cache)
+    # 2. All rows read <|end-latent|>, after the fillers of a method that has them, and write
+    given = torch.tensor(given, device=h.device).expand(len(h), -1)
+    h = policy(policy.embed(given), torch.ones_like(given, dtype=torch.bool), cache, last=1)[:, 0]
     token, logp_token = write(policy, h, cache, max_new, policy.cfg.eos, noise)
     out.n_token = (token >= 0).sum(1)
 

@@ -1,9 +1,16 @@
-"""Stage 1, supervised fine-tuning: its four losses (docs/method.md, Stage 1).
+"""Stage 1, supervised fine-tuning: its losses (docs/method.md, Stage 1).
 
     enc   the policy writes the text after the latents; the gradient runs back through all latents
     kl    the latents' Gaussians stay near N(0, I)
     stop  the stop head continues at each step of the problem, and stops after the last
     dec   the decoder LM φ reads each step's latents and writes the step as text
+
+and, with --distill, CODI's self-distillation (arXiv 2502.21074), in which the same model reads the
+same problem in words, as a teacher:
+
+    teacher   it writes the steps and the answer
+    distill   about to give the answer, the states of its layers after the latents are those of the
+              teacher, which gets no gradient from this
 
 Each loss is a sum over one micro-batch. `total_loss` divides it by its count in the whole batch, so
 it does not matter how a batch is split over micro-batches and GPUs.
@@ -19,26 +26,30 @@ from .decoder import thought_nll
 
 
 def sft_losses(model, batch, eps=None):
-    """The losses of a Batch, each summed over it: {"enc", "kl", "stop", "dec"}, those that apply.
+    """The losses of a Batch, each summed over it: {"enc", "kl", …}, those that apply.
 
     model: an ATP. eps: the noise of the latents, ε (B, ≥ n_candidate, D) or the keys that it is
     drawn from (B, ≥ n_candidate, 2); None: z = μ.
     """
     policy = model.policy
 
-    # Read the prompt, think, and read the text after the latents. In stage 0 everything is text
-    latent = None
-    if batch.n_candidate:
-        latent, _, cache = walk_batch(model, batch, eps)
-        h = policy(policy.embed(batch.text), batch.text_mask, cache)  # (B, Tt, D)
-    else:
-        h = read_as_text(policy, batch)
+    # −log p of every labelled token. In stage 0 everything is text
+    if not batch.n_candidate:
+        h = read_as_text(policy, batch)  # (B, Tt, D)
+        return {"enc": label_nll(policy, h, batch.target, batch.target_at)}
 
-    # −log p of every labelled token
-    labelled = batch.target_at
-    losses = {"enc": policy.nll(h[labelled], batch.target[labelled]).sum()}
-    if latent is None:
-        return losses
+    # Read the prompt, think, and read the text after the latents. A teacher reads the problem in
+    # words, after the same prompt
+    h, cache = read_batch(policy, batch)
+    words_cache = cache.fork() if batch.words is not None else None
+    latent, _ = walk_batch(model, batch, h, cache, eps)
+    text = policy.embed(batch.text)
+    if batch.words is None:
+        h, taught = policy(text, batch.text_mask, cache), {}  # (B, Tt, D)
+    else:
+        h, states = policy(text, batch.text_mask, cache, states_at=batch.answer_at)
+        taught = distillation(policy, batch, words_cache, states)
+    losses = {"enc": label_nll(policy, h, batch.target, batch.target_at), **taught}
 
     # KL(N(μ, σ²) ‖ N(0, I)) of each used latent
     if model.vae:
@@ -61,29 +72,60 @@ def sft_losses(model, batch, eps=None):
     return losses
 
 
-def total_loss(losses, counts, beta):
-    """L = L_enc + L_dec + L_stop + β·L_KL, the scalar to differentiate.
+def label_nll(policy, h, target, at):
+    """−log p of the ids of `target` (B, T) at the indices `at`, summed. h (B, T, D)."""
+    return policy.nll(h[at], target[at]).sum()
+
+
+def distillation(policy, batch, cache, states):
+    """The losses of the teacher and of the student, each summed over a Batch.
+
+    cache: has read the prompts. states (n_layer, N, D): the student's, at batch.answer_at.
+    """
+    h, teacher = policy(
+        policy.embed(batch.words), batch.words_mask, cache, states_at=batch.words_answer_at
+    )
+    nll = label_nll(policy, h, batch.words_target, batch.words_target_at)
+    return {"teacher": nll, "distill": state_distance(states, teacher.detach()).sum()}
+
+
+def state_distance(student, teacher):
+    """mean |student − teacher| over the standard deviation of the teacher, both over D; then the
+    mean over the layers. (n_layer, N, D) -> (N,)
+    """
+    difference = (student - teacher).abs().mean(-1)  # (n_layer, N)
+    return (difference / teacher.std(-1)).mean(0)
+
+
+def total_loss(losses, counts, beta, distill=0.0):
+    """L = L_enc + L_dec + L_stop + β·L_KL (+ L_teacher + W·L_distill), the scalar to differentiate.
 
     losses: sums over a micro-batch. counts: what each is a mean over, counted in the whole batch
     (all micro-batches and ranks), so that accumulated gradients are those of one large batch.
+    distill: the weight W.
     """
-    weight = {"enc": 1.0, "dec": 1.0, "stop": 1.0, "kl": beta}
+    weight = {"enc": 1.0, "dec": 1.0, "stop": 1.0, "kl": beta, "teacher": 1.0, "distill": distill}
     return sum(weight[name] * loss / max(1, counts[name]) for name, loss in losses.items())
 
 
-def walk_batch(model, batch, eps=None):
-    """Read the prompts of a Batch and walk its latents.
-
-    Returns (Latent (B, n_candidate), n_latent as used, the cache after them).
-    """
+def read_batch(policy, batch):
+    """Read the prompts of a Batch: (h (B, D), the cache, with room for what follows)."""
     room = batch.L + batch.text.shape[1]
-    h, cache = read_prompt(model.policy, batch.prompt, batch.prompt_mask, room)
+    if batch.words is not None:
+        room = max(room, batch.words.shape[1])
+    return read_prompt(policy, batch.prompt, batch.prompt_mask, room)
+
+
+def walk_batch(model, batch, h, cache, eps=None):
+    """Walk the latents of a Batch whose prompts have been read (`read_batch`).
+
+    Returns (Latent (B, n_candidate), n_latent as used).
+    """
     # From keys to ε (B, ≥ n_candidate, D). On a GPU the keys stay: a kernel draws ε on the way
     eps = ops.prepare_noise(eps, h.shape[-1])
     answer_only = batch.answer_only if batch.counts["answer_only"] else None
     plan = Plan(batch.n_latent, batch.L, batch.n_candidate, eps, answer_only)
-    latent, n_latent = walk(model, h, cache, plan)
-    return latent, n_latent, cache
+    return walk(model, h, cache, plan)
 
 
 def read_as_text(policy, batch):

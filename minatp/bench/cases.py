@@ -28,7 +28,7 @@ from ..run.errors import UserError
 from ..run.loop import GuardedOptimizer
 from ..run.options import PRESETS, Config
 from ..run.terminal import print0
-from ..sft import sft_losses, total_loss, walk_batch
+from ..sft import read_batch, sft_losses, total_loss, walk_batch
 from ..tools import count
 
 BETA = 1e-3  # weight of the KL term
@@ -81,7 +81,8 @@ def sides(model, device):
 
     # minatp's own functions take the model; a Side's have it already
     def thoughts(batch, eps):
-        latent, _, _ = walk_batch(model, batch, eps)
+        h, cache = read_batch(model.policy, batch)
+        latent, _ = walk_batch(model, batch, h, cache, eps)
         return latent.z
 
     def side_of(p, **switches):

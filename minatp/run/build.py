@@ -23,7 +23,7 @@ def build(cfg, problems):
     # φ starts as a copy of π's lower layers. train.py copies π once more, after stage 0
     if model.decode:
         model.decoder.start_from(model.policy)
-    model.end = tokenizer.end
+    model.latent, model.end = tokenizer.latent, tokenizer.end
     return model, tokenizer
 
 

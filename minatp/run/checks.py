@@ -108,7 +108,7 @@ def check_latents(cfg, saved):
 
     # c has to be equal. K may grow: the later stages of the curriculum teach the added steps. A
     # plain LLaMA, or a model at stage 0, does not think yet: any number will do
-    if saved.get("stage") and cfg.latent:
+    if saved.get("stage") and cfg.replaces_steps:
         for name in ("c", "K"):
             fits = wanted["c"] == saved["c"] if name == "c" else wanted["K"] >= saved["K"]
             if not fits:

@@ -512,7 +512,7 @@ def add_control_tokens(model, tokenizer):
     model.policy.add_rows(control_tokens, source)
     if model.decode:
         model.decoder.add_rows(control_tokens, source)
-    model.end = tokenizer.end
+    model.latent, model.end = tokenizer.latent, tokenizer.end
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -538,7 +538,7 @@ def load_model(directory, **switches):
     model = ATP(cfg, **saved | switches)
     for name, value in reached.items():
         setattr(model, name, value)
-    model.end = tokenizer.end
+    model.latent, model.end = tokenizer.latent, tokenizer.end
 
     # Load the weights of π, of φ and of the heads
     fill_llama(model.policy, directory)
@@ -569,7 +569,7 @@ def read_switches(directory):
 
     # A missing, misspelt or mistyped switch would build another model than was saved
     required = {"c": int, "K": int, "vae": bool, "stop": bool, "decode": bool, "stage": int}
-    types = {**required, "longest": int, "decoder_layers": int}
+    types = {**required, "longest": int, "decoder_layers": int, "project": bool, "fillers": int}
     at_least_1 = {"c", "K", "longest", "decoder_layers"}
     for name in required.keys() | saved.keys():
         value = saved.get(name)
@@ -593,7 +593,7 @@ def fill_heads(model, directory, saved):
     tensors, file = read_tensors(directory, "heads")
 
     # The switch of each head tells whether the saved model had it
-    switch_of = {"latent_head": "vae", "stop_head": "stop"}
+    switch_of = {"latent_head": "vae", "stop_head": "stop", "projection": "project"}
     for name, head in heads_of(model).items():
         prefix = name + "."
         of_head = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -601,7 +601,7 @@ def fill_heads(model, directory, saved):
         # A head that was not saved keeps its initial values. One that someone has added to ATP has
         # no switch
         if name in switch_of:
-            was_saved = saved[switch_of[name]]
+            was_saved = saved.get(switch_of[name], False)
         else:
             was_saved = len(of_head) > 0
         if was_saved:
@@ -633,6 +633,10 @@ def save_model(directory, model, tokenizer):
     if model.decode:
         switches["decoder_layers"] = model.decoder.cfg.n_layer
         save_file(cpu_parameters(model.decoder), ours / "decoder.safetensors")
+    if model.project:
+        switches["project"] = True
+    if model.fillers is not None:
+        switches["fillers"] = model.fillers
     write_json(ours / "config.json", switches)
     heads = {}
     for name, head in heads_of(model).items():

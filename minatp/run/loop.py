@@ -279,7 +279,7 @@ class Run:
         # Collate all first, since every loss is divided by the counts of all
         size = cfg.micro_batch or len(rows)
         starts = range(0, len(rows), size)
-        batches = [collate(rows[i : i + size], stage, model) for i in starts]
+        batches = [collate(rows[i : i + size], stage, model, cfg.distill > 0) for i in starts]
         counts = {name: sum(b.counts[name] for b in batches) for name in batches[0].counts}
         counts = distributed.all_reduce(counts, self.device)
 
@@ -316,7 +316,8 @@ class Run:
         # SFT logs L and the means that it is made of; RL its rewards and the metrics of its updates
         if self.cfg.stage == "sft":
             grad_norm = means.pop("grad_norm")
-            loss = total_loss(means, dict.fromkeys(means, 1), self.cfg.beta)
+            ones = dict.fromkeys(means, 1)
+            loss = total_loss(means, ones, self.cfg.beta, self.cfg.distill)
             record |= {"stage": self.stage, "loss": loss, **means, "grad_norm": grad_norm}
             line += [f"stage {self.stage}", f"step {n_done:5}/{self.n_total}", f"loss {loss:.4f}"]
             line += [f"{name} {value:.3f}" for name, value in means.items()]

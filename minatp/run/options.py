@@ -22,18 +22,44 @@ POSITIVE = "positive"
 NOT_NEGATIVE = "not negative"
 
 # fmt: off
-# Which parts of ATP-Latent a method has: latent steps, the VAE, the stop head, the decoder LM
+
+
+@dataclass
+class Method:
+    """What a method makes of the written steps, and its parts (docs/methods.md)."""
+
+    # words: they stay. curriculum: one more is replaced in each stage. all: from the start
+    stages: str
+    # what replaces a step: latents, fillers (learned words, as many) or nothing
+    by: str = "latents"
+    # the VAE, the stop head and the decoder LM of ATP-Latent
+    vae: bool = False
+    stop: bool = False
+    decode: bool = False
+    # CODI's projection of the hidden state, and its self-distillation
+    project: bool = False
+    distill: bool = False
+
+
 METHODS = {
     # the answer at once
-    "no-cot":  dict(latent=False, vae=False, stop=False, decode=False),
+    "no-cot":       Method("words"),
     # steps in words, then the answer
-    "cot":     dict(latent=False, vae=False, stop=False, decode=False),
-    # latents that are hidden states
-    "coconut": dict(latent=True,  vae=False, stop=False, decode=False),
+    "cot":          Method("words"),
+    # words go, one step after the other, and nothing takes their place
+    "icot":         Method("curriculum", by="nothing"),
+    # … but a word that says nothing
+    "pause":        Method("curriculum", by="fillers"),
+    # … but latents, which are hidden states
+    "coconut":      Method("curriculum"),
     # … from which a decoder LM must be able to read the steps
-    "sim-cot": dict(latent=True,  vae=False, stop=False, decode=True),
-    # … and which are sampled, as many as the stop head decides
-    "atp":     dict(latent=True,  vae=True,  stop=True,  decode=True),
+    "sim-cot":      Method("curriculum", decode=True),
+    # latents from the start, taught by the same model when it reads the steps in words
+    "codi":         Method("all", project=True, distill=True),
+    # … with a decoder LM
+    "codi-sim-cot": Method("all", project=True, distill=True, decode=True),
+    # latents that are sampled, as many as the stop head decides, and read by a decoder LM
+    "atp":          Method("curriculum", vae=True, stop=True, decode=True),
 }
 
 # What --preset sets, and what it also sets with --stage rl; the command line wins
@@ -71,13 +97,16 @@ RL_PRESETS = {
 # What a preset other than tiny is the shape of, which its --init brings
 PUBLISHED = {"smollm2-135m": "SmolLM2-135M-Instruct", "llama-1b": "Llama-3.2-1B"}
 
-# A preset's epochs. With latents: of stage 0; of each stage 1 … K − 1; of stage K; and of the last,
-# in which every step is latent. The methods without have one stage
+# A preset's epochs. With a curriculum: of stage 0; of each stage 1 … K − 1; of stage K; and of the
+# last, in which every step is replaced. The other methods have one stage
 EPOCHS = {
-    "tiny":         {"latent": (5, 0.5, 0.8, 11), "cot": 16, "no-cot": 52},
-    "smollm2-135m": {"latent": (1, 1, 1, 3),      "cot": 3,  "no-cot": 3},
-    "llama-1b":     {"latent": (2, 2, 2, 2),      "cot": 2,  "no-cot": 2},
+    "tiny":         {"curriculum": (5, 0.5, 0.8, 11), "all": 18, "cot": 16, "no-cot": 52},
+    "smollm2-135m": {"curriculum": (1, 1, 1, 3),      "all": 6,  "cot": 3,  "no-cot": 3},
+    "llama-1b":     {"curriculum": (2, 2, 2, 2),      "all": 24, "cot": 2,  "no-cot": 2},
 }
+
+# A preset's --distill, of a method that has it. llama-1b: the paper's
+DISTILL = {"tiny": 5.0, "smollm2-135m": 5.0, "llama-1b": 20.0}
 # fmt: on
 
 
@@ -170,6 +199,12 @@ class Latents:
     K: int = opt(4, "most reasoning steps kept latent", POSITIVE)
     beta: float = opt(1e-3, "weight of the KL term", NOT_NEGATIVE)
     init_logvar: float = opt(-4.0, "log σ² of a latent head that starts untrained")
+    distill: float = opt(
+        0.0,
+        "weight of CODI's self-distillation: the model that reads the steps in words teaches the "
+        "one that reads latents [0; with codi and codi-sim-cot 5, llama-1b 20]",
+        NOT_NEGATIVE,
+    )
 
     # Each switches off a part of ATP-Latent
     no_vae: bool = opt(False, "ablation: the latent is the hidden state itself")
@@ -241,6 +276,12 @@ class Explore:
         "scored)",
         choices=("score", "path"),
     )
+    latent_weight: float = opt(
+        1.0,
+        "of the latents' log-densities beside the words' log-probabilities, with --estimator "
+        "score; 1/D makes the sum over D dimensions a mean",
+        NOT_NEGATIVE,
+    )
     greedy: bool = opt(
         False,
         "greedy words in rollouts: all randomness is in the latents and stops, and with "
@@ -271,6 +312,9 @@ class Explore:
         0.0, "weight of the SFT loss on labelled problems, beside the reward", NOT_NEGATIVE
     )
     placebo: bool = opt(False, "control: rewards permuted within the batch")
+    placebo_latents: bool = opt(
+        False, "control: advantages permuted among chains, for latents but not for stops and words"
+    )
     val_every: int = opt(100, "batches between validations", POSITIVE)
 
 
@@ -310,9 +354,9 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
     given = ()  # names of the options on the command line; without annotation, so not a field
 
     @property
-    def latent(self):
-        """Whether the method thinks in latents."""
-        return METHODS[self.method]["latent"]
+    def replaces_steps(self):
+        """Whether the method has anything in place of written steps, be it nothing."""
+        return METHODS[self.method].stages != "words"
 
     @property
     def switches(self):
@@ -321,17 +365,20 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         return {
             "c": self.c,
             "K": self.K,
-            "vae": method["vae"] and not self.no_vae,
-            "stop": method["stop"] and not self.no_stop,
-            "decode": method["decode"] and not self.no_decoder,
+            "vae": method.vae and not self.no_vae,
+            "stop": method.stop and not self.no_stop,
+            "decode": method.decode and not self.no_decoder,
+            "project": method.project,
+            "fillers": {"latents": None, "fillers": self.c, "nothing": 0}[method.by],
             "decoder_layers": self.decoder_layers,
             "init_logvar": self.init_logvar,
         }
 
     def schedule(self):
         """[(curriculum stage, epochs)], without the stages of 0 epochs. Raises UserError."""
-        # Stages 0 … K + 1. A method without latents has stage 0 alone
-        n_stage = self.K + 2 if self.latent else 1
+        # Stages 0 … K + 1, or the first or the last of them alone
+        stages = {"words": [0], "curriculum": range(self.K + 2), "all": [self.K + 1]}
+        stages = stages[METHODS[self.method].stages]
         try:
             epochs = [float(number) for number in self.epochs.split(",")]
         except ValueError:
@@ -339,14 +386,14 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
                 f"command line: --epochs must be numbers separated by commas, not {self.epochs!r}"
             ) from None
         if len(epochs) == 1:  # for every stage
-            epochs *= n_stage
+            epochs *= len(stages)
         in_range = all(0 <= number < math.inf for number in epochs)
         require(
-            len(epochs) == n_stage and in_range and sum(epochs) > 0,
-            f"--epochs needs 1 or {n_stage} numbers ≥ 0 for --method {self.method} with --K "
+            len(epochs) == len(stages) and in_range and sum(epochs) > 0,
+            f"--epochs needs 1 or {len(stages)} numbers ≥ 0 for --method {self.method} with --K "
             f"{self.K}, not {self.epochs!r}",
         )
-        return [(stage, number) for stage, number in enumerate(epochs) if number]
+        return [(stage, number) for stage, number in zip(stages, epochs) if number]
 
     def check(self):
         """Raise UserError if a value is out of range or options contradict each other."""
@@ -414,15 +461,21 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         """Refuse ablations of what the method does not have."""
         method = METHODS[self.method]
         ablations = (
-            ("--no-vae", self.no_vae, method["vae"]),
-            ("--no-stop", self.no_stop, method["stop"]),
-            ("--no-decoder", self.no_decoder, method["decode"]),
+            ("--no-vae", self.no_vae, method.vae),
+            ("--no-stop", self.no_stop, method.stop),
+            ("--no-decoder", self.no_decoder, method.decode),
         )
         for option, is_off, has_part in ablations:
             require(
                 not is_off or has_part,
                 f"{option} contradicts --method {self.method}, which has none",
             )
+
+        # What is distilled into latents needs latents
+        require(
+            not self.distill or (method.stages != "words" and method.by == "latents"),
+            f"--distill teaches latents, and --method {self.method} has none",
+        )
 
         # Without all three parts the method has a name of its own
         require(
@@ -448,9 +501,9 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
 
         # The schedule leaves out stages of 0 epochs, so its last entry may be an earlier stage
         require(
-            self.latent and self.schedule()[-1][0] > self.K,
-            "--answers-share applies to the last stage of a method that thinks in latents, and "
-            "there is none here",
+            self.replaces_steps and self.schedule()[-1][0] > self.K,
+            "--answers-share applies to the last stage of a method that replaces written steps, "
+            "and there is none here",
         )
 
 
@@ -563,10 +616,12 @@ def parse(argv, description):
             f"command line: --preset must be one of {', '.join(PRESETS)}, not {preset!r}"
         )
 
-    # Over the preset and the defaults, of which two depend on other options
+    # Over the preset and the defaults, of which three depend on other options
     cfg = Config(**{**preset_values(preset, given.get("stage")), **given})
-    if not cfg.epochs and cfg.method in METHODS:
-        cfg.epochs = default_epochs(cfg)
+    if cfg.method in METHODS:
+        cfg.epochs = cfg.epochs or default_epochs(cfg)
+        of_preset = DISTILL[preset] if METHODS[cfg.method].distill else 0.0
+        cfg.distill = given.get("distill", of_preset)
     cfg.out = cfg.out or f"out/{cfg.stage}"
 
     # A resumed run has its options already
@@ -632,11 +687,12 @@ def describe_default(f):
 
 def default_epochs(cfg):
     """The preset's --epochs."""
-    if cfg.latent:
-        first, middle, full, last = EPOCHS[cfg.preset]["latent"]
+    of_preset, stages = EPOCHS[cfg.preset], METHODS[cfg.method].stages
+    if stages == "curriculum":
+        first, middle, full, last = of_preset[stages]
         epochs = [first, *[middle] * (cfg.K - 1), full, last]
     else:
-        epochs = [EPOCHS[cfg.preset][cfg.method]]
+        epochs = [of_preset[cfg.method if stages == "words" else stages]]
     if len(set(epochs)) == 1:
         epochs = epochs[:1]  # one number for every stage
 

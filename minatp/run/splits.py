@@ -331,7 +331,7 @@ def encode_problems(cfg, problems, tokenizer, model, answer_only=False):
         problems = [replace(p, steps=[]) for p in problems]
 
     # Without labels for the steps, or without a stop head, each problem takes as many as it may
-    always_K = answer_only or (cfg.latent and not model.stop)
+    always_K = answer_only or (cfg.replaces_steps and not model.stop)
     try:
         return data.encode(problems, tokenizer, model, answer_only, always_K)
     except ValueError as e:

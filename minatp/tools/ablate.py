@@ -29,9 +29,14 @@ TRAIN = str(Path(__file__).parents[2] / "train.py")
 METHODS = {
     "no-CoT": ["--method", "no-cot"],
     "CoT": ["--method", "cot"],
+    "iCoT": ["--method", "icot"],
+    "pause": ["--method", "pause"],
     "Coconut": ["--method", "coconut"],
     "SIM-CoT": ["--method", "sim-cot"],
+    "CODI": ["--method", "codi"],
+    "CODI + SIM-CoT": ["--method", "codi-sim-cot"],
     "ATP": ["--method", "atp"],
+    "ATP + distillation": ["--distill", "5"],
     "ATP, no VAE": ["--no-vae"],
     "ATP, no stop head": ["--no-stop"],
     "ATP, no decoder": ["--no-decoder"],
@@ -40,6 +45,10 @@ METHODS = {
 
 # With the preset's defaults (tiny: estimator path, σ × 4, anchor 1)
 RL = ["--stage", "rl"]
+
+# The paper's estimator, and a control for its thoughts
+SCORE = ["--estimator", "score"]
+PLACEBO = ["--placebo-latents"]
 
 # More SFT, of the last stage alone. {seconds}: as many epochs as take the time of the arm "RL";
 # {steps}: as many as have its number of optimizer steps
@@ -63,6 +72,11 @@ AFTER_ATP = {
     # The paper's estimator: latents are actions with a density
     "RL, thoughts scored":                  [*RL, "--estimator", "score"],
     "RL, thoughts scored, greedy words":    [*RL, "--estimator", "score", "--greedy"],
+    # … whose density is a mean over the D = 128 dimensions; with the thoughts' credit permuted; and
+    # with none for the thoughts
+    "RL, thoughts scored by the mean":      [*RL, *SCORE, "--latent-weight", "0.0078125"],
+    "RL, scored by the mean, placebo":      [*RL, *SCORE, "--latent-weight", "0.0078125", *PLACEBO],
+    "RL, words scored, thoughts not":       [*RL, *SCORE, "--latent-weight", "0"],
     # Advantage, KL and update. GRPO: 400 batches of 4 updates make as many steps as RL's 1,600
     "RL, normalised":                       [*RL, "--normalise"],
     "RL, leave one out":                    [*RL, "--baseline", "rloo"],
@@ -82,6 +96,8 @@ AFTER_OTHERS = {
     "SFT on answers alone, then RL":        ("SFT on answers alone", RL),
     "SFT on answers alone, twice":          ("SFT on answers alone", MORE_SFT_ON_ANSWERS),
     "ATP, β × 10, then RL":                 ("ATP, β × 10", RL),
+    "ATP + distillation, then RL":          ("ATP + distillation", RL),
+    "ATP + distillation, more SFT":         ("ATP + distillation", [*MORE_SFT, "--distill", "5"]),
 }
 # fmt: on
 
@@ -216,7 +232,7 @@ class Study:
 
         # Stage 2. Some controls depend on how long RL took
         start = self.train_arm(start_of(arm), seed)
-        epochs = self.epochs_like_rl(seed) if has_budget_of_rl(arm) else {}
+        epochs = self.epochs_like_rl(arm, seed) if has_budget_of_rl(arm) else {}
         chosen = [option.format(**epochs) for option in template(arm)]
         return self.train(arm, seed, [*chosen, "--init", str(start.resolve())])
 
@@ -249,19 +265,20 @@ class Study:
             )
         return out
 
-    def epochs_like_rl(self, seed):
-        """What --epochs must be for the last SFT stage alone to cost as much as "RL".
+    def epochs_like_rl(self, arm, seed):
+        """What --epochs must be for an arm of the last SFT stage alone to cost as much as "RL".
 
         {"steps"}: as many optimizer steps. {"seconds"}: as much time, at the speed of the last
         stage.
         """
-        cfg = self.config("ATP", seed)
-        steps_per_epoch = self.summary("ATP", seed)["training_problems"] / cfg["batch_size"]
+        start = start_of(arm) if start_of(arm) in METHODS else "ATP"
+        cfg = self.config(start, seed)
+        steps_per_epoch = self.summary(start, seed)["training_problems"] / cfg["batch_size"]
 
         # The budget in optimizer steps: those of RL, or the SFT steps that fit into RL's seconds
         n_step = {
             "steps": self.config("RL", seed)["updates"],
-            "seconds": self.summary("RL", seed)["seconds"] / self.seconds_per_step(seed),
+            "seconds": self.summary("RL", seed)["seconds"] / self.seconds_per_step(start, seed),
         }
         n_epoch = {name: n / steps_per_epoch for name, n in n_step.items()}
 
@@ -269,9 +286,9 @@ class Study:
         earlier_stages = "0," * (cfg["K"] + 1)
         return {name: earlier_stages + str(round(n, 3)) for name, n in n_epoch.items()}
 
-    def seconds_per_step(self, seed):
-        """Of the last stage of the run "ATP"."""
-        text = (self.folder("ATP", seed) / "metrics.jsonl").read_text()
+    def seconds_per_step(self, arm, seed):
+        """Of the last stage of a run of stage 1."""
+        text = (self.folder(arm, seed) / "metrics.jsonl").read_text()
         records = [json.loads(line) for line in text.splitlines()]
 
         # Only training records have seconds; validations have none

@@ -172,11 +172,12 @@ def kept_bytes(module, work):
     return total
 
 
-def training_memory(cfg, K, c, batch_size, row, recompute=False, scale=8):
+def training_memory(cfg, K, c, batch_size, row, recompute=False, scale=8, distills=False):
     """Bytes of an SFT step of the last stage, with AdamW on one GPU, by use.
 
     Returns {"weights", "gradients", "moments", "bf16 weights", "activations", "logits"}. row: the
     data.Encoded that stands for every problem of the batch. scale: see `activations_per_row`.
+    distills: whether a teacher reads the problems in words.
     """
     # The whole model, which takes no memory. The chain has its own copy of its weights in bf16
     # (kernels/linear.py)
@@ -188,8 +189,10 @@ def training_memory(cfg, K, c, batch_size, row, recompute=False, scale=8):
     # The logits of a labelled position: in bf16 and float32, their log-softmax, and the gradient in
     # both
     n_labelled = batch_size * (len(row.answer) + sum(map(len, row.texts)))
+    if distills:
+        n_labelled += batch_size * (len(row.answer) + sum(map(len, row.lines)))
     bytes_per_logit = 2 + 4 + 4 + 4 + 2
-    per_row = activations_per_row(model, row, recompute, scale)
+    per_row = activations_per_row(model, row, recompute, scale, distills)
     return {
         # float32; the moments are the two of AdamW
         "weights": 4 * n,
@@ -201,7 +204,7 @@ def training_memory(cfg, K, c, batch_size, row, recompute=False, scale=8):
     }
 
 
-def activations_per_row(model, row, recompute, scale):
+def activations_per_row(model, row, recompute, scale, distills=False):
     """Bytes of activations that autograd keeps for one problem like `row`, under bf16 autocast.
 
     Counted on a model of the same proportions, `scale` times narrower, with one layer and with two:
@@ -214,8 +217,8 @@ def activations_per_row(model, row, recompute, scale):
     by_layers = []
     for n_layer in (1, 2):
         small = narrow_model(model, n_layer, scale).set_recompute(recompute)
-        one = kept_by_last_stage(small, [narrow_row])
-        two = kept_by_last_stage(small, [narrow_row] * 2)
+        one = kept_by_last_stage(small, [narrow_row], distills)
+        two = kept_by_last_stage(small, [narrow_row] * 2, distills)
         by_layers.append(scale * (two - one))  # without what does not grow with the batch
 
     # The second layer's bytes are those of each further one
@@ -262,11 +265,11 @@ def with_few_ids(row):
     )
 
 
-def kept_by_last_stage(model, rows):
+def kept_by_last_stage(model, rows, distills):
     """Bytes that the loss of the last stage keeps for its backward pass."""
 
     def loss():
-        batch = collate(rows, model.K + 1, model)
+        batch = collate(rows, model.K + 1, model, distills)
         eps = torch.zeros(len(rows), batch.n_candidate, model.policy.cfg.n_embd)
 
         # The kernels' references, which run anywhere, in the precision of a run on a GPU

@@ -104,7 +104,7 @@ def build_on_meta(cfg, problems):
     # The vocabulary is --vocab-size, although the tokenizer may have fewer tokens
     with torch.device("meta"):
         model = ATP(llama_config(cfg, cfg.vocab_size), **cfg.switches)
-    model.end = tokenizer.end
+    model.latent, model.end = tokenizer.latent, tokenizer.end
     return model, tokenizer
 
 
@@ -153,12 +153,19 @@ def activation_bytes(run, row, stages):
     ):  # too large for the device, or to be built
         llama = model.policy.cfg
         parts = count.training_memory(
-            llama, model.K, model.c, size, row, cfg.recompute, scale=llama.n_kv_head
+            llama,
+            model.K,
+            model.c,
+            size,
+            row,
+            cfg.recompute,
+            scale=llama.n_kv_head,
+            distills=cfg.distill > 0,
         )
         return parts["activations"] + parts["logits"]
 
     def forward(n, stage):
-        batch = collate([row] * n, stage, model).at(device=device)
+        batch = collate([row] * n, stage, model, cfg.distill > 0).at(device=device)
 
         # The values of ε do not change what is kept: zeros will do
         eps = None
@@ -216,13 +223,14 @@ def report_curriculum(run, problems):
     chosen = max(range(min(200, len(rows))), key=lambda i: len(rows[i].lines))
     print0(f"\nproblem     {problems[chosen].question}")
 
-    # A line for each stage: the latents, with what φ must write from each (if there is a φ),
-    # whether the stop head learns to stop after them, and what the policy must write
+    # A line for each stage: the latents, with what φ must write from each (if there is a φ), or the
+    # fillers; whether the stop head learns to stop after them, and what the policy must write
     for stage, epochs in run.cfg.schedule():
         batch = collate([rows[chosen]], stage, model)
         thoughts = [f" = {decode(ids)!r}" for ids in batch.step_text]
         thoughts = thoughts or [""] * (batch.L // model.c)
         chain = " ".join(f"[{'z' * model.c}{text}]" for text in thoughts)
+        chain = chain or tokenizer.decode(model.fillers_at(stage))
         stop = " stop" if bool(batch.has_stop[0]) else ""
         print0(f"  stage {stage} ({epochs:g} epochs)  {chain}{stop}  {decode(batch.target[0])!r}")
 

@@ -205,7 +205,8 @@ def check_gradients(model, stage):
 @pytest.mark.parametrize("stage", LATENT_STAGES)
 def test_proposals(model, rows, stage):
     batch = data.collate(rows, stage, model)
-    thought, _, _ = sft.walk_batch(model, batch, TENSORS[f"sft{stage}.eps"].float())
+    h, cache = sft.read_batch(model.policy, batch)
+    thought, _ = sft.walk_batch(model, batch, h, cache, TENSORS[f"sft{stage}.eps"].float())
     for b in range(len(rows)):
         mu, logvar = TENSORS[f"sft{stage}.mu{b}"], TENSORS[f"sft{stage}.logvar{b}"]
         n = len(mu)

@@ -9,7 +9,7 @@ from minatp.problems import Problem
 from minatp.rollout import rollout
 from minatp.run import options
 from minatp.run.loop import Run
-from minatp.sft import sft_losses, walk_batch
+from minatp.sft import read_batch, sft_losses, walk_batch
 from minatp.tools.count import count
 
 from small import SMALL, small_model
@@ -130,11 +130,13 @@ def test_answers_alone_stop_where_generation_does_and_teach_their_answer(model, 
         "kl": 0,
         "stop": 0,
         "answer_only": 12,
+        "teacher": 0,
+        "distill": 0,
         "position": n_prompt_token + 12 * model.c * model.K + n_answer_token,
     }
 
     # the thinking ends where it would in a rollout
-    _, n_latent, _ = walk_batch(model, batch)
+    _, n_latent = walk_batch(model, batch, *read_batch(model.policy, batch))
     chains = rollout(model, batch.prompt, batch.prompt_mask, max_new=3)
     assert torch.equal(n_latent, chains.n_latent)
     assert n_latent.any()
