@@ -36,7 +36,10 @@ from .ops import compute_dtype
 
 PREFIX = 128  # columns of the prefix are rounded up to a multiple of this
 LATENTS = 4  # and latents of this
-MAX_KEPT = 8  # chains of different sizes; each keeps the activations of a batch, 1 GB at llama-1b
+
+# chains of different sizes that are kept. Each holds the activations of a batch, 1 GB at llama-1b
+MAX_KEPT = 8
+MAX_BYTES = 12 * 2**30
 
 
 def run(loop, model, h, cache, plan):
@@ -45,13 +48,9 @@ def run(loop, model, h, cache, plan):
     loop: chain.latent_loop. Returns the fields of its Latent, each (B, n_candidate, …) or None, and
     n_latent (B,).
     """
-    chain = kept_chain(model, h, cache, plan)
-    weights = small_weights(model)
-    for gradient in chain.gradients:  # not in a graph: the copies change with the weights only
-        copies_of(gradient.weights, gradient.biases, compute_dtype(h))
-
     # what the chain reads: first what a gradient flows to
-    padding = chain.P - cache.P
+    P, L, n_candidate = rounded_up(cache, plan)
+    padding = P - cache.P
     kv = [F.pad(x, (0, 0, padding, 0)) for x in cache.prefix_kv]
 
     # the rest by name
@@ -60,18 +59,32 @@ def run(loop, model, h, cache, plan):
     if plan.answer_only is not None:
         given["answer_only"] = plan.answer_only
     if plan.eps is not None:
-        eps = plan.eps[:, : chain.n_candidate]
-        given["eps"] = F.pad(eps, (0, 0, 0, chain.n_candidate - eps.shape[1]))
+        eps = plan.eps[:, :n_candidate]
+        given["eps"] = F.pad(eps, (0, 0, 0, n_candidate - eps.shape[1]))
+    inputs = h, *kv, *given.values()
+
+    # the chain of batches like this one: the same sizes, and whatever else is a number or an
+    # address in the graphs
+    dtype = compute_dtype(h)
+    sizes = tuple((x.shape, x.dtype) for x in inputs)
+    numbers = L, n_candidate, cache.max_group, plan.spread, dtype
+    addresses = tuple(p.data_ptr() for p in model.parameters())
+    chain = kept_chain((id(model), addresses, sizes, tuple(given), numbers), h.device)
+    for gradient in chain.gradients:  # not in a graph: the copies change with the weights only
+        copies_of(gradient.weights, gradient.biases, dtype)
 
     # walk; then one node of autograd stands for all of it, but for the gradients of large weights
-    work = partial(chain.walk, Loop(loop, model), weights, cache, plan, list(given))
+    weights = small_weights(model)
+    plan_of_all = plan._replace(L=L, n_candidate=n_candidate)
+    work = partial(walk, Loop(loop, model), weights, cache, plan_of_all, list(given))
     with torch.no_grad():
-        n_latent, fields, columns, walked = chain.forward(work, h, *kv, *given.values())
+        n_latent, fields, columns, walked = chain.forward(work, *inputs)
     chain.gradients = walked.gradients
     calls = [shared(gradient.weights, gradient.biases) for gradient in chain.gradients]
     outputs = [x for x in fields if x is not None] + columns
-    inputs = h, *kv, *weights.values(), *(each.scalar for each in calls)
-    results = iter(ReplayedChain.apply(chain, walked, calls, outputs, *inputs))
+    leaves = h, *kv, *weights.values()
+    scalars = [each.scalar for each in calls]
+    results = iter(ReplayedChain.apply(chain, walked, calls, outputs, *leaves, *scalars))
 
     # without what rounding up has added
     fields = [x if x is None else next(results)[:, : plan.n_candidate] for x in fields]
@@ -80,29 +93,25 @@ def run(loop, model, h, cache, plan):
     return fields, n_latent
 
 
-def kept_chain(model, h, cache, plan):
-    """The KeptChain of batches like this one."""
-    # the rows of the batch, the columns of the prefix, the latents
+def rounded_up(cache, plan):
+    """The columns of the prefix, the latents, and the candidates of a chain for these."""
     P = PREFIX * ceil_div(cache.P, PREFIX)
     L = LATENTS * ceil_div(max(plan.L, 1), LATENTS)
-    n_candidate = max(L + 1, plan.n_candidate)
-    sizes = (*h.shape, len(cache.start), cache.max_group, P, L, n_candidate)
+    return P, L, max(L + 1, plan.n_candidate)
 
-    # whatever else is a number or an address in the graphs
-    is_given = plan.eps is None, plan.answer_only is None
-    dtypes = h.dtype, cache.prefix[0].kv.k.dtype, compute_dtype(h)
-    addresses = tuple(p.data_ptr() for p in model.parameters())
-    key = id(model), addresses, sizes, is_given, dtypes, plan.spread
 
+def kept_chain(key, device):
+    """The KeptChain of all batches with this key; the one used last is at the end of graph.kept."""
     chain = graph.kept.pop(key, None)
     if chain is None:
         # a graph that goes takes its stream's workspace along: its successor gets the stream
-        place = graph.Place(h.device)
-        if len(graph.kept) == MAX_KEPT:
+        place = graph.Place(device)
+        n_byte = sum(kept.place.n_byte for kept in graph.kept.values())
+        if len(graph.kept) == MAX_KEPT or n_byte > MAX_BYTES:
             place = graph.kept.pop(next(iter(graph.kept))).place
-            place.last_graph = None
-        chain = KeptChain(P, L, n_candidate, place)
-    graph.kept[key] = chain  # the one used last at the end
+            place.forget_graphs()
+        chain = KeptChain(place)
+    graph.kept[key] = chain
     return chain
 
 
@@ -139,45 +148,42 @@ class Walked(NamedTuple):
     gradients: list  # a Gradient of each product of large weights
 
 
+def walk(loop, weights, cache, plan, names, *inputs):
+    """The loop under autograd -> n_latent, the latent's fields (or None), the columns that it has
+    made, keys and values of each layer, and what it Walked. names: of the last inputs.
+    """
+    n_leaf = len(inputs) - len(names)
+    given = dict(zip(names, inputs[n_leaf:]))
+
+    # leaves of their own: a parameter's node in autograd runs on the stream of the forward pass,
+    # and leaving this stream would break the recording
+    leaves = [x.detach().requires_grad_() for x in (*inputs[:n_leaf], *weights.values())]
+    h, *kv = leaves[:n_leaf]
+    weights = dict(zip(weights, leaves[n_leaf:]))
+
+    # the prefix and its layout; what is left is of the plan
+    n_prefix_real = given.pop("n_prefix_real")
+    groups = {name: given.pop(name) for name in cache.groups}
+    calls = {}
+    with torch.enable_grad(), deferred_weight_gradients(calls):
+        cache = cache.with_prefix(kv, groups, n_prefix_real, plan.L)
+        latent, n_latent = functional_call(loop, weights, (h, plan._replace(**given), cache))
+
+    outputs = [x for x in latent if x is not None]
+    columns = [x for own in cache.own for x in own.kv]
+    gradients = [each.gradient for each in calls.values()]
+    return n_latent, latent, columns, Walked(leaves, outputs, cache.own, gradients)
+
+
 class KeptChain:
     """The chains of all batches of one size, as two graphs."""
 
-    def __init__(self, P, L, n_candidate, place):
-        self.P = P
-        self.L = L
-        self.n_candidate = n_candidate
+    def __init__(self, place):
         self.place = place
         self.forward = graph.ReplayedStep(place)
         self.backward = graph.ReplayedStep(place)
-        self.gradients = []
+        self.gradients = []  # of the products of large weights; none before the first batch
         self.n_batch = 0
-
-    def walk(self, loop, weights, cache, plan, names, *inputs):
-        """The loop under autograd -> n_latent, the latent's fields (or None), the columns that it
-        has made, keys and values of each layer, and what it Walked. names: of the last inputs.
-        """
-        n_leaf = len(inputs) - len(names)
-        given = dict(zip(names, inputs[n_leaf:]))
-
-        # leaves of their own: a parameter's node in autograd runs on the stream of the forward
-        # pass, and leaving this stream would break the recording
-        leaves = [x.detach().requires_grad_() for x in (*inputs[:n_leaf], *weights.values())]
-        h, *kv = leaves[:n_leaf]
-        weights = dict(zip(weights, leaves[n_leaf:]))
-
-        # the prefix and its layout; what is left is of the plan
-        n_prefix_real = given.pop("n_prefix_real")
-        groups = {name: given.pop(name) for name in cache.groups}
-        calls = {}
-        with torch.enable_grad(), deferred_weight_gradients(calls):
-            cache = cache.with_prefix(kv, groups, n_prefix_real, self.L)
-            plan = plan._replace(L=self.L, n_candidate=self.n_candidate, **given)
-            latent, n_latent = functional_call(loop, weights, (h, plan, cache))
-
-        outputs = [x for x in latent if x is not None]
-        gradients = [each.gradient for each in calls.values()]
-        columns = [x for own in cache.own for x in own.kv]
-        return n_latent, latent, columns, Walked(leaves, outputs, cache.own, gradients)
 
     def differentiate(self, walked, *d_outputs):
         """Autograd's backward pass -> gradients of the leaves, and x and dy of every product."""

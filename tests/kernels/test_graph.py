@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from kernels import graph, linear, replayed_chain
-from kernels.cache import Columns, StepCache
+from kernels.cache import StepCache
 from minatp import data
 from minatp.chain import Plan, read_prompt, walk
 from minatp.decoder import read_thoughts
@@ -492,41 +492,36 @@ def gsm8k_like_batches(model, n_batch):
         yield data.collate([problems[i] for i in next(order)], model.K + 1, model)
 
 
-def kept_chain_of(model, batch):
-    """The KeptChain of a Batch whose prompt has been read."""
-    Q, P = batch.prompt.shape
-    h = torch.zeros(Q, 16, device=DEVICE)
-    columns = Columns(torch.zeros(Q, 1, P, 8, device=DEVICE), None)
-    cache = SimpleNamespace(P=P, start=batch.n_latent, max_group=1, prefix=[columns])
-    plan = Plan(batch.n_latent, batch.L, batch.n_candidate, eps=torch.zeros(1))
-    return replayed_chain.kept_chain(model, h, cache, plan)
-
-
-def test_100_batches_of_gsm8k_need_few_recordings(kept):
+def test_100_batches_of_gsm8k_need_few_recordings():
     model = ATP(tiny_config(vocab_size=20), c=2, K=10, decode=False)
     model.end = END_OF_THINKING
 
-    # the chain's second batch records it, forward and backward
-    met = Counter(kept_chain_of(model, batch) for batch in gsm8k_like_batches(model, 100))
+    # the second batch of a size is recorded, forward and backward
+    met = Counter()
+    for batch in gsm8k_like_batches(model, 100):
+        plan = Plan(batch.n_latent, batch.L, batch.n_candidate)
+        P, L, n_candidate = replayed_chain.rounded_up(
+            SimpleNamespace(P=batch.prompt.shape[1]), plan
+        )
+        assert n_candidate == L + 1
+        met[P, L] += 1
     n_recording = 2 * sum(n > 1 for n in met.values())
     assert 4 <= n_recording <= 12, met.values()
-    assert list(kept.values())[-1].n_candidate == 1 + list(kept.values())[-1].L
 
 
-def test_the_chain_that_is_used_least_recently_goes(monkeypatch, kept):
-    monkeypatch.setattr(replayed_chain, "MAX_KEPT", 2)
-    model = mixed_model(vae=True)
-    batch = sft_batch(model)
-
-    a, b = (kept_chain_of(model, replace(batch, L=L)) for L in (4, 8))
-    b.place.last_graph = "a graph"
-    assert kept_chain_of(model, replace(batch, L=3)) is a
-    c = kept_chain_of(model, replace(batch, L=12))
+@pytest.mark.parametrize("limit, n_byte", [("MAX_KEPT", 0), ("MAX_BYTES", 5)])
+def test_the_chain_that_is_used_least_recently_goes(monkeypatch, kept, limit, n_byte):
+    """If there are too many, or if they hold too much."""
+    monkeypatch.setattr(replayed_chain, limit, 2)
+    a, b = (replayed_chain.kept_chain(size, torch.device(DEVICE)) for size in "ab")
+    b.place.last_graph, b.place.n_byte = "a graph", n_byte
+    assert replayed_chain.kept_chain("a", torch.device(DEVICE)) is a
+    c = replayed_chain.kept_chain("c", torch.device(DEVICE))
     assert list(kept.values()) == [a, c]
 
     # on the stream of the graph that has gone, and with memory of its own
     assert c.place is b.place
-    assert c.place.last_graph is None
+    assert (c.place.last_graph, c.place.n_byte) == (None, 0)
 
 
 def test_a_chain_whose_graph_has_another_batch_refuses_its_backward_pass(monkeypatch, tapes, kept):

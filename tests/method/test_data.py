@@ -228,3 +228,19 @@ def test_a_batch_moves_with_its_indices():
     at = (moved.target_at, moved.used_at, moved.stop_at, moved.step_text_at)
     assert all(index.is_meta for pair in at for index in pair)
     assert [len(pair) for pair in at] == [2] * 4
+
+
+def test_a_batch_goes_to_a_gpu_from_pinned_memory_and_the_host_does_not_wait():
+    class OnTheHost:
+        is_cuda = is_pinned = False
+
+        def pin_memory(self):
+            pinned = OnTheHost()
+            pinned.is_pinned = True
+            return pinned
+
+        def to(self, device, non_blocking=False):
+            return device, self.is_pinned and non_blocking
+
+    assert data.moved(OnTheHost(), "cuda:1") == ("cuda:1", True)
+    assert data.moved(OnTheHost(), "cpu") == ("cpu", False)
