@@ -61,6 +61,7 @@ def problem(n_steps):
         texts=[step + [EOS] for step in steps],
         rest=[],
         answer=[6, 5, EOS],
+        n_before_answer=0,
         source="",
         answer_only=n_steps == 0,
     )

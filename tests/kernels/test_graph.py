@@ -349,6 +349,7 @@ def sft_batch(model):
             texts=[[7, 8, EOS]] * n_steps,
             rest=[],
             answer=[6, 5, 9, EOS],
+            n_before_answer=0,
             source="",
             answer_only=answer_only,
         )
@@ -484,6 +485,7 @@ def gsm8k_like_batches(model, n_batch):
                 texts=[[7, 8, EOS]] * n_step,
                 rest=[],
                 answer=[6, EOS],
+                n_before_answer=0,
                 source="",
             )
         )

@@ -882,6 +882,7 @@ def encoded_problem(n, n_steps):
         texts=[[7, 8, 1]] * n_steps,
         rest=[],
         answer=[6, 5, 9, 1],
+        n_before_answer=0,
         source="",
     )
 

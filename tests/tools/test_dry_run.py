@@ -188,7 +188,7 @@ def test_a_system_that_does_not_tell_its_memory(monkeypatch, never, capsys):
 
 def test_on_a_gpu_the_copies_that_kernels_read_count_as_memory():
     pytest.importorskip("triton", reason="triton is not installed")
-    model = small_model()
+    model, _ = small_model()
     n_linear = sum(
         p.numel()
         for name, p in model.named_parameters()
