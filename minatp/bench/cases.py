@@ -213,7 +213,13 @@ def paper_row(vocab_size, n_prompt=90, n_step=10, step_length=9, n_answer=6):
     # `rest` is empty, because no problem has more steps than become latents
     steps = [ids(step_length) for _ in range(n_step)]
     return data.Encoded(
-        prompt=ids(n_prompt), lines=steps, texts=steps, rest=[], answer=ids(n_answer), source=""
+        prompt=ids(n_prompt),
+        lines=steps,
+        texts=steps,
+        rest=[],
+        answer=ids(n_answer),
+        n_before_answer=0,
+        source="",
     )
 
 
