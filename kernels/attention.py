@@ -23,8 +23,8 @@ there is no mask to read.
                part of the gradient of its own k and v, and clears them.
 
 Each program owns the columns that it adds to: nothing in these kernels is atomic, and every run
-gives the same bits. (kernels/cache.py adds to the buffers, too, where a long pass has read columns
-or rows were selected. Its index_add_ is atomic on a GPU.)
+gives the same bits. (kernels/cache.py adds to the buffers, too, where a long pass has read columns.
+Its index_add_ is atomic on a GPU.)
 
 Bytes, bf16: forward reads 2·2·d·h_kv a column. A prefix column is read once for all rows of a
 group, not once per row, as long as the group has at most MAX_TILE_QUERIES queries; a larger one
