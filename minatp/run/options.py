@@ -205,6 +205,7 @@ class Latents:
         "one that reads latents [0; with codi and codi-sim-cot 5, llama-1b 20]",
         NOT_NEGATIVE,
     )
+    distill_every: int = opt(1, "steps from one that has a teacher to the next", POSITIVE)
 
     # Each switches off a part of ATP-Latent
     no_vae: bool = opt(False, "ablation: the latent is the hidden state itself")

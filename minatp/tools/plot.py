@@ -26,6 +26,8 @@ TITLES = {
     "dec": "loss: φ reads the thoughts",
     "stop": "loss: stop head",
     "kl.sft": "loss: KL to N(0, I)",
+    "teacher": "loss: words of the teacher",
+    "distill": "loss: states unlike the teacher's",
     "accuracy.stage": "validation accuracy by stage",
     "accuracy.step": "validation accuracy by update",
     "accuracy.latent_steps": "accuracy by latent steps (dashed: free)",
