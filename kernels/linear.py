@@ -22,6 +22,7 @@ Where kernels run, all calls of a weight whose graph is alive share one WeightGr
 is those of the chain of latents, and of large weights alone (deferred_weight_gradients).
 """
 
+import math
 from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
@@ -95,16 +96,18 @@ class Gradient:
     the backward pass of each call adds.
     """
 
-    def __init__(self, weights, biases):
+    def __init__(self, weights, biases, long):
+        """long: how many rows of a call have a product of their own."""
         self.weights = weights
         self.biases = biases
+        self.long = long
         self.pairs = []  # (x, dy) of short calls, not multiplied yet
         self.dW = self.db = None
 
     def add(self, x, dy):
         """A call: x (…, in), dy (…, out)."""
         pair = as_rows(x), as_rows(dy)
-        if len(pair[0]) < LONG:
+        if len(pair[0]) < self.long:
             self.pairs.append(pair)
         else:
             self.multiply(*pair)
@@ -155,8 +158,8 @@ class WeightGradient(torch.autograd.Function):
 class Shared:
     """What the calls of a product share: their Gradient, and the scalar of its node."""
 
-    def __init__(self, weights, biases):
-        self.gradient = Gradient(weights, biases)
+    def __init__(self, weights, biases, long):
+        self.gradient = Gradient(weights, biases, long)
         self.scalar = WeightGradient.apply(self.gradient, *weights, *biases)
 
 
@@ -170,8 +173,8 @@ scope = None
 
 @contextmanager
 def deferred_weight_gradients(calls=None):
-    """Inside, all calls of a large Linear share one weight-gradient product, and with no call
-    outside. calls: a dict that receives what they share, {ids of weights: Shared}.
+    """Inside, all calls of a large Linear, long ones too, share one weight-gradient product, and
+    with no call outside. calls: a dict that receives what they share, {ids of weights: Shared}.
     """
     global scope
     outer, scope = scope, {} if calls is None else calls
@@ -186,7 +189,7 @@ def shared(weights, biases):
     calls = alive if scope is None else scope
     key = tuple(map(id, weights))
     # (looked up once: what is alive can go at any time)
-    found = calls.get(key) or Shared(weights, biases)
+    found = calls.get(key) or Shared(weights, biases, LONG if calls is alive else math.inf)
     calls[key] = found
     return found
 

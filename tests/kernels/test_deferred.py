@@ -132,7 +132,9 @@ class WeightProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("L", [1, 5])
-def test_each_weight_gradient_is_one_product(model, L):
+@pytest.mark.parametrize("n_long", [2, 1024])
+def test_each_weight_gradient_is_one_product(monkeypatch, model, L, n_long):
+    monkeypatch.setattr(linear, "LONG", n_long)  # however many rows the chain has
     h = torch.randn(3, 16, dtype=torch.float64)
     eps = torch.randn(3, L + 1, 16, dtype=torch.float64)
     plan = chain.Plan(torch.tensor([L, 1, L]), L, n_candidate=L + 1, eps=eps)

@@ -404,6 +404,7 @@ def test_a_replayed_chain_has_the_gradients_of_the_plain_one(
     replays what is kept, each with other prompts, noise and weights.
     """
     monkeypatch.setattr(linear, "MIN_ELEMENTS", min_elements)
+    monkeypatch.setattr(linear, "LONG", 3)  # of the prompt, the chain and the text all are
     monkeypatch.setattr(replayed_chain, "PREFIX", 8)
     monkeypatch.setattr(replayed_chain, "LATENTS", 1)
     model = mixed_model(vae)
