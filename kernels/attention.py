@@ -23,8 +23,8 @@ there is no mask to read.
                part of the gradient of its own k and v, and clears them.
 
 Each program owns the columns that it adds to: nothing in these kernels is atomic, and every run
-gives the same bits. (kernels/cache.py adds to the buffers, too, where a long pass has read columns
-or rows were selected. Its index_add_ is atomic on a GPU.)
+gives the same bits. (kernels/cache.py adds to the buffers, too, where a long pass has read columns.
+Its index_add_ is atomic on a GPU.)
 
 Bytes, bf16: forward reads 2·2·d·h_kv a column. A prefix column is read once for all rows of a
 group, not once per row, as long as the group has at most MAX_TILE_QUERIES queries; a larger one
@@ -425,21 +425,23 @@ def tile_backward(b_s, b_lse, b_delta, b_q1, b_q2, b_do, b_k1, b_k2, b_v, scale)
 
 
 @triton.jit
-def open_column_kernel(
+def open_columns_kernel(
     is_real_ptr, n_own_ptr, n_prefix_ptr, n_before_ptr, slot_ptr, position_ptr,
-    stride_real, B, BLOCK: tl.constexpr,
+    stride_real_b, stride_real_t, B, T, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """See `open_column`. Grid (⌈B / BLOCK⌉,)."""
+    """See `open_columns`. Grid (⌈B / BLOCK⌉,)."""
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = b < B
-    is_real = tl.load(is_real_ptr + b * stride_real, mask, other=0)
     n_own = tl.load(n_own_ptr + b, mask, other=0)
     n_prefix = tl.load(n_prefix_ptr + b, mask, other=0)
-
     tl.store(n_before_ptr + b, n_own, mask)
-    tl.store(slot_ptr + b, tl.where(is_real != 0, n_own, -1), mask)
-    n_own += is_real
-    tl.store(position_ptr + b, tl.maximum(n_prefix + n_own - 1, 0), mask)
+
+    # a row's columns one after another: a real one is the next of its own
+    for t in range(T):
+        is_real = tl.load(is_real_ptr + b * stride_real_b + t * stride_real_t, mask, other=0)
+        tl.store(slot_ptr + b * T + t, tl.where(is_real != 0, n_own, -1), mask)
+        n_own += is_real
+        tl.store(position_ptr + b * T + t, tl.maximum(n_prefix + n_own - 1, 0), mask)
     tl.store(n_own_ptr + b, n_own, mask)
 
 
@@ -828,20 +830,20 @@ def split_prefix(P, n_programs):
     return max(1, ceil_div(P, width)), width
 
 
-def open_column(is_real, n_own, n_prefix):
-    """Give every row a new column, real where is_real (B, 1) bool. n_own (B,): own columns of each
+def open_columns(is_real, n_own, n_prefix):
+    """Give every row new columns, real where is_real (B, T) bool. n_own (B,): own columns of each
     row, which are counted on in place; n_prefix (B,): real columns of its prefix.
 
-    Returns n_own as it was (B,) and the slots (B, 1), int32, and the positions (B, 1): where there
+    Returns n_own as it was (B,) and the slots (B, T), int32, and the positions (B, T): where there
     is no real column, that of the last one.
     """
-    B = len(n_own)
+    B, T = is_real.shape
     n_before = n_own.new_empty(B, dtype=torch.int32)
-    slot = n_own.new_empty(B, 1, dtype=torch.int32)
-    position = n_own.new_empty(B, 1)
-    open_column_kernel[(ceil_div(B, 128),)](
+    slot = n_own.new_empty(B, T, dtype=torch.int32)
+    position = n_own.new_empty(B, T)
+    open_columns_kernel[(ceil_div(B, 128),)](
         is_real.view(torch.uint8), n_own, n_prefix, n_before, slot, position,
-        is_real.stride(0), B, BLOCK=128,
+        *is_real.stride(), B, T, BLOCK=128,
     )  # fmt: skip
     return n_before, slot, position
 

@@ -1,9 +1,9 @@
 """The cache that the attention kernels read and write, with autograd through it.
 
 It has the interface of minatp's KVCache (open, attend, step, fork, keep; it ignores `rows`, since
-every call is of all rows), and what the replayed chain needs besides (prefix_kv, with_prefix,
-read_own, append_own). The first call's columns, left-padded, are the prefix: stored once, however
-many rows continue from it. The columns of later calls are a row's own.
+every call is of all rows), and what the replayed chain needs besides: prefix_kv, with_prefix,
+append_own. The first call's columns, left-padded, are the prefix: stored once, however many rows
+continue from it. The columns of later calls are a row's own.
 
 Both lie in memory that is written in place, which autograd cannot follow. So each operation on a
 layer's columns is a node of its own:
@@ -12,9 +12,8 @@ layer's columns is a node of its own:
                                                   added to the gradient buffers
     AttendStep     kernels/attention.py           backward: adds to the buffers, and collects what
                                                   later steps added to its own columns
-    ReadColumns    columns for a long pass        backward: adds the gradient of what was read
-    AppendColumns  columns of a long pass         backward: collects what was added to them
-    SelectRows     continue with other rows       backward: adds the new rows' buffers to the old
+    LongPass       columns of a long pass         backward: adds the gradient of what was read.
+                                                  (Under autograd it must be the last call)
 
 Most of these nodes pass gradients through the buffers, where autograd does not see them. It must
 still run them in exactly the reverse order: a step may collect its columns' gradients only after
@@ -27,13 +26,15 @@ that of every node that uses one of its outputs and leads to the loss.
 """
 
 from copy import copy
-from weakref import ref
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import attention, graph
 from .attention import KV, Layout, StepInputs
+from .common import ceil_div
 from .rows import Rotate
 
 MAX_STEP_COLUMNS = 8  # new positions that the step's kernel takes; SDPA serves a longer pass
@@ -55,25 +56,6 @@ class Columns:
             self.grad = KV(*zeros)
         return self.grad
 
-    def collect(self, slot):
-        """Return what was added to the columns `slot` (B, T; −1: no column), and clear it:
-        (dk, dv), each (B, h_kv, T, hd), 0 where there is no column.
-        """
-        # gather needs a valid index everywhere: a position without a column takes column 0, and the
-        # product with is_real drops what is found there
-        is_real = (slot >= 0)[:, None, :, None]  # (B, 1, T, 1)
-        column = slot.clamp(min=0)[:, None, :, None].long()  # (B, 1, T, 1)
-
-        collected = []
-        for buffer in self.grad_buffers():
-            index = column.expand(-1, buffer.shape[1], -1, buffer.shape[3])
-            added = buffer.gather(2, index) * is_real
-
-            # subtract instead of writing 0: columns that are not real share index 0 with a real one
-            buffer.scatter_add_(2, index, -added)
-            collected.append(added)
-        return collected
-
 
 # ---- operations on a layer's columns, as nodes of autograd ---------------------------------------
 # In each forward, new_empty(()) is the order token that the node returns. In each backward, its
@@ -82,7 +64,7 @@ class Columns:
 
 class StoreColumns(torch.autograd.Function):
     """(columns, order_token or None, k, v) -> order_token. The first ones of `columns` hold k and v
-    (rows, h_kv, n, hd) already.
+    (rows, h_kv, n, d) already.
     """
 
     @staticmethod
@@ -102,7 +84,7 @@ class StoreColumns(torch.autograd.Function):
 
 
 class AttendStep(torch.autograd.Function):
-    """(prefix, own, order_token, q, k, v, cos, sin, layout) -> o (B, h, T, hd), order_token.
+    """(prefix, own, order_token, q, k, v, cos, sin, layout) -> o (B, h, T, d), order_token.
     Appends k and v to `own`.
     """
 
@@ -137,127 +119,86 @@ class AttendStep(torch.autograd.Function):
         return None, None, order_token, dq, dk, dv, None, None, None
 
 
-class ReadColumns(torch.autograd.Function):
-    """(prefix, own, order_token, owner, n_own) -> the keys and values of the prefix and of the
-    first n_own own columns, each (B, h_kv, P + n_own, hd), and order_token.
+class LongPass(torch.autograd.Function):
+    """(prefix, own, order_token, k, v, owner, n_own) -> the keys and values of the prefix, of the
+    first n_own own columns, and k and v (B, h_kv, T, d) themselves, each
+    (B, h_kv, P + n_own + T, d), and order_token.
     """
 
     @staticmethod
-    def forward(ctx, prefix, own, order_token, owner, n_own):
+    def forward(ctx, prefix, own, order_token, k, v, owner, n_own):
         ctx.prefix = prefix
         ctx.own = own
         ctx.owner = owner
-        ctx.n_own = n_own
-        k = torch.cat((prefix.kv.k[owner], own.kv.k[:, :, :n_own]), 2)
-        v = torch.cat((prefix.kv.v[owner], own.kv.v[:, :, :n_own]), 2)
+        ctx.sizes = prefix.kv.k.shape[2], n_own, k.shape[2]
+        columns = zip(prefix.kv, own.kv, (k, v))
+        k, v = (torch.cat((x[owner], y[:, :, :n_own], new), 2) for x, y, new in columns)
         return k, v, k.new_empty(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dk, dv, order_token):
-        P = ctx.prefix.kv.k.shape[2]
-        prefix_grads = ctx.prefix.grad_buffers()
-        own_grads = ctx.own.grad_buffers()
+        d_prefix, d_own, d_new = zip(*(grad.split(ctx.sizes, 2) for grad in (dk, dv)))
 
         # the rows that share a prefix add up in it; own columns belong to one row
-        for grad, prefix_grad, own_grad in zip((dk.float(), dv.float()), prefix_grads, own_grads):
-            prefix_grad.index_add_(0, ctx.owner, grad[:, :, :P])
-            own_grad[:, :, : ctx.n_own] += grad[:, :, P:]
-        return None, None, order_token, None, None
-
-
-class AppendColumns(torch.autograd.Function):
-    """(own, order_token, k, v, slot, real) -> order_token. Writes k and v (B, h_kv, T, hd) to the
-    columns `slot` (B, T); real: the indices (b, t) of the positions that are real.
-    """
-
-    @staticmethod
-    def forward(ctx, own, order_token, k, v, slot, real):
-        ctx.own = own
-        ctx.slot = slot
-        ctx.dtype = k.dtype
-
-        # only real positions: the others have no column
-        b, t = real
-        for buffer, new in zip(own.kv, (k, v)):
-            buffer[b, :, slot[b, t]] = new[b, :, t].to(buffer.dtype)
-        return k.new_empty(())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, order_token):
-        dk, dv = ctx.own.collect(ctx.slot)
-        return None, order_token, dk.to(ctx.dtype), dv.to(ctx.dtype), None, None
-
-
-class SelectRows(torch.autograd.Function):
-    """(old, new, order_token, rows) -> order_token. `new` already holds rows `rows` of `old`."""
-
-    @staticmethod
-    def forward(ctx, old, new, order_token, rows):
-        ctx.old = old
-        ctx.new = new
-        ctx.rows = rows
-        return order_token.new_empty(())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, order_token):
-        # a row that was repeated receives the sum; one that was dropped receives nothing
-        for old_grad, new_grad in zip(ctx.old.grad_buffers(), ctx.new.grad_buffers()):
-            old_grad.index_add_(0, ctx.rows, new_grad)
-        ctx.new.grad = None  # passed on, as in StoreColumns
-        return None, None, order_token, None
+        for buffer, d in zip(ctx.prefix.grad_buffers(), d_prefix):
+            buffer.index_add_(0, ctx.owner, d.float())
+        n_own = ctx.sizes[1]
+        if n_own:
+            for buffer, d in zip(ctx.own.grad_buffers(), d_own):
+                buffer[:, :, :n_own] += d
+        return None, None, order_token, *d_new, None, None
 
 
 # ---- the cache -----------------------------------------------------------------------------------
 
 
 class StepCache:
-    """Keys and values of every layer, for B rows and at most T columns.
+    """Keys and values of every layer, for B rows and at most `capacity` columns.
 
     The columns of the first call are left-padded (or, if nothing is read after them, padded
     anywhere). Each column of a later call may be real or not.
 
-    Whoever makes the cache guarantees that T columns are enough: all calls together open at most T,
-    real or not. So every slot is below C = T − P, and no kernel checks it.
+    Whoever makes the cache guarantees that its capacity is enough: all calls together open at most
+    so many columns, real or not. So every slot is below C = capacity − P, and no kernel checks it.
     """
 
     # every call is of all rows: on a GPU a step costs the same for any number of them
     fixed_shape = True
 
-    def __init__(self, cfg, B, T, device):
+    def __init__(self, cfg, B, capacity, device):
         # sizes of the memory that is allocated later
-        self.T = T
+        self.capacity = capacity
         self.n_kv_head = cfg.n_kv_head
-        self.head_dim = cfg.head_dim
+        self.d = cfg.head_dim
 
         # columns and order token of each layer
         self.prefix = [None] * cfg.n_layer
         self.own = [None] * cfg.n_layer
         self.order_tokens = [None] * cfg.n_layer
-        self.prefix_kv = {}  # of each layer: the prefix's keys and values, with their gradients
+        self.prefix_kv = []  # keys and values of each layer's prefix, with their gradients
 
         # where a row's columns lie
         self.start = None  # (N,) first real column of each prefix; None before the first call
         self.owner = torch.arange(B, device=device)  # (B,) prefix of each row
-        self.max_group = 1  # the most rows that share one prefix; a hint: only speed depends on it
         self.n_own = torch.zeros(B, dtype=torch.long, device=device)  # (B,) own columns
-        self.slot = None  # (B, T) own column of each new position; None during the first call
+        self.layout = None  # of the columns of a call; None during the first
         self.P = 0  # columns of the prefix
-        self.n_opened = 0  # columns opened after the prefix; no row has more of its own
+        self.n_opened = 0  # columns opened after the prefix, at most: no row has more of its own
+        self.is_closed = False  # whether a long pass under autograd, which is the last, has come
 
         # steps as CUDA graphs
         self.replays_steps = graph.use_graphs(device)
-        self.work = self.replayed_step = None  # what is replayed, and its graph
+        self.steps = WeakKeyDictionary()  # what is replayed -> its ReplayedStep
 
     def open(self, valid):
-        """Make room for new columns, real where valid (B, T); returns their position ids (B, T)."""
+        """Make room for new columns, real where valid (B, T); returns their position ids (B, T).
+
+        Raises RuntimeError after a long pass under autograd: no gradient leads back to its columns.
+        """
         T = valid.shape[1]
-        self.mask = self.real = None
-        if T == 1 and self.start is not None:
-            return self.open_one(valid)
-        rank = valid.long().cumsum(1) - 1  # how many real columns of this call come before
+        if self.is_closed:
+            raise RuntimeError("under autograd a long pass must be the last")
 
         # the first call is the prefix
         if self.start is None:
@@ -270,37 +211,24 @@ class StepCache:
             t = torch.arange(T, device=valid.device)
             itself = t == t[:, None]
             self.mask = ((valid[:, None] & (t <= t[:, None])) | itself)[:, None]  # (B, 1, T, T)
-            return rank.clamp(min=0)
+            return (valid.long().cumsum(1) - 1).clamp(min=0)
 
-        # later calls: a real column goes behind the row's own ones
-        n_before = self.n_own.clone()
-        self.slot = torch.where(valid, n_before[:, None] + rank, -1)
-        self.n_own += valid.sum(1)  # in place: a replayed step finds it at this address
-        self.n_opened += T
-        self.layout = self.layout_of(n_before.int(), self.slot.int())
+        # later calls: a real column goes behind the row's own ones. (n_own is written in place: a
+        # replayed step finds it at this address)
+        n_before, slot, position = attention.open_columns(valid, self.n_own, self.n_prefix_real)
+        self.layout = Layout(**self.groups, max_group=self.max_group, n_own=n_before, slot=slot)
+        self.n_earlier = self.n_opened
+        self.n_opened = min(self.n_opened + T, self.capacity - self.P)
 
-        # a step's kernel needs no mask. A long pass needs one, and the indices of its real columns:
-        # nonzero() makes the host wait, but once and not in every layer
+        # a step's kernel needs no mask; a long pass does
+        self.mask = None
         if T > MAX_STEP_COLUMNS:
-            visible = attention.visible_mask(self.layout, self.P, self.n_opened - T)
+            visible = attention.visible_mask(self.layout, self.P, self.n_earlier)
             self.mask = visible[:, None]  # (B, 1, T, columns)
-            self.real = valid.nonzero(as_tuple=True)
-
-        # positions count a row's real columns: in the prefix, of its own, and in this call
-        return ((self.n_prefix_real + n_before)[:, None] + rank).clamp(min=0)
-
-    def open_one(self, valid):
-        """The same for a single column, the step that is repeated most: one kernel."""
-        n_before, slot, position = attention.open_column(valid, self.n_own, self.n_prefix_real)
-        self.n_opened += 1
-        self.layout = self.layout_of(n_before, slot)
+            self.is_closed = torch.is_grad_enabled()
+            # the indices of its real columns: here the host waits, once and not in every layer
+            self.real = None if self.is_closed else valid.nonzero(as_tuple=True)
         return position
-
-    def layout_of(self, n_before, slot):
-        """The Layout of a call. n_before: own columns before it, because attention has the new ones
-        as inputs.
-        """
-        return Layout(**self.groups, max_group=self.max_group, n_own=n_before, slot=slot)
 
     def group_rows(self):
         """Sort the rows by their prefix: the parts of a Layout that change only here."""
@@ -316,10 +244,12 @@ class StepCache:
             member_offsets=member_offsets.int(),
         )
         self.n_prefix_real = self.P - self.start[self.owner]  # (B,) real columns of its prefix
+        # how many rows share a prefix; a hint: only speed depends on it
+        self.max_group = ceil_div(len(self.owner), len(self.start))
 
     def attend(self, i, q, k, v, rope):
-        """Append k, v (B, h_kv, T, hd) to layer i and attend to it: q (B, h, n, hd), the queries of
-        the last n of them -> (B, h, n, hd). rope: (cos, sin), each (B, 1, T, hd/2), contiguous.
+        """Append k, v (B, h_kv, T, d) to layer i and attend to it: q (B, h, n, d), the queries of
+        the last n of them -> (B, h, n, d). rope: (cos, sin), each (B, 1, T, d/2), contiguous.
 
         k and v have one dtype. In a step, n is T.
         """
@@ -327,82 +257,72 @@ class StepCache:
         assert k.dtype == v.dtype
 
         # a step: the kernel rotates, appends and attends
+        n, T = q.shape[2], k.shape[2]
         if self.mask is None:
-            assert q.shape[2] == k.shape[2]
             assert cos.is_contiguous() and sin.is_contiguous()
+            if n < T:  # it takes a query of each column
+                q = F.pad(q, (0, 0, T - n, 0))
+            columns = self.prefix[i], self.own_columns(i, k)
             o, self.order_tokens[i] = AttendStep.apply(
-                self.prefix[i],
-                self.own_columns(i, k),
-                self.order_tokens[i],
-                q,
-                k,
-                v,
-                cos,
-                sin,
-                self.layout,
+                *columns, self.order_tokens[i], q, k, v, cos, sin, self.layout
             )
-            return o
+            return o[:, :, T - n :]
 
         # a long pass: rotate, join all columns, SDPA
-        n = q.shape[2]
-        q = Rotate.apply(q, cos[:, :, -n:].contiguous(), sin[:, :, -n:].contiguous())
+        q = Rotate.apply(q, cos[:, :, T - n :].contiguous(), sin[:, :, T - n :].contiguous())
         k = Rotate.apply(k, cos, sin)
-        if self.slot is None:
+        if self.layout is None:
             self.store_prefix(i, k, v)
         else:
             k, v = self.append_long(i, k, v)
-        return attention.masked_sdpa(q, k, v, self.mask[:, :, -n:])
+        return attention.masked_sdpa(q, k, v, self.mask[:, :, T - n :])
 
     def store_prefix(self, i, k, v):
         """The first call's keys and values become layer i's prefix."""
         self.prefix[i] = Columns(k.detach().contiguous(), v.detach().contiguous())
         self.order_tokens[i] = StoreColumns.apply(self.prefix[i], None, k, v)
         if torch.is_grad_enabled():
-            self.prefix_kv[i] = k, v
+            self.prefix_kv += k, v
 
     def append_long(self, i, k, v):
-        """Append a long pass to layer i; returns the keys and values of all columns, the prefix's,
-        the own ones before this call, and k and v.
+        """Append a long pass to layer i, unless it is the last; returns the keys and values of all
+        columns, the prefix's, the own ones before this call, and k and v.
         """
-        # no row has more than n_before own columns, and the mask hides those that a row lacks
         own = self.own_columns(i, k)
-        n_before = self.n_opened - k.shape[2]
-        old_k, old_v, order_token = ReadColumns.apply(
-            self.prefix[i], own, self.order_tokens[i], self.owner, n_before
-        )
+        if not self.is_closed:
+            # only real positions: the others have no column
+            b, t = self.real
+            for buffer, new in zip(own.kv, (k, v)):
+                buffer[b, :, self.layout.slot[b, t]] = new[b, :, t].to(buffer.dtype)
 
-        # this pass attends to k and v themselves, so autograd knows its share of their gradient;
-        # AppendColumns brings what later calls add
-        self.order_tokens[i] = AppendColumns.apply(own, order_token, k, v, self.slot, self.real)
-        return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
+        # no row has more than n_earlier of the earlier ones; the mask hides those that it lacks
+        k, v, self.order_tokens[i] = LongPass.apply(
+            self.prefix[i], own, self.order_tokens[i], k, v, self.owner, self.n_earlier
+        )
+        return k, v
 
     def own_columns(self, i, k):
         """Layer i's own columns, allocated at the first call after the prefix."""
         if self.own[i] is None:
             # zeros: a long pass multiplies columns that a row has not filled by a weight of 0, and
             # 0·NaN is NaN
-            shape = (len(self.owner), self.n_kv_head, self.T - self.P, self.head_dim)
+            shape = (len(self.owner), self.n_kv_head, self.capacity - self.P, self.d)
             self.own[i] = Columns(k.new_zeros(shape), k.new_zeros(shape))
         return self.own[i]
 
     def step(self, work, *inputs):
-        """work(*inputs), which reads the same number of columns at every call. If steps are CUDA
-        graphs, the second call with the same `work` is recorded, and from then on each is a replay.
-        A `keep` begins anew.
+        """work(*inputs), which reads one column at every call. If steps are CUDA graphs, the second
+        call with the same `work` is recorded, and from then on each is a replay. A `keep` begins
+        anew.
         """
         if not self.replays_steps:
             return work(*inputs)
-        if self.work is None or self.work() is not work:
-            # weakly: work refers to the cache itself, whose memory must be free after the loop
-            self.work, self.replayed_step = ref(work), graph.ReplayedStep()
+        if work not in self.steps:
+            self.steps[work] = graph.ReplayedStep()
+        result = self.steps[work](work, *inputs)
 
-        n_before, is_first = self.n_opened, self.replayed_step.inputs is None
-        result = self.replayed_step(work, *inputs)
-
-        # a replay runs no Python, so `open` has not counted its columns
-        if is_first:
-            self.n_step_columns = self.n_opened - n_before
-        self.n_opened = n_before + self.n_step_columns
+        # a replay runs no Python, so `open` has not counted its columns: any may be filled
+        self.n_opened = self.capacity - self.P
         return result
 
     def fork(self):
@@ -412,22 +332,18 @@ class StepCache:
         cache.n_own = self.n_own.clone()
         return cache
 
-    def keep(self, rows, group=None):
-        """Continue with the rows `rows` (a LongTensor) alone; `group`: how often each is repeated,
-        if it is, a hint that only speed depends on. The prefix stays where it is.
+    def keep(self, rows):
+        """Continue with the rows `rows` (a LongTensor, repeats allowed) alone. The prefix stays
+        where it is.
         """
-        self.max_group = group or self.max_group
         self.owner = self.owner[rows]
         self.n_own = self.n_own[rows]
-        self.work = self.replayed_step = None  # other shapes: record anew
+        self.steps = WeakKeyDictionary()  # other shapes: record anew
         self.group_rows()
-
-        # copy the own columns of these rows; SelectRows leads their gradients back to the old ones
-        for i, old in enumerate(self.own):
-            if old is None:
-                continue
-            self.own[i] = Columns(old.kv.k[rows], old.kv.v[rows])
-            self.order_tokens[i] = SelectRows.apply(old, self.own[i], self.order_tokens[i], rows)
+        for i, own in enumerate(self.own):
+            if own is not None:
+                assert not torch.is_grad_enabled(), "no gradient leads back to the rows before"
+                self.own[i] = Columns(*(x[rows] for x in own.kv))
 
     # ---- for the replayed chain ----
 
@@ -443,26 +359,18 @@ class StepCache:
         # nothing but the prefix
         n_layer = len(self.own)
         cache.prefix, cache.own, cache.order_tokens = ([None] * n_layer for _ in range(3))
+        cache.prefix_kv = []
         cache.n_own = torch.zeros_like(self.n_own)
         cache.n_opened = 0
         cache.P = kv[0].shape[2]
-        cache.T = cache.P + room
+        cache.capacity = cache.P + room
         for i in range(n_layer):
             cache.store_prefix(i, *kv[2 * i : 2 * i + 2])
         return cache
 
-    def read_own(self, n):
-        """The first n own columns: keys and values (B, h_kv, n, hd) of each layer, in one list."""
-        kv = []
-        for i, own in enumerate(self.own):
-            no_prefix = Columns(*(x[:, :, :0] for x in self.prefix[i].kv))
-            k, v, _ = ReadColumns.apply(no_prefix, own, self.order_tokens[i], self.owner, n)
-            kv += k, v
-        return kv
-
     def append_own(self, kv, n_real):
-        """Append columns that another cache has made, as `read_own` returns them. n_real (B,): how
-        many of a row's are real, the first ones.
+        """Append columns that another cache has made: keys and values (B, h_kv, n, d) of each
+        layer, in one list. n_real (B,): how many of a row's are real, the first ones.
         """
         memory = []
         for i, (k, v) in enumerate(zip(kv[::2], kv[1::2])):

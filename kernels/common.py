@@ -78,6 +78,18 @@ def mm_float32(a, b, out=None):
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
+def addmm(total, a, b, dtype):
+    """Return total + a·b in dtype, written over `total`; a·b if that is None.
+
+    dtype: float32, as in mm_float32, or that of a and b.
+    """
+    if total is None:
+        return mm_float32(a, b) if dtype == torch.float32 else a @ b
+    if a.device.type == "cpu" or a.dtype == dtype:
+        return total.addmm_(a.to(dtype), b.to(dtype))
+    return torch.addmm(total, a, b, out_dtype=dtype, out=total)
+
+
 def ceil_div(n, divisor):
     """Return n / divisor, rounded up: how many blocks of size `divisor` cover n elements."""
     return -(-n // divisor)

@@ -42,7 +42,14 @@ class Place:
     def __init__(self, device):
         self.device = device
         self.stream = None  # until the first recording
-        self.last_graph = None  # its pool of memory is that of the next
+        self.forget_graphs()
+
+    def forget_graphs(self):
+        """The next graph has a pool of memory of its own. The stream stays: another would have a
+        workspace of its own.
+        """
+        self.last_graph = None  # its pool is that of the next
+        self.n_byte = 0  # of the pool
 
 
 # device -> the Place of its loops
@@ -93,6 +100,7 @@ def capture(work, place):
 
     # if this recording fails, the next begins with another stream and another pool
     place.stream = place.last_graph = None
+    n_byte = torch.cuda.memory_reserved(device)
 
     # a stream of its own, because CUDA records no graph on the default one
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -109,6 +117,7 @@ def capture(work, place):
     torch.cuda.current_stream(device).wait_stream(stream)
 
     place.stream, place.last_graph = stream, graph
+    place.n_byte += torch.cuda.memory_reserved(device) - n_byte
     return graph, result
 
 
@@ -117,7 +126,7 @@ def release_memory():
     batches are larger than training's.
     """
     for place in loops.values():
-        place.last_graph = None  # keep the stream: another would have a workspace of its own
+        place.forget_graphs()
 
 
 # ---- for loops whose steps are graphs ------------------------------------------------------------

@@ -4,25 +4,27 @@
     each call's backward pass          dx_t = dy_t·W
     once, after all of them            dW = Σ_t dy_tᵀ·x_t,  db = Σ_t Σ_rows dy_t
 
-W is the weights of one Linear or of several, one below the other (Merged). It is a copy in the
+W is the weights of one Linear or of several, one below the other (`together`). It is a copy in the
 dtype of the product, made anew only when a weight has changed, and always at the same address: a
 CUDA graph that reads it may be replayed after any number of optimizer steps.
 
 Autograd would compute a dW at every call and add it to the sum. With 32 rows a call that is little
-arithmetic for a gradient of the weight's full size, written and read again each time. Here each
-call stores its (x_t, dy_t), and dW is one product over the rows of all calls. Two nodes do it:
+arithmetic for a gradient of the weight's full size, written and read again each time. Here the
+short calls store their (x_t, dy_t), and dW is one product over the rows of all of them. A long call
+(LONG) has a product of its own, which adds to the sum that is there. Two nodes do it:
 
-    LinearCall       one call                            backward: dx; stores (x, dy)
+    LinearCall       one call                            backward: dx; (x, dy) goes to the Gradient
     WeightGradient   a dummy scalar made from the        backward: dW and db. Autograd runs it when
                      weights, an input of each call      every LinearCall has run (the rule named in
-                                                         kernels/cache.py), and adds its results to
-                                                         the gradients of W's other uses
+                                                         kernels/cache.py)
 
-The chain whose backward pass is a CUDA graph (kernels/replayed_chain.py) makes no WeightGradient:
-its nodes follow that graph, which leaves the pairs.
+Where kernels run, all calls of a weight whose graph is alive share one WeightGradient. Elsewhere it
+is those of the chain of latents, and of large weights alone (deferred_weight_gradients).
 """
 
+import math
 from contextlib import contextmanager
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn as nn
@@ -31,12 +33,15 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .common import as_rows, mm_float32
+from .common import addmm, as_rows
 from .ops import compute_dtype, has_kernel
 
 # elements of a weight: for a smaller one, the products cost less than the Python of these nodes
 # (measured on a CPU)
 MIN_ELEMENTS = 2**17
+
+# rows of a call: to join more of them with those of other calls moves more than adding to dW
+LONG = 1024
 
 # the first of some parameters -> {(how many, dtype, device): [their copy, what it was made from]}
 copies = WeakIdKeyDictionary()
@@ -83,36 +88,62 @@ def forget_sources(*_):
 register_optimizer_step_post_hook(forget_sources)
 
 
-def join_calls(calls):
-    """x (rows, in) and dy (rows, out) of a list of calls, one below the other; empties the list."""
-    joined = []
-    for tensors in zip(*calls):
-        rows = [as_rows(x) for x in tensors]
-        joined.append(torch.cat(rows) if len(rows) > 1 else rows[0])
-    calls.clear()
-    return joined
+# ---- gradients -----------------------------------------------------------------------------------
 
 
-def weight_gradients(x, dy, weights, biases):
-    """The gradients of some weights, one below the other in W, and of their biases: two lists."""
-    # the product sums over the rows
-    dtype = weights[0].dtype
-    dW = mm_float32(dy.t(), x) if dtype == torch.float32 else dy.t() @ x
+class Gradient:
+    """Those of some weights, one below the other, and of their biases: sums over calls, to which
+    the backward pass of each call adds.
+    """
 
-    # summed in the parameter's dtype, because dy may have autocast's
-    db = dy.sum(0, dtype=dtype) if biases else dy[0, :0]
-    return dW.split([len(W) for W in weights]), db.split([len(b) for b in biases])
+    def __init__(self, weights, biases, long):
+        """long: how many rows of a call have a product of their own."""
+        self.weights = weights
+        self.biases = biases
+        self.long = long
+        self.pairs = []  # (x, dy) of short calls, not multiplied yet
+        self.dW = self.db = None
+
+    def add(self, x, dy):
+        """A call: x (…, in), dy (…, out)."""
+        pair = as_rows(x), as_rows(dy)
+        if len(pair[0]) < self.long:
+            self.pairs.append(pair)
+        else:
+            self.multiply(*pair)
+
+    def multiply(self, x, dy):
+        # the product sums over the rows; db in the weights' dtype, because dy may have autocast's
+        dtype = self.weights[0].dtype
+        self.dW = addmm(self.dW, dy.t(), x, dtype)
+        if self.biases:
+            db = dy.sum(0, dtype=dtype)
+            self.db = db if self.db is None else self.db + db
+
+    def join(self):
+        """x and dy of the short calls, one below the other, which are forgotten. []: none."""
+        joined = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*self.pairs)]
+        self.pairs.clear()
+        return joined
+
+    def sums(self):
+        """The gradient of each weight and each bias, None without a call; begins anew."""
+        if self.pairs:
+            self.multiply(*self.join())
+        parts = []
+        for total, parameters in ((self.dW, self.weights), (self.db, self.biases)):
+            sizes = [len(p) for p in parameters]
+            parts += [None] * len(sizes) if total is None else total.split(sizes)
+        self.dW = self.db = None
+        return parts
 
 
 class WeightGradient(torch.autograd.Function):
-    """(calls, weights, biases, *both) -> a dummy scalar. calls: the list that LinearCall fills."""
+    """(gradient, *its weights, *its biases) -> a dummy scalar."""
 
     @staticmethod
-    def forward(ctx, calls, weights, biases, *parameters):
-        ctx.calls = calls
-        ctx.weights = weights
-        ctx.biases = biases
-
+    def forward(ctx, gradient, *parameters):
+        ctx.gradient = gradient
         # LinearCall returns no gradient of the dummy: it arrives here as None, not as zeros
         ctx.set_materialize_grads(False)
         return parameters[0].new_empty(())
@@ -120,11 +151,50 @@ class WeightGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        # by now every call that leads to the loss has added its pair
-        if not ctx.calls:
-            return None, None, None, *[None] * len(ctx.weights + ctx.biases)
-        dWs, dbs = weight_gradients(*join_calls(ctx.calls), ctx.weights, ctx.biases)
-        return None, None, None, *dWs, *dbs
+        # by now every call that leads to the loss has been added
+        return None, *ctx.gradient.sums()
+
+
+class Shared:
+    """What the calls of a product share: their Gradient, and the scalar of its node."""
+
+    def __init__(self, weights, biases, long):
+        self.gradient = Gradient(weights, biases, long)
+        self.scalar = WeightGradient.apply(self.gradient, *weights, *biases)
+
+
+# Ids of weights -> the Shared of their calls that are alive: a call keeps it, and it keeps the
+# weights, so that no id can be another's
+alive = WeakValueDictionary()
+
+# where calls look for it, inside deferred_weight_gradients; outside, in `alive` if kernels run
+scope = None
+
+
+@contextmanager
+def deferred_weight_gradients(calls=None):
+    """Inside, all calls of a large Linear, long ones too, share one weight-gradient product, and
+    with no call outside. calls: a dict that receives what they share, {ids of weights: Shared}.
+    """
+    global scope
+    outer, scope = scope, {} if calls is None else calls
+    try:
+        yield
+    finally:
+        scope = outer
+
+
+def shared(weights, biases):
+    """The Shared of a new call."""
+    calls = alive if scope is None else scope
+    key = tuple(map(id, weights))
+    # (looked up once: what is alive can go at any time)
+    found = calls.get(key) or Shared(weights, biases, LONG if calls is alive else math.inf)
+    calls[key] = found
+    return found
+
+
+# ---- products ------------------------------------------------------------------------------------
 
 
 def side_by_side(parts):
@@ -141,13 +211,12 @@ def side_by_side(parts):
 
 
 class LinearCall(torch.autograd.Function):
-    """(calls, dummy, x, W, b, sizes) -> x·Wᵀ + b, as parts of these sizes. Without a gradient for W
-    and b: backward appends (x, dy) to `calls`. dummy: WeightGradient's scalar, which makes autograd
-    run that node last.
+    """(calls, its scalar, x, W, b, sizes) -> x·Wᵀ + b, as parts of these sizes. calls: a Shared, to
+    whose Gradient the backward pass adds. The scalar makes autograd run WeightGradient last.
     """
 
     @staticmethod
-    def forward(ctx, calls, dummy, x, W, b, sizes):
+    def forward(ctx, calls, scalar, x, W, b, sizes):
         ctx.calls = calls
         ctx.save_for_backward(x)
         # not saved: autograd would refuse a W that an optimizer step has changed between two
@@ -160,104 +229,50 @@ class LinearCall(torch.autograd.Function):
     def backward(ctx, *parts):
         (x,) = ctx.saved_tensors
         dy = side_by_side(parts)
-        ctx.calls.append((x, dy))
+        if ctx.needs_input_grad[1]:  # the weights are not frozen
+            ctx.calls.gradient.add(x, dy)
         return None, None, dy @ ctx.W, None, None, None
 
 
-class DeferredLinear:
-    """The forward of a Linear, or of some that are merged, whose weight gradient is deferred.
-
-    has_node: a WeightGradient computes it; otherwise whoever made this object.
+def product(x, linears):
+    """x (..., in) -> x·Wᵀ + b (..., out) of each of some Linears, in one product, whose weight
+    gradient is deferred.
     """
+    weights = [m.weight for m in linears]
+    biases = [m.bias for m in linears if m.bias is not None]
 
-    def __init__(self, linears, has_node=True):
-        self.weights = [m.weight for m in linears]
-        self.biases = [m.bias for m in linears if m.bias is not None]
-        self.parameters = [*self.weights, *self.biases]
-        self.has_node = has_node
-        self.calls = []  # (x, dy) of each
-        self.dummy = None
+    # only inside autocast is the dtype known
+    W, b = copies_of(weights, biases, compute_dtype(x))
+    x = x.to(W.dtype)
+    sizes = [len(W) for W in weights]
+    if not torch.is_grad_enabled():
+        return F.linear(x, W, b).split(sizes, -1)
+    calls = shared(weights, biases)
+    return LinearCall.apply(calls, calls.scalar, x, W, b, sizes)
 
-    def __call__(self, x):
-        """x (..., in) -> (..., out), or the tuple of those of the merged ones."""
-        # only inside autocast is the dtype known
-        W, b = self.copies(compute_dtype(x))
-        x = x.to(W.dtype)
-        sizes = [len(W) for W in self.weights]
-        if torch.is_grad_enabled():
-            if self.has_node and self.dummy is None:
-                self.dummy = self.weight_gradient(self.calls)
-            parts = LinearCall.apply(self.calls, self.dummy, x, W, b, sizes)
-        else:
-            parts = F.linear(x, W, b).split(sizes, -1)
-        return parts if len(parts) > 1 else parts[0]
 
-    def weight_gradient(self, calls):
-        """The scalar of a new WeightGradient."""
-        return WeightGradient.apply(calls, self.weights, self.biases, *self.parameters)
-
-    def copies(self, dtype):
-        """(W, b) in dtype, as they are now."""
-        b = kept_copy(self.biases, dtype) if self.biases else None
-        return kept_copy(self.weights, dtype), b
+def copies_of(weights, biases, dtype):
+    """(W, b) in dtype, as they are now."""
+    return kept_copy(weights, dtype), kept_copy(biases, dtype) if biases else None
 
 
 class Linear(nn.Linear):
-    """An nn.Linear that computes with the kept copy where kernels run."""
-
-    def forward(self, x):
-        if not has_kernel(x, self.weight):
-            return super().forward(x)
-        return DeferredLinear([self])(x)
-
-
-class Merged(nn.Module):
-    """Some Linears without a bias that read the same x -> a list of their results.
-
-    Where kernels run they are one product. They remain the owner's: here is no parameter.
+    """An nn.Linear that computes with the kept copy where kernels run. Its weight gradient can be
+    deferred.
     """
 
-    def __init__(self, *linears):
-        super().__init__()
-        self.linears = linears  # a tuple, so that they are not registered once more
-
     def forward(self, x):
-        if not has_kernel(x, self.linears[0].weight):
-            return [linear(x) for linear in self.linears]
-        return DeferredLinear(self.linears)(x)
+        is_deferred = scope is not None and self.weight.numel() >= MIN_ELEMENTS
+        if is_deferred or has_kernel(x, self.weight):
+            return product(x, [self])[0]
+        return super().forward(x)
 
 
-def deferred_linears(modules, has_node=True):
-    """{module: its DeferredLinear} of the Linears whose weight gradient is worth deferring, and of
-    all that compute with a kept copy. A Merged that is one product stands for its Linears.
+def together(x, *linears):
+    """The results of some Linears without a bias that read the same x: one product where kernels
+    run, and all are Linears of this file. Another module in a Linear's place is called by itself.
     """
-    inner = [m for module in modules for m in module.modules()]
-    merged = [m for m in inner if isinstance(m, Merged) and has_kernel(m.linears[0].weight)]
-    products = {m: m.linears for m in merged}
-
-    within = {linear for m in merged for linear in m.linears}
-    for m in inner:
-        if not isinstance(m, nn.Linear) or m in within:
-            continue
-        has_copy = isinstance(m, Linear) and has_kernel(m.weight)
-        if has_copy or m.weight.numel() >= MIN_ELEMENTS:
-            products[m] = [m]
-    return {m: DeferredLinear(linears, has_node) for m, linears in products.items()}
-
-
-@contextmanager
-def replaced_forwards(layers):
-    """Inside, each module of {module: DeferredLinear} computes by it."""
-    # an attribute of the instance hides the method of its class
-    for module, layer in layers.items():
-        module.forward = layer
-    try:
-        yield
-    finally:
-        for module in layers:
-            del module.forward  # the class's own shows again
-
-
-def deferred_weight_gradients(module):
-    """Inside, all calls of a large Linear of `module` share one weight-gradient product."""
-    return replaced_forwards(deferred_linears([module]))
+    are_plain = all(type(m) is Linear for m in linears)
+    if are_plain and has_kernel(x, linears[0].weight):
+        return product(x, linears)
+    return [linear(x) for linear in linears]

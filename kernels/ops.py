@@ -43,13 +43,15 @@ def use_triton(device, dtype=torch.float32):
     if choice == "torch":
         return False
 
+    # The interpreter is slow, so a CPU uses it only if it is asked to.
+    if choice == "auto" and device.type != "cuda":
+        return False
+
     # auto falls back to PyTorch. If kernels were asked for and cannot run, that is an error.
     obstacle = obstacle_to_triton(device, dtype)
     if choice == "triton" and obstacle:
         raise Unavailable(f"MINATP_KERNELS=triton: {obstacle}")
-
-    # The interpreter is slow, so a CPU uses it only if it is asked to.
-    return not obstacle and (device.type == "cuda" or choice == "triton")
+    return not obstacle
 
 
 def obstacle_to_triton(device, dtype):

@@ -15,28 +15,31 @@ dy of all latents, and one product for each weight follows (kernels/linear.py).
 
 The loop is passed in, so nothing here imports minatp. What it needs of the model:
 
-    propose(h, eps, spread=)            the latent
-    policy.step(z, is_fed, cache)       h_{t+1}
-    policy.model["layers"], ["norm"]    π's blocks, and its final norm
-    its child modules, by name          all but `policy` and `decoder` count as part of the chain: a
-                                        new child gets its gradient here, too
+    propose(h, eps, spread=)         the latent
+    policy.step(z, is_fed, cache)    h_{t+1}
+    its parameters                   each that a latent passes through gets its gradient here
 """
 
-from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from . import graph
 from .common import ceil_div
-from .linear import deferred_linears, join_calls, replaced_forwards
+from .linear import Linear, copies_of, deferred_weight_gradients, shared
 from .ops import compute_dtype
 
 PREFIX = 128  # columns of the prefix are rounded up to a multiple of this
 LATENTS = 4  # and latents of this
-MAX_KEPT = 8  # chains of different sizes; each keeps the activations of a batch, 1 GB at llama-1b
+
+# chains of different sizes that are kept. Each holds the activations of a batch, 1 GB at llama-1b
+MAX_KEPT = 8
+MAX_BYTES = 12 * 2**30
 
 
 def run(loop, model, h, cache, plan):
@@ -45,208 +48,191 @@ def run(loop, model, h, cache, plan):
     loop: chain.latent_loop. Returns the fields of its Latent, each (B, n_candidate, …) or None, and
     n_latent (B,).
     """
-    chain = kept_chain(model, h, cache, plan)
-    for layer in chain.layers:
-        layer.copies(compute_dtype(h))  # not in a graph: they change with the weights only
+    # what the chain reads: first what a gradient flows to
+    P, L, n_candidate = rounded_up(cache, plan)
+    padding = P - cache.P
+    kv = [F.pad(x, (0, 0, padding, 0)) for x in cache.prefix_kv]
 
-    # what a gradient flows to
-    padding = chain.P - cache.P
-    kv = [F.pad(x, (0, 0, padding, 0)) for layer in cache.prefix_kv.values() for x in layer]
-    leaves = [h, *kv, *chain.small_weights]
-
-    # the rest, by name
+    # the rest by name
     given = {**cache.groups, "n_prefix_real": cache.n_prefix_real, "n_latent": plan.n_latent}
     given["start"] = given["start"] + padding
     if plan.answer_only is not None:
         given["answer_only"] = plan.answer_only
     if plan.eps is not None:
-        eps = plan.eps[:, : chain.n_candidate]
-        given["eps"] = F.pad(eps, (0, 0, 0, chain.n_candidate - eps.shape[1]))
+        eps = plan.eps[:, :n_candidate]
+        given["eps"] = F.pad(eps, (0, 0, 0, n_candidate - eps.shape[1]))
+    inputs = h, *kv, *given.values()
 
-    # the node, and those of the large weights' gradients
-    work = partial(chain.walk, partial(loop, model), cache, plan, list(given))
-    calls = [[] for _ in chain.layers]
-    scalars = [layer.weight_gradient(c) for layer, c in zip(chain.layers, calls)]
-    inputs = leaves + list(given.values())
-    outputs = ReplayedChain.apply(chain, work, calls, len(inputs), *inputs, *scalars)
+    # the chain of batches like this one: the same sizes, and whatever else is a number or an
+    # address in the graphs
+    dtype = compute_dtype(h)
+    sizes = tuple((x.shape, x.dtype) for x in inputs)
+    numbers = L, n_candidate, cache.max_group, plan.spread, dtype
+    addresses = tuple(p.data_ptr() for p in model.parameters())
+    chain = kept_chain((id(model), addresses, sizes, tuple(given), numbers), h.device)
+    for gradient in chain.gradients:  # not in a graph: the copies change with the weights only
+        copies_of(gradient.weights, gradient.biases, dtype)
+
+    # walk; then one node of autograd stands for all of it, but for the gradients of large weights
+    weights = small_weights(model)
+    plan_of_all = plan._replace(L=L, n_candidate=n_candidate)
+    work = partial(walk, Loop(loop, model), weights, cache, plan_of_all, list(given))
+    with torch.no_grad():
+        n_latent, fields, columns, walked = chain.forward(work, *inputs)
+    chain.gradients = walked.gradients
+    calls = [shared(gradient.weights, gradient.biases) for gradient in chain.gradients]
+    outputs = [x for x in fields if x is not None] + columns
+    leaves = h, *kv, *weights.values()
+    scalars = [each.scalar for each in calls]
+    results = iter(ReplayedChain.apply(chain, walked, calls, outputs, *leaves, *scalars))
 
     # without what rounding up has added
-    n_latent, outputs = outputs[0], list(outputs[1:])
-    n_column = 2 * len(cache.own)
-    cache.append_own([x[:, :, : plan.L] for x in outputs[-n_column:]], n_latent)
-    fields = iter(x[:, : plan.n_candidate] for x in outputs[:-n_column])
-    return [next(fields) if present else None for present in chain.has_field], n_latent
+    fields = [x if x is None else next(results)[:, : plan.n_candidate] for x in fields]
+    n_latent = n_latent.clone()
+    cache.append_own([x[:, :, : plan.L] for x in results], n_latent)
+    return fields, n_latent
 
 
-def kept_chain(model, h, cache, plan):
-    """The KeptChain of batches like this one."""
-    # the rows of the batch, the columns of the prefix, the latents
+def rounded_up(cache, plan):
+    """The columns of the prefix, the latents, and the candidates of a chain for these."""
     P = PREFIX * ceil_div(cache.P, PREFIX)
     L = LATENTS * ceil_div(max(plan.L, 1), LATENTS)
-    n_candidate = max(L + 1, plan.n_candidate)
-    sizes = (*h.shape, len(cache.start), cache.max_group, P, L, n_candidate)
+    return P, L, max(L + 1, plan.n_candidate)
 
-    # whatever else is a number or an address in the graphs
-    is_given = plan.eps is None, plan.answer_only is None
-    dtypes = h.dtype, cache.prefix[0].kv.k.dtype, compute_dtype(h)
-    addresses = tuple(p.data_ptr() for p in chain_weights(model))
-    key = id(model), addresses, sizes, is_given, dtypes, plan.spread
 
+def kept_chain(key, device):
+    """The KeptChain of all batches with this key; the one used last is at the end of graph.kept."""
     chain = graph.kept.pop(key, None)
     if chain is None:
         # a graph that goes takes its stream's workspace along: its successor gets the stream
-        place = graph.Place(h.device)
-        if len(graph.kept) == MAX_KEPT:
+        place = graph.Place(device)
+        n_byte = sum(kept.place.n_byte for kept in graph.kept.values())
+        if len(graph.kept) == MAX_KEPT or n_byte > MAX_BYTES:
             place = graph.kept.pop(next(iter(graph.kept))).place
-            place.last_graph = None
-        chain = KeptChain(model, P, L, n_candidate, place)
-    graph.kept[key] = chain  # the one used last at the end
+            place.forget_graphs()
+        chain = KeptChain(place)
+    graph.kept[key] = chain
     return chain
-
-
-# ---- the part of the model that a latent passes through ------------------------------------------
-
-
-def chain_modules(model):
-    """π's layers and final norm, and whatever lies between its hidden state and z."""
-    # π counts by its layers and final norm: a latent passes neither its embedding nor its logits.
-    # φ reads z, but makes neither z nor the next h
-    not_passed = ("policy", "decoder")
-    heads = [module for name, module in model.named_children() if name not in not_passed]
-    return [*model.policy.model["layers"], model.policy.model["norm"], *heads]
-
-
-def chain_weights(model):
-    return [p for module in chain_modules(model) for p in module.parameters()]
-
-
-@contextmanager
-def replaced_parameters(modules, replacements):
-    """Inside, the parameters in {parameter: tensor} are the tensors."""
-    places = []
-    for root in modules:
-        for module in root.modules():
-            for name, p in module._parameters.items():
-                if p in replacements:
-                    places.append((module._parameters, name, p))
-
-    # straight into the modules' dicts: setattr refuses a plain tensor in a parameter's place
-    for parameters, name, p in places:
-        parameters[name] = replacements[p]
-    try:
-        yield
-    finally:
-        for parameters, name, p in places:
-            parameters[name] = p
 
 
 # ---- chains of one size --------------------------------------------------------------------------
 
 
+class Loop(nn.Module):
+    """chain.latent_loop as a module, whose parameters can be replaced (functional_call)."""
+
+    def __init__(self, loop, model):
+        super().__init__()
+        self.loop = loop
+        self.model = model
+
+    def forward(self, *inputs):
+        return self.loop(self.model, *inputs)
+
+
+def small_weights(model):
+    """{name: parameter} in a Loop: all but those of Linears, whose gradient is deferred."""
+    large = set()
+    for module in model.modules():
+        if isinstance(module, Linear):
+            large |= {module.weight, module.bias}
+    return {f"model.{name}": p for name, p in model.named_parameters() if p not in large}
+
+
+class Walked(NamedTuple):
+    """What the backward pass needs of a chain; it holds the activations."""
+
+    leaves: list  # what a gradient flows to
+    outputs: list  # the latent's fields
+    own: list  # Columns of each layer
+    gradients: list  # a Gradient of each product of large weights
+
+
+def walk(loop, weights, cache, plan, names, *inputs):
+    """The loop under autograd -> n_latent, the latent's fields (or None), the columns that it has
+    made, keys and values of each layer, and what it Walked. names: of the last inputs.
+    """
+    n_leaf = len(inputs) - len(names)
+    given = dict(zip(names, inputs[n_leaf:]))
+
+    # leaves of their own: a parameter's node in autograd runs on the stream of the forward pass,
+    # and leaving this stream would break the recording
+    leaves = [x.detach().requires_grad_() for x in (*inputs[:n_leaf], *weights.values())]
+    h, *kv = leaves[:n_leaf]
+    weights = dict(zip(weights, leaves[n_leaf:]))
+
+    # the prefix and its layout; what is left is of the plan
+    n_prefix_real = given.pop("n_prefix_real")
+    groups = {name: given.pop(name) for name in cache.groups}
+    calls = {}
+    with torch.enable_grad(), deferred_weight_gradients(calls):
+        cache = cache.with_prefix(kv, groups, n_prefix_real, plan.L)
+        latent, n_latent = functional_call(loop, weights, (h, plan._replace(**given), cache))
+
+    outputs = [x for x in latent if x is not None]
+    columns = [x for own in cache.own for x in own.kv]
+    gradients = [each.gradient for each in calls.values()]
+    return n_latent, latent, columns, Walked(leaves, outputs, cache.own, gradients)
+
+
 class KeptChain:
     """The chains of all batches of one size, as two graphs."""
 
-    def __init__(self, model, P, L, n_candidate, place):
-        self.P = P
-        self.L = L
-        self.n_candidate = n_candidate
+    def __init__(self, place):
         self.place = place
         self.forward = graph.ReplayedStep(place)
         self.backward = graph.ReplayedStep(place)
-        self.walked = None  # leaves and results, which hold the activations
+        self.gradients = []  # of the products of large weights; none before the first batch
         self.n_batch = 0
 
-        # large weights: x and dy of every latent are collected, for one product
-        self.modules = chain_modules(model)
-        self.forwards = deferred_linears(self.modules, has_node=False)
-        self.layers = list(self.forwards.values())
-        large = {p for layer in self.layers for p in layer.parameters}
-        self.small_weights = [p for p in chain_weights(model) if p not in large]
+    def differentiate(self, walked, *d_outputs):
+        """Autograd's backward pass -> gradients of the leaves, and x and dy of every product."""
+        # what was read later in the columns, where the step that has made them collects it
+        n = len(walked.outputs)
+        for i, own in enumerate(walked.own):
+            for grad, d in zip(own.grad_buffers(), d_outputs[n + 2 * i :]):
+                grad += d
 
-    def walk(self, loop, cache, plan, names, *inputs):
-        """The loop under autograd -> n_latent, the latent's fields, and the columns that it has
-        made, keys and values of each layer. names: of the last inputs.
-        """
-        n_leaf = len(inputs) - len(names)
-        given = dict(zip(names, inputs[n_leaf:]))
-        with torch.enable_grad():
-            # leaves of their own: a parameter's node in autograd runs on the stream of the forward
-            # pass, and leaving this stream would break the recording
-            leaves = [x.detach().requires_grad_() for x in inputs[:n_leaf]]
-            n_column = 2 * len(cache.own)
-            h, kv = leaves[0], leaves[1 : 1 + n_column]
-            weights = dict(zip(self.small_weights, leaves[1 + n_column :]))
-
-            # the prefix and its layout; what is left is of the plan
-            n_prefix_real = given.pop("n_prefix_real")
-            groups = {name: given.pop(name) for name in cache.groups}
-            cache = cache.with_prefix(kv, groups, n_prefix_real, self.L)
-            plan = plan._replace(L=self.L, n_candidate=self.n_candidate, **given)
-
-            with replaced_forwards(self.forwards), replaced_parameters(self.modules, weights):
-                latent, n_latent = loop(h, plan, cache)
-            self.has_field = [x is not None for x in latent]
-            outputs = [x for x in latent if x is not None] + cache.read_own(self.L)
-            self.walked = leaves, outputs
-            return n_latent, *outputs
-
-    def differentiate(self, leaves, outputs, *d_outputs):
-        """Autograd's backward pass -> gradients of the leaves, and of every large Linear the x and
-        dy of all latents, an empty list if it was not called.
-        """
-        for layer in self.layers:
-            layer.calls.clear()
-
-        # retain_graph: the next batch has the same nodes. allow_unused: the stop head decides,
-        # without a gradient
+        # retain_graph: the next batch has the same nodes, if they are recorded. allow_unused: the
+        # stop head decides, without a gradient
         d_leaves = torch.autograd.grad(
-            outputs, leaves, d_outputs, retain_graph=True, allow_unused=True
+            walked.outputs,
+            walked.leaves,
+            d_outputs[:n],
+            retain_graph=self.forward.graph is not None,
+            allow_unused=True,
         )
-        return d_leaves, [layer.calls and join_calls(layer.calls) for layer in self.layers]
+        return d_leaves, [gradient.join() for gradient in walked.gradients]
 
 
 class ReplayedChain(torch.autograd.Function):
-    """(chain, work, calls, n, n inputs, scalars) -> the results of work(*inputs).
-
-    calls and scalars: of the WeightGradients that follow in the backward pass (kernels/linear.py).
+    """(chain, walked, calls, outputs, *leaves, *scalars) -> outputs, copied: the next batch
+    overwrites them. calls: the Shared of each product; scalars: of their nodes.
     """
 
     @staticmethod
-    def forward(ctx, chain, work, calls, n, *inputs_and_scalars):
-        ctx.chain = chain
-        ctx.calls = calls
-        ctx.n_other = len(inputs_and_scalars)
+    def forward(ctx, chain, walked, calls, outputs, *inputs):
         chain.n_batch += 1
-        ctx.n_batch = chain.n_batch
-
-        # copies: the next batch overwrites the results
-        n_latent, *outputs = (
-            x.detach().clone() for x in chain.forward(work, *inputs_and_scalars[:n])
-        )
-        ctx.mark_non_differentiable(n_latent)
-
-        # without a graph, the activations go with this node
-        ctx.walked = chain.walked
-        if chain.forward.graph is None:
-            chain.walked = None
-        return n_latent, *outputs
+        ctx.chain, ctx.n_batch = chain, chain.n_batch
+        ctx.walked, ctx.calls = walked, calls
+        return tuple(x.clone() for x in outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _, *d_outputs):
-        if ctx.n_batch != ctx.chain.n_batch:
+    def backward(ctx, *d_outputs):
+        chain = ctx.chain
+        if ctx.n_batch != chain.n_batch:
             raise RuntimeError("a chain's backward pass must come before the next batch is walked")
 
         # the first batch has no graph, so neither has its backward pass
-        if ctx.chain.forward.graph is None:
-            ctx.chain.backward = graph.ReplayedStep(ctx.chain.place)
-        differentiate = partial(ctx.chain.differentiate, *ctx.walked)
-        d_leaves, pairs = ctx.chain.backward(differentiate, *d_outputs)
+        if chain.forward.graph is None:
+            chain.backward = graph.ReplayedStep(chain.place)
+        differentiate = partial(chain.differentiate, ctx.walked)
+        d_leaves, pairs = chain.backward(differentiate, *d_outputs)
 
         # x and dy of one product for each weight
         for calls, pair in zip(ctx.calls, pairs):
             if pair:
-                calls.append(pair)
+                calls.gradient.add(*pair)
         d_leaves = [None if d is None else d.clone() for d in d_leaves]
-        rest = [None] * (ctx.n_other - len(d_leaves))
-        return None, None, None, None, *d_leaves, *rest
+        return None, None, None, None, *d_leaves, *[None] * len(pairs)

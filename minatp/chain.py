@@ -28,7 +28,7 @@ def read_prompt(policy, prompt, prompt_mask, room, group=1):
     h = policy(policy.embed(prompt), prompt_mask, cache, last=1)[:, 0]
     if group > 1:
         rows = torch.arange(len(h) * group, device=h.device) // group
-        cache.keep(rows, group)
+        cache.keep(rows)
         h = h.repeat_interleave(group, 0)
     return h, cache
 
@@ -68,7 +68,7 @@ def walk(model, h, cache, plan):
     # Without a graph the loop runs as it stands. Inside deferred_weight_gradients the gradients are
     # the same, but in the backward pass that of each weight is one product for the whole chain, not
     # one for each latent
-    with deferred_weight_gradients(model):
+    with deferred_weight_gradients():
         return latent_loop(model, h, plan, cache)
 
 

@@ -33,11 +33,19 @@ class Rows:
         for f in fields(self):
             value = getattr(self, f.name)
             if torch.is_tensor(value):
-                tensors[f.name] = value[rows].to(device or value.device)
+                tensors[f.name] = moved(value[rows], device)
             # indices into other tensors have no rows to choose
             elif isinstance(value, tuple):
-                tensors[f.name] = tuple(index.to(device or index.device) for index in value)
+                tensors[f.name] = tuple(moved(index, device) for index in value)
         return replace(self, **tensors)
+
+
+def moved(x, device):
+    """x on a device; None: where it is."""
+    if device is not None and torch.device(device).type == "cuda" and not x.is_cuda:
+        # from pinned memory the host need not wait for what the GPU still computes
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch.nn as nn
 
 from kernels import ops
 from kernels.common import upcast
+from kernels.linear import Linear
 
 from .llama import Block, Llama
 
@@ -45,7 +46,7 @@ class LatentHead(nn.Module):
     def __init__(self, D, init_logvar=-4.0):
         super().__init__()
         self.fc = projection(D)
-        self.gaussian = nn.Linear(D, 2 * D)
+        self.gaussian = Linear(D, 2 * D)
 
         # σ starts the same for every h
         nn.init.zeros_(self.gaussian.weight[D:])
@@ -58,12 +59,12 @@ class LatentHead(nn.Module):
 
 def projection(D):
     """h (..., D) -> the next latent, of CODI: LayerNorm(W2·GELU(W1·h + b1) + b2)."""
-    return nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D), nn.LayerNorm(D))
+    return nn.Sequential(Linear(D, D), nn.GELU(), Linear(D, D), nn.LayerNorm(D))
 
 
 def stop_head(D):
     """z (..., D) -> two logits, 0: continue, 1: stop.  Wb·GELU(Wa·z + ba) + bb."""
-    return nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 2))
+    return nn.Sequential(Linear(D, D), nn.GELU(), Linear(D, 2))
 
 
 class ATP(nn.Module):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import ops
 from kernels.attention import masked_sdpa
 from kernels.common import upcast
-from kernels.linear import Linear, Merged
+from kernels.linear import Linear, together
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -162,11 +162,8 @@ class KVCache:
             other.kv = [(k.clone(), v.clone()) for k, v in self.kv]
         return other
 
-    def keep(self, rows, group=None):
-        """Keep only `rows` (a LongTensor, repeats allowed): the others cost nothing more.
-
-        group: how often each row is repeated; a hint for the cache of kernels/cache.py.
-        """
+    def keep(self, rows):
+        """Keep only `rows` (a LongTensor, repeats allowed): the others cost nothing more."""
         self.valid, self.count = self.valid[rows], self.count[rows]
         self.shape = (len(rows), *self.shape[1:])
         self.kv = [(k[rows], v[rows]) for k, v in self.kv]
@@ -188,12 +185,10 @@ class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.h, self.h_kv, self.hd = cfg.n_head, cfg.n_kv_head, cfg.head_dim
-        self.q_proj = nn.Linear(cfg.n_embd, self.h * self.hd, bias=False)
-        self.k_proj = nn.Linear(cfg.n_embd, self.h_kv * self.hd, bias=False)
-        self.v_proj = nn.Linear(cfg.n_embd, self.h_kv * self.hd, bias=False)
+        self.q_proj = Linear(cfg.n_embd, self.h * self.hd, bias=False)
+        self.k_proj = Linear(cfg.n_embd, self.h_kv * self.hd, bias=False)
+        self.v_proj = Linear(cfg.n_embd, self.h_kv * self.hd, bias=False)
         self.o_proj = Linear(self.h * self.hd, cfg.n_embd, bias=False)
-        # all three of x; one product where kernels run
-        self.qkv = Merged(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x, n, rope, cache, i):
         """Layer i: keys and values of all T columns of x (B, T, D), queries of the last n.
@@ -202,7 +197,7 @@ class Attention(nn.Module):
         """
         B, T, _ = x.shape
         if n == T:
-            q, k, v = self.qkv(x)
+            q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
         else:
             q, k, v = self.q_proj(x[:, -n:]), self.k_proj(x), self.v_proj(x)
         q = q.view(B, n, self.h, self.hd).transpose(1, 2)  # (B, h, n, hd)
@@ -215,13 +210,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=False)
-        self.up_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=False)
+        self.gate_proj = Linear(cfg.n_embd, cfg.n_inner, bias=False)
+        self.up_proj = Linear(cfg.n_embd, cfg.n_inner, bias=False)
         self.down_proj = Linear(cfg.n_inner, cfg.n_embd, bias=False)
-        self.gate_up = Merged(self.gate_proj, self.up_proj)
 
     def forward(self, x):
-        gate, up = self.gate_up(x)
+        gate, up = together(x, self.gate_proj, self.up_proj)
         return self.down_proj(ops.swiglu(gate, up))  # silu(gate)·up
 
 

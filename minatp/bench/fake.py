@@ -228,6 +228,7 @@ def run(gpu, prepare):
     """The Counts of a work. gpu keeps its regions."""
     with gpu:
         gpu.begin_process()
+        gpu.begin()  # what `prepare` runs is of no earlier work
         work = prepare()
         # The first runs without graphs, the second records those that are kept, the third counts
         for _ in range(3):

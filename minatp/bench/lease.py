@@ -4,6 +4,7 @@
 
 PRESET is tiny or llama-1b, and OUT a folder. The parts, in this order by default:
 
+loss      the losses of a batch by kernels in bf16, and by PyTorch in float32
 verify    the error of each Triton kernel over PyTorch's own (kernels/bench.py), and sampled words
 same      gradients with CUDA graphs against those without
 memory    whether steps of changing shapes leave memory behind
@@ -24,6 +25,7 @@ import statistics
 import time
 import traceback
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -173,6 +175,22 @@ def without_graphs(work):
         return work()
 
 
+# ---- loss ----------------------------------------------------------------------------------------
+
+
+def loss(lease):
+    """The losses of a batch by kernels in bf16, and by PyTorch in float32."""
+    rows = lease.case.rows[:8]
+    kernels, _, _ = gradients(lease, rows)
+    with patch.dict(os.environ, MINATP_KERNELS="torch", MINATP_GRAPHS="0"):
+        plain, _, _ = gradients(lease, rows, in_bf16=False)
+    differences = [(abs(kernels[name] - plain[name]) / abs(plain[name]), name) for name in plain]
+    lease.report(
+        "losses by kernels in bf16",
+        {"losses": kernels, "float32": plain, "differ by": largest_difference(differences)},
+    )
+
+
 # ---- verify --------------------------------------------------------------------------------------
 
 
@@ -214,14 +232,16 @@ def wrong_words(lease):
 def same(lease):
     """Chains by CUDA graphs against the same chains by autograd.
 
-    Batches of three shapes come one after another: an address of an earlier batch would show.
+    Batches of two shapes come one after another: an address of an earlier batch would show.
     """
     case, model = lease.case, lease.model
     case.set_ragged(True)
 
-    # Fewer and shorter questions between two batches of eight
+    # Fewer and shorter questions among batches of eight, of which the first runs, the second is
+    # recorded, and the third replays that
     short_prompts = [replace(row, prompt=row.prompt[:37]) for row in case.rows[:5]]
-    for i, rows in enumerate((case.rows[:8], short_prompts, case.rows[8:16])):
+    batches = case.rows[:8], short_prompts, case.rows[8:16], case.rows[16:24]
+    for i, rows in enumerate(batches):
         # With graphs, then by autograd, on the same rows and noise
         with_graphs = gradients(lease, rows)
         plain = without_graphs(partial(gradients, lease, rows))
@@ -269,15 +289,17 @@ def least(values):
     return math.nan if any(math.isnan(x) for x in values) else min(values)
 
 
-def gradients(lease, rows):
+def gradients(lease, rows, in_bf16=True):
     """SFT's last stage on some Encoded rows.
+
+    in_bf16: on a GPU, under autocast.
 
     Returns ({loss: sum}, {parameter: norm of its gradient}, {parameter: part of its gradient}); the
     last holds six parameters.
     """
     case, model = lease.case, lease.model
     batch, eps = case.batch(model.K + 1, rows)
-    with autocast(lease.device):
+    with autocast(lease.device) if in_bf16 else nullcontext():
         losses = sft_losses(model, batch, eps)
         loss = total_loss(losses, batch.counts, BETA)
     loss.backward()
@@ -444,6 +466,7 @@ def profile(lease):
 
 # In this order by default: whether it is right comes before how fast it is
 PARTS = {
+    "loss": loss,
     "verify": verify,
     "same": same,
     "memory": memory,

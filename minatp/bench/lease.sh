@@ -47,7 +47,7 @@ run_all_tests() {
 }
 run_all_tests &
 tests=$!
-lease 120 truth verify same memory
+lease 120 truth loss verify same memory
 wait $tests
 tail -qn 12 "$OUT"/pytest_*.txt
 

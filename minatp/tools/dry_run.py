@@ -9,6 +9,9 @@ from functools import partial
 
 import torch
 
+from kernels.linear import Linear
+from kernels.ops import use_triton
+
 from ..data import collate
 from ..latent import ATP
 from ..reward import number, result
@@ -36,7 +39,7 @@ def dry_run(run, sft_gradients, dry_run_rl):
 
     # A tenth of the memory is left for what is not counted
     def fits(model):
-        return held_bytes(cfg, model) < 0.9 * available
+        return held_bytes(cfg, model, device) < 0.9 * available
 
     # Build the model, unless it is too large to build only to be counted
     if not cfg.init:
@@ -67,7 +70,7 @@ def dry_run(run, sft_gradients, dry_run_rl):
     stages = stages_to_try(cfg, model)
     kept = activation_bytes(run, run.labelled[longest[0]], stages)
     report_memory(run, kept, available)
-    if held_bytes(cfg, model) + kept > 0.9 * available or not fits(model):
+    if held_bytes(cfg, model, device) + kept > 0.9 * available or not fits(model):
         print0("one step    not run: it does not fit here")
         return
 
@@ -128,15 +131,22 @@ def memory_of(device):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def held_bytes(cfg, model):
-    """Bytes of float32 weights, gradients and two moments.
+def held_bytes(cfg, model, device):
+    """Bytes of float32 weights, gradients and two moments, and of what kernels keep.
 
     In RL φ has weights alone, and the start is kept for comparison.
     """
     # For each weight 4 bytes, 4 for its gradient and 8 for its moments; in RL, 4 for the start's.
     # φ is frozen in RL: no gradients, no moments
     n = n_parameters(model)
-    return 16 * n if cfg.stage == "sft" else 20 * n - 12 * n_parameters(model.decoder)
+    n_byte = 16 * n if cfg.stage == "sft" else 20 * n - 12 * n_parameters(model.decoder)
+    if not use_triton(device):
+        return n_byte
+
+    # Kernels read copies of the Linears' weights in the dtype of the product, also of the start's
+    n_copied = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
+    n_copied *= 1 if cfg.stage == "sft" else 2
+    return n_byte + n_copied * (4 if cfg.dtype == "float32" else 2)
 
 
 def activation_bytes(run, row, stages):
@@ -239,7 +249,7 @@ def report_memory(run, kept, available):
     """What the weights, and the longest problems, take."""
     cfg = run.cfg
     start = ", those of the start" if cfg.stage == "rl" else ""
-    held = gibibytes(held_bytes(cfg, run.model))
+    held = gibibytes(held_bytes(cfg, run.model, run.device))
     text = f"memory      {held} for weights{start}, gradients and the optimizer"
 
     # (0 in RL without an anchor, where SFT trains nothing)

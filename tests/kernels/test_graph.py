@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from kernels import graph, linear, replayed_chain
-from kernels.cache import Columns, StepCache
+from kernels.cache import StepCache
 from minatp import data
 from minatp.chain import Plan, read_prompt, walk
 from minatp.decoder import read_thoughts
@@ -407,6 +407,7 @@ def test_a_replayed_chain_has_the_gradients_of_the_plain_one(
     replays what is kept, each with other prompts, noise and weights.
     """
     monkeypatch.setattr(linear, "MIN_ELEMENTS", min_elements)
+    monkeypatch.setattr(linear, "LONG", 3)  # of the prompt, the chain and the text all are
     monkeypatch.setattr(replayed_chain, "PREFIX", 8)
     monkeypatch.setattr(replayed_chain, "LATENTS", 1)
     model = mixed_model(vae, project=distills)
@@ -452,10 +453,11 @@ def test_a_replayed_chain_has_the_gradients_of_the_plain_one(
         prompt, mask = data.left_pad([prompts[0], prompts[1], [5, 6]], model.end, DEVICE)
         batch = replace(batch, prompt=prompt, prompt_mask=mask)
 
-        # a second backward pass must find the same buffers as the first
+        # a second backward pass of what is recorded must find the same buffers as the first
+        n_backward = 2 if i == 1 and not with_rl else 1
         eps = normal(4, batch.n_candidate, 16)
         want = values_and_gradients("torch", batch, prompts, eps)
-        got = values_and_gradients("triton", batch, prompts, eps, n_backward=1 if with_rl else 2)
+        got = values_and_gradients("triton", batch, prompts, eps, n_backward)
         for (name, wanted), (_, x) in zip(want, got, strict=True):
             assert (wanted is None) == (x is None), name
             if wanted is not None:
@@ -496,41 +498,36 @@ def gsm8k_like_batches(model, n_batch):
         yield data.collate([problems[i] for i in next(order)], model.K + 1, model)
 
 
-def kept_chain_of(model, batch):
-    """The KeptChain of a Batch whose prompt has been read."""
-    Q, P = batch.prompt.shape
-    h = torch.zeros(Q, 16, device=DEVICE)
-    columns = Columns(torch.zeros(Q, 1, P, 8, device=DEVICE), None)
-    cache = SimpleNamespace(P=P, start=batch.n_latent, max_group=1, prefix=[columns])
-    plan = Plan(batch.n_latent, batch.L, batch.n_candidate, eps=torch.zeros(1))
-    return replayed_chain.kept_chain(model, h, cache, plan)
-
-
-def test_100_batches_of_gsm8k_need_few_recordings(kept):
+def test_100_batches_of_gsm8k_need_few_recordings():
     model = ATP(tiny_config(vocab_size=20), c=2, K=10, decode=False)
     model.end = END_OF_THINKING
 
-    # the chain's second batch records it, forward and backward
-    met = Counter(kept_chain_of(model, batch) for batch in gsm8k_like_batches(model, 100))
+    # the second batch of a size is recorded, forward and backward
+    met = Counter()
+    for batch in gsm8k_like_batches(model, 100):
+        plan = Plan(batch.n_latent, batch.L, batch.n_candidate)
+        P, L, n_candidate = replayed_chain.rounded_up(
+            SimpleNamespace(P=batch.prompt.shape[1]), plan
+        )
+        assert n_candidate == L + 1
+        met[P, L] += 1
     n_recording = 2 * sum(n > 1 for n in met.values())
     assert 4 <= n_recording <= 12, met.values()
-    assert list(kept.values())[-1].n_candidate == 1 + list(kept.values())[-1].L
 
 
-def test_the_chain_that_is_used_least_recently_goes(monkeypatch, kept):
-    monkeypatch.setattr(replayed_chain, "MAX_KEPT", 2)
-    model = mixed_model(vae=True)
-    batch = sft_batch(model)
-
-    a, b = (kept_chain_of(model, replace(batch, L=L)) for L in (4, 8))
-    b.place.last_graph = "a graph"
-    assert kept_chain_of(model, replace(batch, L=3)) is a
-    c = kept_chain_of(model, replace(batch, L=12))
+@pytest.mark.parametrize("limit, n_byte", [("MAX_KEPT", 0), ("MAX_BYTES", 5)])
+def test_the_chain_that_is_used_least_recently_goes(monkeypatch, kept, limit, n_byte):
+    """If there are too many, or if they hold too much."""
+    monkeypatch.setattr(replayed_chain, limit, 2)
+    a, b = (replayed_chain.kept_chain(size, torch.device(DEVICE)) for size in "ab")
+    b.place.last_graph, b.place.n_byte = "a graph", n_byte
+    assert replayed_chain.kept_chain("a", torch.device(DEVICE)) is a
+    c = replayed_chain.kept_chain("c", torch.device(DEVICE))
     assert list(kept.values()) == [a, c]
 
     # on the stream of the graph that has gone, and with memory of its own
     assert c.place is b.place
-    assert c.place.last_graph is None
+    assert (c.place.last_graph, c.place.n_byte) == (None, 0)
 
 
 def test_a_chain_whose_graph_has_another_batch_refuses_its_backward_pass(monkeypatch, tapes, kept):

@@ -346,18 +346,21 @@ def test_attention(shape):
         close(appended, expected * is_real, bound, "append")
 
 
-def test_open_column():
+@pytest.mark.parametrize("T", [1, 3])
+def test_open_columns(T):
     B = 130  # more than a program counts
-    is_real = torch.arange(B, device=DEVICE) % 3 != 0
+    is_real = torch.arange(B * T, device=DEVICE).view(T, B).t() % 3 != 0
     n_own = torch.arange(B, device=DEVICE)
     n_prefix = 2 * n_own + 5
     before = n_own.clone()
-    n_before, slot, position = attention.open_column(is_real[:, None], n_own, n_prefix)
+    n_before, slot, position = attention.open_columns(is_real, n_own, n_prefix)
 
+    n_real = is_real.long().cumsum(1)
+    column = before[:, None] + n_real - 1
     assert torch.equal(n_before, before.int())
-    assert torch.equal(slot[:, 0], torch.where(is_real, before, -1).int())
-    assert torch.equal(position[:, 0], n_prefix + before + is_real.long() - 1)
-    assert torch.equal(n_own, before + is_real)
+    assert torch.equal(slot, torch.where(is_real, column, -1).int())
+    assert torch.equal(position, n_prefix[:, None] + column)
+    assert torch.equal(n_own, before + n_real[:, -1])
 
 
 def tiny_llama():
@@ -378,28 +381,30 @@ def tiny_llama():
 
 
 def chain_with_a_long_tail(llama, prompt, prompt_mask, steps, tail):
-    """Use a cache in every way: two prompts with two rollouts each, steps, a long pass, a step.
+    """Use a cache in every way: two prompts with two rollouts each, steps, a few columns, a long
+    pass.
 
-    A step is (noise, real), and its input is the hidden state before it plus the noise. One row is
-    dropped before the long pass. Returns the hidden states of the last three.
+    A step is (noise, real), and its input is the hidden state before it plus the noise. Returns the
+    hidden states of the last three; of the few columns, that after the last.
     """
     kv_cache = llama.cache(2, 32)
     h = llama(prompt, prompt_mask, kv_cache, last=1)[:, 0].repeat_interleave(2, 0)
     kv_cache.keep(torch.tensor([0, 0, 1, 1], device=DEVICE))
     for noise, real in steps:
         h = llama((h + noise)[:, None], real[:, None], kv_cache)[:, 0]
-
-    kv_cache.keep(torch.tensor([0, 3, 2], device=DEVICE))
     tail_mask = torch.ones(tail.shape[:2], dtype=torch.bool, device=DEVICE)
+    h_few = llama(tail[:, :3], tail_mask[:, :3], kv_cache, last=1)
     h_tail = llama(tail, tail_mask, kv_cache)
-    h_last = llama(tail[:, :1], tail_mask[:, :1], kv_cache)
-    return h, h_tail, h_last
+    if torch.is_grad_enabled() and isinstance(kv_cache, cache.StepCache):
+        with pytest.raises(RuntimeError, match="must be the last"):
+            llama(tail, tail_mask, kv_cache)
+    return h, h_few, h_tail
 
 
 def test_the_cache_agrees_with_the_models_own_and_runs_backward_twice(monkeypatch):
     llama = tiny_llama()
     prompt = normal(2, 7, 24)
-    tail = normal(3, 9, 24)
+    tail = normal(4, 9, 24)
     padding = torch.tensor([[3], [0]], device=DEVICE)
     prompt_mask = torch.arange(7, device=DEVICE) >= padding
     noises = [normal(4, 24) for _ in range(2)]
@@ -413,14 +418,14 @@ def test_the_cache_agrees_with_the_models_own_and_runs_backward_twice(monkeypatc
 
         leaves = [x.clone().requires_grad_() for x in (prompt, tail, noises[0])]
         steps = [(leaves[2], reals[0]), (noises[1], reals[1])]
-        h, h_tail, h_last = chain_with_a_long_tail(llama, leaves[0], prompt_mask, steps, leaves[1])
+        h, h_few, h_tail = chain_with_a_long_tail(llama, leaves[0], prompt_mask, steps, leaves[1])
 
-        # Random weights. Row 2 of the chain is the one that is dropped.
-        torch.manual_seed(2)
+        # Random weights. Row 2 of the chain has skipped the second step.
+        torch.manual_seed(3)
         tail_loss = (normal(*h_tail.shape) * h_tail).sum()
         chain_loss = (normal(4, 24) * h)[[0, 1, 3]].sum()
-        last_loss = (normal(*h_last.shape) * h_last).sum()
-        loss = tail_loss + chain_loss + last_loss
+        few_loss = (normal(*h_few.shape) * h_few).sum()
+        loss = tail_loss + chain_loss + few_loss
 
         parameters = [*leaves, *llama.parameters()]
         gradients = [

@@ -400,3 +400,19 @@ def test_codi_takes_all_its_latents_for_every_problem():
         assert batch.words_target[b][batch.words_mask[b]].tolist() == words[1:]
     assert batch.words_answer_at[0].tolist() == batch.answer_at[0].tolist() == [0, 1, 2]
     assert not batch.words_mask[3].any()
+
+
+def test_a_batch_goes_to_a_gpu_from_pinned_memory_and_the_host_does_not_wait():
+    class OnTheHost:
+        is_cuda = is_pinned = False
+
+        def pin_memory(self):
+            pinned = OnTheHost()
+            pinned.is_pinned = True
+            return pinned
+
+        def to(self, device, non_blocking=False):
+            return device, self.is_pinned and non_blocking
+
+    assert data.moved(OnTheHost(), "cuda:1") == ("cuda:1", True)
+    assert data.moved(OnTheHost(), "cpu") == ("cpu", False)

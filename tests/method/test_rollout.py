@@ -198,7 +198,7 @@ def test_the_given_number_of_steps_are_the_models_own(model, tokenizer):
     for i, chain in enumerate(free):
         same = by_steps[chain.n_latent // model.c][i]
         assert same.text == chain.text
-        assert torch.allclose(same.z, chain.z, atol=1e-5)
+        assert torch.allclose(same.z, chain.z, atol=1e-4)
         # the first latents do not depend on how many follow
         assert torch.allclose(by_steps[1][i].z, by_steps[2][i].z[: model.c], atol=1e-5)
 

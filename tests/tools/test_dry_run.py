@@ -210,3 +210,19 @@ def test_a_system_that_does_not_tell_its_memory(monkeypatch, never, capsys):
     output = capsys.readouterr().out
     assert "cpu has an unknown amount" in output
     assert "one step    stage" in output
+
+
+def test_on_a_gpu_the_copies_that_kernels_read_count_as_memory():
+    pytest.importorskip("triton", reason="triton is not installed")
+    model, _ = small_model()
+    n_linear = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if name.endswith("weight") and "norm" not in name and "embed" not in name and p.dim() == 2
+    )
+    for stage, n_model in (("sft", 1), ("rl", 2)):
+        cfg = options.Config(stage=stage)
+        on_cpu, on_gpu = (
+            dry_run.held_bytes(cfg, model, torch.device(name)) for name in ("cpu", "cuda")
+        )
+        assert on_gpu - on_cpu == 2 * n_model * n_linear

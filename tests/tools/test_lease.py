@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 
 # What each part that needs no GPU writes
 FIGURES = {
-    "same": ["same 0", "same 1", "same 2"],
+    "loss": ["losses by kernels in bf16"],
+    "same": ["same 0", "same 1", "same 2", "same 3"],
     "sft": [
         "SFT stage 0",
         "SFT stage 0, no update",
@@ -48,7 +49,7 @@ FIGURES = {
 def leased(tmp_path_factory):
     """(lease.json, its folder) of every part but `verify`, on a CPU."""
     out = tmp_path_factory.mktemp("lease")
-    parts = ["same", "memory", "sft", "rl", "profile"]
+    parts = ["loss", "same", "memory", "sft", "rl", "profile"]
     run_python("-m", "minatp.bench.lease", "tiny", "cpu", out, *parts, "--rounds", 1)
     return json.loads((out / "lease.json").read_text()), out
 
@@ -60,6 +61,13 @@ def test_every_part_of_a_lease_writes_its_figures(leased):
     for name in FIGURES["sft"] + FIGURES["rl"]:
         if name != "peak GiB":
             assert 0 < figures[name]["least"] <= figures[name]["ms"]
+
+
+def test_a_lease_compares_losses_with_those_in_float32(leased):
+    figures, _ = leased
+    compared = figures["losses by kernels in bf16"]
+    assert compared["losses"] == compared["float32"]  # on a CPU both are the same code
+    assert compared["differ by"][0] == 0
 
 
 def test_a_lease_compares_gradients_with_and_without_graphs(leased):
@@ -116,7 +124,7 @@ def test_a_lease_without_a_round_is_refused(tmp_path, capsys):
 
 def test_a_part_that_does_not_exist_is_named(tmp_path, capsys):
     assert guarded(lease.main, ["tiny", "cpu", str(tmp_path), "speed"]) == 2
-    assert "there is no 'speed'; there are verify; same;" in capsys.readouterr().err
+    assert "there is no 'speed'; there are loss; verify;" in capsys.readouterr().err
 
 
 def test_a_recording_that_fails_ends_the_process(tmp_path, monkeypatch):
@@ -185,7 +193,7 @@ def test_the_script_of_a_lease_asks_for_truth_before_times_and_for_the_peer_last
     for _, argv in calls:
         if "minatp.bench.lease" in argv:
             parts.append(argv.split("llama-1b cuda ")[1].split(" ", 1)[1])
-    assert parts == ["verify same memory", "sft", "rl", "profile"]
+    assert parts == ["loss verify same memory", "sft", "rl", "profile"]
     _, last = calls[-1]
     assert last.startswith("-m minatp.bench --preset llama-1b --sides tuned")
     for name in ("SFT, last stage", "rollouts"):
