@@ -279,7 +279,7 @@ class Run:
         # Collate all first, since every loss is divided by the counts of all
         size = cfg.micro_batch or len(rows)
         starts = range(0, len(rows), size)
-        distills = cfg.distill > 0 and step % cfg.distill_every == 0
+        distills = step % cfg.distill_every == 0 and cfg.distill > 0
         batches = [collate(rows[i : i + size], stage, model, distills) for i in starts]
         counts = {name: sum(b.counts[name] for b in batches) for name in batches[0].counts}
         counts = distributed.all_reduce(counts, self.device)

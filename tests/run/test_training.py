@@ -106,7 +106,7 @@ def test_the_baselines_run_by_the_same_code(method, latents, has_decoder, tmp_pa
     last_line = records_of(tmp_path)[-2]
     assert ("teacher" in last_line) == ("distill" in last_line) == distills
     assert hasattr(model, "projection") == distills
-    assert config_of(tmp_path)["distill"] == float(distills)
+    assert config_of(tmp_path)["distill"] == (5.0 if distills else 0.0)
 
 
 @pytest.mark.parametrize("ablation", ["--no-vae", "--no-stop", "--no-decoder"])
