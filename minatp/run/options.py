@@ -34,9 +34,8 @@ class Method:
     vae: bool = False
     stop: bool = False
     decode: bool = False
-    # CODI's projection of the hidden state, and its self-distillation
+    # CODI's projection of the hidden state
     project: bool = False
-    distill: bool = False
 
 
 # fmt: off
@@ -54,9 +53,9 @@ METHODS = {
     # … from which a decoder LM must be able to read the steps
     "sim-cot":      Method("curriculum", decode=True),
     # latents from the start, taught by the same model when it reads the steps in words
-    "codi":         Method("all", project=True, distill=True),
+    "codi":         Method("all", project=True),
     # … with a decoder LM
-    "codi-sim-cot": Method("all", project=True, distill=True, decode=True),
+    "codi-sim-cot": Method("all", project=True, decode=True),
     # latents that are sampled, as many as the stop head decides, and read by a decoder LM
     "atp":          Method("curriculum", vae=True, stop=True, decode=True),
 }
@@ -97,15 +96,22 @@ RL_PRESETS = {
 PUBLISHED = {"smollm2-135m": "SmolLM2-135M-Instruct", "llama-1b": "Llama-3.2-1B"}
 
 # A preset's epochs. With a curriculum: of stage 0; of each stage 1 … K − 1; of stage K; and of the
-# last, in which every step is replaced. The other methods have one stage
+# last, in which every step is replaced; fewer if a teacher makes them dearer, for the same seconds.
+# The other methods have one stage
 EPOCHS = {
-    "tiny":         {"curriculum": (5, 0.5, 0.8, 11), "all": 18, "cot": 16, "no-cot": 52},
+    "tiny":         {"curriculum": (5, 0.5, 0.8, 11), "distilled": (5, 0.5, 0.8, 9.4),
+                     "all": 18, "cot": 16, "no-cot": 52},
     "smollm2-135m": {"curriculum": (1, 1, 1, 3),      "all": 6,  "cot": 3,  "no-cot": 3},
     "llama-1b":     {"curriculum": (2, 2, 2, 2),      "all": 24, "cot": 2,  "no-cot": 2},
 }
 
-# A preset's --distill, of a method that has it. llama-1b: the paper's
-DISTILL = {"tiny": 5.0, "smollm2-135m": 5.0, "llama-1b": 20.0}
+# What of self-distillation a preset gives a method: (--distill, --distill-every). Others have none.
+# 20 is CODI's own; atp's were chosen on validation problems (docs/results.md)
+DISTILL = {
+    "tiny":         {"codi": (5.0, 1),  "codi-sim-cot": (5.0, 1), "atp": (5.0, 2)},
+    "smollm2-135m": {"codi": (5.0, 1),  "codi-sim-cot": (5.0, 1)},
+    "llama-1b":     {"codi": (20.0, 1), "codi-sim-cot": (20.0, 1)},
+}
 # fmt: on
 
 
@@ -201,10 +207,13 @@ class Latents:
     distill: float = opt(
         0.0,
         "weight of CODI's self-distillation: the model that reads the steps in words teaches the "
-        "one that reads latents [0; with codi and codi-sim-cot 5, llama-1b 20]",
+        "one that reads latents [0; 5 with codi and codi-sim-cot, llama-1b 20; tiny's SFT with atp "
+        "5]",
         NOT_NEGATIVE,
     )
-    distill_every: int = opt(1, "steps from one that has a teacher to the next", POSITIVE)
+    distill_every: int = opt(
+        1, "steps from one that has a teacher to the next [1; tiny's SFT with atp 2]", POSITIVE
+    )
 
     # Each switches off a part of ATP-Latent
     no_vae: bool = opt(False, "ablation: the latent is the hidden state itself")
@@ -640,9 +649,8 @@ def parse(argv, description):
     # Over the preset and the defaults, of which three depend on other options
     cfg = Config(**{**preset_values(preset, given.get("stage")), **given})
     if cfg.method in METHODS:
+        settle_distillation(cfg, given)
         cfg.epochs = cfg.epochs or default_epochs(cfg)
-        of_preset = DISTILL[preset] if METHODS[cfg.method].distill else 0.0
-        cfg.distill = given.get("distill", of_preset)
     cfg.out = cfg.out or f"out/{cfg.stage}"
 
     # A resumed run has its options already
@@ -706,11 +714,20 @@ def describe_default(f):
     return f" [{'; '.join(shown)}]" if shown else ""
 
 
+def settle_distillation(cfg, given):
+    """The preset's --distill and --distill-every, if they are not given. RL's anchor has none."""
+    of_method = DISTILL[cfg.preset] if cfg.stage == "sft" else {}
+    weight, every = of_method.get(cfg.method, (0.0, 1))
+    cfg.distill = given.get("distill", weight)
+    cfg.distill_every = given.get("distill_every", every if cfg.distill else 1)
+
+
 def default_epochs(cfg):
     """The preset's --epochs."""
     of_preset, stages = EPOCHS[cfg.preset], METHODS[cfg.method].stages
     if stages == "curriculum":
-        first, middle, full, last = of_preset[stages]
+        kind = "distilled" if cfg.distill and "distilled" in of_preset else stages
+        first, middle, full, last = of_preset[kind]
         epochs = [first, *[middle] * (cfg.K - 1), full, last]
     else:
         epochs = [of_preset[cfg.method if stages == "words" else stages]]

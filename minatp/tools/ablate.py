@@ -25,18 +25,24 @@ TRAIN = str(Path(__file__).parents[2] / "train.py")
 
 # ---- the arms: name -> options of train.py -------------------------------------------------------
 
+# The first stages of the curriculum, as by default. The last one gets more epochs if its steps are
+# cheaper than ATP's, so that an arm takes as many seconds (docs/results.md has what a step costs)
+EARLIER = "5,0.5,0.5,0.5,0.8,"
+
 # Stage 1, from scratch
 METHODS = {
     "no-CoT": ["--method", "no-cot"],
     "CoT": ["--method", "cot"],
-    "iCoT": ["--method", "icot"],
-    "pause": ["--method", "pause"],
+    "iCoT": ["--method", "icot", "--epochs", EARLIER + "33"],
+    "pause": ["--method", "pause", "--epochs", EARLIER + "31"],
     "Coconut": ["--method", "coconut"],
     "SIM-CoT": ["--method", "sim-cot"],
     "CODI": ["--method", "codi"],
-    "CODI + SIM-CoT": ["--method", "codi-sim-cot"],
+    "CODI + SIM-CoT": ["--method", "codi-sim-cot", "--epochs", "12.2"],
     "ATP": ["--method", "atp"],
-    "ATP + distillation": ["--distill", "5"],
+    "ATP, no distillation": ["--distill", "0"],
+    "ATP, 1.3 × the seconds": ["--epochs", EARLIER + "13.5"],
+    "ATP, no distillation, 1.3 × the seconds": ["--distill", "0", "--epochs", EARLIER + "15.7"],
     "ATP, no VAE": ["--no-vae"],
     "ATP, no stop head": ["--no-stop"],
     "ATP, no decoder": ["--no-decoder"],
@@ -53,6 +59,8 @@ PLACEBO = ["--placebo-latents"]
 # More SFT, of the last stage alone. {seconds}: as many epochs as take the time of the arm "RL";
 # {steps}: as many as have its number of optimizer steps
 MORE_SFT = ["--stage", "sft", "--epochs", "{seconds}"]
+# The anchor is an SFT loss without distillation
+ANCHOR = ["--stage", "sft", "--epochs", "{steps}", "--distill", "0"]
 # Three quarters of each batch are problems with an answer and no steps
 MORE_SFT_ON_ANSWERS = [*MORE_SFT, "--answers-share", "0.75"]
 
@@ -62,7 +70,7 @@ AFTER_ATP = {
     "RL":                                   RL,
     # Is it the reward? Rewards of the wrong chains; as many steps of SFT, with no reward
     "RL, placebo (permuted rewards)":       [*RL, "--placebo"],
-    "the anchor alone":                     ["--stage", "sft", "--epochs", "{steps}"],
+    "the anchor alone":                     ANCHOR,
     # The terms of the reward
     "RL, no coherence":                     [*RL, "--w-coh", "0"],
     "RL, coherence only (sees no answer)":  [*RL, "--no-answers", "--w-coh", "1"],
@@ -96,8 +104,7 @@ AFTER_OTHERS = {
     "SFT on answers alone, then RL":        ("SFT on answers alone", RL),
     "SFT on answers alone, twice":          ("SFT on answers alone", MORE_SFT_ON_ANSWERS),
     "ATP, β × 10, then RL":                 ("ATP, β × 10", RL),
-    "ATP + distillation, then RL":          ("ATP + distillation", RL),
-    "ATP + distillation, more SFT":         ("ATP + distillation", [*MORE_SFT, "--distill", "5"]),
+    "ATP, no distillation, then RL":        ("ATP, no distillation", RL),
 }
 # fmt: on
 

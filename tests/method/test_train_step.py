@@ -108,7 +108,7 @@ def test_gradients_are_added_to_those_that_are_there():
 
 def test_the_curriculum_goes_through_its_stages():
     """One step of each stage: more and more of a problem's steps become latent."""
-    run = one_step(*SMALL)
+    run = one_step(*SMALL, "--distill", 0)
     train.sft(run)
     assert run.model.stage == 3
     stage_0, *latent_stages = [recorded.keys() for recorded in run.recorded]
@@ -360,7 +360,7 @@ def test_the_sft_losses_in_bfloat16_are_those_in_float32():
     """Within 1 %, and each loss, gradient and weight is a float32."""
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        run = one_step(*SMALL, "--dtype", dtype)
+        run = one_step(*SMALL, "--distill", 0, "--dtype", dtype)
         losses[dtype], _ = train.sft_gradients(run, run.labelled, stage=2, step=0)
         for name, p in run.model.named_parameters():
             assert p.dtype == torch.float32, name

@@ -77,7 +77,7 @@ SMALL_SETS = ("--labelled", 40, "--test-size", 5, "--val-size", 5)
     ("--method cot --no-vae", "--no-vae contradicts --method cot"),
     ("--method codi --no-decoder", "--no-decoder contradicts --method codi"),
     ("--no-vae --no-stop --no-decoder", "is --method coconut"),
-    ("--distill-every 2", "--distill-every is about --distill"),
+    ("--distill 0 --distill-every 2", "--distill-every is about --distill"),
     ("--method cot --distill 1", "--distill teaches latents, and --method cot has none"),
     ("--method icot --distill 1", "--distill teaches latents, and --method icot has none"),
     ("--method pause --distill 1", "--distill teaches latents, and --method pause has none"),
@@ -181,12 +181,13 @@ def test_another_seed_shows_other_problems_at_once(finished):
 
 # fmt: off
 @pytest.mark.parametrize("argv, epochs", [
-    ("", "5,0.5,0.5,0.5,0.8,11"),
+    ("", "5,0.5,0.5,0.5,0.8,9.4"),
+    ("--distill 0", "5,0.5,0.5,0.5,0.8,11"),  # without a teacher, as many seconds
     ("--method cot", "16"),
     ("--method pause", "5,0.5,0.5,0.5,0.8,11"),
     ("--method codi", "18"),
     ("--method codi-sim-cot --labelled 3000", "36"),
-    ("--labelled 3000 --K 2", "10,1,1.6,22"),  # as many steps
+    ("--labelled 3000 --K 2", "10,1,1.6,18.8"),  # as many steps
     ("--preset smollm2-135m --init x", "1,1,1,1,3"),
     ("--preset smollm2-135m --init x --K 5 --labelled 60", "1,1,1,1,1,1,3"),
     ("--preset smollm2-135m --init x --method cot", "3"),
@@ -198,14 +199,18 @@ def test_the_epochs_of_a_preset(argv, epochs):
 
 
 # fmt: off
-@pytest.mark.parametrize("argv, distill", [
-    ("", 0), ("--distill 2", 2), ("--method coconut", 0), ("--method codi", 5),
-    ("--method codi-sim-cot", 5), ("--method codi --distill 0", 0),
-    ("--method codi --distill 1", 1), ("--method codi --preset llama-1b --init x", 20),
+@pytest.mark.parametrize("argv, distill, every", [
+    ("", 5, 2), ("--distill 2", 2, 2), ("--distill 0", 0, 1), ("--distill-every 3", 5, 3),
+    ("--stage rl", 0, 1), ("--stage rl --distill 2", 2, 1),
+    ("--preset llama-1b --init x", 0, 1), ("--preset smollm2-135m --init x", 0, 1),
+    ("--method coconut", 0, 1), ("--method coconut --distill 2", 2, 1), ("--method cot", 0, 1),
+    ("--method codi", 5, 1), ("--method codi-sim-cot", 5, 1), ("--method codi --distill 0", 0, 1),
+    ("--method codi --preset llama-1b --init x", 20, 1),
 ])
 # fmt: on
-def test_the_weight_of_distillation_depends_on_the_method_and_preset(argv, distill):
-    assert options.parse(argv.split(), "").distill == distill
+def test_the_distillation_of_a_method_and_preset(argv, distill, every):
+    cfg = options.parse(argv.split(), "")
+    assert (cfg.distill, cfg.distill_every) == (distill, every)
 
 
 def test_help_shows_every_option_and_its_default(capsys):

@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
     """The folder of a run whose chains have all lengths and whose answers differ."""
     out = tmp_path_factory.mktemp("tools") / "run"
     few = ["--epochs", "0.1", "--test-size", 4, "--answers", 4, "--seed", 1]
-    run(train.main, *SMALL, *few, "--out", out)
+    run(train.main, *SMALL, *few, "--distill", 0, "--out", out)
     model, tokenizer = make_ragged(*load_model(out))
     save_model(out / "final", model, tokenizer)
     return out
