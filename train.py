@@ -115,8 +115,8 @@ def curriculum_batches(run, stage):
 def sft_gradients(run, problems, stage, step, weight=1.0):
     """Accumulate the gradient of the SFT loss of a batch, times `weight`, in the parameters' .grad.
 
-    problems: a list of Encoded. Returns (losses, counts): the four losses, each summed over the
-    batch, and how many terms each sum has.
+    problems: a list of Encoded. Returns (losses, counts): the losses, each summed over the batch,
+    and how many terms each sum has.
     """
     model, sums = run.model, {}
     # Each micro-batch is collated (data.collate): some steps become latents. eps_keys is the noise

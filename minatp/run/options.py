@@ -64,8 +64,8 @@ METHODS = {
 PRESETS = {
     # the rest of tiny are the defaults of the options below
     "tiny": dict(c=1),
-    # A small published model, for a CPU. φ has all layers: with the lower fifth it begins without
-    # words, and ten times farther from reading a step. The rest no trial has settled
+    # A small published model, for a CPU. φ has all layers: the lower fifth cannot write words at
+    # first, and its loss begins seven times as high. No trial has settled the rest
     "smollm2-135m": dict(
         # SmolLM2-135M-Instruct's sizes
         n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536,
@@ -647,7 +647,7 @@ def parse(argv, description):
             f"command line: --preset must be one of {', '.join(PRESETS)}, not {preset!r}"
         )
 
-    # Over the preset and the defaults, of which three depend on other options
+    # Over the preset and the defaults, of which four depend on other options
     cfg = Config(**{**preset_values(preset, given.get("stage")), **given})
     if cfg.method in METHODS:
         settle_distillation(cfg, given)

@@ -1,4 +1,4 @@
-"""Every comparison of docs/results.md in one command: train what is not finished, print tables.
+"""The comparisons of docs/results.md in one command: train what is not finished, print tables.
 
     python -m minatp.ablate --out out/ablate --seeds 0,1,2 --jobs 2
     python -m minatp.ablate --options "--labelled 4000" --arms "RL; control: more SFT" --out out/few
@@ -25,8 +25,8 @@ TRAIN = str(Path(__file__).parents[2] / "train.py")
 
 # ---- the arms: name -> options of train.py -------------------------------------------------------
 
-# The first stages of the curriculum, as by default. The last one gets more epochs if its steps are
-# cheaper than ATP's, so that an arm takes as many seconds (docs/results.md has what a step costs)
+# The first stages of the curriculum, as by default. Where an arm gives the epochs of the last one,
+# they fit the seconds of the default or 1.3 × as many (docs/results.md has what a step costs)
 EARLIER = "5,0.5,0.5,0.5,0.8,"
 
 # Stage 1, from scratch
