@@ -346,6 +346,23 @@ def test_attention(shape):
         close(appended, expected * is_real, bound, "append")
 
 
+def test_a_cpu_attends_in_float32_whatever_the_dtype():
+    """Under autocast as well, whose bfloat16 has a slow backward pass; gradients are rounded."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 5, 16, dtype=torch.bfloat16) for h in (6, 3, 3))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        with torch.autocast("cpu", enabled=dtype == torch.bfloat16):
+            y = attention.masked_sdpa(*leaves, mask)
+        assert y.dtype == dtype
+        y.backward(v.repeat_interleave(2, 1).to(dtype))
+        results.append([y.detach(), *(x.grad for x in leaves)])
+    for rounded, exact in zip(*results):
+        assert torch.equal(rounded, exact.to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("T", [1, 3])
 def test_open_columns(T):
     B = 130  # more than a program counts
