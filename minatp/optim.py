@@ -11,9 +11,10 @@ makes all directions equal: if the SVD of the step is U·S·Vᵀ, it takes U·V�
 There is no SVD: starting from X = G/‖G‖, five iterations of X ← a·X + (b·S + c·S²)·X with S = X·Xᵀ
 bring every singular value to about 1 (0.7 to 1.2). An element then moves by about 0.2·lr, as under
 AdamW, so that one learning rate serves both.
+The products have the dtype of the run's others (--dtype). Hardware that multiplies bfloat16 takes a
+third to a sixth of the time for them.
 Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon (a, b, c); Liu et al. 2025, arXiv
-2502.16982 (the 0.2). torch.optim.Muon always multiplies in bfloat16, which many CPUs do slowly, and
-cannot skip a step.
+2502.16982 (the 0.2). torch.optim.Muon always multiplies in bfloat16, and cannot skip a step.
 """
 
 import torch
@@ -34,14 +35,15 @@ def build_optimizer(cfg, model):
         {"params": matrices, "weight_decay": cfg.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return Muon(hidden, groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
+    return Muon(hidden, dtype, groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
-def orthogonalise(G):
-    """About U·Vᵀ of G = U·S·Vᵀ, (rows, columns)."""
+def orthogonalise(G, dtype=torch.float32):
+    """About U·Vᵀ of G = U·S·Vᵀ, (rows, columns). dtype: of the products."""
     is_tall = G.shape[0] > G.shape[1]
     X = G.t() if is_tall else G  # so that X·Xᵀ is the smaller of the two products
-    X = (X / (X.norm() + 1e-7)).to(torch.bfloat16 if G.is_cuda else G.dtype)
+    X = (X / (X.norm() + 1e-7)).to(dtype)
     for _ in range(5):
         S = X @ X.t()
         S = torch.addmm(S, S, S, beta=B, alpha=C)  # b·S + c·S²
@@ -50,7 +52,7 @@ def orthogonalise(G):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but Muon for `hidden`, matrices of its first group.
+    """AdamW, but Muon for `hidden`, matrices of its first group, with products in `dtype`.
 
     As in PyTorch's fused AdamW, two scalar tensors (or None) let the device decide by itself, so
     that the host need not wait to see the gradient:
@@ -62,9 +64,9 @@ class Muon(torch.optim.AdamW):
     grad_scale = None
     found_inf = None
 
-    def __init__(self, hidden, groups, **adamw):
+    def __init__(self, hidden, dtype, groups, **adamw):
         super().__init__(groups, **adamw)
-        self.hidden = hidden
+        self.hidden, self.dtype = hidden, dtype
 
     @torch.no_grad()
     def step(self):
@@ -77,7 +79,7 @@ class Muon(torch.optim.AdamW):
             m = self.state[p]["momentum"]
             grad = p.grad if self.grad_scale is None else p.grad / self.grad_scale
             new_m = m.lerp(grad, 1 - MOMENTUM)
-            direction = orthogonalise(grad.lerp(new_m, MOMENTUM))
+            direction = orthogonalise(grad.lerp(new_m, MOMENTUM), self.dtype)
             new_p = p - lr * (decay * p + 0.2 * max(p.shape) ** 0.5 * direction)
             for x, new in ((m, new_m), (p, new_p)):
                 x.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, x, new))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minatp import optim
 from minatp.latent import ATP
 from minatp.llama import LlamaConfig
 from minatp.optim import build_optimizer, orthogonalise
@@ -23,6 +24,20 @@ def test_a_step_is_orthogonal(shape):
     assert (in_basis - diagonal.diag()).abs().max() < 1e-5
     assert (diagonal[S > 0.02 * S[0]] - 1).abs().max() < 0.35
 
+    # in bfloat16 it is nearly the same
+    in_bfloat16 = orthogonalise(G, torch.bfloat16)
+    assert in_bfloat16.dtype == G.dtype
+    assert (in_bfloat16 - orthogonalise(G)).norm() < 0.03 * in_bfloat16.norm()
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_muon_multiplies_in_the_dtype_of_the_run(name, monkeypatch):
+    seen = []
+    monkeypatch.setattr(optim, "orthogonalise", lambda G, dtype: seen.append(dtype) or G)
+    optimizer, _ = small_optimizer("muon", "--dtype", name)
+    optimizer.step()
+    assert set(seen) == {getattr(torch, name)}
+
 
 LR = 0.02
 WEIGHT_DECAY = 0.5
@@ -30,9 +45,9 @@ MUON_STATE = {"momentum"}
 ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}
 
 
-def small_optimizer(optimizer_name):
-    """A small model with random gradients: (optimizer, model)."""
-    options_given = ["--optimizer", optimizer_name, "--lr", "0.01"]
+def small_optimizer(optimizer_name, *others):
+    """A small model with random gradients: (optimizer, model). others: options."""
+    options_given = ["--optimizer", optimizer_name, "--lr", "0.01", *others]
     cfg = options.parse([*options_given, "--weight-decay", str(WEIGHT_DECAY)], "")
     llama = LlamaConfig(
         vocab_size=40,
