@@ -10,9 +10,9 @@ makes all directions equal: if the SVD of the step is U·S·Vᵀ, it takes U·V�
 
 There is no SVD: starting from X = G/‖G‖, five iterations of X ← a·X + (b·S + c·S²)·X with S = X·Xᵀ
 bring every singular value to about 1 (0.7 to 1.2). An element then moves by about 0.2·lr, as under
-AdamW, so that one learning rate serves both.
-The products have the dtype of the run's others (--dtype): in bfloat16 they take a half to a sixth of
-the time on a CPU with AMX.
+AdamW, so that one learning rate serves both. The products have the dtype of the run's others
+(--dtype): in bfloat16 they take a half to a sixth of the time on a CPU with AMX.
+
 Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon (a, b, c); Liu et al. 2025, arXiv
 2502.16982 (the 0.2). torch.optim.Muon always multiplies in bfloat16, and cannot skip a step.
 """
