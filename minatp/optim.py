@@ -1,17 +1,17 @@
-"""The optimizer: AdamW, or Muon for the matrices of the layers and of what makes latents.
+"""The optimizer: AdamW for every parameter, or Muon for some and AdamW for the rest.
 
-The latter are the latent head or CODI's projection. The rest always has AdamW.
+Muon is for the matrices of the layers, and of the latent head or CODI's projection.
 
-AdamW scales every element by itself, and a few directions of a matrix take most of its step. Muon
-makes all directions equal: if the SVD of the step is U·S·Vᵀ, it takes U·Vᵀ.
+AdamW scales each element on its own, and a few directions of a matrix take up most of its step.
+Muon makes all directions equal: if the SVD of the momentum G is U·S·Vᵀ, it steps along U·Vᵀ.
 
     m ← 0.95·m + 0.05·g        G = 0.05·g + 0.95·m  (Nesterov)
     W ← W − lr·(weight_decay·W + 0.2·√max(rows, columns)·U·Vᵀ)
 
-There is no SVD: starting from X = G/‖G‖, five iterations of X ← a·X + (b·S + c·S²)·X with S = X·Xᵀ
-bring every singular value to about 1 (0.7 to 1.2). An element then moves by about 0.2·lr, as under
-AdamW, so that one learning rate serves both. The products have the dtype of the run's others
-(--dtype): in bfloat16 they take a half to a sixth of the time on a CPU with AMX.
+No SVD is computed. Starting from X = G/‖G‖, five iterations of X ← a·X + (b·S + c·S²)·X, where
+S = X·Xᵀ, bring every singular value to about 1 (0.7 to 1.2). An element then moves by about 0.2·lr,
+as under AdamW, so one learning rate serves both. The products use the dtype of the run (--dtype): in
+bfloat16 they take between half and a sixth of the time on a CPU with AMX.
 
 Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon (a, b, c); Liu et al. 2025, arXiv
 2502.16982 (the 0.2). torch.optim.Muon always multiplies in bfloat16, and cannot skip a step.
@@ -24,7 +24,7 @@ A, B, C = 3.4445, -4.7750, 2.0315  # a, b, c
 
 
 def build_optimizer(cfg, model):
-    """The optimizer of --optimizer, with weight decay on matrices alone."""
+    """The optimizer that --optimizer names, with weight decay on matrices only."""
     matrices, others, hidden = [], [], []
     for name, p in model.named_parameters():
         (matrices if p.dim() >= 2 else others).append(p)
@@ -40,7 +40,7 @@ def build_optimizer(cfg, model):
 
 
 def orthogonalise(G, dtype=torch.float32):
-    """About U·Vᵀ of G = U·S·Vᵀ, (rows, columns). dtype: of the products."""
+    """Approximately U·Vᵀ, where G = U·S·Vᵀ; both (rows, columns). dtype: of the products."""
     is_tall = G.shape[0] > G.shape[1]
     X = G.t() if is_tall else G  # so that X·Xᵀ is the smaller of the two products
     X = (X / (X.norm() + 1e-7)).to(dtype)
