@@ -10,8 +10,8 @@ Muon makes all directions equal: if the SVD of the momentum G is U·S·Vᵀ, it 
 
 No SVD is computed. Starting from X = G/‖G‖, five iterations of X ← a·X + (b·S + c·S²)·X, where
 S = X·Xᵀ, bring every singular value to about 1 (0.7 to 1.2). An element then moves by about 0.2·lr,
-as under AdamW, so one learning rate serves both. The products use the dtype of the run (--dtype): in
-bfloat16 they take between half and a sixth of the time on a CPU with AMX.
+as under AdamW, so one learning rate serves both. The products use the dtype of the run (--dtype):
+in bfloat16 they take between half and a sixth of the time on a CPU with AMX.
 
 Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon (a, b, c); Liu et al. 2025, arXiv
 2502.16982 (the 0.2). torch.optim.Muon always multiplies in bfloat16, and cannot skip a step.
