@@ -82,8 +82,10 @@ def sft(run):
             grad_norm = run.optimizer.step(sum(losses.values()), problems)
             run.meter.add({**losses, "grad_norm": grad_norm}, counts, counts["position"])
 
-            # 3. From scratch, φ starts as a copy of π at the end of stage 0, before any latent
-            if stage == 0 and step == n_update - 1 and model.decode and not cfg.init:
+            # 3. From scratch, φ starts as a copy of π at the end of stage 0, before any latent,
+            # unless that stage has taught it
+            is_untaught = model.decode and not cfg.init and not model.previews
+            if stage == 0 and step == n_update - 1 and is_untaught:
                 model.decoder.start_from(model.policy)
     run.finish()
 

@@ -169,6 +169,9 @@ class Batch(Rows):
     step_text: torch.Tensor
     # where `step_text` has an id: (rows, columns)
     step_text_at: tuple
+    # in stage 0, for a φ that learns from previews: (N,) the column of `text` after which the step
+    # begins, −1 if it follows the prompt; None otherwise
+    preview_after: torch.Tensor | None
     # for distillation: the problem in words (B, Tw), all masked if its steps are unknown or it has
     # no latents; and where either text is about to give the answer, of the other problems: (rows,
     # columns). None without distillation, or if there are no other problems
@@ -244,11 +247,19 @@ def collate(rows, stage, model, distills=False):
     texts = [fillers + text_of(row, of_row, model) for row, of_row in zip(rows, lines)]
     text, text_mask, target = read_and_write(texts, model.end, len(fillers))
 
-    # What φ must write
+    # What φ must write: the latent steps or, from previews, the steps in words
+    has_previews = model.previews and stage == 0
+    n_read = [min(len(row.lines), K) for row in rows] if has_previews else n_step
     step_row, step_index, step_texts = [], [], []
     if model.decode:
-        step_row, step_index, step_texts = texts_of_steps(rows, n_step, stage, K)
+        step_row, step_index, step_texts = texts_of_steps(rows, n_read, stage, K)
     step_text = pad(step_texts, IGNORE)
+
+    # Where these steps begin in the text. Without any there are no previews
+    preview_after = None
+    if has_previews and step_texts:
+        columns = [before_step(rows[b], s) for b, s in zip(step_row, step_index)]
+        preview_after = torch.tensor(columns, dtype=torch.long)
 
     # The same problems in words, if their steps are known. Without latents there is nothing to
     # teach: the text is the same
@@ -295,6 +306,7 @@ def collate(rows, stage, model, distills=False):
         step_index=torch.tensor(step_index, dtype=torch.long),
         step_text=step_text,
         step_text_at=(step_text != IGNORE).nonzero(as_tuple=True),
+        preview_after=preview_after,
         words=words,
         words_mask=words_mask,
         words_target=words_target,
@@ -322,6 +334,15 @@ def read_and_write(texts, padding, n_unlabelled=0):
     n_read = torch.tensor([max(0, len(text) - 1) for text in texts])
     target = pad([[IGNORE] * n_unlabelled + text[1 + n_unlabelled :] for text in texts], IGNORE)
     return ids, torch.arange(ids.shape[1]) < n_read[:, None], target
+
+
+def before_step(row, s):
+    """The column of a text in words (`text_of`) after which step s of an Encoded row begins.
+
+    The first step follows <|end-latent|>, in column 0; with latents its thought would follow the
+    prompt, so that is −1.
+    """
+    return sum(map(len, row.lines[:s])) if s else -1
 
 
 def before_answer(rows, texts, chosen):

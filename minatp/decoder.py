@@ -21,21 +21,31 @@ from . import reward
 from .rollout import write
 
 
+def opening(decoder, z):
+    """What φ reads before it writes: the latents z (N, c, D), after bos if it reads that first.
+
+    Returns x (N, c or 1 + c, D) and a mask of True (N, c or 1 + c).
+    """
+    N = len(z)
+    if decoder.reads_bos:
+        bos = torch.full((N, 1), decoder.cfg.bos, device=z.device)
+        z = torch.cat((decoder.embed(bos), z), 1)
+    return z, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+
+
 def thought_nll(decoder, z, text, text_at):
     """−log p of the text of each step, summed over its tokens.
 
     z (N, c, D): the step's latents. text (N, Ts): the step's ids and eos, IGNORE where padded.
     text_at: where `text` has an id, (rows, columns). Returns (N,).
     """
-    N, c, _ = z.shape
-
     # φ reads the latents, then the text up to its last id
-    x = torch.cat((z, decoder.embed(text[:, :-1].clamp(min=0))), 1)  # (N, c + Ts − 1, D)
-    mask = torch.cat((text.new_ones(N, c, dtype=torch.bool), text[:, :-1] != IGNORE), 1)
-    h = decoder(x, mask, decoder.cache(*x.shape[:2]))
+    thought, all_real = opening(decoder, z)
+    x = torch.cat((thought, decoder.embed(text[:, :-1].clamp(min=0))), 1)
+    mask = torch.cat((all_real, text[:, :-1] != IGNORE), 1)
 
     # the hidden state after the last latent predicts the first id
-    h = h[:, c - 1 :]  # (N, Ts, D)
+    h = decoder(x, mask, decoder.cache(*x.shape[:2]), last=text.shape[1])  # (N, Ts, D)
     nll = decoder.nll(h[text_at], text[text_at])
     return nll.new_zeros(text.shape).index_put(text_at, nll).sum(1)
 
@@ -46,14 +56,12 @@ def read_thoughts(decoder, z, eos, max_new):
 
     z (N, c, D) -> N lists of ids, each up to the id `eos`, at most max_new long.
     """
-    N, c, _ = z.shape
-    if not N:
+    if not len(z):
         return []
-
-    cache = decoder.cache(N, c + max_new)
     with cast_once(decoder):  # saves casts under autocast, and changes no result
-        all_real = torch.ones(N, c, dtype=torch.bool, device=z.device)
-        h = decoder(z, all_real, cache, last=1)[:, 0]
+        x, all_real = opening(decoder, z)
+        cache = decoder.cache(len(x), x.shape[1] + max_new)
+        h = decoder(x, all_real, cache, last=1)[:, 0]
         token, _ = write(decoder, h, cache, max_new, [eos])
     return [[i for i in ids if i not in (eos, -1)] for ids in token.tolist()]
 
@@ -66,13 +74,13 @@ def top_readings(decoder, z, eos, n, max_new):
 
     Texts that do not end within max_new tokens are left out.
     """
-    N, c, _ = z.shape
+    N = len(z)
     ended = [[] for _ in range(N)]  # of each step: (ids, log-probability) of texts that have ended
     if not N:
         return ended
-    cache = decoder.cache(N, c + max_new)
-    all_real = torch.ones(N, c, dtype=torch.bool, device=z.device)
-    h = decoder(z, all_real, cache, last=1)[:, 0]
+    x, all_real = opening(decoder, z)
+    cache = decoder.cache(N, x.shape[1] + max_new)
+    h = decoder(x, all_real, cache, last=1)[:, 0]
 
     total = z.new_zeros(N, 1)  # (N, beams) log-probability of each beam
     ids = [[[]] for _ in range(N)]  # of each step and beam: its words so far

@@ -52,6 +52,19 @@ class LatentHead(nn.Module):
         nn.init.zeros_(self.gaussian.weight[D:])
         nn.init.constant_(self.gaussian.bias[D:], init_logvar)
 
+    @torch.no_grad()
+    def standardise(self, h):
+        """Let an untrained head see hidden states like h (N, D) as having mean 0 and deviation 1.
+
+        In a published model a few dimensions are nearly the same in every state, and larger than
+        all others together: μ would hardly depend on the problem.
+        """
+        std = h.std(0, correction=0)
+        std += 0.02 * h.square().mean().sqrt()  # a dimension that is constant stays small
+        first = self.fc[0]
+        first.weight.div_(std)
+        first.bias.sub_(first.weight @ h.mean(0))
+
     def forward(self, h):
         mu, logvar = upcast(self.gaussian(self.fc(h))).chunk(2, -1)
         return mu, logvar
@@ -75,6 +88,8 @@ class ATP(nn.Module):
     of it (CODI). decode=False: no decoder LM.
     stop=False: no stop head; the thinking always takes the full length of the stage.
     fillers: so many words <|latent|> for each step, in place of latents; None: latents.
+    previews: in stage 0 φ learns to read what the policy would think before each step, and it
+    always reads bos before latents (docs/pretrained.md).
     """
 
     def __init__(
@@ -87,6 +102,7 @@ class ATP(nn.Module):
         decode=True,
         project=False,
         fillers=None,
+        previews=False,
         decoder_layers=0,
         init_logvar=-4.0,
     ):
@@ -95,6 +111,7 @@ class ATP(nn.Module):
         self.c, self.K = c, K
         self.vae, self.stop, self.decode = vae, stop, decode
         self.project, self.fillers = project, fillers
+        self.previews = previews and decode
 
         # The last curriculum stage taught. It bounds the thinking: a model in its k-th stage thinks
         # at most k steps and writes the rest.
@@ -105,6 +122,7 @@ class ATP(nn.Module):
         self.policy = Llama(cfg)
         if decode:
             self.decoder = Llama(replace(cfg, n_layer=decoder_layers or cfg.n_layer))
+            self.decoder.reads_bos = previews
         if vae:
             self.latent_head = LatentHead(cfg.n_embd, init_logvar)
         if project:

@@ -35,8 +35,16 @@ def sft_losses(model, batch, eps=None):
 
     # −log p of every labelled token. In stage 0 everything is text
     if not batch.n_candidate:
-        h = read_as_text(policy, batch)  # (B, Tt, D)
-        return {"enc": label_nll(policy, h, batch.target, batch.target_at)}
+        if batch.preview_after is None:
+            h = read_as_text(policy, batch)  # (B, Tt, D)
+            return {"enc": label_nll(policy, h, batch.target, batch.target_at)}
+
+        # φ learns to read what the policy would think before each step
+        h = read_as_text(policy, batch, n_before=model.c)  # (B, c + Tt, D)
+        latents = previews(model, h, batch, eps)  # (N, c, D)
+        dec = thought_nll(model.decoder, latents, batch.step_text, batch.step_text_at)
+        enc = label_nll(policy, h[:, model.c :], batch.target, batch.target_at)
+        return {"enc": enc, "dec": dec.sum()}
 
     # Read the prompt, think, and read the text after the latents. A teacher reads the problem in
     # words, after the same prompt
@@ -128,8 +136,28 @@ def walk_batch(model, batch, h, cache, eps=None):
     return walk(model, h, cache, plan)
 
 
-def read_as_text(policy, batch):
-    """Hidden states (B, Tt, D) at batch.text if nothing is latent: a single pass."""
+def read_as_text(policy, batch, n_before=0):
+    """Hidden states (B, n_before + Tt, D) at the last ids of the prompt and at batch.text, if
+    nothing is latent: a single pass.
+    """
     ids = torch.cat((batch.prompt, batch.text), 1)
     mask = torch.cat((batch.prompt_mask, batch.text_mask), 1)
-    return policy(policy.embed(ids), mask, policy.cache(*ids.shape), last=batch.text.shape[1])
+    n = n_before + batch.text.shape[1]
+    return policy(policy.embed(ids), mask, policy.cache(*ids.shape), last=n)
+
+
+@torch.no_grad()
+def previews(model, h, batch, eps=None):
+    """What the policy would think before each of N steps in words: z (N, c, D), without gradients.
+
+    The c latents of a step are proposed from the last c states before it. h (B, c + Tt, D): of
+    `read_as_text`. eps: as in `sft_losses`.
+    """
+    of_step = torch.arange(model.c, device=h.device)
+    row = batch.step_row[:, None]
+    # column t of the text is column c + t of h
+    h = h[row, batch.preview_after[:, None] + 1 + of_step]
+    if eps is not None:
+        eps = ops.prepare_noise(eps, h.shape[-1])
+        eps = eps[row, model.c * batch.step_index[:, None] + of_step]
+    return model.propose(h, eps).z

@@ -29,10 +29,10 @@ SMALL_RL = [
 ]
 
 
-def small_model(seed=0, method="atp"):
-    """(model, tokenizer): untrained, but with no weight left at zero."""
+def small_model(seed=0, method="atp", more=()):
+    """(model, tokenizer): untrained, but with no weight left at zero. more: options."""
     torch.manual_seed(seed)
-    cfg = options.parse([*SMALL_MODEL, "--method", method], "")
+    cfg = options.parse([*SMALL_MODEL, "--method", method, *more], "")
     model, tokenizer = build(cfg, problems.generate("labelled", 160, 0))
     if model.vae:
         torch.nn.init.normal_(model.latent_head.gaussian.weight, std=0.1)

@@ -1,10 +1,18 @@
 """A run's model: from --init, or untrained."""
 
+import torch
+
+from ..chain import read_prompt
+from ..data import left_pad
 from ..latent import ATP
 from ..llama import LLAMA3_ROPE, LlamaConfig
 from ..tokenizer import train_tokenizer
 from .huggingface import load_model, read_config, read_switches
 from .saved import locate
+
+# Problems whose states standardise a latent head, and how much of a question they have read
+N_STANDARD = 64
+LONGEST = 256
 
 
 def build(cfg, problems):
@@ -13,7 +21,7 @@ def build(cfg, problems):
     The weights follow torch's global seed. Raises UserError.
     """
     if cfg.init:
-        return build_from_init(cfg)
+        return build_from_init(cfg, problems)
 
     # From scratch: a tokenizer for these problems, and random weights for π
     tokenizer = train_tokenizer(problems, cfg.vocab_size)
@@ -27,21 +35,31 @@ def build(cfg, problems):
     return model, tokenizer
 
 
-def build_from_init(cfg):
+def build_from_init(cfg, problems):
     """`build` from a Hugging Face directory or an earlier run, which `check_init` has accepted."""
     # RL keeps the parts and the number of latents that SFT has settled
     if cfg.stage == "rl":
         return load_model(cfg.init)
 
-    # SFT may choose others. A φ that has been trained keeps its depth; a new one takes the lower
+    # SFT may choose others. A φ that has been trained stays as it is; a new one takes the lower
     # layers of π, all of them if there are fewer than the default
     directory, switches = locate(cfg.init), cfg.switches
-    if read_switches(directory).get("decode"):
-        del switches["decoder_layers"]
+    saved = read_switches(directory)
+    if saved.get("decode"):
+        del switches["decoder_layers"], switches["previews"]
     else:
         n_layer = read_config(directory / "config.json").n_layer
         switches["decoder_layers"] = min(switches["decoder_layers"], n_layer)
-    return load_model(directory, **switches)
+    model, tokenizer = load_model(directory, **switches)
+
+    # φ can only learn from previews that differ from problem to problem
+    if model.previews and model.vae and not saved.get("vae"):
+        prompts = tokenizer.prompts([p.question for p in problems[:N_STANDARD]])
+        prompts = left_pad([ids[-LONGEST:] for ids in prompts], model.end)
+        with torch.no_grad():
+            h, _ = read_prompt(model.policy, *prompts, room=0)
+        model.latent_head.standardise(h)
+    return model, tokenizer
 
 
 def llama_config(cfg, vocab_size):

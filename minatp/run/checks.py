@@ -50,8 +50,16 @@ def check_size(cfg, llama):
 
 
 def check_decoder(cfg, llama, saved):
-    """Raise UserError if φ cannot have as many layers as an option asks for."""
-    if "decoder_layers" not in cfg.given or not cfg.switches["decode"]:
+    """Raise UserError if φ cannot start or have as many layers as an option asks for."""
+    if not cfg.switches["decode"]:
+        return
+
+    # A φ that has been trained does not start again
+    if "decoder_start" in cfg.given and saved.get("decode"):
+        has = "previews" if saved.get("previews") else "copy"
+        if cfg.decoder_start != has:
+            raise contradiction(cfg, "decoder_start", has)
+    if "decoder_layers" not in cfg.given:
         return
 
     # A φ that has been trained keeps its depth

@@ -569,7 +569,8 @@ def read_switches(directory):
 
     # A missing, misspelt or mistyped switch would build another model than was saved
     required = {"c": int, "K": int, "vae": bool, "stop": bool, "decode": bool, "stage": int}
-    types = {**required, "longest": int, "decoder_layers": int, "project": bool, "fillers": int}
+    optional = {"longest": int, "decoder_layers": int, "fillers": int}
+    types = {**required, **optional, "project": bool, "previews": bool}
     at_least_1 = {"c", "K", "longest", "decoder_layers"}
     for name in required.keys() | saved.keys():
         value = saved.get(name)
@@ -632,6 +633,7 @@ def save_model(directory, model, tokenizer):
     }
     if model.decode:
         switches["decoder_layers"] = model.decoder.cfg.n_layer
+        switches["previews"] = model.previews
         save_file(cpu_parameters(model.decoder), ours / "decoder.safetensors")
     if model.project:
         switches["project"] = True

@@ -64,14 +64,16 @@ METHODS = {
 PRESETS = {
     # the rest of tiny are the defaults of the options below
     "tiny": dict(c=1),
-    # A small published model, for a CPU. φ has all layers: the lower fifth cannot write words at
-    # first, and its loss begins seven times as high. No trial has settled the rest
+    # A small published model, for a CPU (docs/pretrained.md has the trials). φ has all layers: the
+    # lower fifth cannot write words at first, and its loss begins seven times as high
     "smollm2-135m": dict(
         # SmolLM2-135M-Instruct's sizes
         n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536,
         block_size=8192, rope_theta=100000.0, vocab_size=49152, decoder_layers=0,
-        # few latents, and AdamW at a rate at which chain-of-thought fine-tuning went well
-        K=3, c=1, optimizer="adamw", lr=2e-4, batch_size=16, log_every=10,
+        # a φ that is taught to read: left to itself, it learns to do without the latents
+        decoder_start="previews", init_logvar=-6.0,
+        # few latents, and AdamW at the rate of these trials
+        K=3, c=1, optimizer="adamw", lr=1e-4, batch_size=16, log_every=10,
         eval_batch=100,
     ),
     "llama-1b": dict(
@@ -205,6 +207,12 @@ class Latents:
     K: int = opt(4, "most reasoning steps kept latent", POSITIVE)
     beta: float = opt(1e-3, "weight of the KL term", NOT_NEGATIVE)
     init_logvar: float = opt(-4.0, "log σ² of a latent head that starts untrained")
+    decoder_start: str = opt(
+        "copy",
+        "how a new decoder LM starts, if there is one: copy (of the policy) | previews (a copy, "
+        "which reads bos first, and learns in stage 0 to read what the policy would think)",
+        choices=("copy", "previews"),
+    )
     distill: float = opt(
         0.0,
         "weight of CODI's self-distillation: the model that reads the steps in words teaches the "
@@ -382,6 +390,7 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
             "decode": method.decode and not self.no_decoder,
             "project": method.project,
             "fillers": {"latents": None, "fillers": self.c, "nothing": 0}[method.by],
+            "previews": self.decoder_start == "previews",
             "decoder_layers": self.decoder_layers,
             "init_logvar": self.init_logvar,
         }
@@ -493,6 +502,14 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         require(
             self.distill_every == 1 or self.distill,
             "--distill-every is about --distill; give that as well",
+        )
+
+        # Stage 0 teaches φ from previews. (A preset's previews may stay without it)
+        wants_previews = "decoder_start" in self.given and self.switches["previews"]
+        require(
+            not wants_previews or not self.switches["decode"] or self.schedule()[0][0] == 0,
+            "--decoder-start previews teaches the decoder in stage 0, and there is none here; give "
+            "--epochs that begin with more than 0, or drop the option",
         )
 
         # Without all three parts the method has a name of its own

@@ -170,7 +170,8 @@ def activation_bytes(run, row, stages):
             row,
             cfg.recompute,
             scale=llama.n_kv_head,
-            distills=cfg.distill > 0,
+            # (with previews stage 0 keeps most: no more than with a teacher in the last stage)
+            distills=cfg.distill > 0 or model.previews,
         )
         return parts["activations"] + parts["logits"]
 
@@ -180,7 +181,7 @@ def activation_bytes(run, row, stages):
         # The values of ε do not change what is kept: zeros will do
         eps = None
         if model.vae:
-            eps = torch.zeros(n, batch.n_candidate, model.policy.cfg.n_embd, device=device)
+            eps = torch.zeros(n, model.c * model.K, model.policy.cfg.n_embd, device=device)
         with run.autocast:
             return sft_losses(model, batch, eps)
 

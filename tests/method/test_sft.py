@@ -5,6 +5,7 @@ import torch
 
 import train
 from minatp import data, problems, sft
+from minatp.decoder import thought_nll, top_readings
 from minatp.problems import Problem
 from minatp.rollout import rollout
 from minatp.run import options
@@ -112,6 +113,110 @@ def test_the_host_waits_for_nothing_in_a_micro_batch(loaded, distills):
         sum(losses.values()).backward()
 
     assert count(learn).waits == 0
+
+
+# ---- previews ------------------------------------------------------------------------------------
+
+PREVIEWS = ["--decoder-start", "previews"]
+
+
+@pytest.fixture
+def previewed():
+    """(model, 5 rows, noise): φ learns from previews. In float64."""
+    model, tokenizer = small_model(more=PREVIEWS)
+    rows = data.encode(problems.generate("labelled", 5, 1), tokenizer, model)
+    assert {len(row.lines) for row in rows} > {1, model.K}  # shorter and longer ones
+    eps = torch.randn(len(rows), model.c * model.K, model.policy.cfg.n_embd).double()
+    return model.double(), rows, eps
+
+
+def test_a_preview_is_proposed_from_the_states_before_its_step(previewed):
+    """One problem at a time and one step at a time, without padding or `collate`."""
+    model, rows, eps = previewed
+    decoder, c = model.decoder, model.c
+    expected = torch.zeros(())
+    for row, noise in zip(rows, eps):
+        for s, text in enumerate(row.texts[: model.K]):
+            # what π has read: the first thought follows the prompt, the others the steps before
+            ids = list(row.prompt)
+            if s:
+                ids += [model.end, *(i for line in row.lines[:s] for i in line)]
+            x = model.policy.embed(torch.tensor([ids]))
+            h = model.policy(
+                x, torch.ones(1, len(ids), dtype=torch.bool), model.policy.cache(1, 99)
+            )
+            mu, logvar = model.latent_head(h[0, -c:])
+            z = mu + (0.5 * logvar).exp() * noise[s * c : (s + 1) * c]
+
+            # φ reads bos, the thought and the text but its last id, and writes the text
+            bos, words = torch.tensor([decoder.cfg.bos]), torch.tensor(text)
+            x = torch.cat((decoder.embed(bos), z, decoder.embed(words[:-1])))[None]
+            h = decoder(x, torch.ones(x.shape[:2], dtype=torch.bool), decoder.cache(1, 99))
+            logp = decoder.logits(h[0, c:]).log_softmax(-1)
+            expected = expected - logp[torch.arange(len(words)), words].sum()
+
+    losses = sft_losses(model, data.collate(rows, 0, model), eps)
+    assert losses.keys() == {"enc", "dec"}
+    assert losses["dec"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_previews_teach_the_decoder_alone(previewed):
+    model, rows, eps = previewed
+    batch = data.collate(rows, 0, model)
+    sft_losses(model, batch, eps)["dec"].backward()
+    for name, p in model.named_parameters():
+        is_taught = p.grad is not None and p.grad.abs().sum() > 0
+        assert is_taught == name.startswith("decoder."), name
+
+
+def test_previews_change_nothing_that_the_policy_learns(previewed):
+    model, rows, eps = previewed
+    batch = data.collate(rows, 0, model)
+    with_previews = sft_losses(model, batch, eps)["enc"]
+    model.previews = False
+    batch = data.collate(rows, 0, model)
+    losses = sft_losses(model, batch, eps)
+    assert losses.keys() == {"enc"}
+    assert losses["enc"].item() == pytest.approx(with_previews.item(), rel=1e-6)
+
+
+def test_only_stage_0_has_previews(previewed):
+    model, rows, eps = previewed
+    for stage in range(1, model.K + 2):
+        assert data.collate(rows, stage, model).preview_after is None
+
+
+@pytest.mark.parametrize("size", [2, 1])
+def test_previews_in_micro_batches_are_the_same(previewed, size):
+    model, rows, _ = previewed
+
+    def losses_and_gradient(micro_batch):
+        model.zero_grad()
+        cfg = options.parse([*SMALL, *PREVIEWS, "--micro-batch", str(micro_batch)], "")
+        run = Run(cfg, None, torch.device("cpu"), model, None)
+        losses, counts = train.sft_gradients(run, rows, 0, step=5)
+        return losses, counts, flat_gradients_of(model)
+
+    losses, counts, gradient = losses_and_gradient(size)
+    expected_losses, expected_counts, expected = losses_and_gradient(0)
+    assert counts == expected_counts
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(expected_losses[name].item(), rel=1e-12), name
+    assert (gradient - expected).norm() / expected.norm() < 1e-12
+
+
+def test_a_decoder_that_reads_bos_writes_what_its_loss_says(previewed):
+    """The likeliest texts have the probabilities that the loss gives them."""
+    model, _, eps = previewed
+    eos, z = 1, eps[:, : model.c]
+    with torch.no_grad():
+        for latents, texts in zip(z, top_readings(model.decoder, z, eos, n=2, max_new=4)):
+            assert len(texts) == 2
+            for ids, p in texts:
+                text = torch.tensor([[*ids, eos]])
+                at = (text >= 0).nonzero(as_tuple=True)
+                nll = thought_nll(model.decoder, latents[None], text, at)
+                assert nll.exp().item() == pytest.approx(1 / p, rel=1e-5)
 
 
 # ---- what is taught ------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 
 import train
 from minatp import data, problems
+from minatp.latent import LatentHead
 from minatp.run import options
 from minatp.run.build import build
 from minatp.run.checks import check_init
@@ -105,6 +106,7 @@ VERDICTS = {
     "K":                 ("--K 1",                      "t r t r r f  r r t r  r r"),
     "beta":              ("--beta 1",                   "t t t t t f  f f t f  t t"),
     "init_logvar":       ("--init-logvar -2",           "t r t t t f  f f t f  r r"),
+    "decoder_start":     ("--decoder-start previews",   "t r t r t f  f f t f  r r"),
     "distill":           ("--distill 2",                "t t t t t r  t r t r  t t"),
     "distill_every":     ("--distill 2 --distill-every 2", "t t t t t r  t r t r  t t"),
     "no_vae":            ("--no-vae",                   "t t t t t r  r r t r  r r"),
@@ -328,6 +330,47 @@ def test_the_decoder_gets_the_layers_that_are_asked_for(start, words, n_layer, s
         of_policy = model.policy.state_dict()
         for name, p in model.decoder.state_dict().items():
             assert torch.equal(p, of_policy[name]), name
+
+
+def test_a_standardised_latent_head_tells_problems_apart():
+    """However large a dimension is that is the same in every state."""
+    torch.manual_seed(0)
+    D = 64
+    head = LatentHead(D)
+    h = torch.randn(500, D) * torch.logspace(-1, 1, D)
+    h[:, 3] = 1000.0
+    same_for_all = head(h)[0].std(0).mean()
+    W, b = head.fc[0].weight.clone(), head.fc[0].bias.clone()
+
+    head.standardise(h)
+    std = h.std(0, correction=0) + 0.02 * h.square().mean().sqrt()
+    expected = (h - h.mean(0)) / std @ W.T + b
+    assert (head.fc[0](h) - expected).abs().max() < 1e-3
+    assert head(h)[0].std(0).mean() > 5 * same_for_all
+
+
+def test_one_problem_is_enough_to_build_a_model_with_previews(starts):
+    cfg = settle([*base(("sft", "atp", "hub"), starts), "--decoder-start", "previews"])
+    model, _ = build(cfg, problems.generate("labelled", 1, 0))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_how_a_decoder_started_is_kept(starts, tmp_path):
+    """A run says whether its φ reads bos; an option for a new φ does not change that."""
+    column = ("sft", "atp", "hub")
+    model = built(column, starts, "--c 1 --decoder-start previews")
+    _, tokenizer = load_model(starts["hub"])
+    assert model.previews and model.decoder.reads_bos
+    save_model(tmp_path / "run", model, tokenizer)
+    loaded, _ = load_model(tmp_path / "run")
+    assert loaded.previews and loaded.decoder.reads_bos
+
+    column, runs = ("sft", "atp", "run"), {"run": tmp_path / "run"}
+    kept = built(column, runs, "--c 1 --K 4")
+    assert kept.previews and kept.decoder.reads_bos
+    with pytest.raises(UserError, match="--decoder-start copy contradicts --init"):
+        settle([*base(column, runs), "--c", "1", "--decoder-start", "copy"])
+    assert not built(("sft", "atp", "atp"), starts).previews
 
 
 def test_a_default_gives_way_to_a_policy_of_fewer_layers(starts, tmp_path):

@@ -143,6 +143,14 @@ def test_a_decoder_starts_as_the_policy_that_thinks_first(tmp_path):
         assert torch.equal(p, policy[name]), name
 
 
+def test_a_decoder_that_previews_have_taught_is_not_overwritten(tmp_path):
+    go(*SMALL, "--decoder-start", "previews", "--epochs", "1,0,0,0", "--out", tmp_path)
+    of_stage_0 = [r for r in records_of(tmp_path) if "loss" in r]
+    assert all(r["dec"] > 0 and "kl" not in r for r in of_stage_0)
+    model, _ = load_model(tmp_path)
+    assert not torch.equal(model.decoder.head, model.policy.head)
+
+
 def test_a_thought_is_read_to_the_end_of_the_longest_that_was_taught(tmp_path, monkeypatch):
     """The K-th thought stands for all steps that are left."""
     go(*SMALL, "--K", 1, "--epochs", "0,0,1", "--out", tmp_path)
