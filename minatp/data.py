@@ -161,7 +161,7 @@ class Batch(Rows):
     # the candidates at which the stop head is taught: (rows, columns), and (M,) 0 continue, 1 stop
     stop_at: tuple
     stop_label: torch.Tensor
-    # (N,) the problem of each latent step that φ must write
+    # (N,) the problem of each step that φ must write from its latents or, in stage 0, its preview
     step_row: torch.Tensor
     # (N,) which step of that problem it is
     step_index: torch.Tensor
@@ -169,9 +169,9 @@ class Batch(Rows):
     step_text: torch.Tensor
     # where `step_text` has an id: (rows, columns)
     step_text_at: tuple
-    # in stage 0, for a φ that learns from previews: (N,) the column of `text` after which the step
-    # begins, −1 if it follows the prompt; None otherwise
-    preview_after: torch.Tensor | None
+    # of previews, in stage 0: (N,) how many ids of `text` are read before the step. None: there are
+    # no previews
+    n_before_step: torch.Tensor | None
     # for distillation: the problem in words (B, Tw), all masked if its steps are unknown or it has
     # no latents; and where either text is about to give the answer, of the other problems: (rows,
     # columns). None without distillation, or if there are no other problems
@@ -255,11 +255,11 @@ def collate(rows, stage, model, distills=False):
         step_row, step_index, step_texts = texts_of_steps(rows, n_read, stage, K)
     step_text = pad(step_texts, IGNORE)
 
-    # Where these steps begin in the text. Without any there are no previews
-    preview_after = None
+    # What is read before these steps in words. Without any there are no previews
+    n_before_step = None
     if has_previews and step_texts:
-        columns = [before_step(rows[b], s) for b, s in zip(step_row, step_index)]
-        preview_after = torch.tensor(columns, dtype=torch.long)
+        n_before = [n_read_before(rows[b], s) for b, s in zip(step_row, step_index)]
+        n_before_step = torch.tensor(n_before, dtype=torch.long)
 
     # The same problems in words, if their steps are known. Without latents there is nothing to
     # teach: the text is the same
@@ -306,7 +306,7 @@ def collate(rows, stage, model, distills=False):
         step_index=torch.tensor(step_index, dtype=torch.long),
         step_text=step_text,
         step_text_at=(step_text != IGNORE).nonzero(as_tuple=True),
-        preview_after=preview_after,
+        n_before_step=n_before_step,
         words=words,
         words_mask=words_mask,
         words_target=words_target,
@@ -336,13 +336,13 @@ def read_and_write(texts, padding, n_unlabelled=0):
     return ids, torch.arange(ids.shape[1]) < n_read[:, None], target
 
 
-def before_step(row, s):
-    """The column of a text in words (`text_of`) after which step s of an Encoded row begins.
+def n_read_before(row, s):
+    """How many ids of a text in words (`text_of`) are read before step s would be thought.
 
-    The first step follows <|end-latent|>, in column 0; with latents its thought would follow the
-    prompt, so that is −1.
+    None before the first, which follows the prompt; <|end-latent|> and the earlier steps before
+    another.
     """
-    return sum(map(len, row.lines[:s])) if s else -1
+    return 1 + sum(map(len, row.lines[:s])) if s else 0
 
 
 def before_answer(rows, texts, chosen):

@@ -60,7 +60,7 @@ class LatentHead(nn.Module):
         all others together: μ would hardly depend on the problem.
         """
         std = h.std(0, correction=0)
-        std += 0.02 * h.square().mean().sqrt()  # a dimension that is constant stays small
+        std += 0.02 * h.square().mean().sqrt()  # what is nearly constant stays small
         first = self.fc[0]
         first.weight.div_(std)
         first.bias.sub_(first.weight @ h.mean(0))
@@ -80,6 +80,14 @@ def stop_head(D):
     return nn.Sequential(Linear(D, D), nn.GELU(), Linear(D, 2))
 
 
+class Decoder(Llama):
+    """The decoder LM φ (minatp/decoder.py). reads_bos: whether it reads bos before latents."""
+
+    def __init__(self, cfg, reads_bos=False):
+        super().__init__(cfg)
+        self.reads_bos = reads_bos
+
+
 class ATP(nn.Module):
     """The policy π, the decoder φ and the two heads.
 
@@ -88,8 +96,8 @@ class ATP(nn.Module):
     of it (CODI). decode=False: no decoder LM.
     stop=False: no stop head; the thinking always takes the full length of the stage.
     fillers: so many words <|latent|> for each step, in place of latents; None: latents.
-    previews: in stage 0 φ learns to read what the policy would think before each step, and it
-    always reads bos before latents (docs/pretrained.md).
+    previews: in stage 0 φ learns to read the latents that π would propose before each step, and in
+    every stage it reads bos before latents (docs/pretrained.md).
     """
 
     def __init__(
@@ -121,8 +129,8 @@ class ATP(nn.Module):
 
         self.policy = Llama(cfg)
         if decode:
-            self.decoder = Llama(replace(cfg, n_layer=decoder_layers or cfg.n_layer))
-            self.decoder.reads_bos = previews
+            decoder_cfg = replace(cfg, n_layer=decoder_layers or cfg.n_layer)
+            self.decoder = Decoder(decoder_cfg, reads_bos=previews)
         if vae:
             self.latent_head = LatentHead(cfg.n_embd, init_logvar)
         if project:

@@ -247,9 +247,6 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    # whether a decoder LM reads bos before latents (minatp/decoder.py)
-    reads_bos = False
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg

@@ -3,7 +3,8 @@
     enc   the policy writes the text after the latents; the gradient runs back through all latents
     kl    the latents' Gaussians stay near N(0, I)
     stop  the stop head continues at each step of the problem, and stops after the last
-    dec   the decoder LM φ reads each step's latents and writes the step as text
+    dec   the decoder LM φ reads each step's latents and writes the step as text; in stage 0, which
+          has no latents, it can learn from previews, and then nothing but φ does
 
 and, with --distill, CODI's self-distillation (arXiv 2502.21074), in which the same model reads the
 same problem in words, as a teacher:
@@ -29,22 +30,23 @@ def sft_losses(model, batch, eps=None):
     """The losses of a Batch, each summed over it: {"enc", "kl", …}, those that apply.
 
     model: an ATP. eps: the noise of the latents, ε (B, ≥ n_candidate, D) or the keys that it is
-    drawn from (B, ≥ n_candidate, 2); None: z = μ.
+    drawn from (B, ≥ n_candidate, 2); None: z = μ. (Previews need all c·K of a row.)
     """
     policy = model.policy
 
     # −log p of every labelled token. In stage 0 everything is text
     if not batch.n_candidate:
-        if batch.preview_after is None:
-            h = read_as_text(policy, batch)  # (B, Tt, D)
-            return {"enc": label_nll(policy, h, batch.target, batch.target_at)}
+        has_previews = batch.n_before_step is not None
+        n_text = batch.text.shape[1]
+        h = read_as_text(policy, batch, last=None if has_previews else n_text)
+        losses = {"enc": label_nll(policy, h[:, -n_text:], batch.target, batch.target_at)}
 
         # φ learns to read what the policy would think before each step
-        h = read_as_text(policy, batch, n_before=model.c)  # (B, c + Tt, D)
-        latents = previews(model, h, batch, eps)  # (N, c, D)
-        dec = thought_nll(model.decoder, latents, batch.step_text, batch.step_text_at)
-        enc = label_nll(policy, h[:, model.c :], batch.target, batch.target_at)
-        return {"enc": enc, "dec": dec.sum()}
+        if has_previews:
+            latents = previews(model, h, batch, eps)  # (N, c, D)
+            text, text_at = batch.step_text, batch.step_text_at
+            losses["dec"] = thought_nll(model.decoder, latents, text, text_at).sum()
+        return losses
 
     # Read the prompt, think, and read the text after the latents. A teacher reads the problem in
     # words, after the same prompt
@@ -136,27 +138,26 @@ def walk_batch(model, batch, h, cache, eps=None):
     return walk(model, h, cache, plan)
 
 
-def read_as_text(policy, batch, n_before=0):
-    """Hidden states (B, n_before + Tt, D) at the last ids of the prompt and at batch.text, if
-    nothing is latent: a single pass.
+def read_as_text(policy, batch, last):
+    """Hidden states (B, Tq + Tt, D) at the prompt and at batch.text, if nothing is latent: a single
+    pass. last: only those of so many columns; None: of all.
     """
     ids = torch.cat((batch.prompt, batch.text), 1)
     mask = torch.cat((batch.prompt_mask, batch.text_mask), 1)
-    n = n_before + batch.text.shape[1]
-    return policy(policy.embed(ids), mask, policy.cache(*ids.shape), last=n)
+    return policy(policy.embed(ids), mask, policy.cache(*ids.shape), last=last)
 
 
 @torch.no_grad()
 def previews(model, h, batch, eps=None):
     """What the policy would think before each of N steps in words: z (N, c, D), without gradients.
 
-    The c latents of a step are proposed from the last c states before it. h (B, c + Tt, D): of
-    `read_as_text`. eps: as in `sft_losses`.
+    It has no latents to read here, so the c latents of a step are proposed from the last c states
+    before it. h (B, Tq + Tt, D): of `read_as_text`. eps: as in `sft_losses`.
     """
     of_step = torch.arange(model.c, device=h.device)
     row = batch.step_row[:, None]
-    # column t of the text is column c + t of h
-    h = h[row, batch.preview_after[:, None] + 1 + of_step]
+    first = batch.prompt.shape[1] + batch.n_before_step - model.c
+    h = h[row, (first[:, None] + of_step).clamp(min=0)]
     if eps is not None:
         eps = ops.prepare_noise(eps, h.shape[-1])
         eps = eps[row, model.c * batch.step_index[:, None] + of_step]

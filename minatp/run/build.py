@@ -7,10 +7,11 @@ from ..data import left_pad
 from ..latent import ATP
 from ..llama import LLAMA3_ROPE, LlamaConfig
 from ..tokenizer import train_tokenizer
+from . import distributed
 from .huggingface import load_model, read_config, read_switches
 from .saved import locate
 
-# Problems whose states standardise a latent head, and how much of a question they have read
+# Problems whose states standardise a latent head, and the most ids of a prompt, its last ones
 N_STANDARD = 64
 LONGEST = 256
 
@@ -54,12 +55,19 @@ def build_from_init(cfg, problems):
 
     # φ can only learn from previews that differ from problem to problem
     if model.previews and model.vae and not saved.get("vae"):
-        prompts = tokenizer.prompts([p.question for p in problems[:N_STANDARD]])
-        prompts = left_pad([ids[-LONGEST:] for ids in prompts], model.end)
-        with torch.no_grad():
-            h, _ = read_prompt(model.policy, *prompts, room=0)
-        model.latent_head.standardise(h)
+        standardise_latent_head(model, tokenizer, problems)
     return model, tokenizer
+
+
+@torch.no_grad()
+def standardise_latent_head(model, tokenizer, problems):
+    """Standardise an untrained latent head by the states after the first questions."""
+    prompts = tokenizer.prompts([p.question for p in problems[:N_STANDARD]])
+    prompts = left_pad([ids[-LONGEST:] for ids in prompts], model.end)
+    h, _ = read_prompt(model.policy, *prompts, room=0)
+
+    # All ranks take rank 0's states: the CPUs of several machines can differ
+    model.latent_head.standardise(distributed.broadcast(h))
 
 
 def llama_config(cfg, vocab_size):

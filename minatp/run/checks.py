@@ -50,15 +50,17 @@ def check_size(cfg, llama):
 
 
 def check_decoder(cfg, llama, saved):
-    """Raise UserError if φ cannot start or have as many layers as an option asks for."""
+    """Raise UserError if an option asks for another start or depth of φ than it can have."""
     if not cfg.switches["decode"]:
         return
 
-    # A φ that has been trained does not start again
-    if "decoder_start" in cfg.given and saved.get("decode"):
+    # A φ that has been trained does not start again. A new one is taught by previews in stage 0
+    if saved.get("decode"):
         has = "previews" if saved.get("previews") else "copy"
-        if cfg.decoder_start != has:
+        if "decoder_start" in cfg.given and cfg.decoder_start != has:
             raise contradiction(cfg, "decoder_start", has)
+    elif cfg.decoder_start == "previews" and not cfg.has_stage_0:
+        print0("note: there is no stage 0, whose previews would teach the decoder LM to read")
     if "decoder_layers" not in cfg.given:
         return
 

@@ -26,7 +26,8 @@ TRAIN = str(Path(__file__).parents[2] / "train.py")
 # ---- the arms: name -> options of train.py -------------------------------------------------------
 
 # The first stages of the curriculum, as by default. Where an arm gives the epochs of the last one,
-# they fit the seconds of the default or 1.3 × as many (docs/results.md has what a step costs)
+# they fit the seconds of the default, or 1.3 or 1.65 × as many (docs/results.md has what a step
+# costs)
 EARLIER = "5,0.5,0.5,0.5,0.8,"
 
 # Stage 1, from scratch
@@ -43,6 +44,8 @@ METHODS = {
     "ATP, no distillation": ["--distill", "0"],
     "ATP, 1.3 × the seconds": ["--epochs", EARLIER + "13.5"],
     "ATP, no distillation, 1.3 × the seconds": ["--distill", "0", "--epochs", EARLIER + "15.7"],
+    "ATP, 1.65 × the seconds": ["--epochs", EARLIER + "18.2"],
+    "ATP, no distillation, 1.65 × the seconds": ["--distill", "0", "--epochs", EARLIER + "21.2"],
     "ATP, no VAE": ["--no-vae"],
     "ATP, no stop head": ["--no-stop"],
     "ATP, no decoder": ["--no-decoder"],

@@ -170,8 +170,8 @@ def activation_bytes(run, row, stages):
             row,
             cfg.recompute,
             scale=llama.n_kv_head,
-            # (with previews stage 0 keeps most: no more than with a teacher in the last stage)
-            distills=cfg.distill > 0 or model.previews,
+            # (with previews stage 0 may keep more than the last; with a teacher that keeps no less)
+            distills=cfg.distill > 0 or (model.previews and 0 in stages),
         )
         return parts["activations"] + parts["logits"]
 
@@ -238,8 +238,9 @@ def report_curriculum(run, problems):
     # fillers; whether the stop head learns to stop after them, and what the policy must write
     for stage, epochs in run.cfg.schedule():
         batch = collate([rows[chosen]], stage, model)
-        thoughts = [f" = {decode(ids)!r}" for ids in batch.step_text]
-        thoughts = thoughts or [""] * (batch.L // model.c)
+        thoughts = [""] * (batch.L // model.c)
+        if batch.L and model.decode:
+            thoughts = [f" = {decode(ids)!r}" for ids in batch.step_text]
         chain = " ".join(f"[{'z' * model.c}{text}]" for text in thoughts)
         chain = chain or tokenizer.decode(model.fillers_at(stage))
         stop = " stop" if bool(batch.has_stop[0]) else ""

@@ -183,7 +183,7 @@ def test_previews_change_nothing_that_the_policy_learns(previewed):
 def test_only_stage_0_has_previews(previewed):
     model, rows, eps = previewed
     for stage in range(1, model.K + 2):
-        assert data.collate(rows, stage, model).preview_after is None
+        assert data.collate(rows, stage, model).n_before_step is None
 
 
 @pytest.mark.parametrize("size", [2, 1])

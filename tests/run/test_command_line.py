@@ -78,8 +78,6 @@ SMALL_SETS = ("--labelled", 40, "--test-size", 5, "--val-size", 5)
     ("--method codi --no-decoder", "--no-decoder contradicts --method codi"),
     ("--no-vae --no-stop --no-decoder", "is --method coconut"),
     ("--distill 0 --distill-every 2", "--distill-every is about --distill"),
-    ("--decoder-start previews --epochs 0,1,1,1,1,1", "in stage 0, and there is none here"),
-    ("--decoder-start previews --method codi-sim-cot", "in stage 0, and there is none here"),
     ("--decoder-start else", "--decoder-start must be copy or previews"),
     ("--method cot --distill 1", "--distill teaches latents, and --method cot has none"),
     ("--method icot --distill 1", "--distill teaches latents, and --method icot has none"),

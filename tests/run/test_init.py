@@ -355,6 +355,15 @@ def test_one_problem_is_enough_to_build_a_model_with_previews(starts):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_without_a_stage_0_there_are_no_previews(starts, capsys):
+    column, words = ("sft", "atp", "cot"), "--c 1 --K 4 --decoder-start previews"
+    assert built(column, starts, words).previews
+    assert "no stage 0" not in capsys.readouterr().out
+    model = built(column, starts, f"{words} --epochs 0,1,1,1,1,1")
+    assert not model.previews and not model.decoder.reads_bos
+    assert "note: there is no stage 0" in capsys.readouterr().out
+
+
 def test_how_a_decoder_started_is_kept(starts, tmp_path):
     """A run says whether its φ reads bos; an option for a new φ does not change that."""
     column = ("sft", "atp", "hub")
