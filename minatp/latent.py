@@ -80,14 +80,6 @@ def stop_head(D):
     return nn.Sequential(Linear(D, D), nn.GELU(), Linear(D, 2))
 
 
-class Decoder(Llama):
-    """The decoder LM φ (minatp/decoder.py). reads_bos: whether it reads bos before latents."""
-
-    def __init__(self, cfg, reads_bos=False):
-        super().__init__(cfg)
-        self.reads_bos = reads_bos
-
-
 class ATP(nn.Module):
     """The policy π, the decoder φ and the two heads.
 
@@ -129,8 +121,8 @@ class ATP(nn.Module):
 
         self.policy = Llama(cfg)
         if decode:
-            decoder_cfg = replace(cfg, n_layer=decoder_layers or cfg.n_layer)
-            self.decoder = Decoder(decoder_cfg, reads_bos=previews)
+            self.decoder = Llama(replace(cfg, n_layer=decoder_layers or cfg.n_layer))
+            self.decoder.reads_bos = previews
         if vae:
             self.latent_head = LatentHead(cfg.n_embd, init_logvar)
         if project:

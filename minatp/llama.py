@@ -247,6 +247,9 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
+    # whether it reads bos before embeddings that are no words (decoder.opening)
+    reads_bos = False
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg

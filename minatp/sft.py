@@ -138,7 +138,7 @@ def walk_batch(model, batch, h, cache, eps=None):
     return walk(model, h, cache, plan)
 
 
-def read_as_text(policy, batch, last):
+def read_as_text(policy, batch, last=None):
     """Hidden states (B, Tq + Tt, D) at the prompt and at batch.text, if nothing is latent: a single
     pass. last: only those of so many columns; None: of all.
     """

@@ -4,8 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minatp.decoder import read_thoughts
-from minatp.latent import Decoder
-from minatp.llama import LlamaConfig
+from minatp.llama import Llama, LlamaConfig
 
 
 class WatchCasts(TorchDispatchMode):
@@ -37,7 +36,7 @@ def test_a_frozen_decoder_is_cast_once():
         bos=0,
         eos=(1,),
     )
-    decoder = Decoder(cfg).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
+    decoder = Llama(cfg).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16), WatchCasts() as casts:
         texts = read_thoughts(decoder, torch.randn(3, 2, 8), eos=-1, max_new=5)
     assert [len(text) for text in texts] == [5, 5, 5]

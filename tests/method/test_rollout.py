@@ -242,7 +242,7 @@ def test_a_rollout_reads_what_training_did(method, stage):
     n_filler = {"icot": 0, "pause": 2 * min(stage, 2)}[method]
     assert (batch.text == tokenizer.latent).sum(1).tolist() == [n_filler] * 5
 
-    h = read_as_text(model.policy, batch)
+    h = read_as_text(model.policy, batch, last=batch.text.shape[1])
     logp = -model.policy.nll(h, batch.target)[:, n_filler:]
     torch.testing.assert_close(logp, chains.logp_token, rtol=1e-4, atol=1e-5)
     greedy = model.policy.logits(h[:, n_filler:]).argmax(-1)
