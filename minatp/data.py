@@ -169,8 +169,7 @@ class Batch(Rows):
     step_text: torch.Tensor
     # where `step_text` has an id: (rows, columns)
     step_text_at: tuple
-    # of previews, in stage 0: (N,) how many ids of `text` are read before the step. None: there are
-    # no previews
+    # of previews, in stage 0: (N,) how many ids of `text` come before the step; None without any
     n_before_step: torch.Tensor | None
     # for distillation: the problem in words (B, Tw), all masked if its steps are unknown or it has
     # no latents; and where either text is about to give the answer, of the other problems: (rows,
@@ -249,17 +248,14 @@ def collate(rows, stage, model, distills=False):
 
     # What φ must write: the latent steps or, from previews, the steps in words
     has_previews = model.previews and stage == 0
-    n_read = [min(len(row.lines), K) for row in rows] if has_previews else n_step
-    step_row, step_index, step_texts = [], [], []
-    if model.decode:
-        step_row, step_index, step_texts = texts_of_steps(rows, n_read, stage, K)
+    step_row, step_index, step_texts, n_before_step = [], [], [], None
+    if has_previews:
+        n_in_words = [min(len(row.lines), K) for row in rows]
+        step_row, step_index, step_texts = texts_of_steps(rows, n_in_words, stage, K)
+        n_before_step = ids_before_steps(rows, step_row, step_index)
+    elif model.decode:
+        step_row, step_index, step_texts = texts_of_steps(rows, n_step, stage, K)
     step_text = pad(step_texts, IGNORE)
-
-    # What is read before these steps in words. Without any there are no previews
-    n_before_step = None
-    if has_previews and step_texts:
-        n_before = [n_read_before(rows[b], s) for b, s in zip(step_row, step_index)]
-        n_before_step = torch.tensor(n_before, dtype=torch.long)
 
     # The same problems in words, if their steps are known. Without latents there is nothing to
     # teach: the text is the same
@@ -336,15 +332,6 @@ def read_and_write(texts, padding, n_unlabelled=0):
     return ids, torch.arange(ids.shape[1]) < n_read[:, None], target
 
 
-def n_read_before(row, s):
-    """How many ids of a text in words (`text_of`) are read before step s would be thought.
-
-    None before the first, which follows the prompt; <|end-latent|> and the earlier steps before
-    another.
-    """
-    return 1 + sum(map(len, row.lines[:s])) if s else 0
-
-
 def before_answer(rows, texts, chosen):
     """Where a text is about to give the answer: (rows, columns) of the chosen rows.
 
@@ -355,6 +342,19 @@ def before_answer(rows, texts, chosen):
         first = len(texts[b]) - len(rows[b].answer) + rows[b].n_before_answer
         columns.append(first - 1)
     return torch.tensor(chosen, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
+
+
+def ids_before_steps(rows, step_row, step_index):
+    """How many ids of the text in words (`text_of`) come before each of N steps: (N,), or None
+    without a step.
+
+    The first step would be thought right after the prompt; before a later one are <|end-latent|>
+    and the steps before it.
+    """
+    counts = []
+    for b, s in zip(step_row, step_index):
+        counts.append(1 + sum(map(len, rows[b].lines[:s])) if s > 0 else 0)
+    return torch.tensor(counts, dtype=torch.long) if counts else None
 
 
 def texts_of_steps(rows, n_step, stage, K):

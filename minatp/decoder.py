@@ -1,6 +1,7 @@
 """The decoder LM φ, which reads latents back as text.
 
-It takes the c latents of a step as input embeddings and writes the step.
+It takes the c latents of a step as input embeddings and writes the step. If it was taught by
+previews (docs/method.md), it reads bos before them.
 
 thought_nll      −log p of the true text of a step: the loss that teaches φ, and the latents. SFT
                  needs nothing else of this file
@@ -22,13 +23,12 @@ from .rollout import write
 
 
 def opening(decoder, z):
-    """What φ reads before it writes: the latents z (N, c, D), after bos if it reads that first.
+    """The input embeddings that φ starts from: the latents z (N, c, D), after bos if it reads bos.
 
-    Returns x (N, c or 1 + c, D) and a mask of True (N, c or 1 + c).
+    Returns x (N, c or 1 + c, D) and its mask, all True (N, c or 1 + c).
     """
-    N = len(z)
     if decoder.reads_bos:
-        bos = torch.full((N, 1), decoder.cfg.bos, device=z.device)
+        bos = torch.full((len(z), 1), decoder.cfg.bos, device=z.device)
         z = torch.cat((decoder.embed(bos), z), 1)
     return z, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
 

@@ -54,10 +54,11 @@ class LatentHead(nn.Module):
 
     @torch.no_grad()
     def standardise(self, h):
-        """Let an untrained head see hidden states like h (N, D) as having mean 0 and deviation 1.
+        """Make an untrained head subtract the mean of hidden states h (N, D) and divide by their
+        standard deviation, in each dimension.
 
         In a published model a few dimensions are nearly the same in every state, and larger than
-        all others together: μ would hardly depend on the problem.
+        all others together: without this, μ would hardly depend on the problem.
         """
         std = h.std(0, correction=0)
         std += 0.02 * h.square().mean().sqrt()  # what is nearly constant stays small

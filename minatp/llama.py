@@ -247,7 +247,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    # whether it reads bos before embeddings that are no words (decoder.opening)
+    # whether it reads bos before embeddings that are not words (decoder.opening)
     reads_bos = False
 
     def __init__(self, cfg):

@@ -1,4 +1,4 @@
-"""The LLaMA: the published size, Hugging Face's logits, and its caches against one another."""
+"""The LLaMA: the published size, Hugging Face's logits, its caches; and the latent head."""
 
 import json
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from minatp.latent import LatentHead
 from minatp.llama import Llama, LlamaConfig, rope_frequencies
 from minatp.run.huggingface import fill_llama, load_model, read_config, save_model
 
@@ -125,3 +126,20 @@ def test_the_last_columns_alone_are_what_they_are_among_all():
         return h, h_later, *grads
 
     torch.testing.assert_close(read(2), read(None))
+
+
+def test_a_standardised_latent_head_tells_problems_apart():
+    """However large a dimension is that is the same in every state."""
+    torch.manual_seed(0)
+    D = 64
+    head = LatentHead(D)
+    h = torch.randn(500, D) * torch.logspace(-1, 1, D)
+    h[:, 3] = 1000.0
+    same_for_all = head(h)[0].std(0).mean()
+    W, b = head.fc[0].weight.clone(), head.fc[0].bias.clone()
+
+    head.standardise(h)
+    std = h.std(0, correction=0) + 0.02 * h.square().mean().sqrt()
+    expected = (h - h.mean(0)) / std @ W.T + b
+    assert (head.fc[0](h) - expected).abs().max() < 1e-3
+    assert head(h)[0].std(0).mean() > 5 * same_for_all

@@ -12,7 +12,6 @@ import torch
 
 import train
 from minatp import data, problems
-from minatp.latent import LatentHead
 from minatp.run import options
 from minatp.run.build import build
 from minatp.run.checks import check_init
@@ -330,23 +329,6 @@ def test_the_decoder_gets_the_layers_that_are_asked_for(start, words, n_layer, s
         of_policy = model.policy.state_dict()
         for name, p in model.decoder.state_dict().items():
             assert torch.equal(p, of_policy[name]), name
-
-
-def test_a_standardised_latent_head_tells_problems_apart():
-    """However large a dimension is that is the same in every state."""
-    torch.manual_seed(0)
-    D = 64
-    head = LatentHead(D)
-    h = torch.randn(500, D) * torch.logspace(-1, 1, D)
-    h[:, 3] = 1000.0
-    same_for_all = head(h)[0].std(0).mean()
-    W, b = head.fc[0].weight.clone(), head.fc[0].bias.clone()
-
-    head.standardise(h)
-    std = h.std(0, correction=0) + 0.02 * h.square().mean().sqrt()
-    expected = (h - h.mean(0)) / std @ W.T + b
-    assert (head.fc[0](h) - expected).abs().max() < 1e-3
-    assert head(h)[0].std(0).mean() > 5 * same_for_all
 
 
 def test_one_problem_is_enough_to_build_a_model_with_previews(starts):
