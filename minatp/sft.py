@@ -3,8 +3,8 @@
     enc   the policy writes the text after the latents; the gradient runs back through all latents
     kl    the latents' Gaussians stay near N(0, I)
     stop  the stop head continues at each step of the problem, and stops after the last
-    dec   the decoder LM φ reads each step's latents and writes the step as text; in stage 0, which
-          has no latents, it can learn from previews, and then nothing but φ does
+    dec   the decoder LM φ reads each step's latents and writes the step as text. In stage 0, where
+          no latents are fed, φ can learn this from previews; its gradient then stays in φ
 
 and, with --distill, CODI's self-distillation (arXiv 2502.21074), in which the same model reads the
 same problem in words, as a teacher:
@@ -30,7 +30,7 @@ def sft_losses(model, batch, eps=None):
     """The losses of a Batch, each summed over it: {"enc", "kl", …}, those that apply.
 
     model: an ATP. eps: the noise of the latents, ε (B, ≥ n_candidate, D) or the keys that it is
-    drawn from (B, ≥ n_candidate, 2); None: z = μ. (Previews need all c·K of a row.)
+    drawn from (B, ≥ n_candidate, 2); None: z = μ. Previews need (B, c·K, …).
     """
     policy = model.policy
 
@@ -41,7 +41,7 @@ def sft_losses(model, batch, eps=None):
         h = read_as_text(policy, batch, last=None if has_previews else n_text)
         losses = {"enc": label_nll(policy, h[:, -n_text:], batch.target, batch.target_at)}
 
-        # φ learns to read what the policy would think before each step
+        # Previews teach φ to read what the policy would think before each step
         if has_previews:
             latents = previews(model, h, batch, eps)  # (N, c, D)
             text, text_at = batch.step_text, batch.step_text_at
@@ -139,8 +139,9 @@ def walk_batch(model, batch, h, cache, eps=None):
 
 
 def read_as_text(policy, batch, last=None):
-    """Hidden states (B, Tq + Tt, D) at the prompt and at batch.text, if nothing is latent: a single
-    pass. last: only those of so many columns; None: of all.
+    """Read the prompts and batch.text in a single pass, when nothing is latent.
+
+    Returns the hidden states (B, Tq + Tt, D), or those of the `last` columns alone.
     """
     ids = torch.cat((batch.prompt, batch.text), 1)
     mask = torch.cat((batch.prompt_mask, batch.text_mask), 1)
@@ -151,8 +152,8 @@ def read_as_text(policy, batch, last=None):
 def previews(model, h, batch, eps=None):
     """What the policy would think before each of N steps in words: z (N, c, D), without gradients.
 
-    It has no latents to read here, so the c latents of a step are proposed from the last c states
-    before it. h (B, Tq + Tt, D): of `read_as_text`. eps: as in `sft_losses`.
+    No latent is fed back, so the c latents of a step are proposed from the c states just before it.
+    h (B, Tq + Tt, D): from `read_as_text`. eps: as in `sft_losses`.
     """
     of_step = torch.arange(model.c, device=h.device)
     row = batch.step_row[:, None]

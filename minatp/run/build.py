@@ -53,7 +53,7 @@ def build_from_init(cfg, problems):
         switches["decoder_layers"] = min(switches["decoder_layers"], n_layer)
     model, tokenizer = load_model(directory, **switches)
 
-    # φ can only learn from previews that differ from problem to problem
+    # φ can learn only from previews that differ from problem to problem
     if model.previews and model.vae and not saved.get("vae"):
         standardise_latent_head(model, tokenizer, problems)
     return model, tokenizer
@@ -61,7 +61,7 @@ def build_from_init(cfg, problems):
 
 @torch.no_grad()
 def standardise_latent_head(model, tokenizer, problems):
-    """Standardise an untrained latent head by the states after the first questions."""
+    """Standardise an untrained latent head by π's hidden states after the first questions."""
     prompts = tokenizer.prompts([p.question for p in problems[:N_STANDARD]])
     prompts = left_pad([ids[-LONGEST:] for ids in prompts], model.end)
     h, _ = read_prompt(model.policy, *prompts, room=0)
