@@ -82,11 +82,11 @@ def sft(run):
             grad_norm = run.optimizer.step(sum(losses.values()), problems)
             run.meter.add({**losses, "grad_norm": grad_norm}, counts, counts["position"])
 
-            # 3. From scratch, φ starts as a copy of π at the end of stage 0, before any latent,
-            # unless that stage has taught it
-            is_untaught = model.decode and not cfg.init and not model.previews
-            if stage == 0 and step == n_update - 1 and is_untaught:
-                model.decoder.start_from(model.policy)
+            # 3. A new φ starts as a copy of π: at the end of stage 0, before any latent, or with
+            # previews halfway through it
+            is_due = step + 1 == (max(1, n_update // 2) if model.previews else n_update)
+            if stage == 0 and is_due and model.decode and not model.decoder_started:
+                model.start_decoder()
     run.finish()
 
 

@@ -89,8 +89,8 @@ class ATP(nn.Module):
     of it (CODI). decode=False: no decoder LM.
     stop=False: no stop head; the thinking always takes the full length of the stage.
     fillers: so many words <|latent|> for each step, in place of latents; None: latents.
-    previews: in stage 0 φ learns to read the latents that π would propose before each step, and in
-    every stage it reads bos before latents (docs/pretrained.md).
+    previews: in stage 0 the latents that π would propose before each step are read, first by π,
+    then by φ, which starts as its copy. Both read bos before them (docs/method.md, Previews).
     """
 
     def __init__(
@@ -121,9 +121,10 @@ class ATP(nn.Module):
         self.latent = self.end = None  # ids of <|latent|>, a filler, and of <|end-latent|>
 
         self.policy = Llama(cfg)
+        self.decoder_started = False  # whether φ has left π, in stage 0 or before
         if decode:
             self.decoder = Llama(replace(cfg, n_layer=decoder_layers or cfg.n_layer))
-            self.decoder.reads_bos = previews
+            self.policy.reads_bos = self.decoder.reads_bos = previews
         if vae:
             self.latent_head = LatentHead(cfg.n_embd, init_logvar)
         if project:
@@ -134,6 +135,11 @@ class ATP(nn.Module):
     @property
     def device(self):
         return self.policy.freq.device
+
+    def start_decoder(self):
+        """φ becomes a copy of π, or of its lower layers, and goes its own way from now on."""
+        self.decoder.start_from(self.policy)
+        self.decoder_started = True
 
     def fillers_at(self, stage):
         """The fillers of every problem at a curriculum stage, a list of ids; [] with latents."""

@@ -3,8 +3,8 @@
     enc   the policy writes the text after the latents; the gradient runs back through all latents
     kl    the latents' Gaussians stay near N(0, I)
     stop  the stop head continues at each step of the problem, and stops after the last
-    dec   the decoder LM φ reads each step's latents and writes the step as text. In stage 0, where
-          no latents are fed, φ can learn this from previews; its gradient then stays in φ
+    dec   the decoder LM φ reads each step's latents and writes the step as text. With previews this
+          begins in stage 0, where no latents are fed: what π would think is read
 
 and, with --distill, CODI's self-distillation (arXiv 2502.21074), in which the same model reads the
 same problem in words, as a teacher:
@@ -41,11 +41,15 @@ def sft_losses(model, batch, eps=None):
         h = read_as_text(policy, batch, last=None if has_previews else n_text)
         losses = {"enc": label_nll(policy, h[:, -n_text:], batch.target, batch.target_at)}
 
-        # Previews teach φ to read what the policy would think before each step
+        # What π would think before each step is read: before φ starts by π itself, which learns to
+        # read and not what to think; then by φ, whose gradient reaches π and the latent head
         if has_previews:
             latents = previews(model, h, batch, eps)  # (N, c, D)
+            reader = model.decoder
+            if not model.decoder_started:
+                reader, latents = policy, latents.detach()
             text, text_at = batch.step_text, batch.step_text_at
-            losses["dec"] = thought_nll(model.decoder, latents, text, text_at).sum()
+            losses["dec"] = thought_nll(reader, latents, text, text_at).sum()
         return losses
 
     # Read the prompt, think, and read the text after the latents. A teacher reads the problem in
@@ -148,9 +152,8 @@ def read_as_text(policy, batch, last=None):
     return policy(policy.embed(ids), mask, policy.cache(*ids.shape), last=last)
 
 
-@torch.no_grad()
 def previews(model, h, batch, eps=None):
-    """What the policy would think before each of N steps in words: z (N, c, D), without gradients.
+    """What the policy would think before each of N steps in words: z (N, c, D).
 
     No latent is fed back, so the c latents of a step are proposed from the c states just before it.
     h (B, Tq + Tt, D): from `read_as_text`. eps: as in `sft_losses`.

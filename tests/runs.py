@@ -29,7 +29,7 @@ GOOD = '{"question": "q", "steps": ["<<1+1=2>>"], "answer": "2"}'
 TINY = (
     "--n-layer 1 --n-head 2 --n-kv-head 1 --n-embd 16 --n-inner 24 --decoder-layers 1 --K 2 "
     "--labelled 60 --answers 20 --val-size 4 --test-size 6 --batch-size 4 "
-    "--epochs .27 --log-every 2 --save-every 1 --device cpu"
+    "--decoder-start previews --epochs .27 --log-every 2 --save-every 1 --device cpu"
 ).split()
 
 # SFT until some of the model's answers have the right form, so that RL finds rewards that differ

@@ -29,7 +29,7 @@ def build(cfg, problems):
     model = ATP(llama_config(cfg, len(tokenizer)), **cfg.switches)
     model.policy.init_weights()
 
-    # φ starts as a copy of π's lower layers. train.py copies π once more, after stage 0
+    # φ starts as a copy of π's lower layers. train.py copies them once more, in stage 0
     if model.decode:
         model.decoder.start_from(model.policy)
     model.latent, model.end = tokenizer.latent, tokenizer.end
@@ -53,7 +53,7 @@ def build_from_init(cfg, problems):
         switches["decoder_layers"] = min(switches["decoder_layers"], n_layer)
     model, tokenizer = load_model(directory, **switches)
 
-    # φ can learn only from previews that differ from problem to problem
+    # Only previews that differ from problem to problem can be read
     if model.previews and model.vae and not saved.get("vae"):
         standardise_latent_head(model, tokenizer, problems)
     return model, tokenizer

@@ -54,13 +54,13 @@ def check_decoder(cfg, llama, saved):
     if not cfg.switches["decode"]:
         return
 
-    # A φ that has been trained does not start again. A new one is taught by previews in stage 0
+    # A φ that has been trained does not start again. Previews belong to stage 0
     if saved.get("decode"):
         has = "previews" if saved.get("previews") else "copy"
         if "decoder_start" in cfg.given and cfg.decoder_start != has:
             raise contradiction(cfg, "decoder_start", has)
     elif cfg.decoder_start == "previews" and not cfg.has_stage_0:
-        print0("note: there is no stage 0, whose previews would teach the decoder LM to read")
+        print0("note: there is no stage 0, which --decoder-start previews is about; copy it is")
     if "decoder_layers" not in cfg.given:
         return
 

@@ -533,8 +533,11 @@ def load_model(directory, **switches):
     cfg = read_config(directory / "config.json")
     tokenizer = read_tokenizer(directory, cfg)
 
-    # Build the model. The stage that training has reached is an attribute, not an argument
-    reached = {name: saved.pop(name) for name in ("stage", "longest") if name in saved}
+    # Build the model. What training has reached are attributes, not arguments
+    attributes = ("stage", "longest", "decoder_started")
+    reached = {name: saved.pop(name) for name in attributes if name in saved}
+    if saved.get("decode"):  # a version that did not say so started φ at the end of stage 0
+        reached.setdefault("decoder_started", reached["stage"] > 0)
     model = ATP(cfg, **saved | switches)
     for name, value in reached.items():
         setattr(model, name, value)
@@ -559,8 +562,8 @@ def load_model(directory, **switches):
 def read_switches(directory):
     """Read minatp/config.json -> dict; {} if the model is a plain LLaMA. Raises UserError.
 
-    It holds keyword arguments of ATP, the stage that training has reached and `longest`, the most
-    tokens that φ writes for a step.
+    It holds keyword arguments of ATP, the stage that training has reached, `longest`, the most
+    tokens that φ writes for a step, and whether φ has started.
     """
     path = locate(directory) / "minatp" / "config.json"
     if not path.parent.is_dir():
@@ -570,7 +573,8 @@ def read_switches(directory):
     # A missing, misspelt or mistyped switch would build another model than was saved
     required = {"c": int, "K": int, "vae": bool, "stop": bool, "decode": bool, "stage": int}
     optional = {"longest": int, "decoder_layers": int, "fillers": int}
-    types = {**required, **optional, "project": bool, "previews": bool}
+    optional |= {"project": bool, "previews": bool, "decoder_started": bool}
+    types = required | optional
     at_least_1 = {"c", "K", "longest", "decoder_layers"}
     for name in required.keys() | saved.keys():
         value = saved.get(name)
@@ -634,6 +638,7 @@ def save_model(directory, model, tokenizer):
     if model.decode:
         switches["decoder_layers"] = model.decoder.cfg.n_layer
         switches["previews"] = model.previews
+        switches["decoder_started"] = model.decoder_started or model.stage > 0
         save_file(cpu_parameters(model.decoder), ours / "decoder.safetensors")
     if model.project:
         switches["project"] = True

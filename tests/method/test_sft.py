@@ -10,7 +10,15 @@ from minatp.problems import Problem
 from minatp.rollout import rollout
 from minatp.run import options
 from minatp.run.loop import Run
-from minatp.sft import read_batch, sft_losses, state_distance, total_loss, walk_batch
+from minatp.sft import (
+    previews,
+    read_as_text,
+    read_batch,
+    sft_losses,
+    state_distance,
+    total_loss,
+    walk_batch,
+)
 from minatp.tools.count import count
 
 from small import SMALL, small_model
@@ -122,8 +130,8 @@ PREVIEWS = ["--decoder-start", "previews"]
 
 @pytest.fixture
 def previewed():
-    """(model, 5 rows, noise): φ learns from previews. In float64."""
-    model, tokenizer = small_model(more=PREVIEWS)
+    """(model, 5 rows, noise): previews are read, by π until φ starts. In float64."""
+    model, tokenizer = small_model(more=[*PREVIEWS, "--decoder-layers", "2"])
     rows = data.encode(problems.generate("labelled", 5, 1), tokenizer, model)
     assert {len(row.lines) for row in rows} > {1, model.K}  # shorter and longer ones
     eps = torch.randn(len(rows), model.c * model.K, model.policy.cfg.n_embd).double()
@@ -133,7 +141,7 @@ def previewed():
 def test_a_preview_is_proposed_from_the_states_before_its_step(previewed):
     """One problem at a time and one step at a time, without padding or `collate`."""
     model, rows, eps = previewed
-    decoder, c = model.decoder, model.c
+    policy, c = model.policy, model.c
     expected = torch.zeros(())
     for row, noise in zip(rows, eps):
         for s, text in enumerate(row.texts[: model.K]):
@@ -141,18 +149,16 @@ def test_a_preview_is_proposed_from_the_states_before_its_step(previewed):
             ids = list(row.prompt)
             if s:
                 ids += [model.end, *(i for line in row.lines[:s] for i in line)]
-            x = model.policy.embed(torch.tensor([ids]))
-            h = model.policy(
-                x, torch.ones(1, len(ids), dtype=torch.bool), model.policy.cache(1, 99)
-            )
+            x = policy.embed(torch.tensor([ids]))
+            h = policy(x, torch.ones(1, len(ids), dtype=torch.bool), policy.cache(1, 99))
             mu, logvar = model.latent_head(h[0, -c:])
             z = mu + (0.5 * logvar).exp() * noise[s * c : (s + 1) * c]
 
-            # φ reads bos, the thought and the text but its last id, and writes the text
-            bos, words = torch.tensor([decoder.cfg.bos]), torch.tensor(text)
-            x = torch.cat((decoder.embed(bos), z, decoder.embed(words[:-1])))[None]
-            h = decoder(x, torch.ones(x.shape[:2], dtype=torch.bool), decoder.cache(1, 99))
-            logp = decoder.logits(h[0, c:]).log_softmax(-1)
+            # then it reads bos, the thought and the text but its last id, and writes the text
+            bos, words = torch.tensor([policy.cfg.bos]), torch.tensor(text)
+            x = torch.cat((policy.embed(bos), z, policy.embed(words[:-1])))[None]
+            h = policy(x, torch.ones(x.shape[:2], dtype=torch.bool), policy.cache(1, 99))
+            logp = policy.logits(h[0, c:]).log_softmax(-1)
             expected = expected - logp[torch.arange(len(words)), words].sum()
 
     losses = sft_losses(model, data.collate(rows, 0, model), eps)
@@ -160,16 +166,41 @@ def test_a_preview_is_proposed_from_the_states_before_its_step(previewed):
     assert losses["dec"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_previews_teach_the_decoder_alone(previewed):
+def test_before_the_decoder_starts_previews_teach_the_policy_to_read_alone(previewed):
+    """Not what to think: neither the latent head nor, through the thoughts, the policy."""
     model, rows, eps = previewed
     batch = data.collate(rows, 0, model)
     sft_losses(model, batch, eps)["dec"].backward()
-    for name, p in model.named_parameters():
-        is_taught = p.grad is not None and p.grad.abs().sum() > 0
-        assert is_taught == name.startswith("decoder."), name
+    gradient = gradients_by_name(model)
+    assert all(name.startswith("policy.") for name in gradient)
+
+    # as with thoughts that do not depend on the weights
+    with torch.no_grad():
+        z = previews(model, read_as_text(model.policy, batch), batch, eps).clone()
+    model.zero_grad()
+    thought_nll(model.policy, z, batch.step_text, batch.step_text_at).sum().backward()
+    for name, expected in gradients_by_name(model).items():
+        assert torch.allclose(gradient[name], expected, rtol=1e-9), name
 
 
-def test_previews_change_nothing_that_the_policy_learns(previewed):
+def test_then_they_teach_the_decoder_to_read_and_the_policy_what_to_think(previewed):
+    """φ, as a copy of π, reads what π read; its gradient reaches all but the stop head."""
+    model, rows, eps = previewed
+    batch = data.collate(rows, 0, model)
+    by_policy = sft_losses(model, batch, eps)["dec"]
+    model.start_decoder()
+    by_decoder = sft_losses(model, batch, eps)["dec"]
+    assert by_decoder.item() == pytest.approx(by_policy.item(), rel=1e-9)
+    by_decoder.backward()
+    parts = {name.split(".")[0] for name in gradients_by_name(model)}
+    assert parts == {"policy", "decoder", "latent_head"}
+
+
+def gradients_by_name(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_previews_change_nothing_of_the_other_losses(previewed):
     model, rows, eps = previewed
     batch = data.collate(rows, 0, model)
     with_previews = sft_losses(model, batch, eps)["enc"]

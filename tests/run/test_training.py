@@ -6,7 +6,9 @@ from dataclasses import fields
 import pytest
 import torch
 
+import train
 from minatp import decoder, problems
+from minatp.latent import ATP
 from minatp.run import evaluate, options
 from minatp.run.huggingface import load_model
 from minatp.run.splits import encode_problems
@@ -134,21 +136,30 @@ def test_a_teacher_has_nothing_to_say_of_answers_alone(method, tmp_path):
         assert ("distill" in record) == (method in ("codi", "atp"))
 
 
-def test_a_decoder_starts_as_the_policy_that_thinks_first(tmp_path):
-    """What the policy has become after stage 0, before it has a thought to read."""
-    go(*SMALL, "--epochs", "1,0,0,0", "--out", tmp_path)
-    model, _ = load_model(tmp_path)
-    policy = model.policy.state_dict()
-    for name, p in model.decoder.state_dict().items():
-        assert torch.equal(p, policy[name]), name
+def test_a_decoder_starts_as_what_the_policy_is_after_stage_0(tmp_path):
+    """From scratch, and beside --init if that has no φ. One that has started goes on."""
+
+    def is_copy(run, *more):
+        go(*SMALL, *more, "--epochs", "1,0,0,0", "--out", tmp_path / run)
+        model, _ = load_model(tmp_path / run)
+        assert model.decoder_started
+        policy = model.policy.state_dict()
+        return all(torch.equal(p, policy[name]) for name, p in model.decoder.state_dict().items())
+
+    assert is_copy("scratch")
+    go(*SMALL, "--method", "cot", "--epochs", "1", "--out", tmp_path / "cot")
+    assert is_copy("after-cot", "--init", tmp_path / "cot")
+    assert not is_copy("again", "--init", tmp_path / "scratch")
 
 
-def test_a_decoder_that_previews_have_taught_is_not_overwritten(tmp_path):
-    go(*SMALL, "--decoder-start", "previews", "--epochs", "1,0,0,0", "--out", tmp_path)
-    of_stage_0 = [r for r in records_of(tmp_path) if "loss" in r]
-    assert all(r["dec"] > 0 and "kl" not in r for r in of_stage_0)
-    model, _ = load_model(tmp_path)
-    assert not torch.equal(model.decoder.head, model.policy.head)
+def test_with_previews_a_decoder_starts_halfway_through_stage_0(tmp_path, monkeypatch):
+    calls, gradients, start = [], train.sft_gradients, ATP.start_decoder
+    monkeypatch.setattr(train, "sft_gradients", lambda *a: calls.append("step") or gradients(*a))
+    monkeypatch.setattr(ATP, "start_decoder", lambda model: calls.append("φ") or start(model))
+    go(*SMALL, "--decoder-start", "previews", "--epochs", "1,1,0,0", "--out", tmp_path)
+    assert calls == 10 * ["step"] + ["φ"] + 30 * ["step"]
+    of_stage_0 = [r for r in records_of(tmp_path) if "loss" in r and r["stage"] == 0]
+    assert of_stage_0 and all(r["dec"] > 0 and "kl" not in r for r in of_stage_0)
 
 
 def test_a_thought_is_read_to_the_end_of_the_longest_that_was_taught(tmp_path, monkeypatch):
