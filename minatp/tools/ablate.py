@@ -59,6 +59,9 @@ RL = ["--stage", "rl"]
 SCORE = ["--estimator", "score"]
 PLACEBO = ["--placebo-latents"]
 
+# CODI's distillation in the anchor, as in the SFT of the tiny preset; fewer updates for the same time
+DISTILLED = ["--distill", "5", "--distill-every", "2", "--updates", "1485"]
+
 # More SFT, of the last stage alone. {seconds}: as many epochs as take the time of the arm "RL";
 # {steps}: as many as have its number of optimizer steps
 MORE_SFT = ["--stage", "sft", "--epochs", "{seconds}"]
@@ -93,6 +96,8 @@ AFTER_ATP = {
     "RL, leave one out":                    [*RL, "--baseline", "rloo"],
     "RL, KL 0.01":                          [*RL, "--kl", "0.01"],
     "RL, 4 updates a batch (GRPO)":         [*RL, "--updates-per-batch", "4", "--updates", "400"],
+    # Distillation in the anchor, for as many seconds
+    "RL, distillation in its anchor":       [*RL, *DISTILLED],
     # A smaller learning rate (the default is 2e-3), no anchor, and both
     "RL, lr 3e-4":                          [*RL, "--lr", "3e-4"],
     "RL, no anchor":                        [*RL, "--anchor", "0"],
