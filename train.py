@@ -84,7 +84,7 @@ def sft(run):
 
             # 3. A new φ starts as a copy of π: at the end of stage 0, before any latent, or with
             # previews halfway through it
-            is_due = step + 1 == (max(1, n_update // 2) if model.previews else n_update)
+            is_due = step + 1 >= (n_update // 2 if model.previews else n_update)
             if stage == 0 and is_due and model.decode and not model.decoder_started:
                 model.start_decoder()
     run.finish()
@@ -125,7 +125,7 @@ def sft_gradients(run, problems, stage, step, weight=1.0):
     # of the latents, not drawn yet: a seed and an offset for each
     for batch, eps_keys, counts in run.micro_batches(problems, stage, step):
         with run.autocast:
-            # "enc": the text after the latents; "dec": φ writes each step from its latents;
+            # "enc": the text after the latents; "dec": each step is read from its latents;
             # "stop": the stop head; "kl": the latents' Gaussians against N(0, I). With --distill
             # also "teacher": the problem in words; "distill": the latents lead to the same states
             losses = sft_losses(model, batch, eps_keys)

@@ -161,7 +161,7 @@ class Batch(Rows):
     # the candidates at which the stop head is taught: (rows, columns), and (M,) 0 continue, 1 stop
     stop_at: tuple
     stop_label: torch.Tensor
-    # (N,) the problem of each step that φ must write from its latents or, in stage 0, its preview
+    # (N,) the problem of each step that is read from its latents or, in stage 0, its preview
     step_row: torch.Tensor
     # (N,) which step of that problem it is
     step_index: torch.Tensor
@@ -246,7 +246,7 @@ def collate(rows, stage, model, distills=False):
     texts = [fillers + text_of(row, of_row, model) for row, of_row in zip(rows, lines)]
     text, text_mask, target = read_and_write(texts, model.end, len(fillers))
 
-    # What φ must write: the latent steps or, from previews, the steps in words
+    # What is read and must be written: the latent steps or, from previews, the steps in words
     has_previews = model.previews and stage == 0
     step_row, step_index, step_texts, n_before_step = [], [], [], None
     if has_previews:

@@ -121,7 +121,7 @@ class ATP(nn.Module):
         self.latent = self.end = None  # ids of <|latent|>, a filler, and of <|end-latent|>
 
         self.policy = Llama(cfg)
-        self.decoder_started = False  # whether φ has left π, in stage 0 or before
+        self.decoder_started = False  # in stage 0: whether φ has left π. Later it always has
         if decode:
             self.decoder = Llama(replace(cfg, n_layer=decoder_layers or cfg.n_layer))
             self.policy.reads_bos = self.decoder.reads_bos = previews

@@ -60,7 +60,7 @@ def check_decoder(cfg, llama, saved):
         if "decoder_start" in cfg.given and cfg.decoder_start != has:
             raise contradiction(cfg, "decoder_start", has)
     elif cfg.decoder_start == "previews" and not cfg.has_stage_0:
-        print0("note: there is no stage 0, which --decoder-start previews is about; copy it is")
+        print0("note: there is no stage 0, so --decoder-start previews means copy")
     if "decoder_layers" not in cfg.given:
         return
 

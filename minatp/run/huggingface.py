@@ -536,8 +536,10 @@ def load_model(directory, **switches):
     # Build the model. What training has reached are attributes, not arguments
     attributes = ("stage", "longest", "decoder_started")
     reached = {name: saved.pop(name) for name in attributes if name in saved}
-    if saved.get("decode"):  # a version that did not say so started φ at the end of stage 0
-        reached.setdefault("decoder_started", reached["stage"] > 0)
+    # A version that did not say so started φ at the end of stage 0, or with previews before it
+    if saved.get("decode"):
+        has_started = reached["stage"] > 0 or saved.get("previews", False)
+        reached.setdefault("decoder_started", has_started)
     model = ATP(cfg, **saved | switches)
     for name, value in reached.items():
         setattr(model, name, value)
@@ -546,7 +548,7 @@ def load_model(directory, **switches):
     # Load the weights of π, of φ and of the heads
     fill_llama(model.policy, directory)
     if model.decode:
-        if saved.get("decode"):
+        if model.decoder_started:
             fill_llama(model.decoder, directory / "minatp", "decoder")
         else:
             model.decoder.start_from(model.policy)

@@ -209,9 +209,9 @@ class Latents:
     init_logvar: float = opt(-4.0, "log σ² of a latent head that starts untrained")
     decoder_start: str = opt(
         "copy",
-        "how a new decoder LM starts, if there is one: copy (of the policy, after stage 0) | "
-        "previews (a copy halfway through stage 0, which teaches the latents that the policy would "
-        "propose before each step in words; without a stage 0, copy)",
+        "how a new decoder LM starts, if there is one: copy (of the policy, after stage 0 if there "
+        "is one) | previews (a copy halfway through stage 0, which teaches the latents that the "
+        "policy would propose before each step in words; without a stage 0, copy)",
         choices=("copy", "previews"),
     )
     distill: float = opt(

@@ -59,7 +59,7 @@ RL = ["--stage", "rl"]
 SCORE = ["--estimator", "score"]
 PLACEBO = ["--placebo-latents"]
 
-# CODI's distillation in the anchor, as in the SFT of the tiny preset; fewer updates for the same time
+# CODI's distillation in the anchor, as in the tiny preset's SFT; fewer updates, to take as long
 DISTILLED = ["--distill", "5", "--distill-every", "2", "--updates", "1485"]
 
 # More SFT, of the last stage alone. {seconds}: as many epochs as take the time of the arm "RL";

@@ -218,8 +218,10 @@ def test_only_stage_0_has_previews(previewed):
 
 
 @pytest.mark.parametrize("size", [2, 1])
-def test_previews_in_micro_batches_are_the_same(previewed, size):
+@pytest.mark.parametrize("decoder_started", [False, True])
+def test_previews_in_micro_batches_are_the_same(previewed, size, decoder_started):
     model, rows, _ = previewed
+    model.decoder_started = decoder_started
 
     def losses_and_gradient(micro_batch):
         model.zero_grad()

@@ -3,6 +3,7 @@
 VERDICTS knows all options and all kinds of --init. An option without a row fails the first test.
 """
 
+import json
 import re
 import sys
 from contextlib import contextmanager
@@ -362,6 +363,26 @@ def test_how_a_decoder_started_is_kept(starts, tmp_path):
     with pytest.raises(UserError, match="--decoder-start copy contradicts --init"):
         settle([*base(column, runs), "--c", "1", "--decoder-start", "copy"])
     assert not built(("sft", "atp", "atp"), starts).previews
+
+
+@pytest.mark.parametrize("has_started", [True, False, None])
+def test_a_decoder_that_has_not_started_is_still_the_policy(has_started, starts, tmp_path):
+    """Of a run that was stopped in stage 0. None: of a version that did not say, and it had."""
+    model = built(("sft", "atp", "hub"), starts, "--c 1 --decoder-start previews")
+    _, tokenizer = load_model(starts["hub"])
+    model.stage, model.decoder_started = 0, bool(has_started)
+    torch.nn.init.ones_(model.decoder.head)
+    save_model(tmp_path, model, tokenizer)
+    if has_started is None:
+        file = tmp_path / "minatp" / "config.json"
+        switches = json.loads(file.read_text())
+        del switches["decoder_started"]
+        file.write_text(json.dumps(switches))
+
+    loaded, _ = load_model(tmp_path)
+    assert loaded.decoder_started == (has_started is not False)
+    head = model.policy.head if has_started is False else model.decoder.head
+    assert torch.equal(loaded.decoder.head, head)
 
 
 def test_a_default_gives_way_to_a_policy_of_fewer_layers(starts, tmp_path):

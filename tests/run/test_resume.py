@@ -33,15 +33,19 @@ class Crash(BaseException):
 
 @pytest.mark.parametrize(
     "stage, last_saved, last_done",
-    [("sft", 3, 3), ("sft", 5, 7), ("sft", 8, 8), ("rl", 3, 3), ("rl", 6, 7), ("rl", 8, 8)],
+    [
+        *(("sft", 1, 1), ("sft", 2, 2), ("sft", 3, 3), ("sft", 5, 7), ("sft", 8, 8)),
+        *(("rl", 3, 3), ("rl", 6, 7), ("rl", 8, 8)),
+    ],
 )
 def test_a_resumed_run_is_the_run(
     stage, last_saved, last_done, undisturbed, commands, tmp_path, monkeypatch
 ):
     """Data order, chance, curriculum and every bit of the result.
 
-    The run is cut amid an epoch and between two log lines (step 3); with steps lost since the last
-    save; or between a save and the validation that follows it (step 8, the end of an SFT stage).
+    The run is cut before φ starts, just when it does (step 2) or later; amid an epoch and between
+    two log lines (step 3); with steps lost since the last save; or between a save and the
+    validation that follows it (step 8, the end of an SFT stage).
     """
     folder, steps = undisturbed[stage]
     real = checkpoint.save_checkpoint
@@ -67,17 +71,25 @@ def test_a_resumed_run_is_the_run(
     assert validated == {"sft": [4, 8, 12, 16], "rl": [4, 8, 12]}[stage]
 
 
-@pytest.mark.parametrize("argv", ["--method codi-sim-cot", "--method pause", "--distill 2"])
-def test_a_resumed_run_of_a_method_is_the_run(argv, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "argv, last",
+    [
+        ("--method codi-sim-cot --epochs .54", 5),
+        ("--method pause", 5),
+        ("--distill 2", 5),
+        ("--decoder-start copy", 3),  # φ starts after the fourth step
+    ],
+)
+def test_a_resumed_run_of_a_method_is_the_run(argv, last, tmp_path, monkeypatch):
     """Between two log lines, whose averages count the teacher's losses as well."""
-    command = [*TINY, *argv.split(), "--epochs", ".54" if "codi" in argv else ".27"]
+    command = [*TINY, *argv.split()]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     go(*command, "--out", whole)
     real = checkpoint.save_checkpoint
 
     def save_and_crash(out, state, *args):
         real(out, state, *args)
-        if state["step"] == 5:
+        if state["step"] == last:
             raise Crash
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", save_and_crash)
