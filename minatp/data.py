@@ -246,7 +246,7 @@ def collate(rows, stage, model, distills=False):
     texts = [fillers + text_of(row, of_row, model) for row, of_row in zip(rows, lines)]
     text, text_mask, target = read_and_write(texts, model.end, len(fillers))
 
-    # What is read and must be written: the latent steps or, from previews, the steps in words
+    # The steps that are read from latents: those that are latent or, with previews, those in words
     has_previews = model.previews and stage == 0
     step_row, step_index, step_texts, n_before_step = [], [], [], None
     if has_previews:

@@ -1,7 +1,7 @@
 """The decoder LM φ, which reads latents back as text.
 
-It takes the c latents of a step as input embeddings and writes the step. With previews it reads bos
-before them, and until it starts π reads in its place (docs/method.md).
+It takes the c latents of a step as input embeddings and writes the step. With previews, it reads
+bos first, and π does the reading until φ starts (docs/method.md).
 
 thought_nll      −log p of the true text of a step: the loss that teaches φ, and the latents. SFT
                  needs nothing else of this file

@@ -89,8 +89,8 @@ class ATP(nn.Module):
     of it (CODI). decode=False: no decoder LM.
     stop=False: no stop head; the thinking always takes the full length of the stage.
     fillers: so many words <|latent|> for each step, in place of latents; None: latents.
-    previews: in stage 0 the latents that π would propose before each step are read, first by π,
-    then by φ, which starts as its copy. Both read bos before them (docs/method.md, Previews).
+    previews: in stage 0, π proposes latents before each written step. π learns to read them, then
+    φ, which starts as its copy. Both read bos first (docs/method.md, Previews).
     """
 
     def __init__(
@@ -121,7 +121,8 @@ class ATP(nn.Module):
         self.latent = self.end = None  # ids of <|latent|>, a filler, and of <|end-latent|>
 
         self.policy = Llama(cfg)
-        self.decoder_started = False  # in stage 0: whether φ has left π. Later it always has
+        # In stage 0, whether φ has become a model of its own. In later stages it always has
+        self.decoder_started = False
         if decode:
             self.decoder = Llama(replace(cfg, n_layer=decoder_layers or cfg.n_layer))
             self.policy.reads_bos = self.decoder.reads_bos = previews
@@ -137,7 +138,7 @@ class ATP(nn.Module):
         return self.policy.freq.device
 
     def start_decoder(self):
-        """φ becomes a copy of π, or of its lower layers, and goes its own way from now on."""
+        """Make φ a copy of π, or of its lower layers. From now on it is trained by itself."""
         self.decoder.start_from(self.policy)
         self.decoder_started = True
 

@@ -4,7 +4,7 @@
     kl    the latents' Gaussians stay near N(0, I)
     stop  the stop head continues at each step of the problem, and stops after the last
     dec   the decoder LM φ reads each step's latents and writes the step as text. With previews this
-          begins in stage 0, where no latents are fed: what π would think is read
+          starts in stage 0, with latents that are proposed but not fed back
 
 and, with --distill, CODI's self-distillation (arXiv 2502.21074), in which the same model reads the
 same problem in words, as a teacher:
@@ -41,8 +41,9 @@ def sft_losses(model, batch, eps=None):
         h = read_as_text(policy, batch, last=None if has_previews else n_text)
         losses = {"enc": label_nll(policy, h[:, -n_text:], batch.target, batch.target_at)}
 
-        # What π would think before each step is read: before φ starts by π itself, which learns to
-        # read and not what to think; then by φ, whose gradient reaches π and the latent head
+        # Previews: the latents that π proposes before each step. Until φ starts, π reads them, and
+        # learns only to read. Then φ reads them, and its gradient teaches π and the latent head
+        # what to think
         if has_previews:
             latents = previews(model, h, batch, eps)  # (N, c, D)
             reader = model.decoder

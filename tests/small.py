@@ -39,6 +39,11 @@ def small_model(seed=0, method="atp", more=()):
     return model, tokenizer
 
 
+def gradients_of(model):
+    """{name: gradient} of the parameters that have one."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def make_ragged(model, tokenizer):
     """Give a model weights so large and random that its chains stop and end at all lengths.
 

@@ -70,7 +70,7 @@ PRESETS = {
         # SmolLM2-135M-Instruct's sizes
         n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536,
         block_size=8192, rope_theta=100000.0, vocab_size=49152, decoder_layers=0,
-        # thoughts that are read before they are fed: left to itself, φ learns to do without them
+        # thoughts are read before they are fed back: otherwise φ learns to ignore them
         decoder_start="previews", init_logvar=-6.0,
         # few latents, and AdamW at the rate at which previews were tried
         K=3, c=1, optimizer="adamw", lr=1e-4, batch_size=16, log_every=10,
@@ -210,8 +210,8 @@ class Latents:
     decoder_start: str = opt(
         "copy",
         "how a new decoder LM starts, if there is one: copy (of the policy, after stage 0 if there "
-        "is one) | previews (a copy halfway through stage 0, which teaches the latents that the "
-        "policy would propose before each step in words; without a stage 0, copy)",
+        "is one) | previews (halfway through stage 0, in which latents are proposed and read "
+        "before each step in words; without a stage 0, copy)",
         choices=("copy", "previews"),
     )
     distill: float = opt(

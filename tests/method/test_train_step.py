@@ -15,7 +15,7 @@ from minatp.rollout import Rollout
 from minatp.run import options
 from minatp.run.loop import Run
 
-from small import SMALL, SMALL_RL, small_model
+from small import SMALL, SMALL_RL, gradients_of, small_model
 
 CPU = torch.device("cpu")
 
@@ -59,11 +59,6 @@ class KeepGradients:
         self.gradients.append(gradients_of(self.model))
         self.model.zero_grad()
         return torch.zeros(())
-
-
-def gradients_of(model):
-    """{name: gradient} of the parameters that have one."""
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_equal_gradients(actual, expected, **tolerance):
