@@ -801,11 +801,13 @@ def own_backward_kernel(
 #
 # To change a tile: BM, BN and BT are powers of two, and at least 16 (tl.dot). A split need not be a
 # multiple of BN, since columns past its end are masked, but then its last tile is partly empty. All
-# kernels run with Triton's 4 warps and 3 stages. The tests shrink MIN_SPLIT_COLUMNS and
+# kernels run with Triton's 3 stages and WARPS warps: 4 were slower on an H200 (with groups of 8
+# rows), and with 1 a kernel has no register left. The tests shrink MIN_SPLIT_COLUMNS and
 # MAX_TILE_QUERIES, so that few columns make several splits and turns. Check registers and spills
 # with python -m kernels.compile_report.
 FORWARD_BN = 32
 BACKWARD_BN = 16
+WARPS = 2
 
 
 def head_constants(h, h_kv, d, T):
@@ -883,6 +885,7 @@ def run_forward(inputs, prefix, own, layout):
         *q.stride()[:3],
         scale, B, h, P, split_width,
         **constants, BM=query_tile(layout.max_group, queries_per_row), BN=FORWARD_BN,
+        num_warps=WARPS,
     )  # fmt: skip
     own_forward_kernel[(B, h_kv)](
         q, k, v, cos, sin, own.k, own.v,
@@ -891,6 +894,7 @@ def run_forward(inputs, prefix, own, layout):
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         scale, B, h, C, n_splits,
         **constants, BM=query_tile(1, queries_per_row), BN=FORWARD_BN, BT=next_power_of_2(T, 16),
+        num_warps=WARPS,
     )  # fmt: skip
     return o, lse
 
@@ -926,6 +930,7 @@ def run_backward(do, o, lse, inputs, caches, grads, layout):
         *q.stride()[:3], *do.stride()[:3],
         scale, B, h, P, split_width,
         **constants, BM=query_tile(layout.max_group, queries_per_row), BN=BACKWARD_BN,
+        num_warps=WARPS,
     )  # fmt: skip
     own_backward_kernel[(B, h_kv)](
         q, k, v, cos, sin, own.k, own.v, own_grad.k, own_grad.v,
@@ -934,5 +939,6 @@ def run_backward(do, o, lse, inputs, caches, grads, layout):
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
         scale, B, h, C, n_splits,
         **constants, BM=16, BN=BACKWARD_BN, BT=next_power_of_2(T, 16),
+        num_warps=WARPS,
     )  # fmt: skip
     return dq, dk, dv

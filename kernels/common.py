@@ -1,9 +1,13 @@
-"""What the kernel files share: an optional Triton, and the dtypes and shapes that kernels take."""
+"""What the kernel files share: an optional Triton, the dtypes and shapes that kernels take, and
+copies of weights in the dtype of products.
+"""
 
 import types
 from contextlib import contextmanager
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 try:
     import triton
@@ -98,6 +102,58 @@ def ceil_div(n, divisor):
 def next_power_of_2(n, least=1):
     """Return the smallest power of two that is at least n and at least `least` (a power of two)."""
     return max(least, 1 << (n - 1).bit_length())
+
+
+# ---- copies of weights in the dtype of products --------------------------------------------------
+
+# the first of some parameters -> {(how many, rows, dtype, device): [their copy, its source]}
+copies = WeakIdKeyDictionary()
+
+
+def kept_copy(parameters, dtype, multiple=1):
+    """Return some parameters, one below the other, in dtype, as a copy without a gradient.
+
+    It is made anew only when a parameter has changed, and always at the same address: a CUDA graph
+    that reads it may be replayed after any number of optimizer steps. Rows of zeros make its length
+    a multiple of `multiple`. There is no copy if one parameter is enough as it is.
+
+    What is written through `.data` is not noticed before the next step of an optimizer: call
+    forget_sources after it.
+    """
+    first = parameters[0]
+    n_row = ceil_div(sum(map(len, parameters)), multiple) * multiple
+    if len(parameters) == 1 and first.dtype == dtype and len(first) == n_row:
+        return first.detach()
+
+    kept = copies.setdefault(first, {})
+    key = len(parameters), n_row, dtype, first.device
+    if key not in kept:
+        zeros = torch.zeros(n_row, *first.shape[1:], dtype=dtype, device=first.device)
+        kept[key] = [zeros, None]
+
+    # A parameter's version counts the writes to it.
+    copy, copied = kept[key]
+    source = [(p.data_ptr(), p._version) for p in parameters]
+    if copied != source:
+        kept[key][1] = source
+        with torch.no_grad():
+            begin = 0
+            for p in parameters:
+                copy[begin : begin + len(p)].copy_(p)
+                begin += len(p)
+    return copy
+
+
+def forget_sources(*_):
+    """After a step of any optimizer, have every copy written again: the version of a parameter does
+    not count what a fused optimizer writes.
+    """
+    for kept in copies.values():
+        for entry in kept.values():
+            entry[1] = None
+
+
+register_optimizer_step_post_hook(forget_sources)
 
 
 @contextmanager

@@ -95,8 +95,11 @@ def capture(work, place):
     """One attempt of `record`."""
     device = place.device
     stream = place.stream or torch.cuda.Stream(device)
-    pool = place.last_graph and place.last_graph.pool()
     graph = torch.cuda.CUDAGraph()
+
+    # the pool goes with the last graph that has it: `last` lives until this one has it, too
+    last = place.last_graph
+    pool = last and last.pool()
 
     # if this recording fails, the next begins with another stream and another pool
     place.stream = place.last_graph = None

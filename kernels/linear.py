@@ -5,8 +5,7 @@
     once, after all of them            dW = Σ_t dy_tᵀ·x_t,  db = Σ_t Σ_rows dy_t
 
 W is the weights of one Linear or of several, one below the other (`together`). It is a copy in the
-dtype of the product, made anew only when a weight has changed, and always at the same address: a
-CUDA graph that reads it may be replayed after any number of optimizer steps.
+dtype of the product (common.kept_copy).
 
 Autograd would compute a dW at every call and add it to the sum. With 32 rows a call that is little
 arithmetic for a gradient of the weight's full size, written and read again each time. Here the
@@ -30,10 +29,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
-from .common import addmm, as_rows
+from .common import addmm, as_rows, kept_copy
 from .ops import compute_dtype, has_kernel
 
 # elements of a weight: for a smaller one, the products cost less than the Python of these nodes
@@ -42,50 +39,6 @@ MIN_ELEMENTS = 2**17
 
 # rows of a call: to join more of them with those of other calls moves more than adding to dW
 LONG = 1024
-
-# the first of some parameters -> {(how many, dtype, device): [their copy, what it was made from]}
-copies = WeakIdKeyDictionary()
-
-
-def kept_copy(parameters, dtype):
-    """Some parameters, one below the other, in dtype: a copy without a gradient, which stays at its
-    address and is written again when one of them has changed. No copy if one is enough as it is.
-
-    What is written through `.data` is not noticed before the next step of an optimizer: call
-    forget_sources after it.
-    """
-    first = parameters[0]
-    if len(parameters) == 1 and first.dtype == dtype:
-        return first.detach()
-
-    kept = copies.setdefault(first, {})
-    key = len(parameters), dtype, first.device
-    if key not in kept:
-        n_row = sum(map(len, parameters))
-        empty = torch.empty(n_row, *first.shape[1:], dtype=dtype, device=first.device)
-        kept[key] = [empty, None]
-
-    # a parameter's version counts the writes to it
-    copy, copied = kept[key]
-    source = [(p.data_ptr(), p._version) for p in parameters]
-    if copied != source:
-        kept[key][1] = source
-        with torch.no_grad():
-            for part, p in zip(copy.split([len(p) for p in parameters]), parameters):
-                part.copy_(p)
-    return copy
-
-
-def forget_sources(*_):
-    """After a step of any optimizer, every copy is written again: the version of a parameter does
-    not count what a fused optimizer writes.
-    """
-    for kept in copies.values():
-        for entry in kept.values():
-            entry[1] = None
-
-
-register_optimizer_step_post_hook(forget_sources)
 
 
 # ---- gradients -----------------------------------------------------------------------------------
@@ -158,26 +111,34 @@ class WeightGradient(torch.autograd.Function):
 class Shared:
     """What the calls of a product share: their Gradient, and the scalar of its node."""
 
-    def __init__(self, weights, biases, long):
+    def __init__(self, weights, biases, long, is_linked=True):
+        """is_linked: whether the backward pass of a call leads to the weights. If not, whoever made
+        the scope asks the Gradient, and no node of the weights is in the calls' graph.
+        """
         self.gradient = Gradient(weights, biases, long)
-        self.scalar = WeightGradient.apply(self.gradient, *weights, *biases)
+        parameters = [*weights, *biases]
+        if not is_linked:
+            parameters = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
+        self.scalar = WeightGradient.apply(self.gradient, *parameters)
 
 
 # Ids of weights -> the Shared of their calls that are alive: a call keeps it, and it keeps the
 # weights, so that no id can be another's
 alive = WeakValueDictionary()
 
-# where calls look for it, inside deferred_weight_gradients; outside, in `alive` if kernels run
+# inside deferred_weight_gradients: (where calls look for it, whether it is linked to the weights);
+# outside they look in `alive`, if kernels run
 scope = None
 
 
 @contextmanager
 def deferred_weight_gradients(calls=None):
     """Inside, all calls of a large Linear, long ones too, share one weight-gradient product, and
-    with no call outside. calls: a dict that receives what they share, {ids of weights: Shared}.
+    with no call outside. calls: a dict that receives what they share, {ids of weights: Shared}, not
+    linked to the weights.
     """
     global scope
-    outer, scope = scope, {} if calls is None else calls
+    outer, scope = scope, ({}, True) if calls is None else (calls, False)
     try:
         yield
     finally:
@@ -186,10 +147,12 @@ def deferred_weight_gradients(calls=None):
 
 def shared(weights, biases):
     """The Shared of a new call."""
-    calls = alive if scope is None else scope
+    calls, is_linked = scope or (alive, True)
     key = tuple(map(id, weights))
     # (looked up once: what is alive can go at any time)
-    found = calls.get(key) or Shared(weights, biases, LONG if calls is alive else math.inf)
+    found = calls.get(key)
+    if found is None:
+        found = Shared(weights, biases, LONG if calls is alive else math.inf, is_linked)
     calls[key] = found
     return found
 
@@ -228,10 +191,11 @@ class LinearCall(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *parts):
         (x,) = ctx.saved_tensors
-        dy = side_by_side(parts)
+        # as rows: PyTorch would multiply (B, 1, out) by W as a batch, and read W for each row anew
+        dy = as_rows(side_by_side(parts))
         if ctx.needs_input_grad[1]:  # the weights are not frozen
             ctx.calls.gradient.add(x, dy)
-        return None, None, dy @ ctx.W, None, None, None
+        return None, None, (dy @ ctx.W).view(x.shape), None, None, None
 
 
 def product(x, linears):

@@ -16,6 +16,7 @@ import math
 import os
 
 import torch
+import torch.nn.functional as F
 
 from . import cross_entropy, rows, sampling, vae
 from .cache import StepCache
@@ -166,6 +167,14 @@ def linear_nll(h, W, target, temperature=1.0):
 
     # autocast casts the inputs of PyTorch's products, but knows nothing of a kernel.
     return cross_entropy.fused_linear_nll(h.to(compute_dtype(h)), W, target, temperature)
+
+
+def logits(h, W):
+    """Return h·Wᵀ (..., V): h (..., D), W (V, D)."""
+    # The kernels' copy of W has no gradient.
+    if torch.is_grad_enabled() or not has_kernel(h, W):
+        return F.linear(h, W)
+    return cross_entropy.logits(h.to(compute_dtype(h)), W)
 
 
 def sample(logits, u=None, temperature=1.0):

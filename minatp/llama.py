@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels import ops
@@ -361,7 +360,7 @@ class Llama(nn.Module):
 
     def logits(self, h):
         """h (..., D) -> (..., vocab_size)."""
-        return F.linear(h, self.head)
+        return ops.logits(h, self.head)
 
     def nll(self, h, target, temperature=1.0):
         """−log p of each target (...), 0 where it is IGNORE.

@@ -152,6 +152,11 @@ class Case:
         self.model.policy.init_weights()
         self.model.decoder.init_weights()
 
+        # The noise, which all sides share, outweighs the mean. An untrained chain is chaotic
+        # otherwise: a rounding error grows from latent to latent, until there is nothing to compare
+        with torch.no_grad():
+            self.model.latent_head.gaussian.weight[: cfg.n_embd] *= 0.1
+
         # The three tokens that are added come last, and <|end-latent|> last of all
         self.model.end = cfg.vocab_size + 2
         self.eos = 1
