@@ -1,6 +1,6 @@
-"""Verify kernels on this machine's GPU, time them beside their peers, and write RESULTS.md.
+"""Verify kernels on this machine's GPU, time them beside their peers, and write a page of it.
 
-    python -m kernels.bench [--rounds 20] [--peers all] [--out kernels/RESULTS.md]
+    python -m kernels.bench [--rounds 20] [--peers all] [--out out/kernels.md]
 
 Verify, then time: a kernel is timed only if its bf16 error against float64 is at most 1.5 ×
 PyTorch's own, in every result and gradient of its Case; NaN is a failure. The cases are the VAE
@@ -565,7 +565,7 @@ def parse_arguments(argv):
         "those that compile take minutes [%(default)s]",
     )
     parser.add_argument(
-        "--out", default="kernels/RESULTS.md", help="written after each kernel [%(default)s]"
+        "--out", default="out/kernels.md", help="written after each kernel [%(default)s]"
     )
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -613,7 +613,7 @@ def main(argv=None):
 
 
 def write_results(path, settings, checks, lines, failures):
-    """Write RESULTS.md with what has been measured so far."""
+    """Write a page of what has been measured so far."""
     heads = (
         "| | pass | | µs | speed | share of the ceiling | its time over the kernel's (p10–p90) |"
     )
@@ -638,6 +638,7 @@ def write_results(path, settings, checks, lines, failures):
         "",
         *failures,
     ]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("\n".join(text) + "\n")
 
 

@@ -181,21 +181,31 @@ class LinearCall(torch.autograd.Function):
     @staticmethod
     def forward(ctx, calls, scalar, x, W, b, sizes):
         ctx.calls = calls
+        ctx.shape = x.shape
+        x = as_rows(x)
         ctx.save_for_backward(x)
         # not saved: autograd would refuse a W that an optimizer step has changed between two
         # replays, as it should
         ctx.W = W
-        return F.linear(x, W, b).split(sizes, -1)
+        return multiply(x, W, b, ctx.shape).split(sizes, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *parts):
         (x,) = ctx.saved_tensors
-        # as rows: PyTorch would multiply (B, 1, out) by W as a batch, and read W for each row anew
         dy = as_rows(side_by_side(parts))
         if ctx.needs_input_grad[1]:  # the weights are not frozen
             ctx.calls.gradient.add(x, dy)
-        return None, None, (dy @ ctx.W).view(x.shape), None, None, None
+        return None, None, (dy @ ctx.W).view(ctx.shape), None, None, None
+
+
+def multiply(rows, W, b, shape):
+    """x·Wᵀ + b of an x of this shape, which is given as rows (as_rows).
+
+    Not as it is: with x (B, T, in) in strides of its own, PyTorch makes a batch of B products, each
+    of which reads W.
+    """
+    return F.linear(rows, W, b).view(*shape[:-1], -1)
 
 
 def product(x, linears):
@@ -210,7 +220,7 @@ def product(x, linears):
     x = x.to(W.dtype)
     sizes = [len(W) for W in weights]
     if not torch.is_grad_enabled():
-        return F.linear(x, W, b).split(sizes, -1)
+        return multiply(as_rows(x), W, b, x.shape).split(sizes, -1)
     calls = shared(weights, biases)
     return LinearCall.apply(calls, calls.scalar, x, W, b, sizes)
 

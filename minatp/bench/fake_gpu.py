@@ -9,7 +9,8 @@ graphs       what is recorded is counted once, and again at each replay
 waits        an operation for which the host waits for the device; and the waits for an event that
              the device has long passed, which cost next to nothing
 faults       what a CUDA graph cannot hold: while recording, a wait, anything with a CPU tensor, or
-             a kernel that was never launched before; and a wait in a region where none is allowed
+             a kernel that was never launched before. A wait in a region where none is allowed. And
+             a batch of products that all read the same matrix
 time         by the model of `Clock`
 
 Counts are by region: a part of the computation such as "prompt, forward". What is recorded within
@@ -219,6 +220,7 @@ class FakeGPU(TorchDispatchMode):
         # Run it on the meta device, which only works out the shapes
         kwargs = kwargs or {}
         self.check_wait(func, args)
+        self.check_product(func, args)
         # (what is given as `out` is only written, and it is the result)
         inputs = tensors_in((args, {**kwargs, "out": None}))
         result = self.run(func, args, kwargs)
@@ -252,6 +254,14 @@ class FakeGPU(TorchDispatchMode):
             waits = any(x is not None and x.dtype == torch.bool for x in args[1])
         if waits and any(x.device == META for x in tensors_in(args)):
             self.wait(str(func))
+
+    def check_product(self, func, args):
+        """Note a batched product that reads one matrix again for each row of the batch."""
+        if func.overloadpacket == aten.bmm:
+            for x in args[:2]:
+                if len(x) > 1 and x.stride(0) == 0:
+                    shape = tuple(x.shape[1:])
+                    self.fault(f"a batched product reads a matrix {shape} {len(x)} times")
 
     def wait(self, operation):
         """The host waits until the device has done all that it was given."""

@@ -8,7 +8,7 @@ loss      the losses of a batch by kernels and by PyTorch, in float32 and in bf1
 verify    the error of each Triton kernel over PyTorch's own (kernels/bench.py), and sampled words
 same      gradients with CUDA graphs against those without, in float32
 memory    whether steps of changing shapes leave memory behind
-sft       times of SFT steps
+sft       times of SFT steps, and how long the host takes to launch them
 rl        times of rollouts, of reading their thoughts, and of the policy gradient
 profile   kernels by time, in profile_sft.txt and profile_rollouts.txt
 
@@ -377,11 +377,37 @@ def sft(lease):
         gradients_only = lease.time(partial(step, stage, update=False))
         lease.report(f"SFT stage {stage}, no update", gradients_only)
 
+        lease.report(f"SFT stage {stage}, ms of the host", host_times(lease, stage))
+
     # Memory, and what CUDA graphs are worth
     peak = torch.cuda.max_memory_allocated() / 2**30 if lease.on_gpu else 0
     lease.report("peak GiB", peak)
     plain = without_graphs(partial(lease.time, partial(step, model.K + 1), n=3, n_warm=1))
     lease.report("SFT last stage without graphs", plain)
+
+
+def host_times(lease, stage):
+    """ms that the host takes to launch each pass of an SFT step, and then waits for the GPU.
+
+    A wait of nothing would mean that the GPU waits for the host. Medians of three.
+    """
+    case, model = lease.case, lease.model
+    batch, eps = case.batch(stage)
+    times = []
+    for _ in range(3):
+        lease.synchronize()
+        begin = time.perf_counter()
+        with autocast(lease.device):
+            loss = total_loss(sft_losses(model, batch, eps), batch.counts, BETA)
+        forward = time.perf_counter()
+        loss.backward()
+        backward = time.perf_counter()
+        lease.synchronize()
+        end = time.perf_counter()
+        times.append((forward - begin, backward - forward, end - backward))
+        model.zero_grad(set_to_none=True)
+    medians = [1e3 * statistics.median(each) for each in zip(*times)]
+    return dict(zip(("forward", "backward", "wait"), medians))
 
 
 class Exploration:

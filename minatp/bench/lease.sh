@@ -1,7 +1,7 @@
 #!/bin/bash
 # One call of at most 600 s on a rented GPU: bash minatp/bench/lease.sh
 #
-# The figures go to the folder $OUT, ./out/lease by default. It needs torch, triton, transformers and
+# The figures go to the folder $OUT, ./out/lease by default, and into $OUT.tgz. It needs torch, triton, transformers and
 # pytest. Triton keeps what it compiles in .tcache: bring that folder along to save the time.
 cd "$(dirname "$0")/../.." || exit 2
 export OUT=${OUT:-$PWD/out/lease}
@@ -56,11 +56,18 @@ lease 110 sft sft
 lease 100 rl rl
 lease 70 profile profile
 
-# 3. The tuned peer, in what time is left
+# 3. The kernels one by one
+timeout 60 python3 -m kernels.bench --rounds 10 --peers eager,SDPA --out "$OUT/kernels.md"
+echo "kernels: exit code $?"
+
+# 4. The tuned peer, in what time is left
 used=$((SECONDS - start))
 if [ $((580 - used)) -gt 60 ]; then
     timeout $((575 - used)) python3 -m minatp.bench --preset llama-1b --sides tuned \
         --works "SFT, last stage; rollouts" --rounds 3 --out "$OUT/peers.json"
     echo "peers: exit code $?"
 fi
-echo "$((SECONDS - start)) seconds in all"
+
+# All of it in one file, to be brought back
+tar czf "$OUT.tgz" -C "$(dirname "$OUT")" "$(basename "$OUT")"
+echo "$((SECONDS - start)) seconds in all; figures in $OUT.tgz"

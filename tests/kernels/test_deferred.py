@@ -208,6 +208,47 @@ def test_a_copy_stays_where_it_is_and_follows_its_weights(change):
     assert kept_copy([first], torch.float32).data_ptr() == first.data_ptr()
 
 
+def test_rows_of_zeros_fill_a_copy_up_to_a_multiple():
+    weight = nn.Parameter(torch.ones(5, 3))
+    copy = kept_copy([weight], torch.float16, multiple=4)
+    assert torch.equal(copy, torch.cat((torch.ones(5, 3), torch.zeros(3, 3))).half())
+    add_one(weight)
+    assert kept_copy([weight], torch.float16, multiple=4) is copy
+    assert copy[:5].eq(2).all() and not copy[5:].any()
+
+    # beside the copy without them; and none is needed if it is one already
+    assert len(kept_copy([weight], torch.float16)) == 5
+    assert kept_copy([weight], torch.float32, multiple=5).data_ptr() == weight.data_ptr()
+
+
+class Products(TorchDispatchMode):
+    """Counts products, of two matrices and of batches of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {"mm": 0, "bmm": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.counts:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_position_of_each_row_is_one_product_and_not_one_a_row(monkeypatch):
+    """A batched product would read the weights once for every row."""
+    monkeypatch.setattr(linear, "has_kernel", lambda *tensors: True)
+    x = torch.randn(8, 1, 3, requires_grad=True)
+    parts = together(x, Linear(3, 4, bias=False), Linear(3, 2, bias=False))
+
+    # gradients that are neighbours in memory, as swiglu's backward pass leaves them
+    dy = torch.randn(8, 6)
+    grads = [dy[:, :4].view(8, 1, 4), dy[:, 4:].view(8, 1, 2)]
+    with Products() as products:
+        torch.autograd.grad(parts, x, grads)
+    assert products.counts == {"mm": 1, "bmm": 0}
+
+
 def test_a_chain_that_fails_defers_nothing_after_it(model):
     with pytest.raises(RuntimeError), deferred_weight_gradients():
         model.stop_head(torch.zeros(1, 3))

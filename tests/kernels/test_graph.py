@@ -5,6 +5,7 @@ the real thing, on the GPU.
 import gc
 import weakref
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from random import Random
@@ -234,6 +235,43 @@ def test_another_failure_of_a_recording_ends_the_process(monkeypatch):
     assert not issubclass(graph.CaptureFailed, Exception)
 
 
+def test_a_recording_gets_the_pool_of_the_last_graph_before_that_one_goes(monkeypatch):
+    """CUDA refuses a pool that no graph has any more."""
+    n_user = Counter()  # of each pool
+
+    class FakeGraph:
+        def capture_begin(self, pool, capture_error_mode):
+            assert pool is None or n_user[pool] > 0
+            self.name = pool or f"pool {len(n_user)}"
+            n_user[self.name] += 1
+
+        def capture_end(self):
+            pass
+
+        def pool(self):
+            return self.name
+
+        def __del__(self):
+            n_user[self.name] -= 1
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    for name, result in (
+        ("Stream", stream),
+        ("current_stream", stream),
+        ("stream", nullcontext()),
+        ("memory_reserved", 0),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, result=result: result)
+
+    # the graph of each loop goes when the loop ends, as its step does
+    place = graph.Place(torch.device("cuda"))
+    for _ in range(3):
+        graph.capture(lambda: "result", place)
+        gc.collect()
+    assert n_user == {"pool 0": 1}
+
+
 def test_rows_leave_a_replayed_batch_if_it_is_large_and_half_of_it_is_done():
     def n_left(n_row, n_done, fixed_shape):
         done = torch.arange(n_row) < n_done
@@ -389,6 +427,17 @@ def autograd_node(p):
     return torch.autograd.graph.get_gradient_edge(p).node
 
 
+def nodes_behind(outputs):
+    """All nodes of autograd that lead to some tensors."""
+    found, waiting = set(), [x.grad_fn for x in outputs]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [previous for previous, _ in node.next_functions]
+    return found
+
+
 @pytest.mark.parametrize(
     "vae, min_elements, autocast, with_rl, distills",
     [
@@ -426,6 +475,7 @@ def test_a_replayed_chain_has_the_gradients_of_the_plain_one(
         if Tape.recording:
             n_recorded += 1
             assert not parameter_nodes & {autograd_node(x) for x in inputs}
+            assert not parameter_nodes & nodes_behind(outputs)
         return real_grad(outputs, inputs, *args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "grad", watched_grad)

@@ -609,6 +609,16 @@ def test_linear_cross_entropy(R, D, V, temperature, monkeypatch):
     assert R == 1 or kernel(h, W)[1] == 0
 
 
+def test_logits_of_an_odd_vocabulary_are_the_product(monkeypatch):
+    h, W = normal(5, 16), normal(33, 16)
+    with torch.no_grad():
+        for dtype, bound in ((torch.float32, FP32), (torch.float16, FP16)):
+            got = with_triton(ops.logits, h.to(dtype), W.to(dtype))
+            assert got.shape == (5, 33)
+            assert got.stride(0) % 8 == 0 or dtype == torch.float32  # 16 bytes at a time
+            close(got, h.double() @ W.double().T, bound)
+
+
 def test_linear_cross_entropy_of_extreme_logits_and_of_no_label():
     W = torch.eye(33, device=DEVICE)  # logits are h itself
     target = torch.tensor([2, 3, -100], device=DEVICE)
@@ -1130,4 +1140,4 @@ def test_every_kernel_compiles_for_sm_90_without_spills(compile_report):
             assert matrix_instructions == {"HMMA"}
 
     # a store of dl in 2-byte pieces, which a mask by the odd V would force, takes 189 registers
-    assert all(int(values[1]) <= 160 for values in kernels["linear_nll_backward_kernel"])
+    assert all(int(values[1]) <= 128 for values in kernels["linear_nll_backward_kernel"])

@@ -162,6 +162,10 @@ with gpu:
     q, k = torch.zeros(1, 4, 2, 8, device="meta"), torch.zeros(1, 2, 3, 8, device="meta")
     F.scaled_dot_product_attention(q, k, k, attn_mask=torch.ones(2, 3, device="meta") > 0)
 
+    # rows that are not side by side are multiplied one by one
+    rows_apart = torch.zeros(5, 2, 6, device="meta")[:, 1:]
+    torch.matmul(rows_apart, torch.zeros(6, 3, device="meta"))
+
     # once launched, a kernel can be recorded; in another process it is new again
     launch_a_new_kernel()
     gpu.record(launch_a_new_kernel, x.device)
@@ -193,7 +197,8 @@ def test_the_fake_gpu_notices_what_a_graph_cannot_hold():
     assert faults_in("another process") == [is_new]
     assert "int() waits for the device in elsewhere > loop: part" in faults
     assert "SDPA with grouped heads and a mask falls back" in " ".join(faults)
-    assert len(faults) == 10
+    assert "a batched product reads a matrix (6, 3) 5 times" in " ".join(faults)
+    assert len(faults) == 11
 
 
 # ---- bytes and time ------------------------------------------------------------------------------
