@@ -802,7 +802,7 @@ def own_backward_kernel(
 # To change a tile: BM, BN and BT are powers of two, and at least 16 (tl.dot). A split need not be a
 # multiple of BN, since columns past its end are masked, but then its last tile is partly empty. All
 # kernels run with Triton's 3 stages and WARPS warps: 4 were slower on an H200 (with groups of 8
-# rows), and with 1 a kernel has no register left. The tests shrink MIN_SPLIT_COLUMNS and
+# rows), and with 1 a kernel needs all 255 registers. The tests shrink MIN_SPLIT_COLUMNS and
 # MAX_TILE_QUERIES, so that few columns make several splits and turns. Check registers and spills
 # with python -m kernels.compile_report.
 FORWARD_BN = 32

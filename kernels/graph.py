@@ -28,12 +28,12 @@ import torch
 
 from .common import is_out_of_memory
 
-# Rows leave only a batch of at least so many. To record a step of llama-1b anew costs about 13 ms
-# (224 launches of 50 µs, and 8 µs each of the first step). By the model of time in
-# minatp/bench/fake_gpu.py, half the rows save 0.07 ms a step of 128 rows, 0.44 of 256, 1.2 of 512
-# and 2.9 of 1,280: small batches mostly read weights. So with 512 rows it pays within the 16 to 24
-# words of an answer or a thought, and with 256 it does not
-FEWEST_ROWS = 512
+# Rows leave only a batch of at least so many. To record a step of llama-1b anew costs 22 ms of the
+# host beside an H200 (kernels/RESULTS.md), and before that a step runs without a graph. By the
+# model of time in minatp/bench/fake_gpu.py, half the rows save 0.07 ms a step of 128 rows, 0.44 of
+# 256, 1.2 of 512 and 2.9 of 1,280: small batches mostly read weights. So with 1,024 rows it pays
+# within the 16 to 24 words of an answer or a thought, and with 512 it does not
+FEWEST_ROWS = 1024
 
 
 class Place:

@@ -58,12 +58,11 @@ class Gradient:
         self.dW = self.db = None
 
     def add(self, x, dy):
-        """A call: x (…, in), dy (…, out)."""
-        pair = as_rows(x), as_rows(dy)
-        if len(pair[0]) < self.long:
-            self.pairs.append(pair)
+        """A call: x (rows, in), dy (rows, out)."""
+        if len(x) < self.long:
+            self.pairs.append((x, dy))
         else:
-            self.multiply(*pair)
+            self.multiply(x, dy)
 
     def multiply(self, x, dy):
         # the product sums over the rows; db in the weights' dtype, because dy may have autocast's
@@ -205,7 +204,7 @@ def multiply(rows, W, b, shape):
     Not as it is: with x (B, T, in) in strides of its own, PyTorch makes a batch of B products, each
     of which reads W.
     """
-    return F.linear(rows, W, b).view(*shape[:-1], -1)
+    return F.linear(rows, W, b).view(*shape[:-1], len(W))
 
 
 def product(x, linears):

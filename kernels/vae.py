@@ -57,7 +57,9 @@ from .common import (
 )
 
 BLOCK = 512  # Philox counters that a program takes at a time, of four columns each
-WARPS = 8  # of a program; of 1, 2, 4, 8 and 16 the fastest on an H200
+# Of a program. On an H200 the fastest of 1, 2, 4, 8 and 16 with 65,536 rows; with 32 rows, 16 warps
+# are 0.4 µs ahead.
+WARPS = 8
 
 
 # ---- PyTorch references --------------------------------------------------------------------------

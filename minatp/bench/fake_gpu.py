@@ -9,8 +9,8 @@ graphs       what is recorded is counted once, and again at each replay
 waits        an operation for which the host waits for the device; and the waits for an event that
              the device has long passed, which cost next to nothing
 faults       what a CUDA graph cannot hold: while recording, a wait, anything with a CPU tensor, or
-             a kernel that was never launched before. A wait in a region where none is allowed. And
-             a batch of products that all read the same matrix
+             a kernel that was never launched before; a wait in a region where none is allowed;
+             and a batch of products that all read the same matrix
 time         by the model of `Clock`
 
 Counts are by region: a part of the computation such as "prompt, forward". What is recorded within
@@ -237,8 +237,9 @@ class FakeGPU(TorchDispatchMode):
     def run(self, func, args, kwargs):
         """The operation's result. The host reads zeros."""
         # PyTorch 2.11 cannot tell the shape of this one, which is written over its first argument
-        if func.overloadpacket == aten.addmm and "out" in kwargs:
-            return kwargs["out"]
+        out = kwargs.get("out")
+        if func.overloadpacket == aten.addmm and out is not None and out.device == META:
+            return out
         to_host = func.overloadpacket == aten._to_copy and str(kwargs.get("device")) == "cpu"
         if not (to_host and args[0].device == META):
             return func(*args, **kwargs)

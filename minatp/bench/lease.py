@@ -244,27 +244,31 @@ def wrong_words(lease):
 def same(lease):
     """Chains by CUDA graphs against the same chains by autograd, in float32.
 
-    Batches of two shapes come one after another: an address of an earlier batch would show.
+    Batches of two sizes come one after another: an address of an earlier batch would show.
     """
     case, model = lease.case, lease.model
-
-    # Chains of all lengths
-    rows = []
-    for i, row in enumerate(case.rows[:24]):
-        n = 1 + i % len(row.lines)
-        rows.append(replace(row, lines=row.lines[:n], texts=row.texts[:n]))
-
-    # Fewer and shorter questions among batches of eight, of which the first runs, the second is
-    # recorded, and the third replays that
-    short_prompts = [replace(row, prompt=row.prompt[:37]) for row in rows[5:10]]
-    batches = rows[:8], short_prompts, rows[8:16], rows[16:24]
-    for i, rows in enumerate(batches):
+    for i, rows in enumerate(ragged_batches(case.rows)):
         # With graphs, then by autograd, on the same rows and noise
         work = partial(gradients, lease, rows, in_bf16=False)
         with_graphs = work()
         plain = without_graphs(work)
         lease.report(f"same {i}", compare_gradients(with_graphs, plain))
     model.zero_grad(set_to_none=True)
+
+
+def ragged_batches(rows):
+    """Four batches of some Encoded rows, whose chains have many lengths.
+
+    The first, the third and the fourth have one size: that is run, recorded and replayed. The
+    second, between them, has fewer and shorter questions.
+    """
+    # In each eight one row keeps all of its steps
+    ragged = []
+    for i, row in enumerate(rows[:24]):
+        n = len(row.lines) - i % min(8, len(row.lines))
+        ragged.append(replace(row, lines=row.lines[:n], texts=row.texts[:n]))
+    short_prompts = [replace(row, prompt=row.prompt[:37]) for row in ragged[8:13]]
+    return ragged[:8], short_prompts, ragged[8:16], ragged[16:]
 
 
 def compare_gradients(with_graphs, plain):
@@ -325,10 +329,11 @@ def gradients(lease, rows, in_bf16=True):
     # Norms of all, samples of the first and the last three
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norms = {name: grad.float().norm().item() for name, grad in grads.items()}
-    names = list(grads)
+    names = [name for name, grad in grads.items() if grad.numel() > 100]
     samples = {}
 
-    # A part of each is enough: the whole embedding of llama-1b would be 1 GB
+    # A part of each is enough: the whole embedding of llama-1b would be 1 GB. (A short one has a
+    # direction by chance)
     for name in names[:3] + names[-3:]:
         samples[name] = grads[name].float().flatten()[:200_000].clone()
     model.zero_grad(set_to_none=True)

@@ -1,7 +1,7 @@
 #!/bin/bash
 # One call of at most 600 s on a rented GPU: bash minatp/bench/lease.sh
 #
-# The figures go to the folder $OUT, ./out/lease by default, and into $OUT.tgz. It needs torch, triton, transformers and
+# The figures go to the folder $OUT, ./out/lease by default, and all of them to $OUT/lease.tgz. It needs torch, triton, transformers and
 # pytest. Triton keeps what it compiles in .tcache: bring that folder along to save the time.
 cd "$(dirname "$0")/../.." || exit 2
 export OUT=${OUT:-$PWD/out/lease}
@@ -69,5 +69,5 @@ if [ $((580 - used)) -gt 60 ]; then
 fi
 
 # All of it in one file, to be brought back
-tar czf "$OUT.tgz" -C "$(dirname "$OUT")" "$(basename "$OUT")"
-echo "$((SECONDS - start)) seconds in all; figures in $OUT.tgz"
+tar czf "$OUT/lease.tgz" --exclude=lease.tgz -C "$OUT" .
+echo "$((SECONDS - start)) seconds in all; figures in $OUT/lease.tgz"

@@ -14,6 +14,7 @@ from kernels.ops import use_triton
 
 from ..data import collate
 from ..latent import ATP
+from ..llama import Llama
 from ..reward import number, result
 from ..run.build import build, llama_config, n_parameters
 from ..run.checks import check_problems
@@ -143,8 +144,11 @@ def held_bytes(cfg, model, device):
     if not use_triton(device):
         return n_byte
 
-    # Kernels read copies of the Linears' weights in the dtype of the product, also of the start's
+    # Kernels read copies of the Linears' weights in the dtype of the product, and in 16 bits of the
+    # output matrices; also of the start's
     n_copied = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
+    if cfg.dtype != "float32":
+        n_copied += sum(m.head.numel() for m in model.modules() if isinstance(m, Llama))
     n_copied *= 1 if cfg.stage == "sft" else 2
     return n_byte + n_copied * (4 if cfg.dtype == "float32" else 2)
 

@@ -238,15 +238,32 @@ class Products(TorchDispatchMode):
 def test_one_position_of_each_row_is_one_product_and_not_one_a_row(monkeypatch):
     """A batched product would read the weights once for every row."""
     monkeypatch.setattr(linear, "has_kernel", lambda *tensors: True)
-    x = torch.randn(8, 1, 3, requires_grad=True)
-    parts = together(x, Linear(3, 4, bias=False), Linear(3, 2, bias=False))
+    layers = Linear(3, 4, bias=False), Linear(3, 4, bias=False)
+    x = torch.randn(8, 2, 3, requires_grad=True)
+    last = x[:, 1:]  # whose rows are not side by side
+    with Products() as products:
+        parts = together(last, *layers)
+    assert products.counts == {"mm": 1, "bmm": 0}
 
     # gradients that are neighbours in memory, as swiglu's backward pass leaves them
-    dy = torch.randn(8, 6)
-    grads = [dy[:, :4].view(8, 1, 4), dy[:, 4:].view(8, 1, 2)]
+    dy = torch.randn(8, 8)
+    grads = [dy[:, :4].view(8, 1, 4), dy[:, 4:].view(8, 1, 4)]
     with Products() as products:
-        torch.autograd.grad(parts, x, grads)
+        torch.autograd.grad(parts, last, grads)
     assert products.counts == {"mm": 1, "bmm": 0}
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 2, 3), (2, 0, 3)])
+def test_no_rows_have_a_product_of_no_rows(shape, monkeypatch):
+    """As a batch without a stop that is labelled has."""
+    monkeypatch.setattr(linear, "has_kernel", lambda *tensors: True)
+    layer, x = Linear(3, 4), torch.zeros(shape, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (*shape[:-1], 4)
+    y.sum().backward()
+    assert x.grad.shape == shape and not layer.weight.grad.any()
+    with torch.no_grad():
+        assert layer(x).shape == y.shape
 
 
 def test_a_chain_that_fails_defers_nothing_after_it(model):

@@ -609,14 +609,38 @@ def test_linear_cross_entropy(R, D, V, temperature, monkeypatch):
     assert R == 1 or kernel(h, W)[1] == 0
 
 
-def test_logits_of_an_odd_vocabulary_are_the_product(monkeypatch):
+@torch.no_grad()
+def test_logits_of_an_odd_vocabulary_are_the_product():
     h, W = normal(5, 16), normal(33, 16)
-    with torch.no_grad():
-        for dtype, bound in ((torch.float32, FP32), (torch.float16, FP16)):
-            got = with_triton(ops.logits, h.to(dtype), W.to(dtype))
-            assert got.shape == (5, 33)
-            assert got.stride(0) % 8 == 0 or dtype == torch.float32  # 16 bytes at a time
-            close(got, h.double() @ W.double().T, bound)
+    for dtype, bound in ((torch.float32, FP32), (torch.float16, FP16)):
+        got = with_triton(ops.logits, h.to(dtype), W.to(dtype))
+        assert got.shape == (5, 33)
+        assert got.stride(0) % 16 == 0 or dtype == torch.float32  # several at a time
+        close(got, h.double() @ W.double().T, bound)
+
+
+def test_logits_and_losses_follow_the_output_matrix():
+    """After a write in place, and after a step of an optimizer whose kernel writes."""
+    h = normal(5, 16).half()
+    W = torch.nn.Parameter(normal(33, 16))
+    target = torch.arange(5, device=DEVICE)
+    optimizer = torch.optim.AdamW([W], lr=0.1, fused=True)
+
+    def check():
+        exact = h.double() @ W.detach().double().T
+        with torch.no_grad():
+            close(with_triton(ops.logits, h, W), exact, FP16)
+        nll = with_triton(ops.linear_nll, h, W, target)
+        close(nll, -exact.log_softmax(1)[target, target], FP16)
+        return nll
+
+    with torch.autocast(DEVICE, torch.float16):
+        check()
+        with torch.no_grad():
+            W.mul_(-2)
+        check().sum().backward()
+        optimizer.step()
+        check()
 
 
 def test_linear_cross_entropy_of_extreme_logits_and_of_no_label():

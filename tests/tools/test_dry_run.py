@@ -221,9 +221,11 @@ def test_on_a_gpu_the_copies_that_kernels_read_count_as_memory():
         for name, p in model.named_parameters()
         if name.endswith("weight") and "norm" not in name and "embed" not in name and p.dim() == 2
     )
+    n_head = model.policy.head.numel() + model.decoder.head.numel()
     for stage, n_model in (("sft", 1), ("rl", 2)):
-        cfg = options.Config(stage=stage)
-        on_cpu, on_gpu = (
-            dry_run.held_bytes(cfg, model, torch.device(name)) for name in ("cpu", "cuda")
-        )
-        assert on_gpu - on_cpu == 2 * n_model * n_linear
+        for dtype, n_byte in (("", 2 * (n_linear + n_head)), ("float32", 4 * n_linear)):
+            cfg = options.Config(stage=stage, dtype=dtype)
+            on_cpu, on_gpu = (
+                dry_run.held_bytes(cfg, model, torch.device(name)) for name in ("cpu", "cuda")
+            )
+            assert on_gpu - on_cpu == n_model * n_byte

@@ -12,6 +12,10 @@ import torch
 
 from kernels import graph
 from minatp.bench import lease
+from minatp.bench.cases import paper_row
+from minatp.data import collate
+from minatp.latent import ATP
+from minatp.llama import LlamaConfig
 from minatp.run.errors import guarded
 
 from runs import run_python
@@ -86,6 +90,16 @@ def test_a_lease_compares_gradients_with_and_without_graphs(leased):
         assert compared["norms differ by"][0] == 0
         assert compared["least cosine"] == pytest.approx(1)
         assert compared["keys"]
+
+
+def test_batches_of_one_size_are_run_recorded_and_replayed():
+    rows = [paper_row(100) for _ in range(24)]
+    model = ATP(LlamaConfig(vocab_size=100, n_layer=1, n_embd=8, n_inner=8), c=2, K=10)
+    model.end = 1
+    batches = [collate(rows, model.K + 1, model) for rows in lease.ragged_batches(rows)]
+    sizes = [(*batch.prompt.shape, batch.L, batch.n_candidate) for batch in batches]
+    assert sizes[0] == sizes[2] == sizes[3] != sizes[1]
+    assert all(len(batch.n_latent.unique()) > 4 for batch in batches)
 
 
 def test_a_lease_profiles(leased):
