@@ -49,6 +49,8 @@ def dry_run(run, sft_gradients, dry_run_rl):
         run.model, run.tokenizer = build(cfg, splits.train)
     model = run.model
     run.settle_dtype()
+    # Of a stage 0 with previews the second half is tried: there φ has a gradient, too
+    model.decoder_started = True
     if fits(model):
         model.to(device).set_recompute(cfg.recompute)
 

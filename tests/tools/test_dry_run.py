@@ -65,6 +65,21 @@ def test_a_dry_run_changes_no_weight(never, monkeypatch):
         assert torch.equal(p, before[name]), name
 
 
+def test_a_dry_run_of_previews_tries_the_half_in_which_the_decoder_learns(never, monkeypatch):
+    built = []
+    build = dry_run.build
+
+    def build_and_keep(*args):
+        built[:] = build(*args)
+        return built
+
+    monkeypatch.setattr(dry_run, "build", build_and_keep)
+    go(*SMALL, "--decoder-start", "previews", "--epochs", "1,0,0,0", "--dry-run", "--out", never)
+    model, _ = built
+    assert model.previews
+    assert all(p.grad is not None for p in model.decoder.model.layers.parameters())
+
+
 @pytest.mark.parametrize("method", options.METHODS)
 def test_a_dry_run_of_each_method(method, never, capsys):
     """Steps of the first and of the last stage, which are one where there is no curriculum."""
