@@ -357,8 +357,8 @@ def memory(lease):
 # ---- times ---------------------------------------------------------------------------------------
 
 
-def sft(lease):
-    """Times of SFT steps at the first and the last stage, and their peak memory."""
+def sft_step(lease):
+    """The function step(stage, update=True): an SFT step, with or without that of the optimizer."""
     case, model = lease.case, lease.model
     optimizer = GuardedOptimizer(build_optimizer(case.cfg, model), model, clip=1.0)
     optimizer.lr = 0.0  # every call has the same weights
@@ -376,18 +376,24 @@ def sft(lease):
         else:
             model.zero_grad(set_to_none=True)
 
+    return step
+
+
+def sft(lease):
+    """Times of SFT steps at the first and the last stage, and their peak memory."""
+    step, last_stage = sft_step(lease), lease.model.K + 1
+
     # All of a step, and its gradients alone: the difference is the optimizer's
-    for stage in (0, model.K + 1):
+    for stage in (0, last_stage):
         lease.report(f"SFT stage {stage}", lease.time(partial(step, stage)))
         gradients_only = lease.time(partial(step, stage, update=False))
         lease.report(f"SFT stage {stage}, no update", gradients_only)
-
         lease.report(f"SFT stage {stage}, ms of the host", host_times(lease, stage))
 
     # Memory, and what CUDA graphs are worth
     peak = torch.cuda.max_memory_allocated() / 2**30 if lease.on_gpu else 0
     lease.report("peak GiB", peak)
-    plain = without_graphs(partial(lease.time, partial(step, model.K + 1), n=3, n_warm=1))
+    plain = without_graphs(partial(lease.time, partial(step, last_stage), n=3, n_warm=1))
     lease.report("SFT last stage without graphs", plain)
 
 
@@ -483,16 +489,16 @@ def rl(lease):
 
 
 def profile(lease):
-    """Kernels by time: forwards and backwards of an SFT step, and a batch of rollouts."""
-    case = lease.case
-    case.set_ragged(False)
+    """Kernels by time: an SFT step of the last stage, and a batch of rollouts."""
+    step = sft_step(lease)
     explore = Exploration(lease)
 
     def train():
-        gradients(lease, case.rows[: case.size.batch])
+        step(lease.model.K + 1)
 
     for name, work in (("sft", train), ("rollouts", explore)):
-        # once before, so that nothing is compiled in the profile
+        # twice before: the first compiles kernels, the second records the graphs that are kept
+        work()
         work()
         activity = ProfilerActivity.CUDA if lease.on_gpu else ProfilerActivity.CPU
         with torch_profile(activities=[activity]) as profiler:
