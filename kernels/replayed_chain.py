@@ -36,6 +36,7 @@ from .ops import compute_dtype
 
 PREFIX = 128  # columns of the prefix are rounded up to a multiple of this
 LATENTS = 4  # and latents of this
+SHARES = 32  # of the gradient of a norm's weight (rows.AddRMSNorm), summed up once for all latents
 
 # chains of different sizes that are kept. Each holds the activations of a batch, 1 GB at llama-1b
 MAX_KEPT = 8
@@ -166,6 +167,9 @@ def walk(loop, weights, cache, plan, names, *inputs):
     groups = {name: given.pop(name) for name in cache.groups}
     calls = {}
     with torch.enable_grad(), deferred_weight_gradients(calls):
+        for name, weight in weights.items():
+            if name.endswith("norm.weight"):
+                weights[name] = weight.expand(SHARES, -1)
         cache = cache.with_prefix(kv, groups, n_prefix_real, plan.L)
         latent, n_latent = functional_call(loop, weights, (h, plan._replace(**given), cache))
 

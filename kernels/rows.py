@@ -311,6 +311,9 @@ class AddRMSNorm(torch.autograd.Function):
     """x, branch (rows, D), weight (D,) -> s = x + branch in x's dtype and its RMSNorm y in `dtype`.
 
     Without a branch, s is x itself, and None is returned in its place.
+
+    weight may also be (programs, D), expanded from one row. So many programs run backward, and its
+    gradient is the share of each: those of many calls add up, before they are summed once.
     """
 
     @staticmethod
@@ -354,7 +357,9 @@ class AddRMSNorm(torch.autograd.Function):
         dy = as_rows(dy)
         g = None if g is None else as_rows(g)
         blocks = whole_row_blocks(n_cols)
-        programs = min(PROGRAMS, ceil_div(n_rows, blocks["BLOCK_ROWS"]))
+        has_shares = weight.dim() == 2
+        n_block = ceil_div(n_rows, blocks["BLOCK_ROWS"])
+        programs = len(weight) if has_shares else min(PROGRAMS, n_block)
         ds = empty_contiguous(s)
         partial_dw = s.new_empty(programs, n_cols, dtype=torch.float32)
         add_rms_norm_backward_kernel[(programs,)](
@@ -366,7 +371,7 @@ class AddRMSNorm(torch.autograd.Function):
 
         # x and branch have the same gradient, each in its own dtype.
         dbranch = None if ctx.branch_dtype is None else ds.to(ctx.branch_dtype)
-        dweight = partial_dw.sum(0).to(weight.dtype)
+        dweight = (partial_dw if has_shares else partial_dw.sum(0)).to(weight.dtype)
         return ds, dbranch, dweight, None, None
 
 

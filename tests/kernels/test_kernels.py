@@ -514,6 +514,20 @@ def reference_rms_norm(x, weight):
     return rows.add_rms_norm(x, None, weight, 1e-5)[1]
 
 
+def ops_add_rms_norm_in_shares(x, branch, weight):
+    """Twice, whose shares of the weight's gradient add up; more programs than some have rows."""
+    shared = weight.expand(3, -1)
+    s, y = with_triton(ops.add_rms_norm, x, branch, shared, 1e-5)
+    _, y_2 = with_triton(ops.add_rms_norm, 2 * x, branch, shared, 1e-5)
+    return s, y + y_2
+
+
+def reference_add_rms_norm_twice(x, branch, weight):
+    s, y = rows.add_rms_norm(x, branch, weight, 1e-5)
+    _, y_2 = rows.add_rms_norm(2 * x, branch, weight, 1e-5)
+    return s, y + y_2
+
+
 def ops_swiglu(gate, up):
     return with_triton(ops.swiglu, gate, up)
 
@@ -537,6 +551,7 @@ def test_rows(shape):
     gate, up = normal(*batch, 2 * D).chunk(2, -1)  # rows that are not contiguous
 
     compare(ops_add_rms_norm, reference_add_rms_norm, [x, branch, weight])
+    compare(ops_add_rms_norm_in_shares, reference_add_rms_norm_twice, [x, branch, weight])
     compare(ops_rms_norm, reference_rms_norm, [x, weight])
     compare(ops_swiglu_of_large_gates, reference_swiglu_of_large_gates, [gate, up])
 
