@@ -11,12 +11,9 @@
 Bytes per element, with x in float32 and the rest in bf16 (training under autocast):
 
                     forward               backward
-    add + RMSNorm   6 read, 6 written     14 read, 6 written
+    add + RMSNorm   6 read, 6 written     10 read, 6 written
     RoPE            2 read, 2 written      2 read, 2 written
     SwiGLU          4 read, 2 written      6 read, 4 written
-
-Of RMSNorm's backward pass, the kernel reads 10 and writes 4. The rest is a second launch, which
-casts ds to the branch's dtype.
 
 Kernels compute in float32, whatever the dtypes in memory. The order of this file: the PyTorch
 references; the kernels, the simplest first; the autograd functions that launch them.
@@ -237,7 +234,7 @@ def add_rms_norm_forward_kernel(
 
 @triton.jit
 def add_rms_norm_backward_kernel(
-    g_ptr, dy_ptr, sum_ptr, weight_ptr, rstd_ptr, ds_ptr, partial_dw_ptr,
+    g_ptr, dy_ptr, sum_ptr, weight_ptr, rstd_ptr, ds_ptr, dbranch_ptr, partial_dw_ptr,
     g_row_stride, dy_row_stride, sum_row_stride,
     n_rows, n_cols,
     HAS_G: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
@@ -274,8 +271,11 @@ def add_rms_norm_backward_kernel(
             g_ptrs = g_ptr + row_ids[:, None] * g_row_stride + col_ids[None, :]
             ds += tl.load(g_ptrs, mask, other=0.0).to(tl.float32)
 
-        ds_ptrs = ds_ptr + row_ids[:, None] * n_cols + col_ids[None, :]
-        tl.store(ds_ptrs, ds, mask)
+        # The branch has the same gradient. Only another dtype needs memory of its own.
+        offsets = row_ids[:, None] * n_cols + col_ids[None, :]
+        tl.store(ds_ptr + offsets, ds, mask)
+        if dbranch_ptr is not None:
+            tl.store(dbranch_ptr + offsets, ds, mask)
 
         # Rows that do not exist have dy = 0 and add nothing.
         dw += tl.sum(dy * n, 0)
@@ -360,17 +360,20 @@ class AddRMSNorm(torch.autograd.Function):
         has_shares = weight.dim() == 2
         n_block = ceil_div(n_rows, blocks["BLOCK_ROWS"])
         programs = len(weight) if has_shares else min(PROGRAMS, n_block)
+
+        # x and branch have the same gradient, each in its own dtype.
         ds = empty_contiguous(s)
+        dbranch = None if ctx.branch_dtype is None else ds
+        if ctx.branch_dtype not in (None, s.dtype):
+            dbranch = ds.new_empty(ds.shape, dtype=ctx.branch_dtype)
         partial_dw = s.new_empty(programs, n_cols, dtype=torch.float32)
         add_rms_norm_backward_kernel[(programs,)](
-            g, dy, s, weight, rstd, ds, partial_dw,
+            g, dy, s, weight, rstd, ds, None if dbranch is ds else dbranch, partial_dw,
             row_stride(g), row_stride(dy), row_stride(s),
             n_rows, n_cols,
             HAS_G=g is not None, **blocks,
         )  # fmt: skip
 
-        # x and branch have the same gradient, each in its own dtype.
-        dbranch = None if ctx.branch_dtype is None else ds.to(ctx.branch_dtype)
         dweight = (partial_dw if has_shares else partial_dw.sum(0)).to(weight.dtype)
         return ds, dbranch, dweight, None, None
 

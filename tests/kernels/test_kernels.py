@@ -557,6 +557,7 @@ def test_rows(shape):
 
     half_inputs = [x.half(), branch.half(), weight.half()]
     compare(ops_add_rms_norm, reference_add_rms_norm, half_inputs, FP16)
+    compare(ops_add_rms_norm, reference_add_rms_norm, [x, branch.half(), weight], FP16)
     compare(ops_swiglu, rows.swiglu, [gate.half(), up.half()], FP16)
 
 
