@@ -801,13 +801,14 @@ def own_backward_kernel(
 #
 # To change a tile: BM, BN and BT are powers of two, and at least 16 (tl.dot). A split need not be a
 # multiple of BN, since columns past its end are masked, but then its last tile is partly empty. All
-# kernels run with Triton's 3 stages and WARPS warps: 4 were slower on an H200 (with groups of 8
-# rows), and with 1 a kernel needs all 255 registers. The tests shrink MIN_SPLIT_COLUMNS and
-# MAX_TILE_QUERIES, so that few columns make several splits and turns. Check registers and spills
-# with python -m kernels.compile_report.
+# kernels run with Triton's 3 stages, and with its 4 warps but for own_forward_kernel, whose
+# programs have little work: with 128 rows on an H200, 2 warps take 7.6 µs and 4 take 11.6. (The
+# others are slower with 2, and prefix_forward_kernel needs all registers with 1.) The tests shrink
+# MIN_SPLIT_COLUMNS and MAX_TILE_QUERIES, so that few columns make several splits and turns. Check
+# registers and spills with python -m kernels.compile_report.
 FORWARD_BN = 32
 BACKWARD_BN = 16
-WARPS = 2
+OWN_WARPS = 2
 
 
 def head_constants(h, h_kv, d, T):
@@ -885,7 +886,6 @@ def run_forward(inputs, prefix, own, layout):
         *q.stride()[:3],
         scale, B, h, P, split_width,
         **constants, BM=query_tile(layout.max_group, queries_per_row), BN=FORWARD_BN,
-        num_warps=WARPS,
     )  # fmt: skip
     own_forward_kernel[(B, h_kv)](
         q, k, v, cos, sin, own.k, own.v,
@@ -894,7 +894,7 @@ def run_forward(inputs, prefix, own, layout):
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         scale, B, h, C, n_splits,
         **constants, BM=query_tile(1, queries_per_row), BN=FORWARD_BN, BT=next_power_of_2(T, 16),
-        num_warps=WARPS,
+        num_warps=OWN_WARPS,
     )  # fmt: skip
     return o, lse
 
@@ -930,7 +930,6 @@ def run_backward(do, o, lse, inputs, caches, grads, layout):
         *q.stride()[:3], *do.stride()[:3],
         scale, B, h, P, split_width,
         **constants, BM=query_tile(layout.max_group, queries_per_row), BN=BACKWARD_BN,
-        num_warps=WARPS,
     )  # fmt: skip
     own_backward_kernel[(B, h_kv)](
         q, k, v, cos, sin, own.k, own.v, own_grad.k, own_grad.v,
@@ -939,6 +938,5 @@ def run_backward(do, o, lse, inputs, caches, grads, layout):
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
         scale, B, h, C, n_splits,
         **constants, BM=16, BN=BACKWARD_BN, BT=next_power_of_2(T, 16),
-        num_warps=WARPS,
     )  # fmt: skip
     return dq, dk, dv
