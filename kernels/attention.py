@@ -802,10 +802,10 @@ def own_backward_kernel(
 # To change a tile: BM, BN and BT are powers of two, and at least 16 (tl.dot). A split need not be a
 # multiple of BN, since columns past its end are masked, but then its last tile is partly empty. All
 # kernels run with Triton's 3 stages, and with its 4 warps but for own_forward_kernel, whose
-# programs have little work: with 128 rows on an H200, 2 warps take 7.6 µs and 4 take 11.6. (The
-# others are slower with 2, and prefix_forward_kernel needs all registers with 1.) The tests shrink
-# MIN_SPLIT_COLUMNS and MAX_TILE_QUERIES, so that few columns make several splits and turns. Check
-# registers and spills with python -m kernels.compile_report.
+# programs have little work: with 128 rows on an H200, 2 warps take 7.6 µs and 4 take 11.6. (With 32
+# rows the others are slower with 2, and prefix_forward_kernel needs all registers with 1.) The
+# tests shrink MIN_SPLIT_COLUMNS and MAX_TILE_QUERIES, so that few columns make several splits and
+# turns. Check registers and spills with python -m kernels.compile_report.
 FORWARD_BN = 32
 BACKWARD_BN = 16
 OWN_WARPS = 2

@@ -4,21 +4,21 @@
     each call's backward pass          dx_t = dy_t·W
     once, after all of them            dW = Σ_t dy_tᵀ·x_t,  db = Σ_t Σ_rows dy_t
 
-W is the weights of one Linear or of several, one below the other (`together`). It is a copy in the
-dtype of the product (common.kept_copy).
+W holds the weights of one Linear, or of several that read the same x, stacked (`together`). It is a
+copy in the dtype of the product (common.kept_copy).
 
-Autograd would compute a dW at every call and add it to the sum. With 32 rows a call that is little
-arithmetic for a gradient of the weight's full size, written and read again each time. Here the
-short calls store their (x_t, dy_t), and dW is one product over the rows of all of them. A long call
-(LONG) has a product of its own, which adds to the sum that is there. Two nodes do it:
+Autograd would compute a dW at every call and add it to the sum. With 32 rows that is little
+arithmetic, but it writes and reads a tensor of the weight's full size each time. Here short calls
+store their (x_t, dy_t), and dW is one product over the rows of all of them. A long call (LONG) has
+a product of its own, which adds to the sum so far. Two autograd functions do this:
 
     LinearCall       one call                            backward: dx; (x, dy) goes to the Gradient
     WeightGradient   a dummy scalar made from the        backward: dW and db. Autograd runs it when
                      weights, an input of each call      every LinearCall has run (the rule named in
                                                          kernels/cache.py)
 
-Where kernels run, all calls of a weight whose graph is alive share one WeightGradient. Elsewhere it
-is those of the chain of latents, and of large weights alone (deferred_weight_gradients).
+Where kernels run, all calls of a weight share one WeightGradient, as long as their graph is alive.
+Elsewhere only the calls of large weights in the chain of latents do (deferred_weight_gradients).
 """
 
 import math
@@ -33,24 +33,24 @@ from torch.autograd.function import once_differentiable
 from .common import addmm, as_rows, kept_copy
 from .ops import compute_dtype, has_kernel
 
-# elements of a weight: for a smaller one, the products cost less than the Python of these nodes
-# (measured on a CPU)
+# fewest elements of a weight whose gradient is deferred without kernels: for a smaller one, the
+# Python of these functions costs more than the products that it saves (measured on a CPU)
 MIN_ELEMENTS = 2**17
 
-# rows of a call: to join more of them with those of other calls moves more than adding to dW
+# rows from which on a call is long: to join so many with those of other calls moves more data than
+# adding to dW
 LONG = 1024
-
 
 # ---- gradients -----------------------------------------------------------------------------------
 
 
 class Gradient:
-    """Those of some weights, one below the other, and of their biases: sums over calls, to which
-    the backward pass of each call adds.
+    """The gradients of some stacked weights and of their biases. The backward pass of each call
+    adds to them.
     """
 
     def __init__(self, weights, biases, long):
-        """long: how many rows of a call have a product of their own."""
+        """long: from how many rows on a call has a product of its own."""
         self.weights = weights
         self.biases = biases
         self.long = long
@@ -111,8 +111,8 @@ class Shared:
     """What the calls of a product share: their Gradient, and the scalar of its node."""
 
     def __init__(self, weights, biases, long, is_linked=True):
-        """is_linked: whether the backward pass of a call leads to the weights. If not, whoever made
-        the scope asks the Gradient, and no node of the weights is in the calls' graph.
+        """is_linked: whether autograd passes the gradient on to the weights. If not, their nodes
+        are not in the graph of the calls, and whoever has asked for that reads the Gradient itself.
         """
         self.gradient = Gradient(weights, biases, long)
         parameters = [*weights, *biases]
@@ -125,16 +125,16 @@ class Shared:
 # weights, so that no id can be another's
 alive = WeakValueDictionary()
 
-# inside deferred_weight_gradients: (where calls look for it, whether it is linked to the weights);
-# outside they look in `alive`, if kernels run
+# inside deferred_weight_gradients: ({ids of weights: Shared}, whether these are linked to the
+# weights). Outside it is None, and calls look in `alive`, if kernels run
 scope = None
 
 
 @contextmanager
 def deferred_weight_gradients(calls=None):
-    """Inside, all calls of a large Linear, long ones too, share one weight-gradient product, and
-    with no call outside. calls: a dict that receives what they share, {ids of weights: Shared}, not
-    linked to the weights.
+    """Inside, all calls of a large Linear, long ones too, share one product for its weight's
+    gradient, and share it with no call outside. calls: a dict that receives what they share, {ids
+    of weights: Shared}, which is then not linked to the weights.
     """
     global scope
     outer, scope = scope, ({}, True) if calls is None else (calls, False)
@@ -186,7 +186,7 @@ class LinearCall(torch.autograd.Function):
         # not saved: autograd would refuse a W that an optimizer step has changed between two
         # replays, as it should
         ctx.W = W
-        return multiply(x, W, b, ctx.shape).split(sizes, -1)
+        return linear_of_rows(x, W, b, ctx.shape).split(sizes, -1)
 
     @staticmethod
     @once_differentiable
@@ -198,11 +198,11 @@ class LinearCall(torch.autograd.Function):
         return None, None, (dy @ ctx.W).view(ctx.shape), None, None, None
 
 
-def multiply(rows, W, b, shape):
-    """x·Wᵀ + b of an x of this shape, which is given as rows (as_rows).
+def linear_of_rows(rows, W, b, shape):
+    """x·Wᵀ + b (..., out) of an x (..., in) of this shape, given as its rows (R, in).
 
-    Not as it is: with x (B, T, in) in strides of its own, PyTorch makes a batch of B products, each
-    of which reads W.
+    F.linear of x itself would be a batch of B products if the rows of x (B, T, in) are not side by
+    side in memory, and each of them would read W.
     """
     return F.linear(rows, W, b).view(*shape[:-1], len(W))
 
@@ -219,7 +219,7 @@ def product(x, linears):
     x = x.to(W.dtype)
     sizes = [len(W) for W in weights]
     if not torch.is_grad_enabled():
-        return multiply(as_rows(x), W, b, x.shape).split(sizes, -1)
+        return linear_of_rows(as_rows(x), W, b, x.shape).split(sizes, -1)
     calls = shared(weights, biases)
     return LinearCall.apply(calls, calls.scalar, x, W, b, sizes)
 

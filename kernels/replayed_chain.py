@@ -17,7 +17,8 @@ The loop is passed in, so nothing here imports minatp. What it needs of the mode
 
     propose(h, eps, spread=)         the latent
     policy.step(z, is_fed, cache)    h_{t+1}
-    its parameters                   each that a latent passes through gets its gradient here
+    its parameters                   each that a latent passes through gets its gradient here; those
+                                     named ….norm.weight or …layernorm.weight are of RMSNorms
 """
 
 from functools import partial
@@ -36,7 +37,7 @@ from .ops import compute_dtype
 
 PREFIX = 128  # columns of the prefix are rounded up to a multiple of this
 LATENTS = 4  # and latents of this
-SHARES = 32  # of the gradient of a norm's weight (rows.AddRMSNorm), summed up once for all latents
+SHARES = 32  # of the gradient of an RMSNorm's weight (rows.AddRMSNorm)
 
 # chains of different sizes that are kept. Each holds the activations of a batch, 1 GB at llama-1b
 MAX_KEPT = 8
@@ -167,6 +168,7 @@ def walk(loop, weights, cache, plan, names, *inputs):
     groups = {name: given.pop(name) for name in cache.groups}
     calls = {}
     with torch.enable_grad(), deferred_weight_gradients(calls):
+        # of an RMSNorm the gradients of all latents add up as shares, before they are summed
         for name, weight in weights.items():
             if name.endswith("norm.weight"):
                 weights[name] = weight.expand(SHARES, -1)

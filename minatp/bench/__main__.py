@@ -277,7 +277,8 @@ def warm_up(case, every, work, failures):
         run = partial(work.run, side)
         once = partial(time_once, run, case.device, side.bf16)
         n_call = 2 if case.machine else 1
-        if None in [attempt(once, case.model, *of_peer(name, failures)) for _ in range(n_call)]:
+        timed = (attempt(once, case.model, *of_peer(name, failures)) for _ in range(n_call))
+        if any(each is None for each in timed):
             continue
 
         # On a GPU only minatp is counted: to count the reference there takes minutes

@@ -1,8 +1,9 @@
 #!/bin/bash
 # One call of at most 600 s on a rented GPU: bash minatp/bench/lease.sh
 #
-# The figures go to the folder $OUT, ./out/lease by default, and all of them to $OUT/lease.tgz. It needs torch, triton, transformers and
-# pytest. Triton keeps what it compiles in .tcache: bring that folder along to save the time.
+# The figures go to the folder $OUT, ./out/lease by default, and lease.tgz there holds all of them.
+# It needs torch, triton, transformers and pytest. Triton keeps what it compiles in .tcache: bring
+# that folder along to save the time.
 cd "$(dirname "$0")/../.." || exit 2
 export OUT=${OUT:-$PWD/out/lease}
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=$PWD/.tcache TORCH_CPP_LOG_LEVEL=ERROR
