@@ -275,9 +275,11 @@ def collate(rows, stage, model, distills=False):
 
     prompt, prompt_mask = left_pad([row.prompt for row in rows], model.end)
     target_at = (target != IGNORE).nonzero(as_tuple=True)
+    step_text_at = (step_text != IGNORE).nonzero(as_tuple=True)
     counts = {
         "enc": len(target_at[0]),
-        "dec": len(step_texts),
+        # In stage 0 ids, as for the words beside them: a sum over each step would outweigh those
+        "dec": len(step_text_at[0]) if has_previews else len(step_texts),
         "kl": int(used.sum()),
         "stop": int(sum(n_step) + has_stop.sum()),
         "answer_only": int(answer_only.sum()),
@@ -301,7 +303,7 @@ def collate(rows, stage, model, distills=False):
         step_row=torch.tensor(step_row, dtype=torch.long),
         step_index=torch.tensor(step_index, dtype=torch.long),
         step_text=step_text,
-        step_text_at=(step_text != IGNORE).nonzero(as_tuple=True),
+        step_text_at=step_text_at,
         n_before_step=n_before_step,
         words=words,
         words_mask=words_mask,

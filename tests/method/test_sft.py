@@ -205,6 +205,13 @@ def test_previews_change_nothing_of_the_other_losses(previewed):
     assert losses["enc"].item() == pytest.approx(with_previews.item(), rel=1e-6)
 
 
+def test_the_loss_of_previews_is_a_mean_over_ids_as_that_of_the_words(previewed):
+    model, rows, _ = previewed
+    n_id = sum(len(text) for row in rows for text in row.texts[: model.K])
+    assert data.collate(rows, 0, model).counts["dec"] == n_id
+    assert data.collate(rows, 1, model).counts["dec"] == len(rows)
+
+
 def test_only_stage_0_has_previews(previewed):
     model, rows, eps = previewed
     for stage in range(1, model.K + 2):
