@@ -5,7 +5,7 @@
 
 A few thousand problems with written steps, such as GSM8K's, are few for latents to learn arithmetic
 from. These have larger numbers than the built-in task, money, rates, shares and percentages, in
-1 to 7 steps (most in 1 to 4), and are only ever trained on: no test set was looked at for them.
+1 to 7 steps (most in 1 to 4), and are only ever trained on.
 
 docs/results.md has runs that learned from the first 12,000 of seed 0, so a test holds these fixed.
 Another wording, or one more random number, would change them all.
