@@ -5,7 +5,7 @@
 
 A few thousand problems with written steps, such as GSM8K's, are few for latents to learn arithmetic
 from. These have larger numbers than the built-in task, money, rates, shares and percentages, in
-1 to 7 steps (most in 1 to 4), and are only ever trained on.
+1 to 7 steps (most in 1 to 4), and are meant for training, not for tests.
 
 docs/results.md has runs that learned from the first 12,000 of seed 0, so a test holds these fixed.
 Another wording, or one more random number, would change them all.
@@ -375,7 +375,7 @@ def units(s, r):
 
 
 FAMILIES = {changes: 4, comparison: 3, shopping: 4, wages: 2, rates: 3, making: 3, shares: 2,
-            ages: 1, units: 1}  # and how often each is told
+            ages: 1, units: 1}  # and the relative frequency of each
 # fmt: on
 
 
