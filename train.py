@@ -83,10 +83,10 @@ def sft(run):
             run.meter.add({**losses, "grad_norm": grad_norm}, counts, counts["position"])
 
             # 3. A new φ starts as a copy of π: at the end of stage 0, before any latent, or with
-            # previews halfway through it
-            is_due = step + 1 >= (n_update // 2 if model.previews else n_update)
-            if stage == 0 and is_due and model.decode and not model.decoder_started:
-                model.start_decoder()
+            # previews halfway through it. (Stage 0 comes first, so `step` counts its steps)
+            if stage == 0 and model.decode and not model.decoder_started:
+                if step + 1 >= (n_update // 2 if model.previews else n_update):
+                    model.start_decoder()
     run.finish()
 
 
@@ -208,7 +208,7 @@ class Explored:
     noise: Noise
     # of Q·G chains
     rollout: Rollout
-    # means over the chains of all ranks
+    # means for the log, over all ranks
     statistics: dict
     # latents and words of all ranks
     n_position: int
@@ -226,22 +226,22 @@ def explore(run, prompts, step):
     our_rows = distributed.shard(torch.arange(n_chain).view(-1, cfg.G)).flatten()
     noise = noise.at(our_rows, run.device)
 
-    # Think, stop and answer; then let φ read the latents
+    # Think, stop and answer; then let φ read the latents. (`doing` is named if memory runs out)
     length = prompt.shape[1] + model.c * model.K + 1 + run.max_new
     run.doing = Doing(f"rl, step {step + 1}", len(our_rows), length, "--batch-size or --G")
-    with run.autocast:  # (`doing` is for the message if memory runs out)
+    with run.autocast:
         rolled = rollout(model, prompt, prompt_mask, run.max_new, noise, cfg.G)
         chains = as_text(model, run.tokenizer, rolled)
 
-    # How long the chains are, and the σ of their latents' Gaussians, before --spread
-    has_latent = rolled.logvar.any(-1)
+    # How long the chains are, and σ before --spread, a mean over all candidates
+    is_candidate = rolled.logvar.any(-1)
     statistics = {
         "latents": rolled.n_latent.float().mean(),
-        "sigma": (0.5 * rolled.logvar[has_latent]).exp().mean(),
+        "sigma": (0.5 * rolled.logvar[is_candidate]).exp().mean(),
     }
     statistics = distributed.all_reduce(statistics, run.device, weight=len(prompt))
-    n_position = {"n": int(rolled.n_latent.sum() + rolled.n_token.sum())}
-    n_position = distributed.all_reduce(n_position, run.device)["n"]
+    n_position = int(rolled.n_latent.sum() + rolled.n_token.sum())
+    n_position = distributed.all_reduce({"n": n_position}, run.device)["n"]
     return Explored(prompt, prompt_mask, noise, rolled, statistics, n_position), chains
 
 
@@ -370,9 +370,9 @@ def decisions(cfg, model, rolled, new):
 
 
 def dry_run_rl(run, problems):
-    """For --dry-run: one batch's policy gradients, every group counted as informative.
+    """For --dry-run: the policy gradients of one batch, every group counted as informative.
 
-    It is the most that an update can cost. Returns the metrics of the batch.
+    No batch costs more (without the anchor). Returns the mean reward, its terms and statistics.
     """
     prompts = run.tokenizer.prompts([p.question for p in problems])
     explored, chains = explore(run, prompts, step=0)

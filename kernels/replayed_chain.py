@@ -173,7 +173,7 @@ def walk(loop, weights, cache, plan, names, *inputs):
             if name.endswith("norm.weight"):
                 weights[name] = weight.expand(SHARES, -1)
         cache = cache.with_prefix(kv, groups, n_prefix_real, plan.L)
-        latent, n_latent = functional_call(loop, weights, (h, plan._replace(**given), cache))
+        latent, n_latent = functional_call(loop, weights, (h, cache, plan._replace(**given)))
 
     outputs = [x for x in latent if x is not None]
     columns = [x for own in cache.own for x in own.kv]

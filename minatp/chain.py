@@ -69,11 +69,11 @@ def walk(model, h, cache, plan):
     # the same, but in the backward pass that of each weight is one product for the whole chain, not
     # one for each latent
     with deferred_weight_gradients():
-        return latent_loop(model, h, plan, cache)
+        return latent_loop(model, h, cache, plan)
 
 
-def latent_loop(model, h, plan, cache):
-    """The loop of `walk`."""
+def latent_loop(model, h, cache, plan):
+    """The loop of `walk`, from h (B, D) -> (Latent (B, n_candidate, …), n_latent (B,))."""
     n_latent = plan.n_latent
     latents = []
     for t in range(plan.n_candidate):
@@ -93,7 +93,8 @@ def latent_loop(model, h, plan, cache):
         if t < plan.L:
             h = model.policy.step(latent.z, t < n_latent, cache)
 
-    # A list of Latents (B, …) -> one Latent (B, n_candidate, …)
-    fields = zip(*latents)
-    stacked = (None if field[0] is None else torch.stack(field, 1) for field in fields)
-    return Latent(*stacked), n_latent
+    # A list of Latents (B, …) -> one Latent (B, n_candidate, …), None where they have None
+    fields = []
+    for values in zip(*latents):
+        fields.append(None if values[0] is None else torch.stack(values, 1))
+    return Latent(*fields), n_latent

@@ -25,10 +25,13 @@ def normal_form(text):
 
 
 class Rows:
-    """A dataclass of tensors, with a row for each problem or chain, and of other values."""
+    """A base of dataclasses of tensors: choose the same rows of each, or move them to a device."""
 
     def at(self, rows=slice(None), device=None):
-        """The same with the rows `rows` (all, by default) of every tensor, on a device."""
+        """A copy with `rows` of every tensor (all, by default), on a device.
+
+        A Batch can only be moved: some of its tensors have a row per step, not per problem.
+        """
         tensors = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -169,15 +172,17 @@ class Batch(Rows):
     step_text: torch.Tensor
     # where `step_text` has an id: (rows, columns)
     step_text_at: tuple
-    # of previews, in stage 0: (N,) how many ids of `text` come before the step; None without any
+    # of previews, in stage 0: (N,) how many ids of `text` π has read when it thinks of the step;
+    # None without any
     n_before_step: torch.Tensor | None
-    # for distillation: the problem in words (B, Tw), all masked if its steps are unknown or it has
-    # no latents; and where either text is about to give the answer, of the other problems: (rows,
-    # columns). None without distillation, or if there are no other problems
+    # For distillation. None without it, or if no problem has both known steps and latents.
+    # (B, Tw) such problems in words, as text, text_mask and target; other rows are masked
     words: torch.Tensor | None
     words_mask: torch.Tensor | None
     words_target: torch.Tensor | None
+    # where `words_target` has an id: (rows, columns)
     words_target_at: tuple | None
+    # the last position before the answer, in `words` and in `text`: (rows, columns)
     words_answer_at: tuple | None
     answer_at: tuple | None
     # most latents of a row
@@ -347,11 +352,11 @@ def before_answer(rows, texts, chosen):
 
 
 def ids_before_steps(rows, step_row, step_index):
-    """How many ids of the text in words (`text_of`) come before each of N steps: (N,), or None
-    without a step.
+    """How many ids of the text in words (`text_of`) π has read when it thinks of each of N steps:
+    (N,), or None without a step.
 
-    The first step would be thought right after the prompt; before a later one are <|end-latent|>
-    and the steps before it.
+    The first step is thought right after the prompt, before <|end-latent|>; a later one after
+    <|end-latent|> and the steps before it.
     """
     counts = []
     for b, s in zip(step_row, step_index):

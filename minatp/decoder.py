@@ -54,7 +54,7 @@ def thought_nll(decoder, z, text, text_at):
 def read_thoughts(decoder, z, eos, max_new):
     """What φ writes greedily for each step.
 
-    z (N, c, D) -> N lists of ids, each up to the id `eos`, at most max_new long.
+    z (N, c, D) -> N lists of at most max_new ids, each up to, and without, the id `eos`.
     """
     if not len(z):
         return []
@@ -86,9 +86,8 @@ def top_readings(decoder, z, eos, n, max_new):
     ids = [[[]] for _ in range(N)]  # of each step and beam: its words so far
     for _ in range(max_new):
         n_beam = total.shape[1]
-        logp = total[..., None] + upcast(decoder.logits(h)).log_softmax(-1).view(
-            N, n_beam, -1
-        )  # (N, n_beam, V)
+        word_logp = upcast(decoder.logits(h)).log_softmax(-1).view(N, n_beam, -1)
+        logp = total[..., None] + word_logp  # (N, n_beam, V)
 
         # every beam could end here
         for row, logp_eos in enumerate(logp[..., eos].tolist()):
@@ -107,7 +106,7 @@ def top_readings(decoder, z, eos, n, max_new):
         # a text only gets less likely as it grows: stop once no beam can overtake the n that have
         # ended
         best_open = total[:, 0].tolist()
-        if all(len(texts) == n and texts[-1][1] >= best for texts, best in zip(ended, best_open)):
+        if all(len(texts) == n and texts[-1][1] >= open_ for texts, open_ in zip(ended, best_open)):
             break
         first_row = torch.arange(N, device=z.device)[:, None] * n_beam
         cache.keep((first_row + parent).flatten())

@@ -72,7 +72,7 @@ class LatentHead(nn.Module):
 
 
 def projection(D):
-    """h (..., D) -> the next latent, of CODI: LayerNorm(W2·GELU(W1·h + b1) + b2)."""
+    """LayerNorm(W2·GELU(W1·h + b1) + b2): the latent head's x or, alone, the latent of CODI."""
     return nn.Sequential(Linear(D, D), nn.GELU(), Linear(D, D), nn.LayerNorm(D))
 
 
@@ -84,11 +84,11 @@ def stop_head(D):
 class ATP(nn.Module):
     """The policy π, the decoder φ and the two heads.
 
-    c: latents per reasoning step. K: most steps kept latent.
+    c: latents per reasoning step. K: the largest number of latent steps.
     vae=False: the latent is the hidden state itself (Coconut) or, with project=True, a projection
     of it (CODI). decode=False: no decoder LM.
     stop=False: no stop head; the thinking always takes the full length of the stage.
-    fillers: so many words <|latent|> for each step, in place of latents; None: latents.
+    fillers: the number of <|latent|> tokens per step, in place of latents; None: latents.
     previews: in stage 0, π proposes latents before each written step. π learns to read them, then
     φ, which starts as its copy. Both read bos first (docs/method.md, Previews).
     """
@@ -121,7 +121,7 @@ class ATP(nn.Module):
         self.latent = self.end = None  # ids of <|latent|>, a filler, and of <|end-latent|>
 
         self.policy = Llama(cfg)
-        # In stage 0, whether φ has become a model of its own. In later stages it always has
+        # Whether φ has become a model of its own. Asked in stage 0 alone: later it always has
         self.decoder_started = False
         if decode:
             self.decoder = Llama(replace(cfg, n_layer=decoder_layers or cfg.n_layer))

@@ -37,12 +37,13 @@ def advantages(reward, baseline="mean", normalise=False):
 
 
 def surrogate(logp, old, advantage, clip=0.2):
-    """The clipped policy gradient of each decision.
+    """The clipped loss of each decision, whose gradient is the policy gradient (PPO, GRPO).
 
-    logp, old (B, T), advantage (B, 1 or T) -> loss (B, T), clamped (B, T) bool.
+    logp, old (B, T), advantage (B, 1 or T) -> loss (B, T), clamped (B, T) bool: the ratio π/π_old
+    is outside 1 ± clip. (Its gradient is cut only where that favours the update.)
 
-    The ratio π/π_old is clipped to 1 ± clip, its logarithm before that to ± 3. If old is logp
-    itself the ratio is 1 and the gradient is REINFORCE's, −advantage·∇logp.
+    The log-ratio is first clipped to ± 3. If old is logp itself the ratio is 1 and the gradient is
+    REINFORCE's, −advantage·∇logp.
     """
     ratio = (logp - old).clamp(-3, 3).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -80,8 +81,9 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
     words are actions. The chain is walked, and their gradient runs back through every latent.
     """
     policy, c = model.policy, model.c
-    (B, cK), Tt = rollout.z.shape[:2], rollout.token.shape[1]
-    # The largest number of latents in a row (asked for now: later it would wait for the GPU)
+    B, cK, D = rollout.z.shape
+    Tt = rollout.token.shape[1]
+    # The largest number of latents in a row. Read now, while the GPU is idle: later it would wait
     L = 0 if eps is None else int(rollout.n_latent.max())
 
     # Which columns hold a used latent, a candidate, a word
@@ -108,7 +110,7 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
             logp_z = torch.where(candidate, latent.logp, 0.0)
     else:
         # Walk the chain again, with the same noise; then one pass over the words
-        eps = ops.prepare_noise(eps, rollout.z.shape[-1])
+        eps = ops.prepare_noise(eps, D)
         plan = Plan(rollout.n_latent, L=L, n_candidate=cK, eps=eps, spread=rollout.spread)
         latent, _ = walk(model, h_prompt, cache, plan)
         h_text = policy(text, written, cache)
@@ -126,14 +128,16 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
 
 
 def kl_to_start(new, start):
-    """KL(π ‖ π_start), summed over the chains.
+    """KL(π ‖ π_start), a scalar: the sum over all latents, stops and words of the chains.
 
-    new, start: LogProbs of the same rollouts under either policy.
+    new, start: LogProbs of the same B rollouts under either policy.
     Latents: exact, between the heads' Gaussians (without --spread). Stops and words: estimated from
-    the samples (k3, exp(r) − 1 − r), whose gradient is that of KL(π_start ‖ π).
+    the samples (k3, exp(r) − 1 − r), whose gradient is that of KL(π_start ‖ π). Words of --greedy
+    are no samples: their share is a distance, and no estimate of the KL.
     """
+    # KL(N(μ, σ²) ‖ N(μ₀, σ₀²)) = ½ Σ(log σ₀² − log σ² + (σ² + (μ − μ₀)²)/σ₀² − 1)
     square = new.logvar.exp() + (new.mu - start.mu).pow(2)
-    gauss = 0.5 * (start.logvar - new.logvar + (square * torch.exp(-start.logvar)) - 1).sum(-1)
+    gauss = 0.5 * (start.logvar - new.logvar + square * torch.exp(-start.logvar) - 1).sum(-1)
 
     def k3(logp, logp_start):
         r = logp_start - logp

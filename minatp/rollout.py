@@ -81,8 +81,9 @@ class Rollout(Rows):
     token: torch.Tensor
     # (B,)
     n_token: torch.Tensor
-    # (B, cK) log-density of each candidate, when proposed. (Training does not use these three. It
-    # computes them again, with gradients, so that its first ratio is exactly 1: rl.log_probs)
+    # The log-probabilities under which it was sampled, with which tests compare rl.log_probs.
+    # (Training computes them again, with gradients, so that its first ratio is exactly 1.)
+    # (B, cK) log-density of each candidate
     logp_z: torch.Tensor
     # (B, K) log-probability of each decision taken
     logp_stop: torch.Tensor
@@ -168,7 +169,7 @@ def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
     """
     policy, c = model.policy, model.c
     B, D = h.shape
-    eps = noise and ops.prepare_noise(noise.eps_keys, D)  # ε; on a GPU still its keys
+    eps = ops.prepare_noise(noise.eps_keys if noise else None, D)  # ε; on a GPU still its keys
     fixed_shape = cache.fixed_shape
 
     # How many latents each row may have, and which rows still think
@@ -180,11 +181,12 @@ def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
     def think_step(s):
         """Step s, a tensor (), of every row that still thinks: c latents, or a stop."""
         b = rows_where(thinks, fixed_shape)
-        step = s.expand_as(b)
+        step = s.expand_as(b)  # the host would have to read an index of shape ()
         for j in range(c):
             # Propose z ~ N(μ, σ²), or take the forced latent
             t = c * step + j
-            latent = model.propose(h[b], noise and eps[b, t], spread=out.spread)
+            eps_t = None if eps is None else eps[b, t]
+            latent = model.propose(h[b], eps_t, spread=out.spread)
             z = latent.z
             if forced is not None:
                 is_forced = t < forced.n[b]
@@ -207,19 +209,20 @@ def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
                 out.logp_stop[b, step] = torch.where(stop, logp[:, 1], logp[:, 0])
                 thinks[b] = thinks[b] & ~stop
 
-                # Go on with the others
-                goes_on = rows_where(~stop, fixed_shape)
-                b, step, z = b[goes_on], step[goes_on], z[goes_on]
+                # Only the others continue
+                others = rows_where(~stop, fixed_shape)
+                b, step, z = b[others], step[others], z[others]
                 if not len(b):
                     return
 
-            # Read it, for the next
+            # Feed z_t to π, whose hidden state proposes the next latent
             cache.rows = b
             h[b] = policy.step(z, thinks[b], cache)
             out.n_latent += thinks
         thinks.logical_and_(out.n_latent < limit)
 
-    count_done = DelayedCount(fixed_shape, every=math.ceil(4 / c))  # 4 latents
+    # With CUDA graphs the host looks only every 4 latents whether all rows are done
+    count_done = DelayedCount(fixed_shape, every=math.ceil(4 / c))
     for s in range(n_step):
         if count_done(~thinks) == B:
             break
