@@ -161,10 +161,12 @@ class Data:
     """data"""
 
     data: str = opt(
-        "", "training problems: JSON, JSONL, iCoT or a published set [the built-in task]"
+        "",
+        "training problems: JSON, JSONL, iCoT or a published set; several files separated by "
+        "commas [the built-in task]",
     )
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
-    test: str = opt("", "test problems, several files separated by commas [as many again]")
+    test: str = opt("", "test problems, likewise [as many again]")
 
     # Sizes of the built-in sets; --val-size also of what is held out of --data
     labelled: int = opt(

@@ -183,8 +183,8 @@ def split(cfg):
 
 def split_files(cfg, form=normal_form):
     """The Splits of --data, --val and --test. form: of the questions that are compared."""
-    is_rl = cfg.stage == "rl"
-    given = read_problems(cfg.data, answers=not (is_rl and cfg.no_answers))
+    needs_answers = not (cfg.stage == "rl" and cfg.no_answers)
+    given = [p for path in cfg.data.split(",") for p in read_problems(path, needs_answers)]
     random.Random(0).shuffle(given)  # the same split for every seed of a run
     given.sort(key=lambda p: not p.answer)  # first those with an answer: what is held out needs one
 

@@ -1,7 +1,7 @@
 """More word problems to learn from, in richer wording than the built-in task's, as JSON lines.
 
     python -m minatp.tools.stories 12000 > stories.jsonl
-    cat gsm8k/train.jsonl stories.jsonl > train.jsonl
+    python train.py --stage sft --data gsm8k/train.jsonl,stories.jsonl …
 
 A few thousand problems with written steps, such as GSM8K's, are few for latents to learn arithmetic
 from. These have larger numbers than the built-in task, money, rates, shares and percentages, in

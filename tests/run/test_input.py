@@ -334,6 +334,19 @@ def test_a_run_resumes_with_its_own_problems_wherever_they_are(own_data, refused
     go(*resume, "--data", tmp_path / "moved")
 
 
+def test_training_problems_may_come_in_several_files(own_data, tmp_path, refused):
+    (tmp_path / "e").write_text(icot_problems(500, 7))
+    argv = [*TINY, "--val", own_data / "t", "--test", own_data / "t"]
+    cfg = options.parse([*map(str, argv), "--data", f"{own_data / 'd'},{tmp_path / 'e'}"], "")
+    trained = splits.load_splits(cfg).train
+    assert {p.source.rpartition(":")[0] for p in trained} == {f"{own_data}/d", f"{tmp_path}/e"}
+    assert len(trained) == 47
+
+    # a mistake names its file
+    both = f"{own_data / 'd'},{tmp_path / 'gone'}"
+    refused(train.main, [*argv, "--data", both, "--dry-run"], f"{tmp_path / 'gone'}:0: ", "read")
+
+
 def test_a_run_is_measured_on_what_it_has_held_out(tmp_path, own_data):
     go(*TINY, "--data", own_data / "d", "--out", tmp_path / "run")
     cfg = options.of_run(tmp_path / "run" / "config.json")
