@@ -27,9 +27,10 @@ gives the same bits. (kernels/cache.py adds to the buffers, too, where a long pa
 Its index_add_ is atomic on a GPU.)
 
 Bytes, bf16: forward reads 2·2·d·h_kv a column. A prefix column is read once for all rows of a
-group, not once per row, as long as the group has at most MAX_TILE_QUERIES queries; a larger one
-takes turns, each of which reads the column again. Backward reads the same, and moves 4·4·d·h_kv of
-the float32 buffers, read and written. Columns of left padding cost nothing.
+group, not once per row, if their queries fit into one tile; a larger group takes turns, each of
+which reads the column again. Backward also reads and writes the float32 buffers, 4·4·d·h_kv a
+column, and does all this once for every 16 queries of a row with its own columns. Columns of left
+padding cost nothing.
 
 kernels/README.md, "How to read attention.py", explains the names and shows where the columns lie.
 """
@@ -73,7 +74,7 @@ class Layout(NamedTuple):
     owner: torch.Tensor  # (B,) the prefix of each row
     members: torch.Tensor  # (B,) the rows, sorted by their prefix
     member_offsets: torch.Tensor  # (N + 1,) where in `members` the rows of each prefix begin
-    max_group: int  # the most rows that share one prefix; a hint: only speed depends on it
+    mean_group: int  # rows per prefix, B / N rounded up; a hint: only speed depends on it
     n_own: torch.Tensor  # (B,) own columns before this step
     slot: torch.Tensor  # (B, T) own column that each new position fills, < C; −1: it is not real
 
@@ -200,7 +201,7 @@ def step_backward_reference(do, q, k, v, cos, sin, prefix_k, prefix_v, own_k, ow
 
 
 @triton.jit
-def halves(x_ptr, offsets, mask, H: tl.constexpr, BH: tl.constexpr):
+def half_ptrs(x_ptr, offsets, mask, H: tl.constexpr, BH: tl.constexpr):
     """Pointers (R, BH) to both halves of the heads at `offsets` (R,), and which elements exist."""
     i = tl.arange(0, BH)
     p_x1 = x_ptr + offsets[:, None] + i[None, :]
@@ -210,13 +211,14 @@ def halves(x_ptr, offsets, mask, H: tl.constexpr, BH: tl.constexpr):
 
 @triton.jit
 def load_halves(x_ptr, offsets, mask, H: tl.constexpr, BH: tl.constexpr):
-    p_x1, p_x2, m = halves(x_ptr, offsets, mask, H, BH)
+    """Both halves of the heads at `offsets` (R,), (R, BH) each; 0 where there is none."""
+    p_x1, p_x2, m = half_ptrs(x_ptr, offsets, mask, H, BH)
     return tl.load(p_x1, m, 0.0), tl.load(p_x2, m, 0.0)
 
 
 @triton.jit
 def store_halves(x_ptr, offsets, x1, x2, mask, H: tl.constexpr, BH: tl.constexpr):
-    p_x1, p_x2, m = halves(x_ptr, offsets, mask, H, BH)
+    p_x1, p_x2, m = half_ptrs(x_ptr, offsets, mask, H, BH)
     tl.store(p_x1, x1, m)
     tl.store(p_x2, x2, m)
 
@@ -225,38 +227,39 @@ def store_halves(x_ptr, offsets, x1, x2, mask, H: tl.constexpr, BH: tl.constexpr
 def add_halves(x_ptr, offsets, x1, x2, mask, H: tl.constexpr, BH: tl.constexpr):
     """Add to a float32 buffer. Not atomic: no other program touches these columns.
 
-    Needs no barrier inside: each store depends on its own load. Nor between tiles: a column is in
-    one tile of one split. But each turn of the loop over queries adds to the same columns, perhaps
-    by other threads: hence the barriers of the callers.
+    No barrier is needed inside, since each store depends on its own load, nor between tiles, since
+    a column is in one tile of one split. But each turn of the loop over queries adds to the same
+    columns, perhaps from other threads, so the callers put a barrier between turns.
     """
-    p_x1, p_x2, m = halves(x_ptr, offsets, mask, H, BH)
+    p_x1, p_x2, m = half_ptrs(x_ptr, offsets, mask, H, BH)
     tl.store(p_x1, tl.load(p_x1, m, 0.0) + x1, m)
     tl.store(p_x2, tl.load(p_x2, m, 0.0) + x2, m)
 
 
 @triton.jit
-def whole(x_ptr, offsets, mask, D: tl.constexpr, BD: tl.constexpr):
+def head_ptrs(x_ptr, offsets, mask, D: tl.constexpr, BD: tl.constexpr):
     """Pointers (R, BD) to the heads at `offsets` (R,), and which elements exist."""
     i = tl.arange(0, BD)
     return x_ptr + offsets[:, None] + i[None, :], mask[:, None] & (i < D)[None, :]
 
 
 @triton.jit
-def load_whole(x_ptr, offsets, mask, D: tl.constexpr, BD: tl.constexpr):
-    p_x, m = whole(x_ptr, offsets, mask, D, BD)
+def load_heads(x_ptr, offsets, mask, D: tl.constexpr, BD: tl.constexpr):
+    """The heads at `offsets` (R,), (R, BD); 0 where there is none."""
+    p_x, m = head_ptrs(x_ptr, offsets, mask, D, BD)
     return tl.load(p_x, m, 0.0)
 
 
 @triton.jit
-def store_whole(x_ptr, offsets, x, mask, D: tl.constexpr, BD: tl.constexpr):
-    p_x, m = whole(x_ptr, offsets, mask, D, BD)
+def store_heads(x_ptr, offsets, x, mask, D: tl.constexpr, BD: tl.constexpr):
+    p_x, m = head_ptrs(x_ptr, offsets, mask, D, BD)
     tl.store(p_x, x, m)
 
 
 @triton.jit
-def add_whole(x_ptr, offsets, x, mask, D: tl.constexpr, BD: tl.constexpr):
+def add_heads(x_ptr, offsets, x, mask, D: tl.constexpr, BD: tl.constexpr):
     """Add to a float32 buffer. Not atomic: no other program touches these columns."""
-    p_x, m = whole(x_ptr, offsets, mask, D, BD)
+    p_x, m = head_ptrs(x_ptr, offsets, mask, D, BD)
     tl.store(p_x, tl.load(p_x, m, 0.0) + x, m)
 
 
@@ -268,7 +271,7 @@ def load_rotated(
     """The heads at `offsets` (R,), rotated in float32 by the angles of `position` (R,), which is a
     row of the (B·T, H) tables cos and sin -> two tiles (R, BH) in `dtype`.
     """
-    p_x1, p_x2, m = halves(x_ptr, offsets, mask, H, BH)
+    p_x1, p_x2, m = half_ptrs(x_ptr, offsets, mask, H, BH)
     x1 = tl.load(p_x1, m, 0.0).to(tl.float32)
     x2 = tl.load(p_x2, m, 0.0).to(tl.float32)
 
@@ -289,7 +292,7 @@ def store_unrotated(
     H: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """The backward pass of `load_rotated`: rotate a gradient back by the same angles; store it."""
-    p_x1, p_x2, m = halves(x_ptr, offsets, mask, H, BH)
+    p_x1, p_x2, m = half_ptrs(x_ptr, offsets, mask, H, BH)
     i = tl.arange(0, BH)
     c = tl.load(cos_ptr + position[:, None] * H + i[None, :], m, 0.0)
     s = tl.load(sin_ptr + position[:, None] * H + i[None, :], m, 0.0)
@@ -396,8 +399,8 @@ def load_upstream(
 ):  # fmt: skip
     """What the backward pass knows of its queries: do (BM, BD), Δ = do·o (BM,) and lse (BM,)."""
     # Δ = Σ_c p_c (do·v_c), which is do·o: the sum over all columns needs no pass of its own
-    b_do = load_whole(do_ptr, do_offsets, mask, D, BD)
-    b_o = load_whole(o_ptr, query * D, mask, D, BD)
+    b_do = load_heads(do_ptr, do_offsets, mask, D, BD)
+    b_o = load_heads(o_ptr, query * D, mask, D, BD)
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
 
     # lse 0 where there is no query: the scores there are −inf, and exp2(−inf − 0) is 0, not NaN
@@ -464,7 +467,7 @@ def prefix_forward_kernel(
     """Program (prefix, key head, split): the softmax of the group's queries over the split's
     columns.
 
-    Grid (N, h_kv, n_splits). BM: all queries of the largest group, or MAX_TILE_QUERIES; BN 32.
+    Grid (N, h_kv, n_splits). BM: the queries of a mean group, at most MAX_TILE_QUERIES; BN 32.
     """
     i_n = tl.program_id(0)
     i_kv = tl.program_id(1)
@@ -500,7 +503,7 @@ def prefix_forward_kernel(
             is_real = (column >= begin) & (column < end)
             b_k1, b_k2 = load_halves(k_cache_ptr, column * D, is_real, H, BH)  # (BN, BH)
             b_s = tile_scores(b_q1, b_q2, b_k1, b_k2, scale, is_real[None, :])  # (BM, BN)
-            b_v = load_whole(v_cache_ptr, column * D, is_real, D, BD)  # (BN, BD)
+            b_v = load_heads(v_cache_ptr, column * D, is_real, D, BD)  # (BN, BD)
             b_max, b_sum, b_acc = update_softmax(b_s, b_v, b_max, b_sum, b_acc)
 
         # store the part; a split of padding alone has o = 0 and lse = −inf, and so no weight
@@ -508,7 +511,7 @@ def prefix_forward_kernel(
         b_sum = tl.where(has_columns, b_sum, 1.0)
         b_lse = tl.where(has_columns, b_max + tl.log2(b_sum), -float("inf"))
         part = query + i_split.to(tl.int64) * B * h * T
-        store_whole(part_o_ptr, part * D, b_acc / b_sum[:, None], mask, D, BD)
+        store_heads(part_o_ptr, part * D, b_acc / b_sum[:, None], mask, D, BD)
         tl.store(part_lse_ptr + part, b_lse, mask)
 
 
@@ -556,12 +559,12 @@ def own_forward_kernel(
     new_k1, new_k2 = load_rotated(
         k_ptr, k_offsets, cos_ptr, sin_ptr, b * T + new, is_new, k_dtype, H, BH
     )  # (BT, BH)
-    new_v = load_whole(v_ptr, v_offsets, is_new, D, BD).to(v_dtype)  # (BT, BD)
+    new_v = load_heads(v_ptr, v_offsets, is_new, D, BD).to(v_dtype)  # (BT, BD)
 
     # append those that are real
     slot = tl.load(slot_ptr + b * T + new, is_new, -1)
     store_halves(k_cache_ptr, slot * D, new_k1, new_k2, slot >= 0, H, BH)
-    store_whole(v_cache_ptr, slot * D, new_v, slot >= 0, D, BD)
+    store_heads(v_cache_ptr, slot * D, new_v, slot >= 0, D, BD)
 
     # attend to the new columns, which are still in registers
     b_max, b_sum, b_acc = empty_softmax(BM, BD)
@@ -575,7 +578,7 @@ def own_forward_kernel(
         is_own = column < n_own
         b_k1, b_k2 = load_halves(k_cache_ptr, column * D, is_own, H, BH)  # (BN, BH)
         b_s = tile_scores(b_q1, b_q2, b_k1, b_k2, scale, is_own[None, :])  # (BM, BN)
-        b_v = load_whole(v_cache_ptr, column * D, is_own, D, BD)  # (BN, BD)
+        b_v = load_heads(v_cache_ptr, column * D, is_own, D, BD)  # (BN, BD)
         b_max, b_sum, b_acc = update_softmax(b_s, b_v, b_max, b_sum, b_acc)
 
     # join the prefix's splits: a part is like one more tile, whose largest score is its lse and
@@ -589,14 +592,14 @@ def own_forward_kernel(
         new_max = tl.where(mask, tl.maximum(b_max, part_lse), 0.0)
         rescale = tl.exp2(b_max - new_max)
         weight = tl.exp2(part_lse - new_max)
-        part_o = load_whole(part_o_ptr, part * D, mask, D, BD)
+        part_o = load_heads(part_o_ptr, part * D, mask, D, BD)
         b_acc = b_acc * rescale[:, None] + weight[:, None] * part_o
         b_sum = b_sum * rescale + weight
         b_max = new_max
 
     # store o and lse; each query has seen itself, so its sum is not 0
     b_sum = tl.where(mask, b_sum, 1.0)
-    store_whole(o_ptr, query * D, b_acc / b_sum[:, None], mask, D, BD)
+    store_heads(o_ptr, query * D, b_acc / b_sum[:, None], mask, D, BD)
     tl.store(lse_ptr + query, b_max + tl.log2(b_sum), mask)
 
 
@@ -616,7 +619,7 @@ def prefix_backward_kernel(
     """Program (prefix, key head, split): add the group's dk and dv to the split's columns, and
     store the split's share of dq, which is still rotated.
 
-    Grid (N, h_kv, n_splits). BM: all queries of the largest group, or MAX_TILE_QUERIES; BN 16.
+    Grid (N, h_kv, n_splits). BM: the queries of a mean group, at most MAX_TILE_QUERIES; BN 16.
     """
     i_n = tl.program_id(0)
     i_kv = tl.program_id(1)
@@ -639,7 +642,7 @@ def prefix_backward_kernel(
     first_member = tl.load(member_offsets_ptr + i_n)
     end_member = tl.load(member_offsets_ptr + i_n + 1)
     for member in range(first_member, end_member, BM // (T * REP)):
-        # load the group's queries and what came back for them
+        # load the group's queries and the gradients of their results
         b, t, head, query, mask = group_queries(
             members_ptr, member, end_member, i_kv, h, T, REP, BM
         )
@@ -661,7 +664,7 @@ def prefix_backward_kernel(
             b_k1, b_k2 = load_halves(k_cache_ptr, column * D, is_real, H, BH)  # (BN, BH)
             sees = is_real[None, :] & mask[:, None]
             b_s = tile_scores(b_q1, b_q2, b_k1, b_k2, scale, sees)  # (BM, BN)
-            b_v = load_whole(v_cache_ptr, column * D, is_real, D, BD)  # (BN, BD)
+            b_v = load_heads(v_cache_ptr, column * D, is_real, D, BD)  # (BN, BD)
             dq1, dq2, b_dk1, b_dk2, b_dv = tile_backward(
                 b_s, b_lse, b_delta, b_q1, b_q2, b_do, b_k1, b_k2, b_v, scale
             )
@@ -670,7 +673,7 @@ def prefix_backward_kernel(
             b_dq1 += dq1
             b_dq2 += dq2
             add_halves(k_grad_ptr, column * D, b_dk1, b_dk2, is_real, H, BH)
-            add_whole(v_grad_ptr, column * D, b_dv, is_real, D, BD)
+            add_heads(v_grad_ptr, column * D, b_dv, is_real, D, BD)
 
         # store the split's share of dq; own_backward_kernel adds them up and rotates the sum back
         part = query + i_split.to(tl.int64) * B * h * T
@@ -722,15 +725,15 @@ def own_backward_kernel(
     new_k1, new_k2 = load_rotated(
         k_ptr, k_offsets, cos_ptr, sin_ptr, b * T + new, is_new, k_dtype, H, BH
     )  # (BT, BH)
-    new_v = load_whole(v_ptr, v_offsets, is_new, D, BD).to(v_dtype)  # (BT, BD)
+    new_v = load_heads(v_ptr, v_offsets, is_new, D, BD).to(v_dtype)  # (BT, BD)
 
     # their gradients begin with what later steps added
     slot = tl.load(slot_ptr + b * T + new, is_new, -1)
     new_dk1, new_dk2 = load_halves(k_grad_ptr, slot * D, slot >= 0, H, BH)  # (BT, BH)
-    new_dv = load_whole(v_grad_ptr, slot * D, slot >= 0, D, BD)  # (BT, BD)
+    new_dv = load_heads(v_grad_ptr, slot * D, slot >= 0, D, BD)  # (BT, BD)
 
     for first in range(0, T * REP, BM):
-        # load the row's queries and what came back for them
+        # load the row's queries and the gradients of their results
         t, head, query, mask = row_queries(b, i_kv, first, h, T, REP, BM)
         q_offsets = b * stride_qb + head * stride_qh + t * stride_qt
         do_offsets = b * stride_dob + head * stride_doh + t * stride_dot
@@ -765,14 +768,14 @@ def own_backward_kernel(
             b_k1, b_k2 = load_halves(k_cache_ptr, column * D, is_own, H, BH)  # (BN, BH)
             sees = is_own[None, :] & mask[:, None]
             b_s = tile_scores(b_q1, b_q2, b_k1, b_k2, scale, sees)  # (BM, BN)
-            b_v = load_whole(v_cache_ptr, column * D, is_own, D, BD)  # (BN, BD)
+            b_v = load_heads(v_cache_ptr, column * D, is_own, D, BD)  # (BN, BD)
             dq1, dq2, b_dk1, b_dk2, b_dv = tile_backward(
                 b_s, b_lse, b_delta, b_q1, b_q2, b_do, b_k1, b_k2, b_v, scale
             )
             b_dq1 += dq1
             b_dq2 += dq2
             add_halves(k_grad_ptr, column * D, b_dk1, b_dk2, is_own, H, BH)
-            add_whole(v_grad_ptr, column * D, b_dv, is_own, D, BD)
+            add_heads(v_grad_ptr, column * D, b_dv, is_own, D, BD)
 
         # dq is complete: every column that these queries attend to has added its share
         store_unrotated(dq_ptr, query * D, b_dq1, b_dq2, cos_ptr, sin_ptr, b * T + t, mask, H, BH)
@@ -784,14 +787,14 @@ def own_backward_kernel(
     # clear the buffers at the new columns
     zero_half = tl.zeros([BT, BH], tl.float32)
     store_halves(k_grad_ptr, slot * D, zero_half, zero_half, slot >= 0, H, BH)
-    store_whole(v_grad_ptr, slot * D, tl.zeros([BT, BD], tl.float32), slot >= 0, D, BD)
+    store_heads(v_grad_ptr, slot * D, tl.zeros([BT, BD], tl.float32), slot >= 0, D, BD)
 
     # store dk and dv of the new columns, contiguous (B, h_kv, T, D)
     new_row = (b * tl.num_programs(1) + i_kv) * T + new
     store_unrotated(
         dk_ptr, new_row * D, new_dk1, new_dk2, cos_ptr, sin_ptr, b * T + new, is_new, H, BH
     )
-    store_whole(dv_ptr, new_row * D, new_dv, is_new, D, BD)
+    store_heads(dv_ptr, new_row * D, new_dv, is_new, D, BD)
 
 
 # ---- launches ------------------------------------------------------------------------------------
@@ -841,7 +844,7 @@ def split_prefix(P, n_programs):
 
 def open_columns(is_real, n_own, n_prefix):
     """Give every row new columns, real where is_real (B, T) bool. n_own (B,): own columns of each
-    row, which are counted on in place; n_prefix (B,): real columns of its prefix.
+    row, updated in place; n_prefix (B,): real columns of its prefix.
 
     Returns n_own as it was (B,) and the slots (B, T), int32, and the positions (B, T): where there
     is no real column, that of the last one.
@@ -885,7 +888,7 @@ def run_forward(inputs, prefix, own, layout):
         part_o, part_lse,
         *q.stride()[:3],
         scale, B, h, P, split_width,
-        **constants, BM=query_tile(layout.max_group, queries_per_row), BN=FORWARD_BN,
+        **constants, BM=query_tile(layout.mean_group, queries_per_row), BN=FORWARD_BN,
     )  # fmt: skip
     own_forward_kernel[(B, h_kv)](
         q, k, v, cos, sin, own.k, own.v,
@@ -929,7 +932,7 @@ def run_backward(do, o, lse, inputs, caches, grads, layout):
         do, o, lse, part_dq,
         *q.stride()[:3], *do.stride()[:3],
         scale, B, h, P, split_width,
-        **constants, BM=query_tile(layout.max_group, queries_per_row), BN=BACKWARD_BN,
+        **constants, BM=query_tile(layout.mean_group, queries_per_row), BN=BACKWARD_BN,
     )  # fmt: skip
     own_backward_kernel[(B, h_kv)](
         q, k, v, cos, sin, own.k, own.v, own_grad.k, own_grad.v,

@@ -161,7 +161,7 @@ def attention_layout(device, shape):
         owner=arange(B) // group,
         members=arange(B),
         member_offsets=arange(0, B + 1, group),
-        max_group=group,
+        mean_group=group,
         n_own=n_own,
         slot=n_own[:, None],
     )

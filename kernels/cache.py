@@ -216,7 +216,7 @@ class StepCache:
         # later calls: a real column goes behind the row's own ones. (n_own is written in place: a
         # replayed step finds it at this address)
         n_before, slot, position = attention.open_columns(valid, self.n_own, self.n_prefix_real)
-        self.layout = Layout(**self.groups, max_group=self.max_group, n_own=n_before, slot=slot)
+        self.layout = Layout(**self.groups, mean_group=self.mean_group, n_own=n_before, slot=slot)
         self.n_earlier = self.n_opened
         self.n_opened = min(self.n_opened + T, self.capacity - self.P)
 
@@ -244,8 +244,8 @@ class StepCache:
             member_offsets=member_offsets.int(),
         )
         self.n_prefix_real = self.P - self.start[self.owner]  # (B,) real columns of its prefix
-        # how many rows share a prefix; a hint: only speed depends on it
-        self.max_group = ceil_div(len(self.owner), len(self.start))
+        # rows per prefix, a mean (the host would have to wait for the largest); only a hint
+        self.mean_group = ceil_div(len(self.owner), len(self.start))
 
     def attend(self, i, q, k, v, rope):
         """Append k, v (B, h_kv, T, d) to layer i and attend to it: q (B, h, n, d), the queries of

@@ -41,11 +41,11 @@ from .common import (
 )
 
 IGNORE = -100  # the target of a position that has none, as in PyTorch
-DL_ELEMENTS = 2**27  # of dl that are in memory at a time: 268 MB
+DL_ELEMENTS = 2**27  # of dl that are in memory at a time: 268 MB in 16 bits
 
-# Shares of the vocabulary in the forward pass: 1,024 rows are only 8 blocks of rows, too few
-# programs for a large GPU. With 64 shares they are 512. (With 3,200 rows, too, 64 were faster on an
-# H200 than 16: 3.8 against 4.4 ms.)
+# The most shares of the vocabulary in the forward pass: 1,024 rows are only 8 blocks of rows, too
+# few programs for a large GPU. A share is a whole number of tiles, so 128,259 tokens make 63 shares
+# and 504 programs. (With 3,200 rows, too, 64 were faster on an H200 than 16: 3.8 against 4.4 ms.)
 SHARES = 64
 
 # Tiles for 16-bit inputs: rows and tokens of a tile, and columns of h multiplied at a time
@@ -252,8 +252,8 @@ def chunk_width(R, V, tile):
 def product_copy(W, dtype):
     """Return W (V, D) in dtype. In 16 bits it gets rows of zeros up to a multiple of 16.
 
-    A sum over an odd number of tokens, or a result with so many columns, would be loaded or stored
-    2 bytes at a time. And where a stride is a multiple of 16, Triton knows that it is aligned.
+    With an odd V the products dl·W and h·Wᵀ would be loaded or stored 2 bytes at a time. Then the
+    rows of `logits` are a multiple of 16 apart, too, so that sampling.py's loads are aligned.
     """
     return kept_copy([W], dtype, multiple=16 if dtype.itemsize == 2 else 1)
 
@@ -292,7 +292,8 @@ class LinearNLL(torch.autograd.Function):
         # Join the shares. One of them has the target's logit; the others have 0.
         lse = (share_max + share_sum.log()).logsumexp(0)
         ctx.save_for_backward(h, W_copy, target, lse)
-        ctx.V, ctx.W_dtype = V, W.dtype
+        ctx.V = V
+        ctx.W_dtype = W.dtype
         ctx.inverse_temperature = inverse_temperature
         return torch.where(target == IGNORE, 0.0, lse - target_logit.sum(0))
 
@@ -337,15 +338,20 @@ class LinearNLL(torch.autograd.Function):
 
 
 def fused_linear_nll(h, W, target, temperature=1.0):
-    """Return what `linear_nll` returns, from the kernels. h has the dtype of the products."""
+    """Return what `linear_nll` returns, from the kernels. h has the dtype of the products.
+
+    A target is IGNORE or 0 … V − 1; this is not checked.
+    """
     h_rows = as_rows(h)
 
-    # No rows: nothing to launch. The result still hangs on h, for autograd.
+    # No rows: nothing to launch. The result still depends on h, for autograd.
     if len(h_rows) == 0:
         return h_rows.sum(1).float().view(target.shape)
 
-    W_copy = product_copy(W, h.dtype)
-    nll = LinearNLL.apply(h_rows, W, W_copy, target.reshape(-1), 1.0 / temperature)
+    # The kernels take neighbours in a row of W, and among the targets, to be neighbours in memory.
+    W_copy = as_rows(product_copy(W, h.dtype))
+    targets = target.reshape(-1).contiguous()
+    nll = LinearNLL.apply(h_rows, W, W_copy, targets, 1.0 / temperature)
     return nll.view(target.shape)
 
 

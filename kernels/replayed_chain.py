@@ -69,7 +69,7 @@ def run(loop, model, h, cache, plan):
     # address in the graphs
     dtype = compute_dtype(h)
     sizes = tuple((x.shape, x.dtype) for x in inputs)
-    numbers = L, n_candidate, cache.max_group, plan.spread, dtype
+    numbers = L, n_candidate, cache.mean_group, plan.spread, dtype
     addresses = tuple(p.data_ptr() for p in model.parameters())
     chain = kept_chain((id(model), addresses, sizes, tuple(given), numbers), h.device)
     for gradient in chain.gradients:  # not in a graph: the copies change with the weights only

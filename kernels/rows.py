@@ -312,8 +312,9 @@ class AddRMSNorm(torch.autograd.Function):
 
     Without a branch, s is x itself, and None is returned in its place.
 
-    weight may also be (programs, D), expanded from one row. So many programs run backward, and its
-    gradient is the share of each: those of many calls add up, before they are summed once.
+    weight may also be (programs, D), expanded from one row. Then as many programs run backward, and
+    row i of its gradient is the share of program i: autograd adds up the shares of many calls, and
+    they are summed over the programs once.
     """
 
     @staticmethod
@@ -386,7 +387,9 @@ def run_rotate(x, cos, sin, sign):
     gradient of x goes back to the projection's (B, T, nh·hd) without a copy.
     """
     B, n_head, T, head_dim = x.shape
-    assert cos.is_contiguous() and sin.is_contiguous()  # the kernel reads them as (B·T, H)
+    # The kernel reads them as (B·T, H), without broadcasting.
+    assert cos.shape == sin.shape == (B, 1, T, head_dim // 2)
+    assert cos.is_contiguous() and sin.is_contiguous()
     if x.stride(3) != 1:
         x = x.contiguous()
     y = x.new_empty(B, T, n_head, head_dim)

@@ -1,11 +1,12 @@
 """Choosing a word from logits ℓ (R, V): drawn from softmax(ℓ/τ), or the likeliest.
 
     m = max_v ℓ_v/τ,   Z = Σ_v exp(ℓ_v/τ − m)
-    drawn: the first word v with Σ_{w ≤ v} exp(ℓ_w/τ − m) ≥ u·Z, for u uniform in [0, 1)
+    drawn: the first word v with Σ_{w ≤ v} exp(ℓ_w/τ − m) ≥ u·Z, for u uniform in (0, 1)
     log p(v) = ℓ_v/τ − m − log Z
 
-In PyTorch this is a softmax, its exponential, a cumulative sum and a search, each of which reads
-and writes all V numbers of a row. The kernels read them once, in bf16 2V bytes a row:
+In PyTorch this is a log-softmax, its exponential and a cumulative sum, each of which reads and
+writes all V numbers of a row, and a search. The kernels read a row once, 2V bytes in bf16, and one
+of its blocks again:
 
     block_sums_kernel     the maximum of each block of a row, and its sum of exponentials
     choose_word_kernel    from these, m, Z and the block that u·Z falls into, which is read again
@@ -24,9 +25,9 @@ BLOCK = 1024  # words of a block
 
 
 def sample(logits, u=None, temperature=1.0):
-    """logits (R, V), u (R,) uniform in [0, 1) -> a word of each row (R,) and its log p (R,).
+    """logits (R, V), u (R,) uniform in (0, 1) -> a word of each row (R,) and its log p (R,).
 
-    u None: the likeliest word.
+    u None: the likeliest word. (u = 0 would be the first word, whatever its probability.)
     """
     logits = upcast(logits)
     if temperature != 1:
@@ -63,7 +64,9 @@ def block_sums_kernel(
     logits *= inverse_temperature
 
     block_max = tl.max(logits, 0)
-    block_sum = tl.sum(tl.exp(logits - block_max), 0)
+    # A block of −∞ alone has the sum 0: −∞ − (−∞) would be NaN
+    subtracted = tl.where(block_max == -float("inf"), 0.0, block_max)
+    block_sum = tl.sum(tl.exp(logits - subtracted), 0)
     tl.store(max_ptr + row * n_blocks + block, block_max)
     tl.store(sum_ptr + row * n_blocks + block, block_sum)
 

@@ -38,7 +38,8 @@ Bytes per element, inputs in bf16. z stays float32, because its density is asked
     score    8 read                  8 read, 8 written
     mean     4 read                  4 read, 4 written
 
-KL and log p are 8 bytes per row. (The training loops keep mu and logvar in float32: 4 more read.)
+KL and log p are 8 bytes per row, and keys 16. The training loops keep mu and logvar in float32: 4
+more bytes are read, and backward also writes 4 more.
 """
 
 import math
@@ -57,8 +58,8 @@ from .common import (
 )
 
 BLOCK = 512  # Philox counters that a program takes at a time, of four columns each
-# Of a program. On an H200 the fastest of 1, 2, 4, 8 and 16 with 65,536 rows; with 32 rows, 16 warps
-# are 0.4 µs ahead.
+# Warps of a program. On an H200, 8 are the fastest of 1, 2, 4, 8 and 16 with 65,536 rows; with 32
+# rows, 16 are 0.4 µs faster.
 WARPS = 8
 
 
@@ -115,7 +116,7 @@ def score_backward(dkl, dlogp, z, mu, logvar):
     # z is an input here: log p depends on z and μ through u
     inverse_sigma = torch.exp(-0.5 * logvar)
     u = (z - mu) * inverse_sigma
-    pull = dlogp * u * inverse_sigma  # what a likelier z would add to μ
+    pull = dlogp * u * inverse_sigma  # the part of dμ that comes through log p
     dlogvar = 0.5 * (dkl * (logvar.exp() - 1) / D + dlogp * (u * u - 1))
     return -pull, dkl * mu / D + pull, dlogvar
 
@@ -231,7 +232,7 @@ def box_muller(bits_a, bits_b):
         -0.5 + y * (1.0 / 24 + y * (-1.0 / 720 + y * (1.0 / 40320 + y * (-1.0 / 3628800))))
     )
 
-    # Turn back by the quarters: an odd one swaps sine and cosine, and each has its sign there.
+    # Turn back by the quarters: an odd number swaps sine and cosine. Then each gets its sign.
     odd = (quarter == 1.0) | (quarter == 3.0)
     cos = tl.where(odd, s, c)
     sin = tl.where(odd, c, s)
@@ -468,6 +469,11 @@ def fused_reparameterise(mu, logvar, eps=None, z=None):
         mode, source = "draw", eps
     else:
         mode, source = "given", eps
+
+    # The kernel does not broadcast: it would read past the end of a smaller tensor.
+    width = 2 if mode == "draw" else mu.shape[-1]
+    assert logvar.shape == mu.shape
+    assert source is None or source.shape == (*mu.shape[:-1], width)
 
     # The kernel sees rows. It returns a z only if it has sampled it.
     source_rows = None if source is None else as_rows(source)

@@ -42,10 +42,13 @@ class Noise(Rows):
     def draw(model, B, max_new, seed, temperature=1.0, spread=None, greedy=False):
         """spread: defaults to the temperature. greedy: sample the latents, but not the words."""
         g = torch.Generator().manual_seed(seed)
+        stop = torch.rand(B, model.K, generator=g)
+        # u in (0, 1): with u = 0 a word of probability 0 would be written
+        token = None if greedy else torch.rand(B, max_new, generator=g).clamp(min=2**-25)
         return Noise(
             eps_keys=ops.noise_keys(seed, B, model.c * model.K),
-            stop=torch.rand(B, model.K, generator=g),
-            token=None if greedy else torch.rand(B, max_new, generator=g),
+            stop=stop,
+            token=token,
             spread=temperature if spread is None else spread,
             temperature=temperature,
         )

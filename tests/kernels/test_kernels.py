@@ -27,6 +27,7 @@ pytestmark = [
 
 import train
 from kernels import attention, bench, cache, cross_entropy, ops, rows, sampling, vae
+from kernels.common import ceil_div
 from minatp.bench import lease
 from minatp.data import Encoded, collate, left_pad
 from minatp.decoder import read_thoughts
@@ -256,7 +257,7 @@ def random_layout(shape):
         owner=int32(owner),
         members=int32(members),
         member_offsets=int32(member_offsets),
-        max_group=max(shape.group_sizes),
+        mean_group=ceil_div(B, N),
         n_own=int32(n_own),
         slot=int32(slot),
     )
@@ -487,6 +488,20 @@ def test_sampling_inverts_the_exact_cdf(R, V, dtype, temperature):
     close(logp, exact_logp.gather(1, word[:, None])[:, 0], 2 * FP32)
 
 
+@pytest.mark.parametrize("drawn", [True, False])
+def test_words_may_be_impossible(drawn):
+    """Single ones, and a whole block of the kernel's."""
+    logits = normal(9, 3 * sampling.BLOCK + 5)
+    logits[:, sampling.BLOCK : 2 * sampling.BLOCK] = -torch.inf
+    logits[::2, :3] = -torch.inf
+    u = torch.linspace(2**-25, 1 - 2**-24, 9, device=DEVICE) if drawn else None
+    word, logp = with_triton(ops.sample, logits, u)
+    expected_word, expected_logp = sampling.sample(logits.double(), u)
+    assert torch.equal(word, expected_word)
+    assert logp.isfinite().all()
+    close(logp, expected_logp, 2 * FP32)
+
+
 @pytest.mark.parametrize("V", [7, 1024, 3000])
 def test_the_likeliest_word_is_the_first_of_the_likeliest(V):
     logits = normal(9, V).round()  # with many ties
@@ -623,6 +638,18 @@ def test_linear_cross_entropy(R, D, V, temperature, monkeypatch):
     compare(kernel, reference, [h, W])
     compare(kernel, reference, [h.half(), W.half()], FP16)
     assert R == 1 or kernel(h, W)[1] == 0
+
+
+def test_linear_cross_entropy_of_strided_views():
+    target = torch.randint(0, 40, (6, 3), device=DEVICE)[:, 1]
+
+    def kernel(h, W):
+        return with_triton(ops.linear_nll, h, W.T, target)
+
+    def reference(h, W):
+        return cross_entropy.linear_nll(h, W.T, target)
+
+    compare(kernel, reference, [normal(6, 8), normal(8, 40)])
 
 
 @torch.no_grad()
