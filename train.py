@@ -372,7 +372,8 @@ def decisions(cfg, model, rolled, new):
 def dry_run_rl(run, problems):
     """For --dry-run: the policy gradients of one batch, every group counted as informative.
 
-    No batch costs more (without the anchor). Returns the mean reward, its terms and statistics.
+    It costs what an update on these rollouts costs, without the KL and the anchor. Returns the
+    mean reward, its terms and statistics.
     """
     prompts = run.tokenizer.prompts([p.question for p in problems])
     explored, chains = explore(run, prompts, step=0)

@@ -29,8 +29,8 @@ Its index_add_ is atomic on a GPU.)
 Bytes, bf16: forward reads 2·2·d·h_kv a column. A prefix column is read once for all rows of a
 group, not once per row, if their queries fit into one tile; a larger group takes turns, each of
 which reads the column again. Backward also reads and writes the float32 buffers, 4·4·d·h_kv a
-column, and does all this once for every 16 queries of a row with its own columns. Columns of left
-padding cost nothing.
+column, and repeats all this for every 16 queries; for own columns, those are queries of one row.
+Columns of left padding cost nothing.
 
 kernels/README.md, "How to read attention.py", explains the names and shows where the columns lie.
 """

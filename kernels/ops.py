@@ -178,7 +178,7 @@ def logits(h, W):
 
 
 def sample(logits, u=None, temperature=1.0):
-    """Choose a word of each row: logits (R, V), u (R,) uniform in [0, 1) -> word, log p, both (R,).
+    """Choose a word of each row: logits (R, V), u (R,) uniform in (0, 1) -> word, log p, both (R,).
 
     It is the first word at which the cumulative softmax(logits/temperature) reaches u. With u None
     it is the likeliest. Kernel: kernels/sampling.py.

@@ -27,7 +27,8 @@ BLOCK = 1024  # words of a block
 def sample(logits, u=None, temperature=1.0):
     """logits (R, V), u (R,) uniform in (0, 1) -> a word of each row (R,) and its log p (R,).
 
-    u None: the likeliest word. (u = 0 would be the first word, whatever its probability.)
+    u None: the likeliest word. (u = 0 would be the first word, whatever its probability, and a u·Z
+    that the sum misses by rounding is the last.)
     """
     logits = upcast(logits)
     if temperature != 1:

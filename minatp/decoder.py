@@ -96,8 +96,8 @@ def top_readings(decoder, z, eos, n, max_new):
         logp[..., eos] = -torch.inf
 
         # or go on with the n likeliest words of all beams
-        total, best = logp.flatten(1).topk(n)
-        parent, token = best // logp.shape[-1], best % logp.shape[-1]
+        total, chosen = logp.flatten(1).topk(n)
+        parent, token = chosen // logp.shape[-1], chosen % logp.shape[-1]
         ids = [
             [ids[row][b] + [word] for b, word in zip(parents, words)]
             for row, (parents, words) in enumerate(zip(parent.tolist(), token.tolist()))
@@ -106,7 +106,7 @@ def top_readings(decoder, z, eos, n, max_new):
         # a text only gets less likely as it grows: stop once no beam can overtake the n that have
         # ended
         best_open = total[:, 0].tolist()
-        if all(len(texts) == n and texts[-1][1] >= open_ for texts, open_ in zip(ended, best_open)):
+        if all(len(texts) == n and texts[-1][1] >= best for texts, best in zip(ended, best_open)):
             break
         first_row = torch.arange(N, device=z.device)[:, None] * n_beam
         cache.keep((first_row + parent).flatten())

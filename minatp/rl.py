@@ -40,7 +40,7 @@ def surrogate(logp, old, advantage, clip=0.2):
     """The clipped loss of each decision, whose gradient is the policy gradient (PPO, GRPO).
 
     logp, old (B, T), advantage (B, 1 or T) -> loss (B, T), clamped (B, T) bool: the ratio π/π_old
-    is outside 1 ± clip. (Its gradient is cut only where that favours the update.)
+    is outside 1 ± clip. (The gradient is 0 there only if the advantage would push it further out.)
 
     The log-ratio is first clipped to ± 3. If old is logp itself the ratio is 1 and the gradient is
     REINFORCE's, −advantage·∇logp.

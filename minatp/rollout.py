@@ -224,7 +224,7 @@ def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
             out.n_latent += thinks
         thinks.logical_and_(out.n_latent < limit)
 
-    # With CUDA graphs the host looks only every 4 latents whether all rows are done
+    # With CUDA graphs the host checks only about every 4 latents whether all rows are done
     count_done = DelayedCount(fixed_shape, every=math.ceil(4 / c))
     for s in range(n_step):
         if count_done(~thinks) == B:

@@ -161,7 +161,8 @@ def check_problems(cfg, splits, state):
     if state.setdefault("data", digest) != digest:
         raise UserError(
             f"{cfg.data or cfg.out}:0: the problems are not those that this run started with (was "
-            "a file changed?); restore them, or start again in another --out"
+            "a file changed, or the order of several?); restore them, or start again in another "
+            "--out"
         )
 
 

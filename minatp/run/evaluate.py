@@ -32,7 +32,7 @@ from .errors import UserError
 from .huggingface import load_model, locate, read_switches
 from .options import Parser, add_device_options
 from .problem_files import read_problems
-from .splits import describe_cut_off, encode_prompts, generate, test_set
+from .splits import describe_cut_off, encode_prompts, generate, paths_of, test_set
 from .terminal import print0, progress
 
 BATCH = 500  # problems at once
@@ -475,7 +475,8 @@ def check_latent_steps(folder, latent_steps):
 def problem_sets(args):
     """The sets of problems that the command line asks for: {their file, or "": a list}."""
     if args.file:
-        return {file: read_problems(file)[: args.problems or None] for file in args.file.split(",")}
+        files = paths_of("--file", args.file)
+        return {file: read_problems(file)[: args.problems or None] for file in files}
     if args.longer:
         return {"": generate("longer", args.problems or 3000, 0)}
 

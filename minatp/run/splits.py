@@ -9,6 +9,7 @@ it is spelled (data.normal_form).
 
 import hashlib
 import json
+import os
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,7 +185,8 @@ def split(cfg):
 def split_files(cfg, form=normal_form):
     """The Splits of --data, --val and --test. form: of the questions that are compared."""
     needs_answers = not (cfg.stage == "rl" and cfg.no_answers)
-    given = [p for path in cfg.data.split(",") for p in read_problems(path, needs_answers)]
+    paths = paths_of("--data", cfg.data)
+    given = [p for path in paths for p in read_problems(path, needs_answers)]
     random.Random(0).shuffle(given)  # the same split for every seed of a run
     given.sort(key=lambda p: not p.answer)  # first those with an answer: what is held out needs one
 
@@ -215,7 +217,7 @@ def hold_out(cfg, option, files, given):
     """
     if files:
         # Test sets are named after their files, in the log and in summary.json
-        paths = files.split(",")
+        paths = paths_of(option, files)
         sets = {Path(path).name: read_problems(path) for path in paths}
         if len(sets) < len(paths):
             raise UserError(
@@ -228,10 +230,30 @@ def hold_out(cfg, option, files, given):
     if n_with_answer <= cfg.val_size:
         lacking = "" if n_with_answer == len(given) else f" with an answer; give {option}"
         raise UserError(
-            f"{cfg.data}:1: has {n_with_answer} problems{lacking}, too few to hold out --val-size "
-            f"{cfg.val_size}"
+            f"{place_of(cfg)}: has {n_with_answer} problems{lacking}, too few to hold out "
+            f"--val-size {cfg.val_size}"
         )
     return {"held out": given[: cfg.val_size]}, given[cfg.val_size :]
+
+
+def paths_of(option, files):
+    """The paths in the value of an option, such as --data, separated by commas.
+
+    Raises UserError if one is empty or comes twice.
+    """
+    if os.path.exists(files):  # a name may have a comma
+        return [files]
+    paths = [path.strip() for path in files.split(",")]
+    if not all(paths) or len(set(paths)) < len(paths):
+        raise UserError(
+            f"command line: {option}: give each file once, separated by single commas: {files}"
+        )
+    return paths
+
+
+def place_of(cfg):
+    """Where to look for a mistake of all training problems, for a message."""
+    return "command line: --data" if len(paths_of("--data", cfg.data)) > 1 else f"{cfg.data}:1"
 
 
 def check_training(cfg, splits, kept):
@@ -241,11 +263,11 @@ def check_training(cfg, splits, kept):
     needs_steps = not is_rl or cfg.anchor or not kept
     if needs_steps and not splits.train:
         remedy = "; RL can do without them with --anchor 0" if is_rl else ""
-        raise UserError(f"{cfg.data}:1: no problem with steps is left to learn from{remedy}")
+        raise UserError(f"{place_of(cfg)}: no problem with steps is left to learn from{remedy}")
     if cfg.answers_share and not is_rl and all(p.steps for p in kept):
         raise UserError(
-            f"{cfg.data}:1: has no problem without steps for --answers-share {cfg.answers_share}; "
-            "drop the option"
+            f"{place_of(cfg)}: has no problem without steps for --answers-share "
+            f"{cfg.answers_share}; drop the option"
         )
 
 
@@ -295,7 +317,7 @@ def test_set(folder, n=0, seed=0):
 
     # Test files can be read by themselves; what was held out is found by splitting again
     if cfg.test:
-        tests = [read_problems(path) for path in cfg.test.split(",")]
+        tests = [read_problems(path) for path in paths_of("--test", cfg.test)]
     else:
         tests = split(cfg).tests.values()
     every_problem = [p for part in tests for p in part]

@@ -342,7 +342,11 @@ def test_training_problems_may_come_in_several_files(own_data, tmp_path, refused
     assert {p.source.rpartition(":")[0] for p in trained} == {f"{own_data}/d", f"{tmp_path}/e"}
     assert len(trained) == 47
 
-    # a mistake names its file
+    # a mistake of all of them has no line, and one of a file names it
+    few = [*TINY, "--data", f"{own_data / 'd'},{own_data / 't'}", "--val-size", 50, "--dry-run"]
+    refused(train.main, few, "command line: --data: ", "has 43 problems, too few")
+    for wrong in (f"{own_data / 'd'},", f"{own_data / 'd'},{own_data / 'd'}"):
+        refused(train.main, [*argv, "--data", wrong], "command line: --data: ", "each file once")
     both = f"{own_data / 'd'},{tmp_path / 'gone'}"
     refused(train.main, [*argv, "--data", both, "--dry-run"], f"{tmp_path / 'gone'}:0: ", "read")
 
