@@ -226,7 +226,7 @@ def explore(run, prompts, step):
     our_rows = distributed.shard(torch.arange(n_chain).view(-1, cfg.G)).flatten()
     noise = noise.at(our_rows, run.device)
 
-    # Think, stop and answer; then let φ read the latents. (`doing` is named if memory runs out)
+    # Think, stop and answer; then let φ read the latents. (`doing` says what, if memory runs out)
     length = prompt.shape[1] + model.c * model.K + 1 + run.max_new
     run.doing = Doing(f"rl, step {step + 1}", len(our_rows), length, "--batch-size or --G")
     with run.autocast:

@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+from kernels.sampling import sample
 from minatp import data, problems
 from minatp.decoder import read_thoughts
 from minatp.llama import KVCache, Llama
@@ -41,6 +42,15 @@ def prompts_of(tokenizer, n, seed):
 def draw(model, *args, **options):
     """Noise.draw, on the CPU."""
     return Noise.draw(model, *args, **options).at(device="cpu")
+
+
+def test_no_word_of_probability_0_is_drawn(model, monkeypatch):
+    """Even if the generator gives the least number that it can."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.zeros(shape))
+    u = draw(model, 1, 1, seed=0).token[0]
+    word, logp = sample(torch.tensor([[-torch.inf, 0.0, 0.0]]), u)
+    assert word == 1
+    assert logp.isfinite()
 
 
 @pytest.mark.parametrize("sampled", [False, True])
