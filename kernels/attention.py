@@ -28,9 +28,9 @@ Its index_add_ is atomic on a GPU.)
 
 Bytes, bf16: forward reads 2·2·d·h_kv a column. A prefix column is read once for all rows of a
 group, not once per row, if their queries fit into one tile; a larger group takes turns, each of
-which reads the column again. Backward also reads and writes the float32 buffers, 4·4·d·h_kv a
-column, and repeats all this for every 16 queries; for own columns, those are queries of one row.
-Columns of left padding cost nothing.
+which reads the column again. Own columns are read once for each row, and backward once for every 16
+of its queries. With each such read, backward also reads and writes the float32 buffers, 4·4·d·h_kv
+a column. Columns of left padding cost nothing.
 
 kernels/README.md, "How to read attention.py", explains the names and shows where the columns lie.
 """

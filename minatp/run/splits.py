@@ -79,7 +79,7 @@ def load_splits(cfg):
 def check_init(cfg, splits):
     """Raise UserError if --init was trained on a held-out question; add a note if it is unknown.
 
-    A resumed run has begun from it, so there it is no more than a note.
+    A resumed run has already started from it, so there a leak is only noted.
     """
     learned, why_unknown = learned_questions(cfg.init)
     held_out = questions_of(splits.held_out)
@@ -123,7 +123,7 @@ def learned_questions(folder):
     if cfg.init:
         questions, why_unknown = learned_questions(cfg.init)
 
-    # Which of its problems it has trained on: split them again as the run did
+    # To know which of its problems it has trained on, split them as the run did
     try:
         splits = split_as_begun(cfg, run)
     except UserError as e:  # its files have been moved or changed
@@ -139,8 +139,8 @@ def learned_questions(folder):
 def split_as_begun(cfg, run):
     """The Splits of the run in a folder, as they were when it began.
 
-    Before questions were compared in normal form, another spelling of one that is held out stayed
-    in training. The hash that the run has saved tells; without any, the normal form is assumed.
+    Before questions were compared in normal form, a held-out question in another spelling stayed in
+    training. The saved hash tells how a run has compared; without one, the normal form is assumed.
     """
     splits = split(cfg)
     saved = saved_fingerprint(run)
@@ -225,7 +225,7 @@ def hold_out(cfg, option, files, given):
             )
         return sets, given
 
-    # The first of them: they are shuffled, and those with an answer come first
+    # Take the first: they are shuffled, and those with an answer come first
     n_with_answer = sum(bool(p.answer) for p in given)
     if n_with_answer <= cfg.val_size:
         lacking = "" if n_with_answer == len(given) else f" with an answer; give {option}"
@@ -237,9 +237,9 @@ def hold_out(cfg, option, files, given):
 
 
 def paths_of(option, files):
-    """The paths in the value of an option, such as --data, separated by commas.
+    """The value of an option such as --data, paths separated by commas -> a list of paths.
 
-    Raises UserError if one is empty or comes twice.
+    Raises UserError if one is empty or is given twice.
     """
     if os.path.exists(files):  # a name may have a comma
         return [files]
@@ -252,7 +252,7 @@ def paths_of(option, files):
 
 
 def place_of(cfg):
-    """Where to look for a mistake of all training problems, for a message."""
+    """What an error message begins with if it is about the training problems as a whole."""
     return "command line: --data" if len(paths_of("--data", cfg.data)) > 1 else f"{cfg.data}:1"
 
 

@@ -32,7 +32,7 @@ def test_every_sentence_is_one(problems):
             assert re.fullmatch(r"[A-Z0-9].*[^.?][.?]", sentence), p
 
 
-def test_questions_differ_and_depend_on_the_seed_alone(problems):
+def test_problems_have_1_to_7_steps_and_depend_on_the_seed_alone(problems):
     questions = [p.question for p in problems]
     assert {1, 2, 3, 4} <= {len(p.steps) for p in problems} <= set(range(1, 8))
     assert stories.generate(2000, 1) == problems
