@@ -8,6 +8,10 @@ Reading: how well a linear probe (ridge regression) predicts a step's result fro
 latents, on problems that it was not fitted on. "as written": the result of the problem's own step
 in that place; "as φ reads it": the result in φ's words.
 
+Taking: what φ takes from a thought. Nats of a step's words, each given those before it, with the
+step's own thought and with that of another step in its place. Where both are low, φ works the words
+out from those before: that it writes a result does not show that the thought holds one.
+
 Using: accuracy of the greedy answer with no thoughts, with another problem's, or with noisy ones.
 """
 
@@ -16,7 +20,11 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.cross_entropy import IGNORE
+
 from .. import reward
+from ..data import pad
+from ..decoder import thought_nll
 from ..rollout import Forced, Noise
 from ..run import evaluate
 from ..run.device import autocast, pick_device, pick_dtype, place, solving_guard
@@ -61,6 +69,7 @@ def main(argv=None):
         report = {
             "run": args.run,
             "reading": reading(mean, problems, model.c, args.seed),
+            "taking": taking(model, tokenizer, mean, problems) if model.decode else [],
             "using": using(model, solve, mean, problems, args),
         }
     print0(json.dumps(report, indent=2) if args.json else table(report))
@@ -239,6 +248,56 @@ def r2(prediction, y):
     return float(1 - residual / (y - y.mean()).pow(2).sum().clamp(min=1e-30))
 
 
+# ---- taking --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def taking(model, tokenizer, chains, problems):
+    """−log p of the steps as written, in nats per step, by φ: a list of dicts, for the words up to
+    "=" and for those after it. "own": given the step's own thought; "other": another step's.
+    """
+    # The thoughts with a step in their place. (If there are more than K steps, the K-th thought
+    # stands for several)
+    c, K = model.c, model.K
+    z, steps, problem_of = [], [], []
+    for i, (chain, problem) in enumerate(zip(chains, problems)):
+        most = K if len(problem.steps) <= K else K - 1
+        n_step = min(chain.n_latent // c, len(problem.steps), most)
+        z += chain.z[: n_step * c].unflatten(0, (n_step, c)) if n_step else []
+        steps += problem.steps[:n_step]
+        problem_of += [i] * n_step
+    if len(set(problem_of)) < 2:
+        return []
+    z = torch.stack(z)  # (N, c, D)
+
+    # The words of each step, and those up to "=" alone
+    whole, up_to = [], []
+    encodings = tokenizer.backend.encode_batch(steps, add_special_tokens=False)
+    for step, encoding in zip(steps, encodings):
+        end = step.find("=") + 1 or len(step)
+        up_to.append([i for i, (_, last) in zip(encoding.ids, encoding.offsets) if last <= end])
+        whole.append([*encoding.ids, tokenizer.eos[0]])
+
+    # What the words after it cost is the difference. Half the steps away is another problem
+    size = {"n_steps": len(steps), "n_problems": len(set(problem_of))}
+    first, rest = {"words": "up to =", **size}, {"words": "after =", **size}
+    for name, thoughts in (("own", z), ("other", z.roll(len(z) // 2, 0))):
+        first[name] = nats(model, thoughts, up_to)
+        rest[name] = nats(model, thoughts, whole) - first[name]
+    return [first, rest]
+
+
+def nats(model, z, texts):
+    """The mean −log p of texts, lists of ids, given the thoughts z (N, c, D)."""
+    total = 0.0
+    for i in range(0, len(z), 256):
+        text = pad(texts[i : i + 256], IGNORE).to(model.device)
+        text_at = (text != IGNORE).nonzero(as_tuple=True)
+        latents = z[i : i + 256].to(model.device)
+        total += float(thought_nll(model.decoder, latents, text, text_at).sum())
+    return total / len(z)
+
+
 # ---- using ---------------------------------------------------------------------------------------
 
 
@@ -334,6 +393,16 @@ def table(report):
         lines.append(
             f"{row['result']:32} {row['r2']:6.3f}  {row['accuracy']:8.1%}  "
             f"{evaluate.interval(row)}  {row['commonest']:9.1%}  "
+            f"{row['n_steps']} ({row['n_problems']})"
+        )
+
+    # Taking
+    if report["taking"]:
+        columns = f"{'own thought':>11}  {'another':>8}  steps (problems)"
+        lines += ["", f"{'words that φ writes, nats':32} {columns}"]
+    for row in report["taking"]:
+        lines.append(
+            f"{row['words']:32} {row['own']:11.3f}  {row['other']:8.3f}  "
             f"{row['n_steps']} ({row['n_problems']})"
         )
 

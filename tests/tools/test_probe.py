@@ -1,10 +1,12 @@
 """The probe, and evaluation side by side: the numbers are those of the data they were made from."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from minatp.decoder import thought_nll
 from minatp.run import evaluate
 from minatp.run.huggingface import load_model, save_model
 from minatp.tools import probe
@@ -68,10 +70,51 @@ def test_the_probe_of_a_run(folder, capsys):
     assert own["same_answer"] == 1
     assert max(zero["same_answer"], rows["σ × 8"]["same_answer"]) < 1
 
+    assert [row["words"] for row in report["taking"]] == ["up to =", "after ="]
+
     table = probe.table(report)
-    assert table.count("\n") >= 12
+    assert table.count("\n") >= 16
+    assert "words that φ writes" in table
     assert "no thoughts" in table
     assert "the other problem's answer:" in table
+
+
+def test_what_phi_takes_from_a_thought_is_its_loss_in_two_parts(solved):
+    model, tokenizer = solved.model, solved.tokenizer
+    up_to, after = probe.taking(model, tokenizer, solved.mean, solved.problems)
+
+    # One step at a time, with its own thought and with that of the step half the list away
+    thoughts, steps = [], []
+    for chain, problem in zip(solved.mean, solved.problems):
+        # K = c = 2: of three steps or more, the second thought stands for several
+        n_step = min(chain.n_latent // 2, 2 if len(problem.steps) <= 2 else 1, len(problem.steps))
+        thoughts += [chain.z[2 * t : 2 * t + 2] for t in range(n_step)]
+        steps += problem.steps[:n_step]
+
+    def mean_nll(texts, shift):
+        total = 0.0
+        for i, ids in enumerate(texts):
+            text = torch.tensor([ids])
+            all_of_it = (text >= 0).nonzero(as_tuple=True)
+            with torch.no_grad():
+                nll = thought_nll(model.decoder, thoughts[i - shift][None], text, all_of_it)
+            total += float(nll)
+        return total / len(texts)
+
+    whole = [[*tokenizer.encode(step), tokenizer.eos[0]] for step in steps]
+    first = [tokenizer.encode(step.partition("=")[0] + "=") for step in steps]
+    for name, shift in (("own", 0), ("other", len(steps) // 2)):
+        of_first = mean_nll(first, shift)
+        of_rest = mean_nll(whole, shift) - of_first
+        assert up_to[name] == pytest.approx(of_first, rel=1e-4)
+        assert after[name] == pytest.approx(of_rest, rel=1e-3)
+    assert up_to["n_steps"] == after["n_steps"] == len(steps)
+
+    # φ takes nothing from thoughts that are all alike
+    alike = [replace(chain, z=torch.ones_like(chain.z)) for chain in solved.mean]
+    for row in probe.taking(model, tokenizer, alike, solved.problems):
+        assert row["own"] == pytest.approx(row["other"], rel=1e-5)
+    assert up_to["own"] != pytest.approx(up_to["other"], rel=1e-3)
 
 
 def test_a_probe_needs_ten_problems(folder, capsys):
