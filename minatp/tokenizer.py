@@ -40,20 +40,22 @@ class Tokenizer:
     def encode_batch(self, texts):
         return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
 
+    def encode_split(self, texts, at):
+        """Of each text its ids, and how many of them end at or before the character at[i]."""
+        encoded = []
+        encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        for encoding, character in zip(encodings, at):
+            n_before = sum(end <= character for _, end in encoding.offsets)
+            encoded.append((encoding.ids, n_before))
+        return encoded
+
     def encode_answers(self, answers):
         """ "### " + answer, of each of some answers -> (its ids, how many come before the answer).
 
         The first token that covers a character of the answer may cover some of "### " as well.
         """
-        encodings = self.backend.encode_batch(
-            ["### " + answer for answer in answers], add_special_tokens=False
-        )
-        encoded = []
-        for e in encodings:
-            ends = [end for _, end in e.offsets]
-            n_before = sum(end <= len("### ") for end in ends)
-            encoded.append((e.ids, n_before))
-        return encoded
+        texts = ["### " + answer for answer in answers]
+        return self.encode_split(texts, [len("### ")] * len(texts))
 
     def decode(self, ids):
         return self.backend.decode([i for i in ids if i not in self.eos], skip_special_tokens=False)

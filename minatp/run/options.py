@@ -65,7 +65,7 @@ PRESETS = {
     # the rest of tiny are the defaults of the options below
     "tiny": dict(c=1),
     # A small published model, for a CPU (docs/pretrained.md has the trials). φ has all layers: the
-    # lower fifth cannot write words at first, and its loss begins seven times as high
+    # lower fifth cannot write words at first, and its loss is five times as high in stage 1
     "smollm2-135m": dict(
         # SmolLM2-135M-Instruct's sizes
         n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536,

@@ -8,14 +8,15 @@ Reading: how well a linear probe (ridge regression) predicts a step's result fro
 latents, on problems that it was not fitted on. "as written": the result of the problem's own step
 in that place; "as φ reads it": the result in φ's words.
 
-Taking: what φ takes from a thought. Nats of a step's words, each given those before it, with the
-step's own thought and with that of another step in its place. Where both are low, φ works the words
-out from those before: that it writes a result does not show that the thought holds one.
+Taking: what φ takes from a thought. Nats of a step's words, each given those before it and the
+step's own thought, the mean thought, or another step's. Where all are low, φ works the words out
+from those before: that it writes a result does not show that the thought holds one.
 
 Using: accuracy of the greedy answer with no thoughts, with another problem's, or with noisy ones.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,7 @@ def main(argv=None):
         report = {
             "run": args.run,
             "reading": reading(mean, problems, model.c, args.seed),
-            "taking": taking(model, tokenizer, mean, problems) if model.decode else [],
+            "taking": taking(model, tokenizer, mean, problems),
             "using": using(model, solve, mean, problems, args),
         }
     print0(json.dumps(report, indent=2) if args.json else table(report))
@@ -126,7 +127,7 @@ def reading(chains, problems, c, seed):
     thoughts = [(i, t) for i, chain in enumerate(chains) for t in range(chain.n_latent // c)]
     problem_of = torch.tensor([i for i, _ in thoughts])
 
-    # What a thought should hold: the result of the problem's own step in that place, or of what φ
+    # What a thought may hold: the result of the problem's own step in that place, or of what φ
     # reads in it (without φ there are no results, and that probe is left out)
     sources = {
         "as written": [problem.steps for problem in problems],
@@ -251,51 +252,68 @@ def r2(prediction, y):
 # ---- taking --------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def taking(model, tokenizer, chains, problems):
-    """−log p of the steps as written, in nats per step, by φ: a list of dicts, for the words up to
-    "=" and for those after it. "own": given the step's own thought; "other": another step's.
+    """What φ takes from a thought: a list of dicts, for the words of a step up to its last "=" and
+    for those after it. (A token that covers more than "=" counts as after it.)
+
+    "own", "mean", "other": −log p of these words, in nats per step, given the words before them and
+    the step's own thought, the mean of all thoughts, and the thought of another problem's step.
+    "more": other − own, and "more_se" its standard error over the problems.
+
+    The steps are as written, and the thoughts the model's own: where π has erred, they differ.
     """
-    # The thoughts with a step in their place. (If there are more than K steps, the K-th thought
-    # stands for several)
-    c, K = model.c, model.K
-    z, steps, problem_of = [], [], []
-    for i, (chain, problem) in enumerate(zip(chains, problems)):
-        most = K if len(problem.steps) <= K else K - 1
-        n_step = min(chain.n_latent // c, len(problem.steps), most)
-        z += chain.z[: n_step * c].unflatten(0, (n_step, c)) if n_step else []
-        steps += problem.steps[:n_step]
-        problem_of += [i] * n_step
-    if len(set(problem_of)) < 2:
+    if not model.decode:
         return []
-    z = torch.stack(z)  # (N, c, D)
 
-    # The words of each step, and those up to "=" alone
-    whole, up_to = [], []
-    encodings = tokenizer.backend.encode_batch(steps, add_special_tokens=False)
-    for step, encoding in zip(steps, encodings):
-        end = step.find("=") + 1 or len(step)
-        up_to.append([i for i, (_, last) in zip(encoding.ids, encoding.offsets) if last <= end])
-        whole.append([*encoding.ids, tokenizer.eos[0]])
+    # The thoughts with a step in their place that has a result. (If there are more than K steps,
+    # the K-th thought stands for several)
+    c, K = model.c, model.K
+    thoughts, steps, problem_of = [], [], []
+    for i, (chain, problem) in enumerate(zip(chains, problems)):
+        n_step = len(problem.steps) if len(problem.steps) <= K else K - 1
+        for t, step in enumerate(problem.steps[: min(n_step, chain.n_latent // c)]):
+            if reward.result(step) is not None:
+                thoughts.append(chain.z[c * t : c * t + c])
+                steps.append(step)
+                problem_of.append(i)
 
-    # What the words after it cost is the difference. Half the steps away is another problem
-    size = {"n_steps": len(steps), "n_problems": len(set(problem_of))}
-    first, rest = {"words": "up to =", **size}, {"words": "after =", **size}
-    for name, thoughts in (("own", z), ("other", z.roll(len(z) // 2, 0))):
-        first[name] = nats(model, thoughts, up_to)
-        rest[name] = nats(model, thoughts, whole) - first[name]
-    return [first, rest]
+    # Half the list away is another problem, unless one problem has more than half of the steps
+    N, n_of_problem = len(steps), Counter(problem_of)
+    if max(n_of_problem.values(), default=1) > N // 2:
+        return []
+    z = torch.stack(thoughts)  # (N, c, D)
+    given = {"own": z, "mean": z.mean(0).expand_as(z), "other": z.roll(N // 2, 0)}
+
+    texts = tokenizer.encode_split(steps, [step.rindex("=") + 1 for step in steps])
+    nll = {name: step_nll(model, z, texts, tokenizer.eos[0]) for name, z in given.items()}
+    rows = []
+    for part, words in enumerate(("up to =", "after =")):
+        more = nll["other"][:, part] - nll["own"][:, part]
+        of_problem = torch.zeros(len(problems), dtype=more.dtype)
+        of_problem.index_add_(0, torch.tensor(problem_of), more - more.mean())
+        row = {"words": words, **{name: float(x[:, part].mean()) for name, x in nll.items()}}
+        row |= {"more": float(more.mean()), "more_se": float(of_problem.norm() / N)}
+        rows.append({**row, "n_steps": N, "n_problems": len(n_of_problem)})
+    return rows
 
 
-def nats(model, z, texts):
-    """The mean −log p of texts, lists of ids, given the thoughts z (N, c, D)."""
-    total = 0.0
-    for i in range(0, len(z), 256):
-        text = pad(texts[i : i + 256], IGNORE).to(model.device)
-        text_at = (text != IGNORE).nonzero(as_tuple=True)
-        latents = z[i : i + 256].to(model.device)
-        total += float(thought_nll(model.decoder, latents, text, text_at).sum())
-    return total / len(z)
+@torch.no_grad()
+def step_nll(model, z, texts, eos):
+    """φ's −log p of N steps in two parts, given thoughts z (N, c, D) -> (N, 2), float64.
+
+    texts: of each step its ids, and how many of them are the first part.
+    """
+    parts = []
+    for i in range(0, len(z), 64):
+        some = texts[i : i + 64]
+        text = pad([[*ids, eos] for ids, _ in some], IGNORE)
+        n_first = torch.tensor([n for _, n in some])
+        is_first = torch.arange(text.shape[1]) < n_first[:, None]
+        latents, text = z[i : i + 64].to(model.device), text.to(model.device)
+        for chosen in (is_first, ~is_first):
+            at = (chosen.to(text.device) & (text != IGNORE)).nonzero(as_tuple=True)
+            parts.append(thought_nll(model.decoder, latents, text, at).double().cpu())
+    return torch.stack((torch.cat(parts[::2]), torch.cat(parts[1::2])), 1)
 
 
 # ---- using ---------------------------------------------------------------------------------------
@@ -398,12 +416,15 @@ def table(report):
 
     # Taking
     if report["taking"]:
-        columns = f"{'own thought':>11}  {'another':>8}  steps (problems)"
-        lines += ["", f"{'words that φ writes, nats':32} {columns}"]
+        columns = (
+            f"{'own thought':>11}  {'mean thought':>12}  {'another':>8}  {'more than own':>15}"
+        )
+        lines += ["", f"{'words that φ writes, nats':32} {columns}  steps (problems)"]
     for row in report["taking"]:
+        more = f"{row['more']:.3f} ± {row['more_se']:.3f}"
         lines.append(
-            f"{row['words']:32} {row['own']:11.3f}  {row['other']:8.3f}  "
-            f"{row['n_steps']} ({row['n_problems']})"
+            f"{row['words']:32} {row['own']:11.3f}  {row['mean']:12.3f}  {row['other']:8.3f}  "
+            f"{more:>15}  {row['n_steps']} ({row['n_problems']})"
         )
 
     # Using

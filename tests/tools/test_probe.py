@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,41 +81,68 @@ def test_the_probe_of_a_run(folder, capsys):
 
 
 def test_what_phi_takes_from_a_thought_is_its_loss_in_two_parts(solved):
+    """K = 2 and c = 2: chains of two thoughts, one, one, two and none."""
     model, tokenizer = solved.model, solved.tokenizer
-    up_to, after = probe.taking(model, tokenizer, solved.mean, solved.problems)
+    steps_of = [
+        ["<<1+2=3>>", "<<3+4=7>>"],
+        ["x=5+2=7"],
+        ["a step without a result"],
+        ["<<2*2=4>>", "<<4*2=8>>", "<<8*2=16>>"],  # the second thought stands for two steps
+        ["<<9-1=8>>"],
+    ]
+    g = torch.Generator().manual_seed(0)
+    D = model.policy.cfg.n_embd
+    chains = [
+        replace(solved.mean[0], n_latent=n, z=torch.randn(n, D, generator=g))
+        for n in (4, 2, 2, 4, 0)
+    ]
+    problems = [replace(solved.problems[0], steps=steps) for steps in steps_of]
 
-    # One step at a time, with its own thought and with that of the step half the list away
-    thoughts, steps = [], []
-    for chain, problem in zip(solved.mean, solved.problems):
-        # K = c = 2: of three steps or more, the second thought stands for several
-        n_step = min(chain.n_latent // 2, 2 if len(problem.steps) <= 2 else 1, len(problem.steps))
-        thoughts += [chain.z[2 * t : 2 * t + 2] for t in range(n_step)]
-        steps += problem.steps[:n_step]
+    # The steps that count, their first parts, and their thoughts
+    steps = ["<<1+2=3>>", "<<3+4=7>>", "x=5+2=7", "<<2*2=4>>"]
+    firsts = ["<<1+2=", "<<3+4=", "x=5+2=", "<<2*2="]
+    own = [chains[0].z[:2], chains[0].z[2:], chains[1].z, chains[3].z[:2]]
+    mean = [sum(own) / 4] * 4
+    other = own[2:] + own[:2]  # of another problem each
 
-    def mean_nll(texts, shift):
-        total = 0.0
-        for i, ids in enumerate(texts):
-            text = torch.tensor([ids])
-            all_of_it = (text >= 0).nonzero(as_tuple=True)
+    def nll(thoughts, texts, eos=()):
+        values = []
+        for z, text in zip(thoughts, texts):
+            ids = torch.tensor([[*tokenizer.encode(text), *eos]])
+            all_of_it = (ids >= 0).nonzero(as_tuple=True)
             with torch.no_grad():
-                nll = thought_nll(model.decoder, thoughts[i - shift][None], text, all_of_it)
-            total += float(nll)
-        return total / len(texts)
+                values.append(float(thought_nll(model.decoder, z[None], ids, all_of_it)))
+        return torch.tensor(values, dtype=torch.float64)
 
-    whole = [[*tokenizer.encode(step), tokenizer.eos[0]] for step in steps]
-    first = [tokenizer.encode(step.partition("=")[0] + "=") for step in steps]
-    for name, shift in (("own", 0), ("other", len(steps) // 2)):
-        of_first = mean_nll(first, shift)
-        of_rest = mean_nll(whole, shift) - of_first
-        assert up_to[name] == pytest.approx(of_first, rel=1e-4)
-        assert after[name] == pytest.approx(of_rest, rel=1e-3)
-    assert up_to["n_steps"] == after["n_steps"] == len(steps)
+    up_to, after = probe.taking(model, tokenizer, chains, problems)
+    for name, thoughts in (("own", own), ("mean", mean), ("other", other)):
+        first = nll(thoughts, firsts)
+        rest = nll(thoughts, steps, tokenizer.eos[:1]) - first
+        assert up_to[name] == pytest.approx(float(first.mean()), rel=1e-5)
+        assert after[name] == pytest.approx(float(rest.mean()), rel=1e-4)
+    for row in (up_to, after):
+        assert row["more"] == pytest.approx(row["other"] - row["own"])
+        assert (row["n_steps"], row["n_problems"]) == (4, 3)
 
-    # φ takes nothing from thoughts that are all alike
-    alike = [replace(chain, z=torch.ones_like(chain.z)) for chain in solved.mean]
-    for row in probe.taking(model, tokenizer, alike, solved.problems):
-        assert row["own"] == pytest.approx(row["other"], rel=1e-5)
-    assert up_to["own"] != pytest.approx(up_to["other"], rel=1e-3)
+    # The standard error of the difference, with the steps of a problem taken together
+    apart = nll(other, firsts) - nll(own, firsts)
+    apart -= apart.mean()
+    of_problem = torch.stack((apart[0] + apart[1], apart[2], apart[3]))
+    assert up_to["more_se"] == pytest.approx(float(of_problem.norm()) / 4, rel=1e-4)
+
+
+def test_without_steps_of_several_problems_nothing_can_be_taken(solved, folder, capsys):
+    model, tokenizer = solved.model, solved.tokenizer
+    chain, problem = replace(solved.mean[0], n_latent=2, z=torch.ones(2, 64)), solved.problems[0]
+    assert probe.taking(model, tokenizer, [], []) == []
+    assert probe.taking(model, tokenizer, [chain], [problem]) == []
+    silent = SimpleNamespace(decode=False)
+    assert probe.taking(silent, tokenizer, solved.mean, solved.problems) == []
+
+    # The table then leaves these lines out
+    run(probe.main, folder, "--problems", 24, "--max-new", 6, "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert "words that φ writes" not in probe.table({**report, "taking": []})
 
 
 def test_a_probe_needs_ten_problems(folder, capsys):
