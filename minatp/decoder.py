@@ -34,10 +34,15 @@ def opening(decoder, z):
 
 
 def thought_nll(decoder, z, text, text_at):
-    """−log p of the text of each step, summed over its tokens.
+    """−log p of the text of each step, summed over its tokens: (N,). As `token_nll`."""
+    return token_nll(decoder, z, text, text_at).sum(1)
+
+
+def token_nll(decoder, z, text, text_at):
+    """−log p of each token of the text of each step, 0 where padded: (N, Ts).
 
     z (N, c, D): the step's latents. text (N, Ts): the step's ids and eos, IGNORE where padded.
-    text_at: where `text` has an id, (rows, columns). Returns (N,).
+    text_at: where `text` has an id, (rows, columns).
     """
     # φ reads the latents, then the text up to its last id
     thought, all_real = opening(decoder, z)
@@ -47,7 +52,7 @@ def thought_nll(decoder, z, text, text_at):
     # the hidden state after the last latent predicts the first id
     h = decoder(x, mask, decoder.cache(*x.shape[:2]), last=text.shape[1])  # (N, Ts, D)
     nll = decoder.nll(h[text_at], text[text_at])
-    return nll.new_zeros(text.shape).index_put(text_at, nll).sum(1)
+    return nll.new_zeros(text.shape).index_put(text_at, nll)
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ METHODS = {
 PRESETS = {
     # the rest of tiny are the defaults of the options below
     "tiny": dict(c=1),
-    # A small published model, for a CPU (docs/pretrained.md has the trials). φ has all layers: the
+    # A small published model, for a CPU (docs/latents.md has the trials). φ has all layers: the
     # lower fifth cannot write words at first, and its loss is five times as high in stage 1
     "smollm2-135m": dict(
         # SmolLM2-135M-Instruct's sizes

@@ -25,7 +25,7 @@ from kernels.cross_entropy import IGNORE
 
 from .. import reward
 from ..data import pad
-from ..decoder import thought_nll
+from ..decoder import token_nll
 from ..rollout import Forced, Noise
 from ..run import evaluate
 from ..run.device import autocast, pick_device, pick_dtype, place, solving_guard
@@ -254,66 +254,80 @@ def r2(prediction, y):
 
 def taking(model, tokenizer, chains, problems):
     """What φ takes from a thought: a list of dicts, for the words of a step up to its last "=" and
-    for those after it. (A token that covers more than "=" counts as after it.)
+    for those after it. [] without φ, or if one problem has more than half of the steps.
 
     "own", "mean", "other": −log p of these words, in nats per step, given the words before them and
-    the step's own thought, the mean of all thoughts, and the thought of another problem's step.
+    the step's own thought, the mean of all these thoughts, and that of another problem's step.
     "more": other − own, and "more_se" its standard error over the problems.
 
     The steps are as written, and the thoughts the model's own: where π has erred, they differ.
     """
     if not model.decode:
         return []
+    z, steps, problem_of = thoughts_with_steps(model, chains, problems)
 
-    # The thoughts with a step in their place that has a result. (If there are more than K steps,
-    # the K-th thought stands for several)
+    # Half the list away is another problem, unless one problem has more than half of the steps
+    N, n_of_problem = len(steps), Counter(problem_of)
+    if max(n_of_problem.values(), default=1) > N // 2:
+        return []
+    z = torch.stack(z)  # (N, c, D)
+    given = {"own": z, "mean": z.mean(0).expand_as(z), "other": z.roll(N // 2, 0)}
+
+    # (a token that covers more than "=" counts as after it)
+    texts = tokenizer.encode_split(steps, [step.rindex("=") + 1 for step in steps])
+    nll = {name: step_nll(model, x, texts, tokenizer.eos[0]) for name, x in given.items()}
+    rows = []
+    for part, words in enumerate(("up to =", "after =")):
+        more = nll["other"][:, part] - nll["own"][:, part]
+        row = {"words": words, **{name: float(x[:, part].mean()) for name, x in nll.items()}}
+        row |= {"more": float(more.mean()), "more_se": standard_error(more, problem_of)}
+        rows.append({**row, "n_steps": N, "n_problems": len(n_of_problem)})
+    return rows
+
+
+def thoughts_with_steps(model, chains, problems):
+    """The thoughts that have a step in their place, as written, with a result.
+
+    Returns three lists: the thoughts (c, D), the steps, and the index of the problem of each.
+    """
     c, K = model.c, model.K
     thoughts, steps, problem_of = [], [], []
     for i, (chain, problem) in enumerate(zip(chains, problems)):
+        # If there are more than K steps, the K-th thought stands for several
         n_step = len(problem.steps) if len(problem.steps) <= K else K - 1
         for t, step in enumerate(problem.steps[: min(n_step, chain.n_latent // c)]):
             if reward.result(step) is not None:
                 thoughts.append(chain.z[c * t : c * t + c])
                 steps.append(step)
                 problem_of.append(i)
-
-    # Half the list away is another problem, unless one problem has more than half of the steps
-    N, n_of_problem = len(steps), Counter(problem_of)
-    if max(n_of_problem.values(), default=1) > N // 2:
-        return []
-    z = torch.stack(thoughts)  # (N, c, D)
-    given = {"own": z, "mean": z.mean(0).expand_as(z), "other": z.roll(N // 2, 0)}
-
-    texts = tokenizer.encode_split(steps, [step.rindex("=") + 1 for step in steps])
-    nll = {name: step_nll(model, z, texts, tokenizer.eos[0]) for name, z in given.items()}
-    rows = []
-    for part, words in enumerate(("up to =", "after =")):
-        more = nll["other"][:, part] - nll["own"][:, part]
-        of_problem = torch.zeros(len(problems), dtype=more.dtype)
-        of_problem.index_add_(0, torch.tensor(problem_of), more - more.mean())
-        row = {"words": words, **{name: float(x[:, part].mean()) for name, x in nll.items()}}
-        row |= {"more": float(more.mean()), "more_se": float(of_problem.norm() / N)}
-        rows.append({**row, "n_steps": N, "n_problems": len(n_of_problem)})
-    return rows
+    return thoughts, steps, problem_of
 
 
 @torch.no_grad()
 def step_nll(model, z, texts, eos):
-    """φ's −log p of N steps in two parts, given thoughts z (N, c, D) -> (N, 2), float64.
+    """φ's −log p of N steps in two parts, given thoughts z (N, c, D) -> (N, 2).
 
     texts: of each step its ids, and how many of them are the first part.
     """
     parts = []
     for i in range(0, len(z), 64):
         some = texts[i : i + 64]
-        text = pad([[*ids, eos] for ids, _ in some], IGNORE)
+        text = pad([[*ids, eos] for ids, _ in some], IGNORE).to(model.device)
+        text_at = (text != IGNORE).nonzero(as_tuple=True)
+        latents = z[i : i + 64].to(model.device)
+        nll = token_nll(model.decoder, latents, text, text_at).double().cpu()  # (n, Ts)
+
         n_first = torch.tensor([n for _, n in some])
-        is_first = torch.arange(text.shape[1]) < n_first[:, None]
-        latents, text = z[i : i + 64].to(model.device), text.to(model.device)
-        for chosen in (is_first, ~is_first):
-            at = (chosen.to(text.device) & (text != IGNORE)).nonzero(as_tuple=True)
-            parts.append(thought_nll(model.decoder, latents, text, at).double().cpu())
-    return torch.stack((torch.cat(parts[::2]), torch.cat(parts[1::2])), 1)
+        is_first = torch.arange(nll.shape[1]) < n_first[:, None]
+        parts.append(torch.stack(((nll * is_first).sum(1), (nll * ~is_first).sum(1)), 1))
+    return torch.cat(parts)
+
+
+def standard_error(x, group):
+    """Of the mean of x (N,), whose entries of one group are not independent. group: N indices."""
+    of_group = torch.zeros(max(group) + 1, dtype=x.dtype)
+    of_group.index_add_(0, torch.tensor(group), x - x.mean())
+    return float(of_group.norm() / len(x))
 
 
 # ---- using ---------------------------------------------------------------------------------------

@@ -177,6 +177,14 @@ TOKENIZERS = {
 }
 
 
+def test_a_token_that_covers_the_place_of_a_split_comes_after_it():
+    tokenizer = byte_level("9=-5")
+    (first, n_first), (second, n_second) = tokenizer.encode_split(["4-9=-5", "4+9=13"], [4, 4])
+    assert [tokenizer.decode([i]) for i in first] == ["4", "-", "9", "=-", "5"]
+    assert n_first == 3
+    assert tokenizer.decode(second[:n_second]) == "4+9="
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_position_is_the_last_before_a_character_of_the_answer(name):
     """Found a second time from the text of each id, for the whole problem and for a part of it."""
