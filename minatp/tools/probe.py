@@ -1,4 +1,4 @@
-"""What a run's latents hold, and whether its answers need them: one table of numbers.
+"""What a run's latents hold, and whether its answers need them, in numbers.
 
     python -m minatp.probe out/sft                  on the run's test set
     python -m minatp.probe out/sft --file FILE      on problems of your own
@@ -8,9 +8,9 @@ Reading: how well a linear probe (ridge regression) predicts a step's result fro
 latents, on problems that it was not fitted on. "as written": the result of the problem's own step
 in that place; "as φ reads it": the result in φ's words.
 
-Taking: what φ takes from a thought. Nats of a step's words, each given those before it and the
-step's own thought, the mean thought, or another step's. Where all are low, φ works the words out
-from those before: that it writes a result does not show that the thought holds one.
+Decoding: what φ takes from a thought. The loss of a step as written, in nats, given the step's own
+thought, the mean thought, or another problem's. Where all three are low, φ infers the words from
+those before them: a result that φ writes need not come from the thought.
 
 Using: accuracy of the greedy answer with no thoughts, with another problem's, or with noisy ones.
 """
@@ -70,7 +70,7 @@ def main(argv=None):
         report = {
             "run": args.run,
             "reading": reading(mean, problems, model.c, args.seed),
-            "taking": taking(model, tokenizer, mean, problems),
+            "decoding": decoding(model, tokenizer, mean, problems),
             "using": using(model, solve, mean, problems, args),
         }
     print0(json.dumps(report, indent=2) if args.json else table(report))
@@ -249,31 +249,31 @@ def r2(prediction, y):
     return float(1 - residual / (y - y.mean()).pow(2).sum().clamp(min=1e-30))
 
 
-# ---- taking --------------------------------------------------------------------------------------
+# ---- decoding ------------------------------------------------------------------------------------
 
 
-def taking(model, tokenizer, chains, problems):
-    """What φ takes from a thought: a list of dicts, for the words of a step up to its last "=" and
-    for those after it. [] without φ, or if one problem has more than half of the steps.
+def decoding(model, tokenizer, chains, problems):
+    """What φ takes from a thought: a dict for the words of a step up to its last "=", and one for
+    the words after it. [] without φ, or if one problem has more than half of the steps.
 
-    "own", "mean", "other": −log p of these words, in nats per step, given the words before them and
-    the step's own thought, the mean of all these thoughts, and that of another problem's step.
-    "more": other − own, and "more_se" its standard error over the problems.
+    chains: a list of Chain, with z. The dicts have −log p of the words, a mean over the steps in
+    nats, given the step's own thought ("own"), the mean of all thoughts ("mean"), and the thought
+    of another problem ("other"); then other − own ("more") and its standard error ("more_se").
 
-    The steps are as written, and the thoughts the model's own: where π has erred, they differ.
+    The steps are as written, and the thoughts are the model's. So where π has erred, "own" is high.
     """
     if not model.decode:
         return []
-    z, steps, problem_of = thoughts_with_steps(model, chains, problems)
+    thoughts, steps, problem_of = thoughts_with_steps(model, chains, problems)
 
-    # Half the list away is another problem, unless one problem has more than half of the steps
+    # The thought half the list away is another problem's, unless one has more than half the list
     N, n_of_problem = len(steps), Counter(problem_of)
     if max(n_of_problem.values(), default=1) > N // 2:
         return []
-    z = torch.stack(z)  # (N, c, D)
+    z = torch.stack(thoughts)  # (N, c, D)
     given = {"own": z, "mean": z.mean(0).expand_as(z), "other": z.roll(N // 2, 0)}
 
-    # (a token that covers more than "=" counts as after it)
+    # The loss of each part of each step. (A token that covers more than "=" is in the second part)
     texts = tokenizer.encode_split(steps, [step.rindex("=") + 1 for step in steps])
     nll = {name: step_nll(model, x, texts, tokenizer.eos[0]) for name, x in given.items()}
     rows = []
@@ -286,9 +286,9 @@ def taking(model, tokenizer, chains, problems):
 
 
 def thoughts_with_steps(model, chains, problems):
-    """The thoughts that have a step in their place, as written, with a result.
+    """The thoughts for which the problem has a step, as written, with a result.
 
-    Returns three lists: the thoughts (c, D), the steps, and the index of the problem of each.
+    Returns three lists of N: the thoughts (c, D), their steps, and the indices of their problems.
     """
     c, K = model.c, model.K
     thoughts, steps, problem_of = [], [], []
@@ -305,9 +305,9 @@ def thoughts_with_steps(model, chains, problems):
 
 @torch.no_grad()
 def step_nll(model, z, texts, eos):
-    """φ's −log p of N steps in two parts, given thoughts z (N, c, D) -> (N, 2).
+    """φ's −log p of N steps, each in two parts, given thoughts z (N, c, D) -> (N, 2).
 
-    texts: of each step its ids, and how many of them are the first part.
+    texts: N pairs, the ids of a step and how many of them are the first part. eos ends the second.
     """
     parts = []
     for i in range(0, len(z), 64):
@@ -324,7 +324,7 @@ def step_nll(model, z, texts, eos):
 
 
 def standard_error(x, group):
-    """Of the mean of x (N,), whose entries of one group are not independent. group: N indices."""
+    """Of the mean of x (N,), whose entries may be correlated within a group. group: N indices."""
     of_group = torch.zeros(max(group) + 1, dtype=x.dtype)
     of_group.index_add_(0, torch.tensor(group), x - x.mean())
     return float(of_group.norm() / len(x))
@@ -428,13 +428,11 @@ def table(report):
             f"{row['n_steps']} ({row['n_problems']})"
         )
 
-    # Taking
-    if report["taking"]:
-        columns = (
-            f"{'own thought':>11}  {'mean thought':>12}  {'another':>8}  {'more than own':>15}"
-        )
+    # Decoding
+    if report["decoding"]:
+        columns = f"{'own thought':>11}  {'mean thought':>12}  {'other':>8}  {'other − own':>15}"
         lines += ["", f"{'words that φ writes, nats':32} {columns}  steps (problems)"]
-    for row in report["taking"]:
+    for row in report["decoding"]:
         more = f"{row['more']:.3f} ± {row['more_se']:.3f}"
         lines.append(
             f"{row['words']:32} {row['own']:11.3f}  {row['mean']:12.3f}  {row['other']:8.3f}  "

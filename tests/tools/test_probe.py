@@ -71,7 +71,7 @@ def test_the_probe_of_a_run(folder, capsys):
     assert own["same_answer"] == 1
     assert max(zero["same_answer"], rows["σ × 8"]["same_answer"]) < 1
 
-    assert [row["words"] for row in report["taking"]] == ["up to =", "after ="]
+    assert [row["words"] for row in report["decoding"]] == ["up to =", "after ="]
 
     table = probe.table(report)
     assert table.count("\n") >= 16
@@ -114,7 +114,7 @@ def test_what_phi_takes_from_a_thought_is_its_loss_in_two_parts(solved):
                 values.append(float(thought_nll(model.decoder, z[None], ids, all_of_it)))
         return torch.tensor(values, dtype=torch.float64)
 
-    up_to, after = probe.taking(model, tokenizer, chains, problems)
+    up_to, after = probe.decoding(model, tokenizer, chains, problems)
     for name, thoughts in (("own", own), ("mean", mean), ("other", other)):
         first = nll(thoughts, firsts)
         rest = nll(thoughts, steps, tokenizer.eos[:1]) - first
@@ -134,15 +134,15 @@ def test_what_phi_takes_from_a_thought_is_its_loss_in_two_parts(solved):
 def test_without_steps_of_several_problems_nothing_can_be_taken(solved, folder, capsys):
     model, tokenizer = solved.model, solved.tokenizer
     chain, problem = replace(solved.mean[0], n_latent=2, z=torch.ones(2, 64)), solved.problems[0]
-    assert probe.taking(model, tokenizer, [], []) == []
-    assert probe.taking(model, tokenizer, [chain], [problem]) == []
+    assert probe.decoding(model, tokenizer, [], []) == []
+    assert probe.decoding(model, tokenizer, [chain], [problem]) == []
     silent = SimpleNamespace(decode=False)
-    assert probe.taking(silent, tokenizer, solved.mean, solved.problems) == []
+    assert probe.decoding(silent, tokenizer, solved.mean, solved.problems) == []
 
     # The table then leaves these lines out
     run(probe.main, folder, "--problems", 24, "--max-new", 6, "--json")
     report = json.loads(capsys.readouterr().out)
-    assert "words that φ writes" not in probe.table({**report, "taking": []})
+    assert "words that φ writes" not in probe.table({**report, "decoding": []})
 
 
 def test_a_probe_needs_ten_problems(folder, capsys):
