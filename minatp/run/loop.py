@@ -212,6 +212,7 @@ class Run:
         """
         cfg, is_rl, n_restored = self.cfg, self.cfg.stage == "rl", self.state["step"]
         self.n_total, self.stage = n_total or n_step, stage
+        peak = cfg.peak_lr(stage)
         # the stage decides how many steps are still written in words
         self.settle_max_new()
 
@@ -231,7 +232,7 @@ class Run:
             # Before the step
             n_done = step + 1
             self.step = self.optimizer.n_done = step
-            self.optimizer.lr = learning_rate(cfg, i, n_step)
+            self.optimizer.lr = learning_rate(peak, cfg.warmup, i, n_step)
             self.is_log_due = n_done % cfg.log_every == 0 or is_last
             yield step, batch
             self.doing = self.between_batches
@@ -410,18 +411,18 @@ class Run:
         self.log.summary(self.cfg, tests, seconds, self.device, training_problems=n)
 
 
-def learning_rate(cfg, i, n_step):
+def learning_rate(peak, warmup, i, n_step):
     """The learning rate of step i of a stage of n_step steps.
 
     A linear warm-up, over at most a tenth of the stage, then a cosine to a tenth of the peak.
     """
-    warmup = min(cfg.warmup, n_step // 10)
+    warmup = min(warmup, n_step // 10)
     if i < warmup:
-        return cfg.lr * (i + 1) / (warmup + 1)
+        return peak * (i + 1) / (warmup + 1)
 
     # From the peak at share 0 down to a tenth of it at share 1
     share = (i - warmup) / max(1, n_step - warmup)
-    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
 
 class GuardedOptimizer:

@@ -72,9 +72,10 @@ PRESETS = {
         block_size=8192, rope_theta=100000.0, vocab_size=49152, decoder_layers=0,
         # thoughts are read before they are fed back: otherwise φ learns to ignore them
         decoder_start="previews", init_logvar=-6.0,
-        # few latents, and AdamW at the rate at which previews were tried
-        K=3, c=1, optimizer="adamw", lr=1e-4, batch_size=16, log_every=10,
-        eval_batch=100,
+        # few latents, and AdamW at the rate at which previews were tried; at that rate the last
+        # stage stood still
+        K=3, c=1, optimizer="adamw", lr=1e-4, last_lr=3e-5, batch_size=16,
+        log_every=10, eval_batch=100,
     ),
     "llama-1b": dict(
         # Llama-3.2-1B's sizes, and φ with all layers
@@ -258,6 +259,9 @@ class Optim:
         choices=("muon", "adamw"),
     )
     lr: float = opt(2e-3, "peak learning rate; a cosine in each stage", POSITIVE)
+    last_lr: float = opt(
+        0.0, "SFT: the peak in the last stage of a curriculum; 0: --lr, as before it", NOT_NEGATIVE
+    )
     warmup: int = opt(
         50, "steps of linear warm-up in each stage, at most a tenth of it", NOT_NEGATIVE
     )
@@ -424,6 +428,12 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         )
         return [(stage, number) for stage, number in zip(stages, epochs) if number]
 
+    def peak_lr(self, stage):
+        """The peak learning rate of a curriculum stage; of RL, whose stage is None."""
+        has_curriculum = METHODS[self.method].stages == "curriculum"
+        is_last = has_curriculum and stage is not None and stage > self.K
+        return self.last_lr if is_last and self.last_lr else self.lr
+
     def check(self):
         """Raise UserError if a value is out of range or options contradict each other."""
         # Each value by itself, then what must fit together
@@ -433,6 +443,7 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         self.check_data()
         self.check_method()
         self.check_answers_share()
+        self.check_last_lr()
         self.check_credit_of_latents()
         require(self.G > 1, "--G must be at least 2: a group is its own baseline")
         self.schedule()
@@ -539,6 +550,16 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
             self.replaces_steps and self.schedule()[-1][0] > self.K,
             "--answers-share applies to the last stage of a method that replaces written steps, "
             "and there is none here",
+        )
+
+    def check_last_lr(self):
+        """Refuse --last-lr without a curriculum that reaches its last stage."""
+        if "last_lr" not in self.given or not self.last_lr or self.stage == "rl":
+            return
+        has_curriculum = METHODS[self.method].stages == "curriculum"
+        require(
+            has_curriculum and self.schedule()[-1][0] > self.K,
+            "--last-lr is of the last stage of a curriculum, and there is none here; give --lr",
         )
 
     def check_credit_of_latents(self):
@@ -664,11 +685,13 @@ def parse(argv, description):
             f"command line: --preset must be one of {', '.join(PRESETS)}, not {preset!r}"
         )
 
-    # Over the preset and the defaults, of which four depend on other options
+    # Over the preset and the defaults, of which five depend on other options
     cfg = Config(**{**preset_values(preset, given.get("stage")), **given})
     if cfg.method in METHODS:
         settle_distillation(cfg, given)
         cfg.epochs = cfg.epochs or default_epochs(cfg)
+    if "lr" in given:  # then the preset's other rate would surprise
+        cfg.last_lr = given.get("last_lr", 0.0)
     cfg.out = cfg.out or f"out/{cfg.stage}"
 
     # A resumed run has its options already

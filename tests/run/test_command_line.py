@@ -12,6 +12,7 @@ from minatp.run.splits import test_set as load_test_set  # pytest would collect 
 
 from runs import GOOD, MODEL, TINY, TINY_RL, go
 
+SMOL = "--preset smollm2-135m --init x"
 SMALL_SETS = ("--labelled", 40, "--test-size", 5, "--val-size", 5)
 
 
@@ -28,6 +29,7 @@ SMALL_SETS = ("--labelled", 40, "--test-size", 5, "--val-size", 5)
     # Out of range
     ("--lr -1", "--lr must be positive"),
     ("--lr nan", "--lr must be"),
+    ("--last-lr -1", "--last-lr must not be negative"),
     ("--w-acc inf", "--w-acc must be a finite number"),
     ("--K 0", "--K must be positive"),
     ("--batch-size 0", "--batch-size must be positive"),
@@ -70,6 +72,9 @@ SMALL_SETS = ("--labelled", 40, "--test-size", 5, "--val-size", 5)
     ("--epochs inf", "--epochs needs"),
     ("--answers-share .5 --epochs 1,0,0,0,0,0", "none here"),
     ("--answers-share .5 --method cot", "none here"),
+    ("--last-lr .1 --epochs 1,0,0,0,0,0", "--last-lr is of the last stage"),
+    ("--last-lr .1 --method cot", "none here; give --lr"),
+    ("--last-lr .1 --method codi", "none here; give --lr"),
     ("--method codi --epochs 1,2", "--epochs needs 1 or 1 numbers"),
     ("--method pause --epochs 1,2", "--epochs needs 1 or 6 numbers"),
 
@@ -197,6 +202,28 @@ def test_another_seed_shows_other_problems_at_once(finished):
 # fmt: on
 def test_the_epochs_of_a_preset(argv, epochs):
     assert options.parse(argv.split(), "").epochs == epochs
+
+
+# fmt: off
+@pytest.mark.parametrize("argv, before, last", [
+    ("", 2e-3, 2e-3),
+    ("--last-lr .1", 2e-3, 0.1),
+    ("--lr .1 --last-lr .2 --method pause", 0.1, 0.2),
+    (SMOL, 1e-4, 3e-5),
+    (SMOL + " --last-lr 1e-5", 1e-4, 1e-5),
+    (SMOL + " --lr 2e-4", 2e-4, 2e-4),  # an --lr is of all stages
+    (SMOL + " --method codi", 1e-4, 1e-4),  # one stage, which is not the last of a curriculum
+])
+# fmt: on
+def test_the_learning_rate_of_the_last_stage(argv, before, last):
+    cfg = options.parse(argv.split(), "")
+    assert (cfg.peak_lr(cfg.K), cfg.peak_lr(cfg.K + 1)) == (before, last)
+
+
+@pytest.mark.parametrize("argv", ["--stage rl", f"{SMOL} --stage rl", "--stage rl --last-lr .1"])
+def test_rl_has_one_learning_rate(argv):
+    cfg = options.parse(argv.split(), "")
+    assert cfg.peak_lr(None) == cfg.lr
 
 
 # fmt: off

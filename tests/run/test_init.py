@@ -117,6 +117,7 @@ VERDICTS = {
     "micro_batch":       ("--micro-batch 8",            "t t t t t t  t t t t  t t"),
     "optimizer":         ("--optimizer adamw",          "t t t t t t  t t t t  t t"),
     "lr":                ("--lr 1",                     "t t t t t t  t t t t  t t"),
+    "last_lr":           ("--last-lr 1",                "t t t t t r  r t t t  f f"),
     "warmup":            ("--warmup 1",                 "t t t t t t  t t t t  t t"),
     "weight_decay":      ("--weight-decay 1",           "t t t t t t  t t t t  t t"),
     "clip":              ("--clip 2",                   "t t t t t t  t t t t  t t"),

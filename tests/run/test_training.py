@@ -71,6 +71,14 @@ def test_the_log_of_a_run(sft_run):
     assert max(r["step"] for r in records) == 16
 
 
+def test_the_last_stage_can_have_a_learning_rate_of_its_own(tmp_path):
+    rates = ("--lr", 0.02, "--last-lr", 0.001, "--warmup", 0, "--log-every", 1)
+    go(*SMALL, *rates, "--out", tmp_path)
+    records = [r for r in records_of(tmp_path) if "lr" in r]
+    peaks = [max(r["lr"] for r in records if r["stage"] == stage) for stage in range(4)]
+    assert peaks == [0.02, 0.02, 0.02, 0.001]
+
+
 def test_the_files_of_a_run(sft_run):
     assert config_of(sft_run).keys() == {f.name for f in fields(options.Config)}
     names = {str(file.relative_to(sft_run)) for file in sft_run.rglob("*") if file.is_file()}
