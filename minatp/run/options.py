@@ -73,7 +73,7 @@ PRESETS = {
         # thoughts are read before they are fed back: otherwise φ learns to ignore them
         decoder_start="previews", init_logvar=-6.0,
         # few latents, and AdamW at the rate at which previews were tried; at that rate the last
-        # stage stood still
+        # stage stood still on the built-in task, with batches of 8
         K=3, c=1, optimizer="adamw", lr=1e-4, last_lr=3e-5, batch_size=16,
         log_every=10, eval_batch=100,
     ),
@@ -260,7 +260,9 @@ class Optim:
     )
     lr: float = opt(2e-3, "peak learning rate; a cosine in each stage", POSITIVE)
     last_lr: float = opt(
-        0.0, "SFT: the peak in the last stage of a curriculum; 0: --lr, as before it", NOT_NEGATIVE
+        0.0,
+        "SFT: the peak in the last stage of a curriculum; 0, or --lr given without it: as --lr",
+        NOT_NEGATIVE,
     )
     warmup: int = opt(
         50, "steps of linear warm-up in each stage, at most a tenth of it", NOT_NEGATIVE
@@ -690,7 +692,7 @@ def parse(argv, description):
     if cfg.method in METHODS:
         settle_distillation(cfg, given)
         cfg.epochs = cfg.epochs or default_epochs(cfg)
-    if "lr" in given:  # then the preset's other rate would surprise
+    if "lr" in given:  # a --lr of the user's own replaces both rates of the preset
         cfg.last_lr = given.get("last_lr", 0.0)
     cfg.out = cfg.out or f"out/{cfg.stage}"
 
