@@ -72,7 +72,7 @@ SMALL_SETS = ("--labelled", 40, "--test-size", 5, "--val-size", 5)
     ("--epochs inf", "--epochs needs"),
     ("--answers-share .5 --epochs 1,0,0,0,0,0", "none here"),
     ("--answers-share .5 --method cot", "none here"),
-    ("--last-lr .1 --epochs 1,0,0,0,0,0", "--last-lr is of the last stage"),
+    ("--last-lr .1 --epochs 1,0,0,0,0,0", "--last-lr is for the last stage"),
     ("--last-lr .1 --method cot", "none here; give --lr"),
     ("--last-lr .1 --method codi", "none here; give --lr"),
     ("--method codi --epochs 1,2", "--epochs needs 1 or 1 numbers"),
@@ -211,7 +211,7 @@ def test_the_epochs_of_a_preset(argv, epochs):
     ("--lr .1 --last-lr .2 --method pause", 0.1, 0.2),
     (SMOL, 1e-4, 3e-5),
     (SMOL + " --last-lr 1e-5", 1e-4, 1e-5),
-    (SMOL + " --lr 2e-4", 2e-4, 2e-4),  # an --lr is of all stages
+    (SMOL + " --lr 2e-4", 2e-4, 2e-4),  # an --lr alone is for all stages
     (SMOL + " --method codi", 1e-4, 1e-4),  # one stage, which is not the last of a curriculum
 ])
 # fmt: on
