@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from minatp.data import batches, left_pad
-from minatp.decoder import as_text
-from minatp.reward import chain_reward
+from minatp.decoder import as_text, read_chains
+from minatp.reward import chain_reward, needs_thoughts
 from minatp.rl import advantages, kl_to_start, log_probs, surrogate
 from minatp.rollout import Noise, Rollout, rollout
 from minatp.run import distributed, options
@@ -154,10 +154,12 @@ def rl(run):
     run.announce(f"rl from {cfg.init}", work)
 
     for step, (problems, prompts, labelled) in run.steps(rl_batches(run), cfg.updates):
-        # 1. Explore: sample G chains of each question; φ puts their latents into words
+        # 1. Explore: sample G chains of each question
         explored, chains = explore(run, prompts, step)
 
-        # 2. Reward: the right answer, coherent steps, the format. Every rank sees all rewards
+        # 2. Reward: the right answer, coherent steps, the format. φ puts the thoughts into words
+        # where that counts. Every rank sees all rewards
+        read(run, explored, chains, problems)
         reward, terms = judge(run, chains, problems, step)  # (Q, G)
 
         # 3. Advantage: against the mean of the group. A group with equal rewards teaches nothing;
@@ -215,7 +217,7 @@ class Explored:
 
 
 def explore(run, prompts, step):
-    """Sample G chains of each prompt, this rank's share: (Explored, the same in words)."""
+    """Sample G chains of each prompt, this rank's share: (Explored, its Chains)."""
     cfg, model = run.cfg, run.model
     n_chain = len(prompts) * cfg.G
     prompt, prompt_mask = left_pad(distributed.shard(prompts), run.tokenizer.end, run.device)
@@ -226,7 +228,7 @@ def explore(run, prompts, step):
     our_rows = distributed.shard(torch.arange(n_chain).view(-1, cfg.G)).flatten()
     noise = noise.at(our_rows, run.device)
 
-    # Think, stop and answer; then let φ read the latents. (`doing` says what, if memory runs out)
+    # Think, stop and answer. (`doing` says what, if memory runs out)
     length = prompt.shape[1] + model.c * model.K + 1 + run.max_new
     run.doing = Doing(f"rl, step {step + 1}", len(our_rows), length, "--batch-size or --G")
     with run.autocast:
@@ -245,15 +247,33 @@ def explore(run, prompts, step):
     return Explored(prompt, prompt_mask, noise, rolled, statistics, n_position), chains
 
 
+def read(run, explored, chains, problems=None):
+    """Let φ read the thoughts of the chains whose reward depends on them, or without problems all.
+
+    chains: this rank's Chains, which receive their thoughts. problems: those of all ranks.
+    """
+    which = None
+    if problems is not None:
+        answers = our_answers(run, problems)
+        pairs = enumerate(zip(chains, answers))
+        which = [b for b, (chain, gold) in pairs if needs_thoughts(run.cfg, chain.text, gold)]
+    with run.autocast:
+        read_chains(run.model, run.tokenizer, explored.rollout, chains, which)
+
+
+def our_answers(run, problems):
+    """The right answer of each of this rank's chains."""
+    return [p.answer for p in distributed.shard(problems) for _ in range(run.cfg.G)]
+
+
 def judge(run, chains, problems, step):
     """Reward the chains: (rewards (Q, G) of all ranks, the means of their terms acc, coh, fmt).
 
     chains: this rank's Chains. problems: those of all ranks.
     """
     cfg = run.cfg
-    our_problems = distributed.shard(problems)
-    answers = [p.answer for p in our_problems for _ in range(cfg.G)]
-    judged = [chain_reward(cfg, chain, answer) for chain, answer in zip(chains, answers)]
+    answers = our_answers(run, problems)
+    judged = [chain_reward(cfg, chain, gold) for chain, gold in zip(chains, answers)]
 
     # Every rank gets all rewards, and learns from its own chains
     reward = torch.tensor([R for R, _ in judged]).view(-1, cfg.G)
@@ -270,7 +290,7 @@ def judge(run, chains, problems, step):
     means = {}
     for name in names:
         means[name] = torch.tensor([float(terms[name]) for _, terms in judged]).mean()
-    return reward, distributed.all_reduce(means, run.device, weight=len(our_problems))
+    return reward, distributed.all_reduce(means, run.device, weight=len(judged))
 
 
 def permuted(values, run, step):
@@ -377,6 +397,7 @@ def dry_run_rl(run, problems):
     """
     prompts = run.tokenizer.prompts([p.question for p in problems])
     explored, chains = explore(run, prompts, step=0)
+    read(run, explored, chains)
     reward, terms = judge(run, chains, problems, step=0)
     advantage = advantages(reward, run.cfg.baseline, run.cfg.normalise)
     all_groups = torch.ones(len(problems), dtype=torch.bool)

@@ -7,7 +7,8 @@ thought_nll      −log p of the true text of a step: the loss that teaches φ, 
                  needs nothing else of this file
 read_thoughts    what φ writes greedily for each step
 top_readings     the likeliest texts of each step, with their probabilities
-as_text          a whole Rollout in words -> a list of Chain
+as_text          a whole Rollout in words -> a list of Chain, whose thoughts nobody has read yet
+read_chains      φ reads the thoughts of these chains
 """
 
 import math
@@ -127,8 +128,8 @@ def top_readings(decoder, z, eos, n, max_new):
 class Chain:
     """One problem, solved once, as text."""
 
-    # what φ reads in each latent step; [] without a decoder
-    thoughts: list
+    # what φ reads in each latent step; [] without a decoder; None before `read_chains`
+    thoughts: list | None
     # what the policy wrote, ending in "### 19"
     text: str
     # with eos, not by running out of room
@@ -146,6 +147,7 @@ class Chain:
     @property
     def steps(self):
         """Every reasoning step in words: the thoughts, then the lines written before the answer."""
+        assert self.thoughts is not None, "φ has not read this chain (reward.needs_thoughts)"
         written = self.text.partition("### ")[0]
         lines = [line for text in (*self.thoughts, written) for line in text.split("\n")]
         return [line for line in lines if line.strip()]
@@ -156,20 +158,9 @@ class Chain:
 
 
 def as_text(model, tokenizer, rollout):
-    """A Rollout of B chains -> a list of B Chain."""
+    """A Rollout of B chains -> a list of B Chain, whose thoughts nobody has read yet."""
     c, K = model.c, model.K
     B = len(rollout.z)
-
-    # φ reads all latent steps of all chains in one batch
-    thoughts = [[] for _ in range(B)]
-    if model.decode:
-        steps = rollout.z.unflatten(1, (K, c))  # (B, K, c, D)
-        used = torch.arange(K, device=steps.device) * c < rollout.n_latent[:, None]  # (B, K)
-        row, step = used.nonzero(as_tuple=True)
-        texts = read_thoughts(model.decoder, steps[row, step], tokenizer.eos[0], model.longest)
-        for b, ids in zip(row.tolist(), texts):
-            thoughts[b].append(tokenizer.decode(ids))
-
     sigma = [[]] * B
     if model.vae:
         of_latent = (0.5 * rollout.logvar).exp().mean(-1)  # (B, cK)
@@ -181,7 +172,7 @@ def as_text(model, tokenizer, rollout):
     for b in range(B):
         ids = token[b][: n_token[b]]
         chain = Chain(
-            thoughts=thoughts[b],
+            thoughts=None,
             text=tokenizer.decode(ids),
             ended=bool(ids) and ids[-1] in tokenizer.eos,
             n_latent=n_latent[b],
@@ -191,3 +182,24 @@ def as_text(model, tokenizer, rollout):
         )
         chains.append(chain)
     return chains
+
+
+def read_chains(model, tokenizer, rollout, chains, which=None):
+    """Let φ put the thoughts of some chains into words, all of them in one batch.
+
+    chains: of the Rollout, from `as_text`. which: the places of those to read; None: all.
+    """
+    c, K = model.c, model.K
+    which = list(range(len(chains))) if which is None else which
+    for b in which:
+        chains[b].thoughts = []
+    if not model.decode or not which:
+        return
+
+    rows = torch.tensor(which, device=rollout.z.device)
+    steps = rollout.z[rows].unflatten(1, (K, c))  # (rows, K, c, D)
+    used = torch.arange(K, device=rows.device) * c < rollout.n_latent[rows, None]  # (rows, K)
+    row, step = used.nonzero(as_tuple=True)
+    texts = read_thoughts(model.decoder, steps[row, step], tokenizer.eos[0], model.longest)
+    for i, ids in zip(row.tolist(), texts):
+        chains[which[i]].thoughts.append(tokenizer.decode(ids))

@@ -9,6 +9,7 @@ accuracy       is the number after "### " right?
 form           is the answer well-formed and ended?
 coherence      is the result of each step used by a later step, or the answer?
 chain_reward   all of them, for one chain
+needs_thoughts does it depend on the chain's thoughts?
 
 In all of them `final` is the answer that the chain itself gave, and `gold` the right one.
 """
@@ -248,16 +249,26 @@ def value(node):
 # ---- one chain -----------------------------------------------------------------------------------
 
 
+def needs_thoughts(cfg, text, gold):
+    """Whether the reward of a chain that wrote `text` depends on its thoughts.
+
+    φ reads no others in training: a wrong answer earns nothing for coherence.
+    """
+    return cfg.no_answers or accuracy(text, gold) > 0
+
+
 def chain_reward(cfg, chain, gold):
     """The reward of a decoder.Chain -> (R, its terms {"acc", "coh", "fmt"}, which are logged).
 
     R = (w_acc + w_coh·R_coh)·R_acc + w_fmt·R_fmt. With cfg.no_answers the reward sees no answer,
-    there is no "acc", and R = w_coh·R_coh + w_fmt·R_fmt.
+    there is no "acc", and R = w_coh·R_coh + w_fmt·R_fmt. "coh" is 0 where it earns nothing.
     """
-    strict = cfg.coherence == "strict"
+    coh = 0.0
+    if needs_thoughts(cfg, chain.text, gold):
+        coh = coherence(chain.steps, answer(chain.text), strict=cfg.coherence == "strict")
     terms = {
         "acc": accuracy(chain.text, gold),
-        "coh": coherence(chain.steps, answer(chain.text), strict),
+        "coh": coh,
         "fmt": form(chain.text, chain.ended),
     }
     if cfg.no_answers:

@@ -22,7 +22,7 @@ from kernels import graph
 
 from .. import reward
 from ..data import collate, left_pad
-from ..decoder import as_text
+from ..decoder import as_text, read_chains
 from ..problems import numbers
 from ..rollout import Noise, rollout
 from ..sft import sft_losses
@@ -82,7 +82,9 @@ def solve(
         )
 
         # Put each chain in the place of its prompt
-        for b, chain in enumerate(as_text(model, tokenizer, result)):
+        in_words = as_text(model, tokenizer, result)
+        read_chains(model, tokenizer, result, in_words)
+        for b, chain in enumerate(in_words):
             chains[rows[b]] = chain
             if keep_z:
                 chain.z = result.z[b, : chain.n_latent].cpu()
@@ -319,13 +321,10 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     result = rollout(model, prompt, prompt_mask, run.max_new, all_rows, n)
     graph.release_memory()
     chains = as_text(model, run.tokenizer, result)
-    R = torch.tensor(
-        [
-            reward.chain_reward(cfg, chain, problems[i // n].answer)[0]
-            for i, chain in enumerate(chains)
-        ]
-    )
-    R = R.view(Q, n_thought, n_word)
+    read_chains(model, run.tokenizer, result, chains)
+    answers = [p.answer for p in problems for _ in range(n)]
+    rewards = [reward.chain_reward(cfg, *each)[0] for each in zip(chains, answers)]
+    R = torch.tensor(rewards).view(Q, n_thought, n_word)
 
     # The means over n_word words differ by within / n_word even if the thoughts do not matter: take
     # that off, and what is left between them is due to the thoughts

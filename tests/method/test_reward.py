@@ -283,9 +283,20 @@ def test_the_reward_is_method_mds():
 
 
 def test_coherence_earns_nothing_without_the_answer_unless_no_answer_is_known():
-    wrong, _ = reward.chain_reward(Config(), chain_of("### 6", ended=True), "5")
+    wrong, terms = reward.chain_reward(Config(), chain_of("### 6", ended=True), "5")
     assert wrong == 0.5
+    assert terms == {"acc": 0.0, "coh": 0.0, "fmt": 1.0}
     no_answers = Config(no_answers=True)
     unknown, terms = reward.chain_reward(no_answers, chain_of("### 5", ended=False), "")
     assert unknown == pytest.approx(0.05)
     assert terms == {"coh": 0.5, "fmt": 0.0}
+
+
+def test_a_chain_needs_to_be_read_only_where_coherence_counts():
+    """An unread chain has no steps, and says so to a reward that asks for them."""
+    unread = chain_of("### 6", ended=True)
+    unread.thoughts = None
+    assert reward.chain_reward(Config(), unread, "5")[0] == 0.5
+    for cfg, gold in ((Config(), "6"), (Config(no_answers=True), "5")):
+        with pytest.raises(AssertionError, match="has not read"):
+            reward.chain_reward(cfg, unread, gold)

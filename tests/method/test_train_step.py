@@ -3,6 +3,8 @@
 The steps are made in memory: `OneStep` stands for what surrounds them.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -261,6 +263,30 @@ def test_coherence_only_looks_at_no_answer_anywhere():
     assert R.tolist() == [[pytest.approx(0.6), 0.5]]
     assert parts.keys() == {"coh", "fmt"}
     assert reward.chain_reward(run.cfg, true, "7") == reward.chain_reward(run.cfg, true, "2")
+
+
+@pytest.mark.parametrize("no_answers", [False, True])
+def test_phi_reads_the_chains_whose_answer_is_right(no_answers):
+    """Without answers it reads all. Whether it reads the others changes no reward."""
+    run = one_step(*SMALL_RL, *(["--no-answers"] if no_answers else []))
+    run.model.stage = 2
+    G, questions = run.cfg.G, run.questions[:2]
+    explored, chains = train.explore(run, run.prompts[:2], step=0)
+    for i, chain in enumerate(chains):  # every second one
+        chain.text = f"### {questions[i // G].answer if i % 2 else 'none'}"
+    in_full = [replace(chain) for chain in chains]
+
+    train.read(run, explored, chains, questions)
+    train.read(run, explored, in_full)
+    unread = [i for i, chain in enumerate(chains) if chain.thoughts is None]
+    assert unread == ([] if no_answers else list(range(0, 2 * G, 2)))
+    for chain, full in zip(chains, in_full):
+        assert chain.thoughts in (None, full.thoughts)
+        assert len(full.thoughts) == full.n_latent // run.model.c
+    assert sum(len(full.thoughts) for full in in_full) > 0
+    judged, judged_in_full = (train.judge(run, x, questions, step=0) for x in (chains, in_full))
+    assert torch.equal(judged[0], judged_in_full[0])
+    assert judged[1] == judged_in_full[1]
 
 
 def chain_of(thought):

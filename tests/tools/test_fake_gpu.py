@@ -267,7 +267,6 @@ def test_only_a_gate_that_was_met_before_fails(monkeypatch, capsys):
         fake.Gate("held and met", 8, figure, holds=True),
     ]
     monkeypatch.setattr(fake, "GATES", gates)
-    monkeypatch.setattr(fake, "rl_ms", figure)
     assert fake.print_gates(None) == ["held and missed"]
     verdicts = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()[-4:]]
     assert verdicts == ["missed", "met", "MISSED, and was met before", "met"]
