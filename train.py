@@ -3,7 +3,7 @@
     python train.py --stage sft     the built-in task, from scratch: learn latents from steps
     python train.py --stage rl      continue from out/sft: better latents, from rewards
     python train.py --stage sft --preset llama-1b --init Llama-3.2-1B-Instruct \\
-        --data gsm8k_aug_train.txt --test gsm8k_test.json
+        --data gsm8k_aug/train.txt --test gsm8k/test.jsonl
 
 These are the two loops of the method; read this file first. `run` (minatp/run/loop.py) is what
 surrounds a step: it loads, logs, saves, resumes and validates, and can be skipped on a first
@@ -58,8 +58,9 @@ def main(argv=None):
 def sft(run):
     """Learn latents from written steps, by a curriculum (docs/method.md, Stage 1).
 
-    In stage k the first k steps of each problem are latent and the rest is text; in the last stage,
-    K + 1, all of it is latent.
+    In stage k the first k steps of each problem are latent; its other steps and the answer are
+    text. In the last stage, K + 1, no step is text: the K-th latent step stands for all that are
+    left.
     """
     cfg, model = run.cfg, run.model
     plan = curriculum(cfg, len(run.labelled))
@@ -74,7 +75,8 @@ def sft(run):
         # run.steps sets the learning rate, skips what a resumed run has done, logs, saves, ...
         # `step` counts the optimizer's steps over all stages
         for step, problems in run.steps(loader, n_update, n_total, stage):
-            # 1. The gradient of L_enc + L_dec + L_stop + β·L_KL
+            # 1. The gradient of L_enc + L_dec + L_stop + β·L_KL. With --distill (in every second
+            # step of the default) + L_teacher + W·L_distill
             losses, counts = sft_gradients(run, problems, stage, step)
 
             # 2. Sum the gradients over ranks, clip them, take a step, and clear them. If the sum of
@@ -127,10 +129,11 @@ def sft_gradients(run, problems, stage, step, weight=1.0):
         with run.autocast:
             # "enc": the text after the latents; "dec": each step is read from its latents;
             # "stop": the stop head; "kl": the latents' Gaussians against N(0, I). With --distill
-            # also "teacher": the problem in words; "distill": the latents lead to the same states
+            # also "teacher": π writes the problem in words; "distill": its states before the
+            # answer, after the latents, should be those after the words
             losses = sft_losses(model, batch, eps_keys)
-            # L_enc + L_dec + L_stop + β·L_KL, each divided by its count in the WHOLE batch: how it
-            # is split over micro-batches and ranks changes nothing
+            # Their weighted sum, each divided by its count in the WHOLE batch: how that is split
+            # over micro-batches and ranks changes nothing
             loss = weight * total_loss(losses, counts, run.cfg.beta, run.cfg.distill)
         loss.backward()
         for name, value in losses.items():
@@ -142,7 +145,7 @@ def sft_gradients(run, problems, stage, step, weight=1.0):
 
 
 def rl(run):
-    """Explore better latents: REINFORCE with a group baseline (docs/method.md, Stage 2).
+    """Search for better latents: REINFORCE with a group baseline (docs/method.md, Stage 2).
 
     With --estimator score the latents are actions, with the density that they were drawn from. With
     path, the default of the tiny preset, the actions are stops and words alone, and the gradient of
@@ -167,8 +170,9 @@ def rl(run):
         advantage = advantages(reward, cfg.baseline, cfg.normalise)  # (Q, G)
         informative = (advantage != 0).any(1)  # (Q,)
 
-        # 4. Learn. One update a batch is REINFORCE. More are GRPO: their ratio is clipped against
-        # `old`, the log-probabilities at the first (with those of the SFT policy, for the KL)
+        # 4. Learn. With one update a batch this is REINFORCE. With more it is GRPO: the ratio to
+        # the probabilities at the first update is clipped. `old` carries these from update to
+        # update, and those of the SFT policy, for the KL
         old, metrics = None, {}
         for _ in range(cfg.updates_per_batch if informative.any() else 0):
             loss, old, metrics = policy_gradients(run, explored, advantage, informative, old)
@@ -179,9 +183,9 @@ def rl(run):
 
             metrics["grad_norm"] = run.optimizer.step(loss, problems)
 
-        signal = {"reward": reward.mean(), "signal": informative.float().mean()}
+        of_rewards = {"reward": reward.mean(), "signal": informative.float().mean()}
         # (metrics are those of the last update)
-        means = {**signal, **terms, **explored.statistics, **metrics}
+        means = {**of_rewards, **terms, **explored.statistics, **metrics}
         run.meter.add(means, {}, explored.n_position)
     run.finish()
 
@@ -235,8 +239,9 @@ def explore(run, prompts, step):
         rolled = rollout(model, prompt, prompt_mask, run.max_new, noise, cfg.G)
         chains = as_text(model, run.tokenizer, rolled)
 
-    # How long the chains are, and σ before --spread, a mean over all candidates
-    is_candidate = rolled.logvar.any(-1)
+    # How long the chains are, and σ before --spread, a mean over all candidates. (logvar is 0 where
+    # nothing was proposed)
+    is_candidate = (rolled.logvar != 0).any(-1)
     statistics = {
         "latents": rolled.n_latent.float().mean(),
         "sigma": (0.5 * rolled.logvar[is_candidate]).exp().mean(),
@@ -248,15 +253,16 @@ def explore(run, prompts, step):
 
 
 def read(run, explored, chains, problems=None):
-    """Let φ read the thoughts of the chains whose reward depends on them, or without problems all.
+    """Let φ read chains: those whose reward depends on their thoughts; all, if problems is None.
 
     chains: this rank's Chains, which receive their thoughts. problems: those of all ranks.
     """
     which = None
     if problems is not None:
-        answers = our_answers(run, problems)
-        pairs = enumerate(zip(chains, answers))
-        which = [b for b, (chain, gold) in pairs if needs_thoughts(run.cfg, chain.text, gold)]
+        which = []
+        for b, gold in enumerate(our_answers(run, problems)):
+            if needs_thoughts(run.cfg, chains[b].text, gold):
+                which.append(b)
     with run.autocast:
         read_chains(run.model, run.tokenizer, explored.rollout, chains, which)
 
@@ -286,10 +292,9 @@ def judge(run, chains, problems, step):
         reward = permuted(reward, run, step)
 
     # The mean of each term, for the log
-    names = judged[0][1]
     means = {}
-    for name in names:
-        means[name] = torch.tensor([float(terms[name]) for _, terms in judged]).mean()
+    for name in judged[0][1]:
+        means[name] = torch.tensor([terms[name] for _, terms in judged]).mean()
     return reward, distributed.all_reduce(means, run.device, weight=len(judged))
 
 
@@ -305,8 +310,9 @@ def policy_gradients(run, explored, advantage, informative, old):
     The gradient is that of −Σ advantage·log π over their chains, divided by the number of all
     chains. (The value of the loss means nothing: at the first update every ratio is 1.)
     advantage (Q, G), informative (Q,): of all ranks; this rank's chains are in `explored`.
-    old: None at the first update on a batch; then the pair that it returned, (log-probabilities
-    (rows, T), the SFT policy's LogProbs or None).
+    old: None at the first update on a batch; later what the call before has returned: the
+    log-probabilities (rows, T) at the first update, and the SFT policy's LogProbs (None until they
+    are needed).
     Returns (the loss of all ranks, old, metrics).
     """
     cfg, model, device = run.cfg, run.model, run.device
@@ -335,13 +341,14 @@ def policy_gradients(run, explored, advantage, informative, old):
             new = log_probs(model, prompt, prompt_mask, rolled, cfg.G, eps)
             logp, is_decision = decisions(cfg, model, rolled, new)  # (rows, cK + K + Tt)
 
-            # REINFORCE at the first update; later ones are clipped against it. (Where nothing was
-            # decided a term is constant: mask with is_decision before taking any mean over T)
+            # REINFORCE at the first update, where old_logp is logp itself; later the ratio to it is
+            # clipped. (Columns without a decision are constant: a mean over decisions divides by
+            # is_decision.sum(), as `clamped` does)
             old_logp, start = old or (logp.detach(), None)
             is_of_latent = torch.arange(logp.shape[1], device=device) < rolled.z.shape[1]
             credit = torch.where(is_of_latent, latent_advantage, chain_advantage)
-            each, clamped = surrogate(logp, old_logp, credit)
-            loss = each.sum() / advantage.numel()
+            losses, clamped = surrogate(logp, old_logp, credit)
+            loss = losses.sum() / advantage.numel()
             metrics["clamped"] = clamped.sum() / is_decision.sum().clamp(min=1)
 
             # KL to the SFT policy, a mean over the informative chains: measured for each log line,
@@ -353,8 +360,8 @@ def policy_gradients(run, explored, advantage, informative, old):
                 kl = kl_to_start(new, start)
                 metrics["kl"] = kl / len(rows)
                 if cfg.kl:
-                    n_informative = int(informative.sum()) * cfg.G
-                    loss = loss + cfg.kl * kl / n_informative
+                    n_chain = int(informative.sum()) * cfg.G  # of all ranks
+                    loss = loss + cfg.kl * kl / n_chain
             old = old_logp, start
         loss.backward()
         run.doing = run.between_batches
@@ -392,8 +399,8 @@ def decisions(cfg, model, rolled, new):
 def dry_run_rl(run, problems):
     """For --dry-run: the policy gradients of one batch, every group counted as informative.
 
-    It costs what an update on these rollouts costs, without the KL and the anchor. Returns the
-    mean reward, its terms and statistics.
+    It costs what an update on these rollouts costs, the KL of a log line included, if φ reads every
+    chain. The anchor is tried apart. Returns the mean reward, its terms and statistics.
     """
     prompts = run.tokenizer.prompts([p.question for p in problems])
     explored, chains = explore(run, prompts, step=0)

@@ -53,13 +53,10 @@ class Plan(NamedTuple):
 def walk(model, h, cache, plan):
     """Think, with gradients.
 
-    h (B, D): the hidden state after the prompt, which is in the cache. Returns the proposed Latent
-    (B, n_candidate), None if plan.n_candidate is 0, and how many of them each row used (B,). The
+    h (B, D): the hidden state after the prompt, which is in the cache. plan.n_candidate: not 0.
+    Returns the proposed Latent (B, n_candidate), and how many of them each row used (B,). The
     candidate that a row dropped is in column n_latent.
     """
-    if plan.n_candidate == 0:
-        return None, plan.n_latent
-
     # On a GPU the same loop, and its backward pass, are CUDA graphs (kernels/replayed_chain.py)
     if cache.replays_steps and torch.is_grad_enabled():
         fields, n_latent = replayed_chain.run(latent_loop, model, h, cache, plan)

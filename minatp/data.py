@@ -60,9 +60,9 @@ class Encoded:
     # of each step: step "\n", as the policy writes it
     lines: list
     # of each step: step eos, as the decoder LM φ writes it
-    texts: list
-    # as texts: the K-th step and all that follow, joined; [] if there are at most K
-    rest: list
+    step_texts: list
+    # the same of the K-th step and all that follow, joined; [] if there are at most K
+    rest_text: list
     # "### " answer eos
     answer: list
     # how many of its ids come before the first that covers a character of the answer
@@ -95,14 +95,14 @@ def encode(problems, tokenizer, model, answer_only=False, always_K=False):
 
     rows = []
     for p, prompt, (answer, n_before_answer) in zip(problems, prompts, answers):
-        rest = []
+        rest_text = []
         if len(p.steps) > model.K:
-            rest = tokenizer.encode("\n".join(p.steps[model.K - 1 :])) + [eos]
+            rest_text = tokenizer.encode("\n".join(p.steps[model.K - 1 :])) + [eos]
         row = Encoded(
             prompt=prompt,
             lines=[next(lines) for _ in p.steps],
-            texts=[next(texts) + [eos] for _ in p.steps],
-            rest=rest,
+            step_texts=[next(texts) + [eos] for _ in p.steps],
+            rest_text=rest_text,
             answer=answer + [eos],
             n_before_answer=n_before_answer,
             source=p.source,
@@ -242,6 +242,7 @@ def collate(rows, stage, model, distills=False):
     # have no labels here). The stop head is asked at the first latent of each step
     column = torch.arange(n_candidate)
     used = (column < n_latent[:, None]) & ~answer_only[:, None]  # (B, n_candidate)
+    used_at = used.nonzero(as_tuple=True)
     dropped = (column == n_latent[:, None]) & has_stop[:, None]
     stop_at = ((used | dropped) & (column % c == 0)).nonzero(as_tuple=True)
 
@@ -283,10 +284,10 @@ def collate(rows, stage, model, distills=False):
     step_text_at = (step_text != IGNORE).nonzero(as_tuple=True)
     counts = {
         "enc": len(target_at[0]),
-        # In stage 0 ids, as for the words beside them: a sum over each step would outweigh those
+        # In stage 0 ids, so that it is a mean like "enc", which it must not outweigh; later steps
         "dec": len(step_text_at[0]) if has_previews else len(step_texts),
-        "kl": int(used.sum()),
-        "stop": int(sum(n_step) + has_stop.sum()),
+        "kl": len(used_at[0]),
+        "stop": len(stop_at[0]),
         "answer_only": int(answer_only.sum()),
         "teacher": n_word,
         "distill": len(taught),
@@ -302,7 +303,7 @@ def collate(rows, stage, model, distills=False):
         text_mask=text_mask,
         target=target,
         target_at=target_at,
-        used_at=used.nonzero(as_tuple=True),
+        used_at=used_at,
         stop_at=stop_at,
         stop_label=dropped[stop_at].long(),
         step_row=torch.tensor(step_row, dtype=torch.long),
@@ -372,20 +373,21 @@ def texts_of_steps(rows, n_step, stage, K):
     step_row, step_index, step_texts = [], [], []
     for b, (row, n) in enumerate(zip(rows, n_step)):
         for s in range(n):
-            stands_for_rest = stage > K and s == K - 1 and row.rest
+            stands_for_rest = stage > K and s == K - 1 and row.rest_text
             step_row.append(b)
             step_index.append(s)
-            step_texts.append(row.rest if stands_for_rest else row.texts[s])
+            step_texts.append(row.rest_text if stands_for_rest else row.step_texts[s])
     return step_row, step_index, step_texts
 
 
 def batches(lengths, batch_size, seed):
     """Yield lists of batch_size indices of problems, without end. lengths: of all problems.
 
-    Each epoch has a new order and repeats nothing; its last, short batch is filled from the next
-    epoch. The same seed gives the same order. Within 16 batches' worth, problems of like length
-    share a batch, so that little is padding. Without problems, or with a batch_size of 0, the lists
-    are empty.
+    Each epoch is a new permutation, and one follows the other without a gap. Of 16 batches' worth
+    at a time (fewer, if there are too few problems), those of like length share a batch, so that
+    little is padding. Where that reaches into the next epoch a batch can hold a problem twice. The
+    same seed gives the same order. Without problems, or with a batch_size of 0, the lists are
+    empty.
     """
     if not batch_size or not lengths:
         while True:

@@ -55,7 +55,7 @@ class LatentHead(nn.Module):
     @torch.no_grad()
     def standardise(self, h):
         """Make an untrained head subtract the mean of hidden states h (N, D) and divide by their
-        standard deviation, in each dimension.
+        standard deviation in each dimension, plus 2 % of the root mean square of all of h.
 
         In a published model a few dimensions are nearly the same in every state, and larger than
         all others together: without this, μ would hardly depend on the problem.

@@ -1,8 +1,8 @@
 """LLaMA from scratch: grouped-query attention, RoPE, RMSNorm, SwiGLU, and a KV cache.
 
-The model works on embeddings, not on token ids, because half of what it reads here are latents and
-not words. Parameter names are Hugging Face's, so that a state_dict is a published file. Nothing in
-this file knows of latents or text.
+The model works on embeddings, not on token ids, because a latent is an embedding that no id has.
+Parameter names are Hugging Face's, so that a state_dict is a published file. Nothing in this file
+asks where its inputs come from.
 """
 
 import math
@@ -84,8 +84,8 @@ class KVCache:
         self.length = 0
         self.valid = torch.zeros(B, T, dtype=torch.bool, device=device)  # (B, T): real columns
         self.count = torch.zeros(B, 1, dtype=torch.long, device=device)  # (B, 1): how many so far
-        # The rows that take part in the next calls: all, or a LongTensor without repeats. Without
-        # autograd, the others may wait, and cost nothing
+        # The rows that take part in the next calls: all, or a LongTensor without repeats. The
+        # others wait, and cost nothing. Under autograd all have to take part
         self.rows = slice(None)
         self.shape = B, cfg.n_kv_head, T, cfg.head_dim
         self.kv = [None] * cfg.n_layer  # of each layer: (keys, values)
@@ -124,11 +124,11 @@ class KVCache:
         return tuple(buffer[self.rows, :, : self.length] for buffer in self.kv[i])
 
     def attend(self, i, q, k, v, rope):
-        """Append k, v (B, h_kv, T_new, hd) to layer i and attend to it.
+        """Append k, v (B, h_kv, T_new, hd) to layer i and attend to it. Returns (B, h, n, hd).
 
-        q (B, h, n, hd): of the last n of the new columns.
-
-        rope: (cos, sin) of the new columns. Returns (B, h, n, hd).
+        q (B, h, n, hd): of the last n of the new columns. rope: (cos, sin) of the new columns.
+        The cache does this, and not Attention, because that of the GPU (kernels/cache.py) has
+        kernels of its own for it.
         """
         n = q.shape[2]
         cos, sin = rope
@@ -266,9 +266,10 @@ class Llama(nn.Module):
     # ---- weights ---------------------------------------------------------------------------------
 
     def init_weights(self, generator=None):
-        """Normal with variance 1/D, the published 0.02 at D = 2048. Returns self.
+        """Normal with standard deviation 1/√D: 0.022 at D = 2048, near the published 0.02.
 
-        What joins the residual stream starts √(2·n_layer) times smaller.
+        o_proj and down_proj, whose outputs join the residual stream, start √(2·n_layer) times
+        smaller. Returns self.
         """
         std = self.cfg.n_embd**-0.5
         for name, p in self.named_parameters():
@@ -290,11 +291,8 @@ class Llama(nn.Module):
         self.load_state_dict({k: v for k, v in other.state_dict().items() if k in own})
 
     def add_rows(self, ids, source):
-        """Set rows `ids` of the embedding to the mean of the rows `source`.
-
-        Likewise of an untied output matrix.
-
-        The matrices grow if they lack these rows.
+        """Set rows `ids` of the embedding, and of an untied output matrix, to the mean of the rows
+        `source`. The matrices grow if they lack these rows.
         """
         tables = [self.model.embed_tokens] + ([] if self.cfg.tied else [self.lm_head])
         for table in tables:

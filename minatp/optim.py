@@ -24,19 +24,22 @@ A, B, C = 3.4445, -4.7750, 2.0315  # a, b, c
 
 
 def build_optimizer(cfg, model):
-    """The optimizer that --optimizer names, with weight decay on matrices only."""
-    matrices, others, hidden = [], [], []
+    """The optimizer that --optimizer names, with weight decay on matrices only.
+
+    With adamw it is a Muon that has no matrices.
+    """
+    matrices, others, muon_matrices = [], [], []
     for name, p in model.named_parameters():
         (matrices if p.dim() >= 2 else others).append(p)
         in_layer = ".layers." in name or name.startswith(("latent_head.", "projection."))
         if cfg.optimizer == "muon" and p.dim() == 2 and in_layer:
-            hidden.append(p)
+            muon_matrices.append(p)
     groups = [
         {"params": matrices, "weight_decay": cfg.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
-    return Muon(hidden, dtype, groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    return Muon(muon_matrices, dtype, groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
 def orthogonalise(G, dtype=torch.float32):
@@ -52,7 +55,7 @@ def orthogonalise(G, dtype=torch.float32):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but Muon for `hidden`, matrices of its first group, with products in `dtype`.
+    """AdamW, but Muon for `muon_matrices`, matrices of its first group, with products in `dtype`.
 
     As in PyTorch's fused AdamW, two scalar tensors (or None) let the device decide by itself, so
     that the host need not wait to see the gradient:
@@ -64,14 +67,14 @@ class Muon(torch.optim.AdamW):
     grad_scale = None
     found_inf = None
 
-    def __init__(self, hidden, dtype, groups, **adamw):
+    def __init__(self, muon_matrices, dtype, groups, **adamw):
         super().__init__(groups, **adamw)
-        self.hidden, self.dtype = hidden, dtype
+        self.muon_matrices, self.dtype = muon_matrices, dtype
 
     @torch.no_grad()
     def step(self):
         lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
-        for p in self.hidden:
+        for p in self.muon_matrices:
             if p.grad is None:
                 continue
             if "momentum" not in self.state[p]:

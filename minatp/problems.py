@@ -1,12 +1,13 @@
 """Problem, and the built-in task: word problems of 1 to 4 steps, with nothing to download.
 
-Four families. Chains of events, where each step needs the one before, and comparisons, told
-forwards or backwards (find where to start, then a chain): nearly four problems in five. Groups (two
-products, in either order) and shopping (the same steps in several valid orders).
+There are four families. In two of them each step needs the one before: events, and comparisons,
+told forwards or backwards (then the start has to be found first). They make up nearly four problems
+in five. The others are groups (two products, in either order) and shopping (the same steps in
+several valid orders).
 
 A hash of its question decides which set a problem belongs to, so that no set can leak into another,
-whatever the seed. The same numbers may return under other names; `numbers` tells which do, and a
-run's summary also gives the accuracy on those that do not.
+whatever the seed. The same numbers may return under other names: `numbers` is a problem without its
+words, and a run's summary also gives the accuracy on numbers that no problem to learn from has.
 """
 
 import hashlib
@@ -39,9 +40,7 @@ SETS = {  # name -> its buckets, of 16
 def generate(which, n, seed):
     """n different problems of the set `which` (a key of SETS), the same for the same seed.
 
-    "answers" have no steps.
-
-    Raises ValueError if n is more than a set has.
+    "answers" have no steps. Raises ValueError if n is more than MOST.
     """
     if n > MOST:
         raise ValueError(

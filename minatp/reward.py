@@ -2,8 +2,8 @@
 
 Numbers are exact, as fractions.
 
-Evaluation uses accuracy and coherence, too: to try another reward, add a function and use it in
-chain_reward.
+Evaluation measures accuracy and coherence, too, so leave these as they are: to try another reward,
+add a function and use it in chain_reward.
 
 accuracy       is the number after "### " right?
 form           is the answer well-formed and ended?
@@ -210,6 +210,7 @@ def true(step):
 def is_decimal(value):
     """Whether a decimal number can equal a fraction: its denominator divides a power of 10."""
     n = value.denominator
+    # Its prime factors are 2 and 5 alone, each at most bit_length times
     return pow(10, n.bit_length(), n) == 0
 
 
@@ -263,17 +264,11 @@ def chain_reward(cfg, chain, gold):
     R = (w_acc + w_coh·R_coh)·R_acc + w_fmt·R_fmt. With cfg.no_answers the reward sees no answer,
     there is no "acc", and R = w_coh·R_coh + w_fmt·R_fmt. "coh" is 0 where it earns nothing.
     """
-    coh = 0.0
+    acc, coh, fmt = accuracy(chain.text, gold), 0.0, form(chain.text, chain.ended)
     if needs_thoughts(cfg, chain.text, gold):
         coh = coherence(chain.steps, answer(chain.text), strict=cfg.coherence == "strict")
-    terms = {
-        "acc": accuracy(chain.text, gold),
-        "coh": coh,
-        "fmt": form(chain.text, chain.ended),
-    }
+
     if cfg.no_answers:
-        del terms["acc"]
-        reasoning = cfg.w_coh * terms["coh"]
-    else:
-        reasoning = (cfg.w_acc + cfg.w_coh * terms["coh"]) * terms["acc"]
-    return reasoning + cfg.w_fmt * terms["fmt"], terms
+        return cfg.w_coh * coh + cfg.w_fmt * fmt, {"coh": coh, "fmt": fmt}
+    R = (cfg.w_acc + cfg.w_coh * coh) * acc + cfg.w_fmt * fmt
+    return R, {"acc": acc, "coh": coh, "fmt": fmt}

@@ -29,7 +29,9 @@ def advantages(reward, baseline="mean", normalise=False):
         raise ValueError(f"no such baseline: {baseline!r}")
     G = reward.shape[1]
     mean = reward.mean(1, keepdim=True)
-    advantage = (reward - mean) * (G / (G - 1) if baseline == "rloo" else 1.0)
+    advantage = reward - mean
+    if baseline == "rloo":
+        advantage = advantage * (G / (G - 1))  # = reward − the mean of the G − 1 others
     if normalise:
         advantage = advantage / (reward.std(1, keepdim=True) + 1e-6)
     all_equal = (reward == reward[:, :1]).all(1, keepdim=True)
@@ -48,7 +50,7 @@ def surrogate(logp, old, advantage, clip=0.2):
     ratio = (logp - old).clamp(-3, 3).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     loss = -torch.minimum(ratio * advantage, clipped * advantage)
-    return loss, (ratio - clipped).abs() > 0
+    return loss, ratio != clipped
 
 
 class LogProbs(NamedTuple):
@@ -83,7 +85,8 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
     policy, c = model.policy, model.c
     B, cK, D = rollout.z.shape
     Tt = rollout.token.shape[1]
-    # The largest number of latents in a row. Read now, while the GPU is idle: later it would wait
+    # The largest number of latents in a row. Read now, while the GPU is idle: later the host would
+    # have to wait for it
     L = 0 if eps is None else int(rollout.n_latent.max())
 
     # Which columns hold a used latent, a candidate, a word
@@ -98,7 +101,7 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
     end_latent = torch.full((B, 1), model.end, device=prompt.device)
     text = policy.embed(torch.cat((end_latent, rollout.token[:, :-1].clamp(min=0)), 1))
 
-    logp_z = rollout.logp_z.new_zeros(B, cK)
+    logp_z = rollout.z.new_zeros(B, cK)
     if eps is None:
         # One parallel pass over latents and words
         h = policy(torch.cat((rollout.z, text), 1), torch.cat((used, written), 1), cache)
@@ -116,7 +119,7 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
         h_text = policy(text, written, cache)
 
     # The stop head decided at the first latent of each step
-    logp_stop = rollout.logp_stop.new_zeros(B, model.K)
+    logp_stop = rollout.z.new_zeros(B, model.K)
     if model.stop:
         logp = upcast(model.stop_head(latent.z[:, ::c])).log_softmax(-1)  # (B, K, 2)
         taken = torch.where(used[:, ::c], logp[..., 0], logp[..., 1])

@@ -29,10 +29,10 @@ class Noise(Rows):
 
     # (B, cK, 2) the seed and offset of each latent's ε (kernels/vae.py)
     eps_keys: torch.Tensor
-    # (B, K) uniform
-    stop: torch.Tensor
-    # (B, max_new) uniform; None: the words are greedy
-    token: torch.Tensor
+    # (B, K) uniform, for the decisions to stop
+    u_stop: torch.Tensor
+    # (B, max_new) uniform, for the words; None: they are greedy
+    u_token: torch.Tensor
     # z ~ N(μ, (spread·σ)²)
     spread: float = 1.0
     # of the words
@@ -42,13 +42,13 @@ class Noise(Rows):
     def draw(model, B, max_new, seed, temperature=1.0, spread=None, greedy=False):
         """spread: defaults to the temperature. greedy: sample the latents, but not the words."""
         g = torch.Generator().manual_seed(seed)
-        stop = torch.rand(B, model.K, generator=g)
+        u_stop = torch.rand(B, model.K, generator=g)
         # u in (0, 1): with u = 0 a word of probability 0 would be written
-        token = None if greedy else torch.rand(B, max_new, generator=g).clamp(min=2**-25)
+        u_token = None if greedy else torch.rand(B, max_new, generator=g).clamp(min=2**-25)
         return Noise(
             eps_keys=ops.noise_keys(seed, B, model.c * model.K),
-            stop=stop,
-            token=token,
+            u_stop=u_stop,
+            u_token=u_token,
             spread=temperature if spread is None else spread,
             temperature=temperature,
         )
@@ -205,7 +205,7 @@ def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
                 if noise is None:
                     stop = logp[:, 1] > logp[:, 0]
                 else:
-                    stop = noise.stop[b, step] < logp[:, 1].exp()
+                    stop = noise.u_stop[b, step] < logp[:, 1].exp()
                 if forced is not None:
                     stop = stop & ~is_forced
                 out.stop_prob[b, step] = logp[:, 1].exp()
@@ -254,7 +254,7 @@ def write(llama, h, cache, max_new, eos, noise=None):
     and their log-probabilities (B, max_new). Both the policy and φ write with it.
     """
     B = len(h)
-    is_sampled = noise is not None and noise.token is not None
+    is_sampled = noise is not None and noise.u_token is not None
     temperature = noise.temperature if noise else 1.0
     eos = torch.tensor(eos, device=h.device)
     token = torch.full((B, max_new), -1, device=h.device)
@@ -272,7 +272,7 @@ def write(llama, h, cache, max_new, eos, noise=None):
         column = n.expand_as(rows)
 
         # The word at which the cumulative softmax(logits/temperature) reaches u, or the likeliest
-        u = noise.token[rows, column] if is_sampled else None
+        u = noise.u_token[rows, column] if is_sampled else None
         chosen, logp = ops.sample(llama.logits(h), u, temperature)
         token[rows, column] = torch.where(writes, chosen, -1)
         logp_token[rows, column] = torch.where(writes, logp, 0.0)

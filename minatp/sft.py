@@ -10,8 +10,8 @@ and, with --distill, CODI's self-distillation (arXiv 2502.21074), in which the s
 same problem in words, as a teacher:
 
     teacher   it writes the steps and the answer
-    distill   about to give the answer, the states of its layers after the latents are those of the
-              teacher, which gets no gradient from this
+    distill   at the last position before the answer, the states of every layer after the latents
+              should equal the teacher's, which gets no gradient from this
 
 Each loss is a sum over one micro-batch. `total_loss` divides it by its count in the whole batch, so
 it does not matter how a batch is split over micro-batches and GPUs.
@@ -34,7 +34,8 @@ def sft_losses(model, batch, eps=None):
     """
     policy = model.policy
 
-    # −log p of every labelled token. In stage 0 everything is text
+    # Nothing is latent: in stage 0, and in all stages of methods without latents. Then prompt and
+    # text are read in one pass. −log p of every labelled token
     if not batch.n_candidate:
         has_previews = batch.n_before_step is not None
         n_text = batch.text.shape[1]

@@ -1,5 +1,6 @@
-"""The tokenizer: text to ids and back, and the three control tokens that frame the latents.
+"""The tokenizer: text to ids and back, and three control tokens.
 
+<|start-latent|> and <|end-latent|> frame the latents; <|latent|> is the filler of --method pause.
 Text is tokenised piece by piece (docs/method.md, Sequence), and text that a user wrote never
 becomes a control token.
 """
@@ -26,7 +27,7 @@ class Tokenizer:
         self.start, self.latent, self.end = (backend.token_to_id(t) for t in (START, LATENT, END))
 
         # Other programs put before a text what the tokenizer's file says. That has to be bos: π has
-        # never read a text without. (`encode` and `prompt` below do not depend on it)
+        # never read a text without it. (`encode` and `prompt` below do not depend on this)
         if backend.encode("").ids != [bos, *self.encode("")]:
             backend.post_processor = bos_before_text(backend.id_to_token(bos), bos)
 
@@ -80,9 +81,8 @@ def bos_before_text(token, bos):
 
 
 def train_tokenizer(problems, vocab_size):
-    """Learn a byte-level BPE of at most `vocab_size` ids, control tokens included, from problems.
-
-    Returns a Tokenizer.
+    """A Tokenizer learned from problems: a byte-level BPE of at most `vocab_size` ids, control
+    tokens included.
 
     A word keeps the spaces around it and a number stands alone, so that frequent words and numbers
     become one token each.

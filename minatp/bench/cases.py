@@ -215,13 +215,13 @@ def paper_row(vocab_size, n_prompt=90, n_step=10, step_length=9, n_answer=6):
         # never 0 or 1, bos and eos of an untrained model
         return torch.randint(2, vocab_size, (n,)).tolist()
 
-    # `rest` is empty, because no problem has more steps than become latents
+    # `rest_text` is empty, because no problem has more steps than become latents
     steps = [ids(step_length) for _ in range(n_step)]
     return data.Encoded(
         prompt=ids(n_prompt),
         lines=steps,
-        texts=steps,
-        rest=[],
+        step_texts=steps,
+        rest_text=[],
         answer=ids(n_answer),
         n_before_answer=1,
         source="",

@@ -266,7 +266,7 @@ def ragged_batches(rows):
     ragged = []
     for i, row in enumerate(rows[:24]):
         n = len(row.lines) - i % min(8, len(row.lines))
-        ragged.append(replace(row, lines=row.lines[:n], texts=row.texts[:n]))
+        ragged.append(replace(row, lines=row.lines[:n], step_texts=row.step_texts[:n]))
     short_prompts = [replace(row, prompt=row.prompt[:37]) for row in ragged[8:13]]
     return ragged[:8], short_prompts, ragged[8:16], ragged[16:]
 

@@ -353,16 +353,16 @@ class Reference:
 
     def choose(self, logits, noise, i):
         """The i-th word of every row, greedy or drawn, from logits (B, V)."""
-        if noise is None or noise.token is None:
+        if noise is None or noise.u_token is None:
             return sample(logits)[0]
-        return sample(logits, noise.token[:, i], noise.temperature)[0]
+        return sample(logits, noise.u_token[:, i], noise.temperature)[0]
 
     def stops(self, z, t, noise):
         """Whether each row (B,) stops at latent t, its candidate being z (B, D)."""
         logp = upcast(self.stop_head(z)).log_softmax(-1)  # (B, 2): continue, stop
         if noise is None:
             return logp[:, 1] > logp[:, 0]
-        return noise.stop[:, t // self.c] < logp[:, 1].exp()
+        return noise.u_stop[:, t // self.c] < logp[:, 1].exp()
 
     def ends(self, token):
         """Which of the words token (B,) end an answer."""

@@ -312,7 +312,7 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     # Chains of one thought take latents and stops from one draw; each has words of its own
     noise = Noise.draw(model, Q * n, run.max_new, cfg.seed, spread=cfg.spread, greedy=cfg.greedy)
     same_thoughts = torch.arange(Q * n) // n_word * n_word
-    noise.eps_keys, noise.stop = noise.eps_keys[same_thoughts], noise.stop[same_thoughts]
+    noise.eps_keys, noise.u_stop = noise.eps_keys[same_thoughts], noise.u_stop[same_thoughts]
 
     # All Q·n chains in one batch, rewarded as in training
     prompts = run.tokenizer.prompts([p.question for p in problems])

@@ -109,10 +109,9 @@ class Run:
         self.encode_rows()
         if cfg.stage == "sft":
             # φ must be allowed to write the longest step, or its readings would be cut short
-            texts = [
-                text for row in self.labelled + self.answers_only for text in (*row.texts, row.rest)
-            ]
-            model.longest = max([model.longest, *map(len, texts)])
+            for row in self.labelled + self.answers_only:
+                lengths = map(len, (*row.step_texts, row.rest_text))
+                model.longest = max(model.longest, *lengths)
         else:
             # the built-in task keeps a set of its own for RL
             self.questions = [*splits.train, *splits.answers] if cfg.data else splits.answers

@@ -188,7 +188,7 @@ def training_memory(cfg, K, c, batch_size, row, recompute=False, scale=8, distil
 
     # The logits of a labelled position: in bf16 and float32, their log-softmax, and the gradient in
     # both
-    n_labelled = batch_size * (len(row.answer) + sum(map(len, row.texts)))
+    n_labelled = batch_size * (len(row.answer) + sum(map(len, row.step_texts)))
     if distills:
         n_labelled += batch_size * (len(row.answer) + sum(map(len, row.lines)))
     bytes_per_logit = 2 + 4 + 4 + 4 + 2
@@ -259,8 +259,8 @@ def with_few_ids(row):
         row,
         prompt=like(row.prompt),
         lines=[like(ids) for ids in row.lines],
-        texts=[like(ids) for ids in row.texts],
-        rest=like(row.rest),
+        step_texts=[like(ids) for ids in row.step_texts],
+        rest_text=like(row.rest_text),
         answer=like(row.answer),
     )
 

@@ -5,6 +5,7 @@ from the network. Text of problems and models is data in it, never markup.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import torch
 
+from kernels.common import upcast
+
 from .. import reward
-from ..decoder import top_readings
+from ..decoder import opening
 from ..run import evaluate
 from ..run.errors import NotWritten, UserError
 from ..run.saved import replace_file
@@ -129,6 +132,55 @@ def read_latents(model, tokenizer, z):
 
 
 # ---- HTML ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def top_readings(decoder, z, eos, n, max_new):
+    """The n likeliest texts of each step, by beam search.
+
+    z (N, c, D) -> N lists of (ids, probability), likeliest first.
+
+    Texts that do not end within max_new tokens are left out.
+    """
+    N = len(z)
+    ended = [[] for _ in range(N)]  # of each step: (ids, log-probability) of texts that have ended
+    if not N:
+        return ended
+    x, all_real = opening(decoder, z)
+    cache = decoder.cache(N, x.shape[1] + max_new)
+    h = decoder(x, all_real, cache, last=1)[:, 0]
+
+    total = z.new_zeros(N, 1)  # (N, beams) log-probability of each beam
+    ids = [[[]] for _ in range(N)]  # of each step and beam: its words so far
+    for _ in range(max_new):
+        n_beam = total.shape[1]
+        word_logp = upcast(decoder.logits(h)).log_softmax(-1).view(N, n_beam, -1)
+        logp = total[..., None] + word_logp  # (N, n_beam, V)
+
+        # every beam could end here
+        for row, logp_eos in enumerate(logp[..., eos].tolist()):
+            ended[row] += [(ids[row][b], beam_logp) for b, beam_logp in enumerate(logp_eos)]
+            ended[row] = sorted(ended[row], key=lambda text: -text[1])[:n]
+        logp[..., eos] = -torch.inf
+
+        # or go on with the n likeliest words of all beams
+        total, chosen = logp.flatten(1).topk(n)
+        parent, token = chosen // logp.shape[-1], chosen % logp.shape[-1]
+        ids = [
+            [ids[row][b] + [word] for b, word in zip(parents, words)]
+            for row, (parents, words) in enumerate(zip(parent.tolist(), token.tolist()))
+        ]
+
+        # a text only gets less likely as it grows: stop once no beam can overtake the n that have
+        # ended
+        best_open = total[:, 0].tolist()
+        if all(len(texts) == n and texts[-1][1] >= best for texts, best in zip(ended, best_open)):
+            break
+        first_row = torch.arange(N, device=z.device)[:, None] * n_beam
+        cache.keep((first_row + parent).flatten())
+        one_real = torch.ones(N * n, 1, dtype=torch.bool, device=z.device)
+        h = decoder(decoder.embed(token.flatten())[:, None], one_real, cache)[:, 0]
+    return [[(words, math.exp(text_logp)) for words, text_logp in texts] for texts in ended]
 
 
 def write(path, columns, problems):

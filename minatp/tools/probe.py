@@ -25,7 +25,7 @@ from kernels.cross_entropy import IGNORE
 
 from .. import reward
 from ..data import pad
-from ..decoder import token_nll
+from ..decoder import thought_token_nll
 from ..rollout import Forced, Noise
 from ..run import evaluate
 from ..run.device import autocast, pick_device, pick_dtype, place, solving_guard
@@ -315,7 +315,7 @@ def step_nll(model, z, texts, eos):
         text = pad([[*ids, eos] for ids, _ in some], IGNORE).to(model.device)
         text_at = (text != IGNORE).nonzero(as_tuple=True)
         latents = z[i : i + 64].to(model.device)
-        nll = token_nll(model.decoder, latents, text, text_at).double().cpu()  # (n, Ts)
+        nll = thought_token_nll(model.decoder, latents, text, text_at).double().cpu()  # (n, Ts)
 
         n_first = torch.tensor([n for _, n in some])
         is_first = torch.arange(nll.shape[1]) < n_first[:, None]
@@ -348,7 +348,7 @@ def using(model, solve, mean, problems, args):
     # Sample the thoughts, ever more widely, and decide the rest greedily
     for spread in SPREADS if model.vae else ():
         noise = Noise.draw(model, len(mean), args.max_new, args.seed, spread=spread, greedy=True)
-        noise.stop.fill_(0.5)  # the stop head takes its likelier decision
+        noise.u_stop.fill_(0.5)  # the stop head takes its likelier decision
         chains[f"σ × {spread:g}"] = solve(noise=noise)
 
     # Compare the answers

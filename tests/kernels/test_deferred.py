@@ -58,8 +58,8 @@ def problem(n_steps):
     return data.Encoded(
         prompt=prompt,
         lines=steps,
-        texts=[step + [EOS] for step in steps],
-        rest=[],
+        step_texts=[step + [EOS] for step in steps],
+        rest_text=[],
         answer=[6, 5, EOS],
         n_before_answer=1,
         source="",

@@ -385,8 +385,8 @@ def sft_batch(model, distills=False):
         return data.Encoded(
             prompt=[5 + n] * (2 + n),
             lines=[[7, 8]] * n_steps,
-            texts=[[7, 8, EOS]] * n_steps,
-            rest=[],
+            step_texts=[[7, 8, EOS]] * n_steps,
+            rest_text=[],
             answer=[6, 5, 9, EOS],
             n_before_answer=1,
             source="",
@@ -536,8 +536,8 @@ def gsm8k_like_batches(model, n_batch):
             data.Encoded(
                 prompt=[5] * n_prompt,
                 lines=[[7, 8]] * n_step,
-                texts=[[7, 8, EOS]] * n_step,
-                rest=[],
+                step_texts=[[7, 8, EOS]] * n_step,
+                rest_text=[],
                 answer=[6, EOS],
                 n_before_answer=0,
                 source="",

@@ -973,8 +973,8 @@ def encoded_problem(n, n_steps):
     return Encoded(
         prompt=[5 + n] * (2 + n),
         lines=[[7, 8]] * n_steps,
-        texts=[[7, 8, 1]] * n_steps,
-        rest=[],
+        step_texts=[[7, 8, 1]] * n_steps,
+        rest_text=[],
         answer=[6, 5, 9, 1],
         n_before_answer=1,
         source="",

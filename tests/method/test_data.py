@@ -311,7 +311,7 @@ def test_a_batch_knows_where_its_labels_are():
     # words: what is gathered is what was put in
     answers = [i for row in rows for i in row.answer]
     assert batch.target[batch.target_at].tolist() == answers
-    texts = [*rows[0].texts, *rows[1].texts]
+    texts = [*rows[0].step_texts, *rows[1].step_texts]
     assert batch.step_text[batch.step_text_at].tolist() == [i for text in texts for i in text]
 
 
@@ -398,7 +398,7 @@ def test_codi_takes_all_its_latents_for_every_problem():
 
     # problem 1 has one step, problem 2 three, of which the last two are the second thought's
     assert (batch.step_row.tolist(), batch.step_index.tolist()) == ([1, 2, 2], [0, 0, 1])
-    texts = [rows[1].texts[0], rows[2].texts[0], rows[2].rest]
+    texts = [rows[1].step_texts[0], rows[2].step_texts[0], rows[2].rest_text]
     assert batch.step_text[batch.step_text_at].tolist() == [i for text in texts for i in text]
 
     # the teacher reads all of them in words, where they are known

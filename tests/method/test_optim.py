@@ -106,7 +106,7 @@ def test_which_parameters_are_muons(optimizer_name):
 def test_the_matrices_of_a_projection_are_muons():
     model, _ = small_model(method="codi")
     optimizer = build_optimizer(options.parse(["--method", "codi"], ""), model)
-    hidden = {id(p) for p in optimizer.hidden}
+    hidden = {id(p) for p in optimizer.muon_matrices}
     of_projection = dict(model.projection.named_parameters())
     assert len(of_projection) == 6
     for name, p in of_projection.items():

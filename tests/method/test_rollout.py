@@ -47,7 +47,7 @@ def draw(model, *args, **options):
 def test_no_word_of_probability_0_is_drawn(model, monkeypatch):
     """Even if the generator gives the least number that it can."""
     monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.zeros(shape))
-    u = draw(model, 1, 1, seed=0).token[0]
+    u = draw(model, 1, 1, seed=0).u_token[0]
     word, logp = sample(torch.tensor([[-torch.inf, 0.0, 0.0]]), u)
     assert word == 1
     assert logp.isfinite()

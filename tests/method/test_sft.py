@@ -5,7 +5,7 @@ import torch
 
 import train
 from minatp import data, problems, sft
-from minatp.decoder import thought_nll, top_readings
+from minatp.decoder import thought_nll
 from minatp.problems import Problem
 from minatp.rollout import rollout
 from minatp.run import options
@@ -19,6 +19,7 @@ from minatp.sft import (
     total_loss,
     walk_batch,
 )
+from minatp.tools import page
 from minatp.tools.count import count
 
 from small import SMALL, gradients_of, small_model
@@ -142,7 +143,7 @@ def test_a_preview_is_proposed_from_the_states_before_its_step(previewed):
     policy, c = model.policy, model.c
     expected = torch.zeros(())
     for row, noise in zip(rows, eps):
-        for s, text in enumerate(row.texts[: model.K]):
+        for s, text in enumerate(row.step_texts[: model.K]):
             # what π has read: the first thought follows the prompt, the others the steps before
             ids = list(row.prompt)
             if s:
@@ -207,7 +208,7 @@ def test_previews_change_nothing_of_the_other_losses(previewed):
 
 def test_the_loss_of_previews_is_a_mean_over_ids_as_that_of_the_words(previewed):
     model, rows, _ = previewed
-    n_id = sum(len(text) for row in rows for text in row.texts[: model.K])
+    n_id = sum(len(text) for row in rows for text in row.step_texts[: model.K])
     assert data.collate(rows, 0, model).counts["dec"] == n_id
     assert data.collate(rows, 1, model).counts["dec"] == len(rows)
 
@@ -244,7 +245,7 @@ def test_a_decoder_that_reads_bos_writes_what_its_loss_says(previewed):
     model, _, eps = previewed
     eos, z = 1, eps[:, : model.c]
     with torch.no_grad():
-        for latents, texts in zip(z, top_readings(model.decoder, z, eos, n=2, max_new=4)):
+        for latents, texts in zip(z, page.top_readings(model.decoder, z, eos, n=2, max_new=4)):
             assert len(texts) == 2
             for ids, p in texts:
                 text = torch.tensor([[*ids, eos]])

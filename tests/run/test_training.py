@@ -176,7 +176,7 @@ def test_a_thought_is_read_to_the_end_of_the_longest_that_was_taught(tmp_path, m
     model, tokenizer = load_model(tmp_path)
     cfg = options.of_run(tmp_path / "config.json")
     rows = encode_problems(cfg, problems.generate("labelled", 60, 0), tokenizer, model)
-    assert model.longest == max(len(row.rest) for row in rows)
+    assert model.longest == max(len(row.rest_text) for row in rows)
     assert model.longest > 24
 
     lengths = []

@@ -9,7 +9,7 @@ import torch
 
 import sample
 from minatp import problems
-from minatp.decoder import Chain, read_thoughts, thought_nll, top_readings
+from minatp.decoder import Chain, read_thoughts, thought_nll
 from minatp.problems import Problem
 from minatp.run import evaluate
 from minatp.run.huggingface import load_model, save_model
@@ -308,7 +308,7 @@ def test_readings_are_the_likeliest(solved):
         text_at = (text >= 0).nonzero(as_tuple=True)
         return float((-thought_nll(phi, thought[None], text, text_at)).exp())
 
-    readings = top_readings(phi, z, eos, n=3, max_new=6)
+    readings = page.top_readings(phi, z, eos, n=3, max_new=6)
     for thought, likeliest in zip(z, readings):
         p = [p for _, p in likeliest]
         assert p == sorted(p, reverse=True)
