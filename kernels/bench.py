@@ -99,7 +99,7 @@ def attention_case(device, dtype, shape):
         prefix_token = StoreColumns.apply(prefix, None, prefix_k, prefix_v)
         own_token = StoreColumns.apply(own, None, own_k, own_v)
         order_token = prefix_token + own_token
-        o, _ = AttendStep.apply(prefix, own, order_token, q, k, v, cos, sin, layout)
+        o, _ = AttendStep.apply(prefix, own, layout, order_token, q, k, v, cos, sin)
         return o
 
     # Angles in the dtype of q: verify() also runs the reference in float64.

@@ -1,9 +1,9 @@
 """The cache that the attention kernels read and write, with autograd through it.
 
 It has the interface of minatp's KVCache (open, attend, step, fork, keep; it ignores `rows`, since
-every call is of all rows), and what the replayed chain needs besides: prefix_kv, with_prefix,
-append_own. The first call's columns, left-padded, are the prefix: stored once, however many rows
-continue from it. The columns of later calls are a row's own.
+every call is of all rows), and what the replayed chain needs besides: after_prefix, append_own. The
+first call's columns, left-padded, are the prefix: stored once, however many rows continue from it.
+The columns of later calls are a row's own.
 
 Both lie in memory that is written in place, which autograd cannot follow. So each operation on a
 layer's columns is a node of its own:
@@ -26,6 +26,7 @@ that of every node that uses one of its outputs and leads to the loss.
 """
 
 from copy import copy
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -58,8 +59,8 @@ class Columns:
 
 
 # ---- operations on a layer's columns, as nodes of autograd ---------------------------------------
-# In each forward, new_empty(()) is the order token that the node returns. In each backward, its
-# gradient, whose value does not matter either, goes on to the node before.
+# In each forward, new_empty(()) is the order token that the node returns. Its gradient, if there is
+# one, does not matter either. LongPass returns none, because under autograd it is the last.
 
 
 class StoreColumns(torch.autograd.Function):
@@ -71,58 +72,56 @@ class StoreColumns(torch.autograd.Function):
     def forward(ctx, columns, order_token, k, v):
         ctx.columns = columns
         ctx.n = k.shape[2]
+        ctx.set_materialize_grads(False)
         return k.new_empty(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, order_token):
-        k, v = ctx.columns.kv
-        grad_k, grad_v = (grad[:, :, : ctx.n] for grad in ctx.columns.grad_buffers())
+    def backward(ctx, _):
+        # (autograd casts them to the dtype of k and v)
+        grads = [grad[:, :, : ctx.n] for grad in ctx.columns.grad_buffers()]
         ctx.columns.grad = None  # passed on: a second backward pass starts from zeros
-        d_order_token = order_token if ctx.needs_input_grad[1] else None
-        return None, d_order_token, grad_k.to(k.dtype), grad_v.to(v.dtype)
+        return None, None, *grads
 
 
 class AttendStep(torch.autograd.Function):
-    """(prefix, own, order_token, q, k, v, cos, sin, layout) -> o (B, h, T, d), order_token.
+    """(prefix, own, layout, order_token, q, k, v, cos, sin) -> o (B, h, T, d), order_token.
     Appends k and v to `own`.
     """
 
     @staticmethod
-    def forward(ctx, prefix, own, order_token, q, k, v, cos, sin, layout):
-        inputs = StepInputs(q, k, v, cos, sin)
+    def forward(ctx, prefix, own, layout, order_token, *inputs):
+        inputs = StepInputs(*inputs)
         o, lse = attention.run_forward(inputs, prefix.kv, own.kv, layout)
         ctx.save_for_backward(*inputs, o, lse)
 
         # the caches are not saved tensors, because later calls write to them. What they write are
         # other columns: those that this step has read stay as they are
-        ctx.prefix = prefix
-        ctx.own = own
+        ctx.caches = prefix, own
         ctx.layout = layout
-        return o, q.new_empty(())
+        return o, o.new_empty(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, order_token):
         *inputs, o, lse = ctx.saved_tensors
-        prefix, own = ctx.prefix, ctx.own
         if do.stride(3) != 1:  # the kernels take any strides but that of the last dimension
             do = do.contiguous()
 
         # dk and dv are those of the new positions, later steps' shares included. The gradients of
         # all columns read stay in the buffers, until the node that wrote the columns collects them
-        caches = (prefix.kv, own.kv)
-        grads = (prefix.grad_buffers(), own.grad_buffers())
-        dq, dk, dv = attention.run_backward(
+        caches = [columns.kv for columns in ctx.caches]
+        grads = [columns.grad_buffers() for columns in ctx.caches]
+        d_inputs = attention.run_backward(
             do, o, lse, StepInputs(*inputs), caches, grads, ctx.layout
         )
-        return None, None, order_token, dq, dk, dv, None, None, None
+        return None, None, None, order_token, *d_inputs, None, None
 
 
 class LongPass(torch.autograd.Function):
     """(prefix, own, order_token, k, v, owner, n_own) -> the keys and values of the prefix, of the
     first n_own own columns, and k and v (B, h_kv, T, d) themselves, each
-    (B, h_kv, P + n_own + T, d), and order_token.
+    (B, h_kv, P + n_own + T, d).
     """
 
     @staticmethod
@@ -132,12 +131,11 @@ class LongPass(torch.autograd.Function):
         ctx.owner = owner
         ctx.sizes = prefix.kv.k.shape[2], n_own, k.shape[2]
         columns = zip(prefix.kv, own.kv, (k, v))
-        k, v = (torch.cat((x[owner], y[:, :, :n_own], new), 2) for x, y, new in columns)
-        return k, v, k.new_empty(())
+        return tuple(torch.cat((x[owner], y[:, :, :n_own], new), 2) for x, y, new in columns)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dk, dv, order_token):
+    def backward(ctx, dk, dv):
         d_prefix, d_own, d_new = zip(*(grad.split(ctx.sizes, 2) for grad in (dk, dv)))
 
         # the rows that share a prefix add up in it; own columns belong to one row
@@ -147,7 +145,7 @@ class LongPass(torch.autograd.Function):
         if n_own:
             for buffer, d in zip(ctx.own.grad_buffers(), d_own):
                 buffer[:, :, :n_own] += d
-        return None, None, order_token, *d_new, None, None
+        return None, None, None, *d_new, None, None
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -166,24 +164,14 @@ class StepCache:
     # every call is of all rows: on a GPU a step costs the same for any number of them
     fixed_shape = True
 
-    def __init__(self, cfg, B, capacity, device):
-        # sizes of the memory that is allocated later
-        self.capacity = capacity
-        self.n_kv_head = cfg.n_kv_head
-        self.d = cfg.head_dim
-
-        # columns and order token of each layer
-        self.prefix = [None] * cfg.n_layer
-        self.own = [None] * cfg.n_layer
-        self.order_tokens = [None] * cfg.n_layer
-        self.prefix_kv = []  # keys and values of each layer's prefix, with their gradients
+    def __init__(self, B, capacity, device):
+        # of each layer that has read something: its Columns, and its order token
+        self.prefix, self.own, self.order_tokens = {}, {}, {}
+        self.room = capacity  # for own columns, once there is a prefix
 
         # where a row's columns lie
-        self.start = None  # (N,) first real column of each prefix; None before the first call
         self.owner = torch.arange(B, device=device)  # (B,) prefix of each row
         self.n_own = torch.zeros(B, dtype=torch.long, device=device)  # (B,) own columns
-        self.layout = None  # of the columns of a call; None during the first
-        self.P = 0  # columns of the prefix
         self.n_opened = 0  # columns opened after the prefix, at most: no row has more of its own
         self.is_closed = False  # whether a long pass under autograd, which is the last, has come
 
@@ -201,30 +189,29 @@ class StepCache:
             raise RuntimeError("under autograd a long pass must be the last")
 
         # the first call is the prefix
-        if self.start is None:
-            self.start = T - valid.sum(1)
-            self.P = T
+        if not self.prefix:
+            self.start = T - valid.sum(1)  # (N,) first real column of each prefix
+            self.P = T  # columns of the prefix
+            self.room -= T
             self.group_rows()
 
-            # a query sees the real columns up to itself, and always itself: padding, whose result
-            # is not used, must not be a softmax over nothing
-            t = torch.arange(T, device=valid.device)
-            itself = t == t[:, None]
-            self.mask = ((valid[:, None] & (t <= t[:, None])) | itself)[:, None]  # (B, 1, T, T)
+            # its columns are all new to themselves
+            layout = self.layout_of(self.n_own, valid.int() - 1)
+            self.mask = attention.visible_mask(layout, 0, 0)[:, None]  # (B, 1, T, T)
             return (valid.long().cumsum(1) - 1).clamp(min=0)
 
         # later calls: a real column goes behind the row's own ones. (n_own is written in place: a
         # replayed step finds it at this address)
         n_before, slot, position = attention.open_columns(valid, self.n_own, self.n_prefix_real)
-        self.layout = Layout(**self.groups, mean_group=self.mean_group, n_own=n_before, slot=slot)
+        self.layout = self.layout_of(n_before, slot)
         self.n_earlier = self.n_opened
-        self.n_opened = min(self.n_opened + T, self.capacity - self.P)
+        self.n_opened = min(self.n_opened + T, self.room)
 
         # a step's kernel needs no mask; a long pass does
         self.mask = None
         if T > MAX_STEP_COLUMNS:
-            visible = attention.visible_mask(self.layout, self.P, self.n_earlier)
-            self.mask = visible[:, None]  # (B, 1, T, columns)
+            # (B, 1, T, columns)
+            self.mask = attention.visible_mask(self.layout, self.P, self.n_earlier)[:, None]
             self.is_closed = torch.is_grad_enabled()
             # the indices of its real columns: here the host waits, once and not in every layer
             self.real = None if self.is_closed else valid.nonzero(as_tuple=True)
@@ -233,19 +220,16 @@ class StepCache:
     def group_rows(self):
         """Sort the rows by their prefix: the parts of a Layout that change only here."""
         # members[member_offsets[n] : member_offsets[n + 1]] are the rows of prefix n
-        members = self.owner.argsort(stable=True)
+        # (in a recorded chain, too: a sort of up to 4,096 rows is one kernel)
+        owners, members = self.owner.sort(stable=True)
         prefix = torch.arange(len(self.start) + 1, device=members.device)
-        member_offsets = torch.searchsorted(self.owner[members], prefix)
+        member_offsets = torch.searchsorted(owners, prefix)
 
-        self.groups = dict(
-            start=self.start.int(),
-            owner=self.owner.int(),
-            members=members.int(),
-            member_offsets=member_offsets.int(),
-        )
-        self.n_prefix_real = self.P - self.start[self.owner]  # (B,) real columns of its prefix
         # rows per prefix, a mean (the host would have to wait for the largest); only a hint
-        self.mean_group = ceil_div(len(self.owner), len(self.start))
+        mean_group = ceil_div(len(self.owner), len(self.start))
+        tensors = [x.int() for x in (self.start, self.owner, members, member_offsets)]
+        self.layout_of = partial(Layout, *tensors, mean_group)
+        self.n_prefix_real = self.P - self.start[self.owner]  # (B,) real columns of its prefix
 
     def attend(self, i, q, k, v, rope):
         """Append k, v (B, h_kv, T, d) to layer i and attend to it: q (B, h, n, d), the queries of
@@ -253,25 +237,24 @@ class StepCache:
 
         k and v have one dtype. In a step, n is T.
         """
-        cos, sin = (x.float() for x in rope)
+        cos, sin = (x.float().contiguous() for x in rope)
         assert k.dtype == v.dtype
 
         # a step: the kernel rotates, appends and attends
         n, T = q.shape[2], k.shape[2]
         if self.mask is None:
-            assert cos.is_contiguous() and sin.is_contiguous()
             if n < T:  # it takes a query of each column
                 q = F.pad(q, (0, 0, T - n, 0))
             columns = self.prefix[i], self.own_columns(i, k)
             o, self.order_tokens[i] = AttendStep.apply(
-                *columns, self.order_tokens[i], q, k, v, cos, sin, self.layout
+                *columns, self.layout, self.order_tokens[i], q, k, v, cos, sin
             )
             return o[:, :, T - n :]
 
         # a long pass: rotate, join all columns, SDPA
         q = Rotate.apply(q, cos[:, :, T - n :].contiguous(), sin[:, :, T - n :].contiguous())
         k = Rotate.apply(k, cos, sin)
-        if self.layout is None:
+        if i not in self.prefix:
             self.store_prefix(i, k, v)
         else:
             k, v = self.append_long(i, k, v)
@@ -279,10 +262,8 @@ class StepCache:
 
     def store_prefix(self, i, k, v):
         """The first call's keys and values become layer i's prefix."""
-        self.prefix[i] = Columns(k.detach().contiguous(), v.detach().contiguous())
-        self.order_tokens[i] = StoreColumns.apply(self.prefix[i], None, k, v)
-        if torch.is_grad_enabled():
-            self.prefix_kv += k, v
+        columns = self.prefix[i] = Columns(k.contiguous(), v.contiguous())
+        self.order_tokens[i] = StoreColumns.apply(columns, None, *columns.kv)
 
     def append_long(self, i, k, v):
         """Append a long pass to layer i, unless it is the last; returns the keys and values of all
@@ -296,17 +277,17 @@ class StepCache:
                 buffer[b, :, self.layout.slot[b, t]] = new[b, :, t].to(buffer.dtype)
 
         # no row has more than n_earlier of the earlier ones; the mask hides those that it lacks
-        k, v, self.order_tokens[i] = LongPass.apply(
+        return LongPass.apply(
             self.prefix[i], own, self.order_tokens[i], k, v, self.owner, self.n_earlier
         )
-        return k, v
 
     def own_columns(self, i, k):
         """Layer i's own columns, allocated at the first call after the prefix."""
-        if self.own[i] is None:
+        if i not in self.own:
             # zeros: a long pass multiplies columns that a row has not filled by a weight of 0, and
             # 0·NaN is NaN
-            shape = (len(self.owner), self.n_kv_head, self.capacity - self.P, self.d)
+            B, h_kv, _, d = k.shape
+            shape = B, h_kv, self.room, d
             self.own[i] = Columns(k.new_zeros(shape), k.new_zeros(shape))
         return self.own[i]
 
@@ -317,18 +298,17 @@ class StepCache:
         """
         if not self.replays_steps:
             return work(*inputs)
-        if work not in self.steps:
-            self.steps[work] = graph.ReplayedStep()
-        result = self.steps[work](work, *inputs)
+        step = self.steps.setdefault(work, graph.ReplayedStep())
+        result = step(work, *inputs)
 
         # a replay runs no Python, so `open` has not counted its columns: any may be filled
-        self.n_opened = self.capacity - self.P
+        self.n_opened = self.room
         return result
 
     def fork(self):
         """A second cache that has read the same prefix. Neither has read anything after it yet."""
         cache = copy(self)
-        cache.own, cache.order_tokens = list(self.own), list(self.order_tokens)
+        cache.own, cache.order_tokens = {}, dict(self.order_tokens)
         cache.n_own = self.n_own.clone()
         return cache
 
@@ -340,31 +320,23 @@ class StepCache:
         self.n_own = self.n_own[rows]
         self.steps = WeakKeyDictionary()  # other shapes: record anew
         self.group_rows()
-        for i, own in enumerate(self.own):
-            if own is not None:
-                assert not torch.is_grad_enabled(), "no gradient leads back to the rows before"
-                self.own[i] = Columns(*(x[rows] for x in own.kv))
+        for i, own in self.own.items():
+            assert not torch.is_grad_enabled(), "no gradient leads back to the rows before"
+            self.own[i] = Columns(*(x[rows] for x in own.kv))
 
     # ---- for the replayed chain ----
 
-    def with_prefix(self, kv, groups, n_prefix_real, room):
-        """A cache of as many rows, which have read a prefix and nothing else, with room for so many
-        own columns. kv: keys and values of each layer, in one list. groups: see `group_rows`.
+    @classmethod
+    def after_prefix(cls, kv, start, owner, room):
+        """A cache whose rows have read a prefix and nothing else, with room for so many own
+        columns. kv: keys and values of each layer, in one list.
         """
-        cache = copy(self)
-        cache.groups = groups
-        cache.owner = groups["owner"]
-        cache.n_prefix_real = n_prefix_real
-
-        # nothing but the prefix
-        n_layer = len(self.own)
-        cache.prefix, cache.own, cache.order_tokens = ([None] * n_layer for _ in range(3))
-        cache.prefix_kv = []
-        cache.n_own = torch.zeros_like(self.n_own)
-        cache.n_opened = 0
+        cache = cls(len(owner), room, owner.device)
+        cache.start = start
+        cache.owner = owner
         cache.P = kv[0].shape[2]
-        cache.capacity = cache.P + room
-        for i in range(n_layer):
+        cache.group_rows()
+        for i in range(len(kv) // 2):
             cache.store_prefix(i, *kv[2 * i : 2 * i + 2])
         return cache
 
@@ -377,7 +349,8 @@ class StepCache:
             own = self.own_columns(i, k)
             memory += (x[:, :, : k.shape[2]] for x in own.kv)
             self.order_tokens[i] = StoreColumns.apply(own, self.order_tokens[i], k, v)
-        torch._foreach_copy_(memory, [x.detach() for x in kv])
+        with torch.no_grad():
+            torch._foreach_copy_(memory, kv)
 
         self.n_own += n_real
         self.n_opened += kv[0].shape[2]

@@ -39,8 +39,7 @@ FEWEST_ROWS = 1024
 class Place:
     """Where graphs are recorded."""
 
-    def __init__(self, device):
-        self.device = device
+    def __init__(self):
         self.stream = None  # until the first recording
         self.forget_graphs()
 
@@ -52,8 +51,8 @@ class Place:
         self.n_byte = 0  # of the pool
 
 
-# device -> the Place of its loops
-loops = {}
+# that of the loops
+loops = Place()
 
 # what holds graphs for later batches; the first to go if memory runs out
 kept = {}
@@ -93,23 +92,21 @@ def record(work, place):
 
 def capture(work, place):
     """One attempt of `record`."""
-    device = place.device
-    stream = place.stream or torch.cuda.Stream(device)
+    stream = place.stream or torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
 
     # the pool goes with the last graph that has it: `last` lives until this one has it, too
     last = place.last_graph
-    pool = last and last.pool()
 
     # if this recording fails, the next begins with another stream and another pool
     place.stream = place.last_graph = None
-    n_byte = torch.cuda.memory_reserved(device)
+    n_byte = torch.cuda.memory_reserved()
 
     # a stream of its own, because CUDA records no graph on the default one
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         # thread_local: NCCL's threads may go on calling CUDA meanwhile
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=last and last.pool(), capture_error_mode="thread_local")
         try:
             result = work()
         except BaseException:
@@ -117,10 +114,10 @@ def capture(work, place):
                 graph.capture_end()
             raise
         graph.capture_end()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(stream)
 
     place.stream, place.last_graph = stream, graph
-    place.n_byte += torch.cuda.memory_reserved(device) - n_byte
+    place.n_byte += torch.cuda.memory_reserved() - n_byte
     return graph, result
 
 
@@ -128,8 +125,7 @@ def release_memory():
     """Free the memory that is held for the loops' next graph: call it after an evaluation, whose
     batches are larger than training's.
     """
-    for place in loops.values():
-        place.forget_graphs()
+    loops.forget_graphs()
 
 
 # ---- for loops whose steps are graphs ------------------------------------------------------------
@@ -172,7 +168,7 @@ class DelayedCount:
     def __init__(self, delayed, every=4):
         self.delayed, self.every = delayed, every
         self.n_call = 0
-        self.started = None  # (count on its way to the host, the event after its copy)
+        self.started = 0, None  # a count on its way to the host, and the event after its copy
         self.known = 0  # never too many
 
     def __call__(self, mask):
@@ -181,7 +177,7 @@ class DelayedCount:
         self.n_call += 1
 
         # wait for the count of the call before
-        if self.started is not None and self.n_call % self.every == 0:
+        if self.n_call % self.every == 0:
             count, event = self.started
             if event:
                 event.synchronize()
@@ -202,7 +198,7 @@ class ReplayedStep:
     it, and from the second call on the result is a replay's, which the next call overwrites.
     """
 
-    def __init__(self, place=None):
+    def __init__(self, place=loops):
         """place: where it is recorded; by default, where all loops are."""
         self.place = place
         self.inputs = None  # the graph's own copies
@@ -213,7 +209,7 @@ class ReplayedStep:
         # the first call runs outside a graph, so that no recording compiles a kernel or allocates
         # what outlives it
         if self.inputs is None:
-            self.inputs = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
+            self.inputs = [x.clone() for x in inputs]
             return work(*self.inputs)
 
         # a graph reads its inputs where they lay when it was recorded
@@ -221,8 +217,6 @@ class ReplayedStep:
 
         # recording runs nothing, so the call that records is a replay, too
         if self.graph is None:
-            device = inputs[0].device
-            place = self.place or loops.setdefault(device, Place(device))
-            self.graph, self.result = record(lambda: work(*self.inputs), place)
+            self.graph, self.result = record(lambda: work(*self.inputs), self.place)
         self.graph.replay()
         return self.result

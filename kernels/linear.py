@@ -82,10 +82,11 @@ class Gradient:
         """The gradient of each weight and each bias, None without a call; begins anew."""
         if self.pairs:
             self.multiply(*self.join())
-        parts = []
-        for total, parameters in ((self.dW, self.weights), (self.db, self.biases)):
-            sizes = [len(p) for p in parameters]
-            parts += [None] * len(sizes) if total is None else total.split(sizes)
+        if self.dW is None:
+            return [None] * len(self.weights + self.biases)
+        parts = [*self.dW.split([len(W) for W in self.weights])]
+        if self.biases:  # of one Linear: several in one product have none
+            parts.append(self.db)
         self.dW = self.db = None
         return parts
 
@@ -107,25 +108,11 @@ class WeightGradient(torch.autograd.Function):
         return None, *ctx.gradient.sums()
 
 
-class Shared:
-    """What the calls of a product share: their Gradient, and the scalar of its node."""
-
-    def __init__(self, weights, biases, long, is_linked=True):
-        """is_linked: whether autograd passes the gradient on to the weights. If not, their nodes
-        are not in the graph of the calls, and whoever has asked for that reads the Gradient itself.
-        """
-        self.gradient = Gradient(weights, biases, long)
-        parameters = [*weights, *biases]
-        if not is_linked:
-            parameters = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
-        self.scalar = WeightGradient.apply(self.gradient, *parameters)
-
-
-# Ids of weights -> the Shared of their calls that are alive: a call keeps it, and it keeps the
+# Ids of weights -> the scalar of their calls that are alive: a call keeps it, and its gradient the
 # weights, so that no id can be another's
 alive = WeakValueDictionary()
 
-# inside deferred_weight_gradients: ({ids of weights: Shared}, whether these are linked to the
+# inside deferred_weight_gradients: ({ids of weights: scalar}, whether these are linked to the
 # weights). Outside it is None, and calls look in `alive`, if kernels run
 scope = None
 
@@ -133,27 +120,32 @@ scope = None
 @contextmanager
 def deferred_weight_gradients(calls=None):
     """Inside, all calls of a large Linear, long ones too, share one product for its weight's
-    gradient, and share it with no call outside. calls: a dict that receives what they share, {ids
-    of weights: Shared}, which is then not linked to the weights.
+    gradient, and share it with no call outside. calls: a dict that receives {ids of weights: their
+    scalar}. Then these are not linked to the weights, whose nodes stay out of the graph of the
+    calls, and the caller reads each scalar.gradient itself.
     """
     global scope
-    outer, scope = scope, ({}, True) if calls is None else (calls, False)
+    scope = ({}, True) if calls is None else (calls, False)
     try:
         yield
     finally:
-        scope = outer
+        scope = None
 
 
 def shared(weights, biases):
-    """The Shared of a new call."""
+    """The scalar for a new call. All calls with these weights share it, and its .gradient."""
     calls, is_linked = scope or (alive, True)
     key = tuple(map(id, weights))
     # (looked up once: what is alive can go at any time)
-    found = calls.get(key)
-    if found is None:
-        found = Shared(weights, biases, LONG if calls is alive else math.inf, is_linked)
-    calls[key] = found
-    return found
+    scalar = calls.get(key)
+    if scalar is None:
+        gradient = Gradient(weights, biases, LONG if calls is alive else math.inf)
+        parameters = weights + biases
+        if not is_linked:
+            parameters = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
+        scalar = calls[key] = WeightGradient.apply(gradient, *parameters)
+        scalar.gradient = gradient  # where the calls find it
+    return scalar
 
 
 # ---- products ------------------------------------------------------------------------------------
@@ -161,25 +153,26 @@ def shared(weights, biases):
 
 def side_by_side(parts):
     """Join tensors (..., n_i) to (..., Σ n_i): no copy if they are neighbours in memory."""
-    first = parts[0]
-    end = first.storage_offset()
+    # where the whole would begin by each of its parts: they are neighbours if all agree
+    places = set()
+    width = 0
     for x in parts:
-        place = x.untyped_storage().data_ptr(), x.storage_offset(), x.stride()
-        if place != (first.untyped_storage().data_ptr(), end, first.stride()):
-            return torch.cat(parts, -1)
-        end += x.shape[-1]
-    width = end - first.storage_offset()
+        places.add((x.untyped_storage().data_ptr(), x.storage_offset() - width, x.stride()))
+        width += x.shape[-1]
+    if len(places) > 1:
+        return torch.cat(parts, -1)
+    first = parts[0]
     return first.as_strided((*first.shape[:-1], width), first.stride())
 
 
 class LinearCall(torch.autograd.Function):
-    """(calls, its scalar, x, W, b, sizes) -> x·Wᵀ + b, as parts of these sizes. calls: a Shared, to
-    whose Gradient the backward pass adds. The scalar makes autograd run WeightGradient last.
+    """(scalar, x, W, b, sizes) -> x·Wᵀ + b, as parts of these sizes. scalar: from `shared`. The
+    backward pass adds to its gradient, and it makes autograd run WeightGradient last.
     """
 
     @staticmethod
-    def forward(ctx, calls, scalar, x, W, b, sizes):
-        ctx.calls = calls
+    def forward(ctx, scalar, x, W, b, sizes):
+        ctx.scalar = scalar
         ctx.shape = x.shape
         x = as_rows(x)
         ctx.save_for_backward(x)
@@ -193,9 +186,9 @@ class LinearCall(torch.autograd.Function):
     def backward(ctx, *parts):
         (x,) = ctx.saved_tensors
         dy = as_rows(side_by_side(parts))
-        if ctx.needs_input_grad[1]:  # the weights are not frozen
-            ctx.calls.gradient.add(x, dy)
-        return None, None, (dy @ ctx.W).view(ctx.shape), None, None, None
+        if ctx.needs_input_grad[0]:  # the weights are not frozen
+            ctx.scalar.gradient.add(x, dy)
+        return None, (dy @ ctx.W).view(ctx.shape), None, None, None
 
 
 def linear_of_rows(rows, W, b, shape):
@@ -220,8 +213,7 @@ def product(x, linears):
     sizes = [len(W) for W in weights]
     if not torch.is_grad_enabled():
         return linear_of_rows(as_rows(x), W, b, x.shape).split(sizes, -1)
-    calls = shared(weights, biases)
-    return LinearCall.apply(calls, calls.scalar, x, W, b, sizes)
+    return LinearCall.apply(shared(weights, biases), x, W, b, sizes)
 
 
 def copies_of(weights, biases, dtype):

@@ -197,5 +197,6 @@ def make_cache(reference, cfg, B, T, weight):
     Where kernels run it is a StepCache, which computes softmax(q·Kᵀ/√hd)·V of a few new positions
     with kernels/attention.py. Elsewhere it is a `reference`, a class with the same interface.
     """
-    cache_class = StepCache if has_kernel(weight) else reference
-    return cache_class(cfg, B, T, weight.device)
+    if has_kernel(weight):
+        return StepCache(B, T, weight.device)
+    return reference(cfg, B, T, weight.device)

@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from . import graph
+from .cache import StepCache
 from .common import ceil_div
 from .linear import Linear, copies_of, deferred_weight_gradients, shared
 from .ops import compute_dtype
@@ -50,43 +51,39 @@ def run(loop, model, h, cache, plan):
     loop: chain.latent_loop. Returns the fields of its Latent, each (B, n_candidate, …) or None, and
     n_latent (B,).
     """
-    # what the chain reads: first what a gradient flows to
+    # what the chain reads. A gradient flows to h and to the keys and values
     P, L, n_candidate = rounded_up(cache, plan)
     padding = P - cache.P
-    kv = [F.pad(x, (0, 0, padding, 0)) for x in cache.prefix_kv]
+    kv = [F.pad(x, (0, 0, padding, 0)) for columns in cache.prefix.values() for x in columns.kv]
 
     # the rest by name
-    given = {**cache.groups, "n_prefix_real": cache.n_prefix_real, "n_latent": plan.n_latent}
-    given["start"] = given["start"] + padding
+    given = dict(start=cache.start + padding, owner=cache.owner, n_latent=plan.n_latent)
     if plan.answer_only is not None:
         given["answer_only"] = plan.answer_only
     if plan.eps is not None:
-        eps = plan.eps[:, :n_candidate]
-        given["eps"] = F.pad(eps, (0, 0, 0, n_candidate - eps.shape[1]))
-    inputs = h, *kv, *given.values()
+        given["eps"] = F.pad(plan.eps, (0, 0, 0, n_candidate - plan.eps.shape[1]))
+    inputs = *given.values(), h, *kv
 
     # the chain of batches like this one: the same sizes, and whatever else is a number or an
     # address in the graphs
     dtype = compute_dtype(h)
-    sizes = tuple((x.shape, x.dtype) for x in inputs)
-    numbers = L, n_candidate, cache.mean_group, plan.spread, dtype
-    addresses = tuple(p.data_ptr() for p in model.parameters())
-    chain = kept_chain((id(model), addresses, sizes, tuple(given), numbers), h.device)
+    sizes = [(x.shape, x.dtype) for x in inputs]
+    addresses = [p.data_ptr() for p in model.parameters()]
+    key = id(model), L, n_candidate, plan.spread, dtype, *sizes, *addresses
+    chain = kept_chain(key)
     for gradient in chain.gradients:  # not in a graph: the copies change with the weights only
         copies_of(gradient.weights, gradient.biases, dtype)
 
     # walk; then one node of autograd stands for all of it, but for the gradients of large weights
     weights = small_weights(model)
     plan_of_all = plan._replace(L=L, n_candidate=n_candidate)
-    work = partial(walk, Loop(loop, model), weights, cache, plan_of_all, list(given))
+    work = partial(walk, loop, model, weights, plan_of_all, list(given))
     with torch.no_grad():
-        n_latent, fields, columns, walked = chain.forward(work, *inputs)
+        n_latent, fields, walked = chain.forward(work, *inputs)
     chain.gradients = walked.gradients
-    calls = [shared(gradient.weights, gradient.biases) for gradient in chain.gradients]
-    outputs = [x for x in fields if x is not None] + columns
-    leaves = h, *kv, *weights.values()
-    scalars = [each.scalar for each in calls]
-    results = iter(ReplayedChain.apply(chain, walked, calls, outputs, *leaves, *scalars))
+    scalars = [shared(gradient.weights, gradient.biases) for gradient in chain.gradients]
+    leaves = *weights.values(), h, *kv
+    results = iter(ReplayedChain.apply(chain, walked, scalars, *leaves, *scalars))
 
     # without what rounding up has added
     fields = [x if x is None else next(results)[:, : plan.n_candidate] for x in fields]
@@ -102,12 +99,12 @@ def rounded_up(cache, plan):
     return P, L, max(L + 1, plan.n_candidate)
 
 
-def kept_chain(key, device):
+def kept_chain(key):
     """The KeptChain of all batches with this key; the one used last is at the end of graph.kept."""
     chain = graph.kept.pop(key, None)
     if chain is None:
         # a graph that goes takes its stream's workspace along: its successor gets the stream
-        place = graph.Place(device)
+        place = graph.Place()
         n_byte = sum(kept.place.n_byte for kept in graph.kept.values())
         if len(graph.kept) == MAX_KEPT or n_byte > MAX_BYTES:
             place = graph.kept.pop(next(iter(graph.kept))).place
@@ -120,24 +117,9 @@ def kept_chain(key, device):
 # ---- chains of one size --------------------------------------------------------------------------
 
 
-class Loop(nn.Module):
-    """chain.latent_loop as a module, whose parameters can be replaced (functional_call)."""
-
-    def __init__(self, loop, model):
-        super().__init__()
-        self.loop = loop
-        self.model = model
-
-    def forward(self, *inputs):
-        return self.loop(self.model, *inputs)
-
-
 def small_weights(model):
-    """{name: parameter} in a Loop: all but those of Linears, whose gradient is deferred."""
-    large = set()
-    for module in model.modules():
-        if isinstance(module, Linear):
-            large |= {module.weight, module.bias}
+    """{name: parameter}: all but those of Linears, whose gradient is deferred."""
+    large = {p for m in model.modules() if isinstance(m, Linear) for p in m.parameters()}
     return {f"model.{name}": p for name, p in model.named_parameters() if p not in large}
 
 
@@ -150,35 +132,37 @@ class Walked(NamedTuple):
     gradients: list  # a Gradient of each product of large weights
 
 
-def walk(loop, weights, cache, plan, names, *inputs):
-    """The loop under autograd -> n_latent, the latent's fields (or None), the columns that it has
-    made, keys and values of each layer, and what it Walked. names: of the last inputs.
+def walk(loop, model, weights, plan, names, *inputs):
+    """The loop under autograd -> n_latent, the latent's fields (or None), and what it Walked.
+    names: of the first inputs.
     """
-    n_leaf = len(inputs) - len(names)
-    given = dict(zip(names, inputs[n_leaf:]))
+    given = dict(zip(names, inputs))
 
     # leaves of their own: a parameter's node in autograd runs on the stream of the forward pass,
     # and leaving this stream would break the recording
-    leaves = [x.detach().requires_grad_() for x in (*inputs[:n_leaf], *weights.values())]
-    h, *kv = leaves[:n_leaf]
-    weights = dict(zip(weights, leaves[n_leaf:]))
+    inputs = *weights.values(), *inputs[len(names) :]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    weights = dict(zip(weights, leaves))
+    h, *kv = leaves[len(weights) :]
 
-    # the prefix and its layout; what is left is of the plan
-    n_prefix_real = given.pop("n_prefix_real")
-    groups = {name: given.pop(name) for name in cache.groups}
-    calls = {}
-    with torch.enable_grad(), deferred_weight_gradients(calls):
+    # the loop as a module, whose parameters can be replaced
+    module = nn.Module()
+    module.model = model
+    module.forward = partial(loop, model)
+    scalars = {}
+    with torch.enable_grad(), deferred_weight_gradients(scalars):
         # of an RMSNorm the gradients of all latents add up as shares, before they are summed
         for name, weight in weights.items():
             if name.endswith("norm.weight"):
                 weights[name] = weight.expand(SHARES, -1)
-        cache = cache.with_prefix(kv, groups, n_prefix_real, plan.L)
-        latent, n_latent = functional_call(loop, weights, (h, cache, plan._replace(**given)))
+        cache = StepCache.after_prefix(kv, given.pop("start"), given.pop("owner"), plan.L)
+        # (what is left of `given` is of the plan)
+        latent, n_latent = functional_call(module, weights, (h, cache, plan._replace(**given)))
 
     outputs = [x for x in latent if x is not None]
-    columns = [x for own in cache.own for x in own.kv]
-    gradients = [each.gradient for each in calls.values()]
-    return n_latent, latent, columns, Walked(leaves, outputs, cache.own, gradients)
+    own = list(cache.own.values())
+    gradients = [scalar.gradient for scalar in scalars.values()]
+    return n_latent, latent, Walked(leaves, outputs, own, gradients)
 
 
 class KeptChain:
@@ -212,16 +196,17 @@ class KeptChain:
 
 
 class ReplayedChain(torch.autograd.Function):
-    """(chain, walked, calls, outputs, *leaves, *scalars) -> outputs, copied: the next batch
-    overwrites them. calls: the Shared of each product; scalars: of their nodes.
+    """(chain, walked, scalars, *leaves, *scalars) -> what was walked, the outputs and the own
+    columns, copied: the next batch overwrites them. scalars: of each product (linear.shared).
     """
 
     @staticmethod
-    def forward(ctx, chain, walked, calls, outputs, *inputs):
+    def forward(ctx, chain, walked, scalars, *inputs):
         chain.n_batch += 1
         ctx.chain, ctx.n_batch = chain, chain.n_batch
-        ctx.walked, ctx.calls = walked, calls
-        return tuple(x.clone() for x in outputs)
+        ctx.walked, ctx.scalars = walked, scalars
+        columns = [x for own in walked.own for x in own.kv]
+        return tuple(x.clone() for x in walked.outputs + columns)
 
     @staticmethod
     @once_differentiable
@@ -237,8 +222,8 @@ class ReplayedChain(torch.autograd.Function):
         d_leaves, pairs = chain.backward(differentiate, *d_outputs)
 
         # x and dy of one product for each weight
-        for calls, pair in zip(ctx.calls, pairs):
+        for scalar, pair in zip(ctx.scalars, pairs):
             if pair:
-                calls.gradient.add(*pair)
+                scalar.gradient.add(*pair)
         d_leaves = [None if d is None else d.clone() for d in d_leaves]
-        return None, None, None, None, *d_leaves, *[None] * len(pairs)
+        return None, None, None, *d_leaves, *[None] * len(pairs)

@@ -129,7 +129,7 @@ def tapes(monkeypatch):
     recordings = []
 
     def record(work, place):
-        if place.device.type == "cuda":
+        if DEVICE == "cuda":
             recordings.append(real_record(work, place))
         else:
             recordings.append(record_on_a_tape(work))
@@ -172,7 +172,7 @@ def test_a_tape_replays_on_the_same_memory(tapes):
 
     if DEVICE == "cpu":
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
-            graph.record(lambda: x * float(x), graph.Place(x.device))
+            graph.record(lambda: x * float(x), graph.Place())
 
 
 # ---- recording -----------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_a_recording_gets_the_pool_of_the_last_graph_before_that_one_goes(monkey
         monkeypatch.setattr(torch.cuda, name, lambda *_, result=result: result)
 
     # the graph of each loop goes when the loop ends, as its step does
-    place = graph.Place(torch.device("cuda"))
+    place = graph.Place()
     for _ in range(3):
         graph.capture(lambda: "result", place)
         gc.collect()
@@ -569,10 +569,10 @@ def test_100_batches_of_gsm8k_need_few_recordings():
 def test_the_chain_that_is_used_least_recently_goes(monkeypatch, kept, limit, n_byte):
     """If there are too many, or if they hold too much."""
     monkeypatch.setattr(replayed_chain, limit, 2)
-    a, b = (replayed_chain.kept_chain(size, torch.device(DEVICE)) for size in "ab")
+    a, b = (replayed_chain.kept_chain(size) for size in "ab")
     b.place.last_graph, b.place.n_byte = "a graph", n_byte
-    assert replayed_chain.kept_chain("a", torch.device(DEVICE)) is a
-    c = replayed_chain.kept_chain("c", torch.device(DEVICE))
+    assert replayed_chain.kept_chain("a") is a
+    c = replayed_chain.kept_chain("c")
     assert list(kept.values()) == [a, c]
 
     # on the stream of the graph that has gone, and with memory of its own
