@@ -399,8 +399,8 @@ def decisions(cfg, model, rolled, new):
 def dry_run_rl(run, problems):
     """For --dry-run: the policy gradients of one batch, every group counted as informative.
 
-    It costs what an update on these rollouts costs, the KL of a log line included, if φ reads every
-    chain. The anchor is tried apart. Returns the mean reward, its terms and statistics.
+    It costs as much as an update that logs its KL, after rollouts of which φ reads every chain. The
+    anchor is tried separately. Returns the mean reward, its terms and statistics.
     """
     prompts = run.tokenizer.prompts([p.question for p in problems])
     explored, chains = explore(run, prompts, step=0)

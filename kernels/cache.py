@@ -59,8 +59,8 @@ class Columns:
 
 
 # ---- operations on a layer's columns, as nodes of autograd ---------------------------------------
-# In each forward, new_empty(()) is the order token that the node returns. Its gradient, if there is
-# one, does not matter either. LongPass returns none, because under autograd it is the last.
+# Each forward but LongPass's returns a new order token, new_empty(()). (Under autograd LongPass is
+# the last.) No backward reads the gradient of one, which may be None.
 
 
 class StoreColumns(torch.autograd.Function):
@@ -220,7 +220,7 @@ class StepCache:
     def group_rows(self):
         """Sort the rows by their prefix: the parts of a Layout that change only here."""
         # members[member_offsets[n] : member_offsets[n + 1]] are the rows of prefix n
-        # (in a recorded chain, too: a sort of up to 4,096 rows is one kernel)
+        # (a recorded chain does this, too: nothing here makes the host wait)
         owners, members = self.owner.sort(stable=True)
         prefix = torch.arange(len(self.start) + 1, device=members.device)
         member_offsets = torch.searchsorted(owners, prefix)
@@ -233,9 +233,9 @@ class StepCache:
 
     def attend(self, i, q, k, v, rope):
         """Append k, v (B, h_kv, T, d) to layer i and attend to it: q (B, h, n, d), the queries of
-        the last n of them -> (B, h, n, d). rope: (cos, sin), each (B, 1, T, d/2), contiguous.
+        the last n of them -> (B, h, n, d). rope: (cos, sin), each (B, 1, T, d/2).
 
-        k and v have one dtype. In a step, n is T.
+        k and v have one dtype.
         """
         cos, sin = (x.float().contiguous() for x in rope)
         assert k.dtype == v.dtype

@@ -51,7 +51,7 @@ class Place:
         self.n_byte = 0  # of the pool
 
 
-# that of the loops
+# the Place that all loops share
 loops = Place()
 
 # what holds graphs for later batches; the first to go if memory runs out

@@ -167,7 +167,8 @@ def side_by_side(parts):
 
 class LinearCall(torch.autograd.Function):
     """(scalar, x, W, b, sizes) -> x·Wᵀ + b, as parts of these sizes. scalar: from `shared`. The
-    backward pass adds to its gradient, and it makes autograd run WeightGradient last.
+    backward pass adds (x, dy) to scalar.gradient. As an input of every call, scalar makes autograd
+    run WeightGradient last.
     """
 
     @staticmethod

@@ -284,7 +284,7 @@ def collate(rows, stage, model, distills=False):
     step_text_at = (step_text != IGNORE).nonzero(as_tuple=True)
     counts = {
         "enc": len(target_at[0]),
-        # In stage 0 ids, so that it is a mean like "enc", which it must not outweigh; later steps
+        # In stage 0 ids: a mean over ids, like "enc", which it must not outweigh. Later: steps
         "dec": len(step_text_at[0]) if has_previews else len(step_texts),
         "kl": len(used_at[0]),
         "stop": len(stop_at[0]),
@@ -383,11 +383,11 @@ def texts_of_steps(rows, n_step, stage, K):
 def batches(lengths, batch_size, seed):
     """Yield lists of batch_size indices of problems, without end. lengths: of all problems.
 
-    Each epoch is a new permutation, and one follows the other without a gap. Of 16 batches' worth
-    at a time (fewer, if there are too few problems), those of like length share a batch, so that
-    little is padding. Where that reaches into the next epoch a batch can hold a problem twice. The
-    same seed gives the same order. Without problems, or with a batch_size of 0, the lists are
-    empty.
+    Each epoch is a new permutation, and the next follows without a gap. The order is taken 16
+    batches at a time (fewer, if there are too few problems), and within these, problems of like
+    length share a batch, so that little is padding. Where they reach into the next epoch, a batch
+    can hold a problem twice. The same seed gives the same order. Without problems, or with a
+    batch_size of 0, the lists are empty.
     """
     if not batch_size or not lengths:
         while True:

@@ -7,7 +7,7 @@ thought_nll      −log p of the true text of a step: the loss that teaches φ, 
                  needs nothing else of this file
 read_thoughts    what φ writes greedily for each step
 as_text          a whole Rollout in words -> a list of Chain, whose thoughts nobody has read yet
-read_chains      φ reads the thoughts of these chains
+read_chains      φ reads the thoughts of some of these chains, or of all
 """
 
 import math
@@ -137,7 +137,7 @@ def as_text(model, tokenizer, rollout):
 def read_chains(model, tokenizer, rollout, chains, which=None):
     """Let φ put the thoughts of some chains into words, all of them in one batch.
 
-    chains: of the Rollout, from `as_text`. which: the places of those to read; None: all.
+    chains: of the Rollout, from `as_text`. which: indices of those to read; None: all.
     """
     c, K = model.c, model.K
     which = list(range(len(chains))) if which is None else which

@@ -9,7 +9,7 @@ accuracy       is the number after "### " right?
 form           is the answer well-formed and ended?
 coherence      is the result of each step used by a later step, or the answer?
 chain_reward   all of them, for one chain
-needs_thoughts does it depend on the chain's thoughts?
+needs_thoughts does φ have to read the chain for that?
 
 In all of them `final` is the answer that the chain itself gave, and `gold` the right one.
 """
@@ -251,9 +251,10 @@ def value(node):
 
 
 def needs_thoughts(cfg, text, gold):
-    """Whether the reward of a chain that wrote `text` depends on its thoughts.
+    """Whether φ has to read a chain that wrote `text` before it is rewarded.
 
-    φ reads no others in training: a wrong answer earns nothing for coherence.
+    In training it reads no others: a wrong answer earns nothing for coherence. (With w_coh = 0 the
+    right ones are read for the log alone.)
     """
     return cfg.no_answers or accuracy(text, gold) > 0
 

@@ -2,8 +2,8 @@
 
 Evaluation, sample.py and RL's exploration all use it.
 
-It knows nothing of text: prompts come in and chains go out as ids and latents (decoder.as_text puts
-them into words).
+It knows nothing of text: prompts come in and chains go out as ids and latents (as_text and
+read_chains in decoder.py put them into words).
 """
 
 import math

@@ -131,7 +131,7 @@ class Works:
         return explore
 
     def reading(self, share=1.0):
-        """φ reads every thought of so many of the rollouts: those whose answer is right."""
+        """φ reads every thought of this share of the rollouts: those whose answer is right."""
         n_thought = round(share * SIZE.questions * SIZE.G) * self.model.K
         z = torch.zeros(n_thought, self.model.c, self.model.policy.cfg.n_embd, device=META)
 
@@ -296,8 +296,8 @@ FLOORS = {
     "SFT, first stage": 60.0,
     "SFT, last stage": 127.0,
     "rollouts": 22.8,
-    "reading thoughts": 70.0,
-    "reading half of them": 35.0,
+    "reading thoughts": 99.1,
+    "reading half of them": 49.5,
     "score": 48.4,
     "update": 8.6,
 }
@@ -412,7 +412,7 @@ GATES = [
     Gate("waits of the host, a tick of a rollout", 0.25, waits_of_a_tick, holds=True),
     Gate("GB moved beside products, SFT backward", 45, Measured.plumbing, holds=True),
     Gate("ms, SFT last stage", 190, sft_ms, holds=True),
-    Gate("ms, RL step", 275, rl_ms, holds=True),
+    Gate("ms, RL step, half of the answers right", 275, rl_ms, holds=True),
     Gate("recordings in 100 SFT steps", 12, recordings, holds=True),
 ]
 

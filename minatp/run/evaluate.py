@@ -4,7 +4,7 @@
     python -m minatp.evaluate out/sft out/rl --longer  more steps than were ever taught
     python -m minatp.evaluate out/sft --votes 8        also pass@8 and votes of 8 sampled chains
     python -m minatp.evaluate out/sft --latent-steps 0,1,2,3   also with so many steps exactly
-    python -m minatp.evaluate out/sft --file gsm8k_test.jsonl,SVAMP.json   each of several sets
+    python -m minatp.evaluate out/sft --file gsm8k/test.jsonl,SVAMP.json   each of several sets
 
 Every accuracy comes with its number of problems and its 95 % interval.
 """
@@ -321,8 +321,12 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     result = rollout(model, prompt, prompt_mask, run.max_new, all_rows, n)
     graph.release_memory()
     chains = as_text(model, run.tokenizer, result)
-    read_chains(model, run.tokenizer, result, chains)
     answers = [p.answer for p in problems for _ in range(n)]
+    which = []
+    for b, gold in enumerate(answers):
+        if reward.needs_thoughts(cfg, chains[b].text, gold):
+            which.append(b)
+    read_chains(model, run.tokenizer, result, chains, which)
     rewards = [reward.chain_reward(cfg, *each)[0] for each in zip(chains, answers)]
     R = torch.tensor(rewards).view(Q, n_thought, n_word)
 

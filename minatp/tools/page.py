@@ -95,11 +95,11 @@ def add_details(columns, model, tokenizer, sampled):
 
         # Read all chains at once; where the edit does not apply there is none
         applied = [chain for chain in column.first_chains if chain]
-        readings = iter(read_chains(model, tokenizer, applied))
+        readings = iter(readings_of_chains(model, tokenizer, applied))
         column.readings = [next(readings) if chain else [] for chain in column.first_chains]
 
 
-def read_chains(model, tokenizer, chains):
+def readings_of_chains(model, tokenizer, chains):
     """The likeliest readings of Chains -> per chain and thought [(words, probability)]."""
     # All thoughts of all chains are read in one batch
     z = torch.cat([chain.z for chain in chains]).to(model.device)
@@ -129,9 +129,6 @@ def read_latents(model, tokenizer, z):
         words = [tokenizer.decode([i]).strip() for i in ids]
         readings.append(list(zip(words, probabilities)))
     return readings
-
-
-# ---- HTML ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -181,6 +178,9 @@ def top_readings(decoder, z, eos, n, max_new):
         one_real = torch.ones(N * n, 1, dtype=torch.bool, device=z.device)
         h = decoder(decoder.embed(token.flatten())[:, None], one_real, cache)[:, 0]
     return [[(words, math.exp(text_logp)) for words, text_logp in texts] for texts in ended]
+
+
+# ---- HTML ------------------------------------------------------------------------------
 
 
 def write(path, columns, problems):

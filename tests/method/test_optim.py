@@ -106,12 +106,12 @@ def test_which_parameters_are_muons(optimizer_name):
 def test_the_matrices_of_a_projection_are_muons():
     model, _ = small_model(method="codi")
     optimizer = build_optimizer(options.parse(["--method", "codi"], ""), model)
-    hidden = {id(p) for p in optimizer.muon_matrices}
+    muon_ids = {id(p) for p in optimizer.muon_matrices}
     of_projection = dict(model.projection.named_parameters())
     assert len(of_projection) == 6
     for name, p in of_projection.items():
-        assert (id(p) in hidden) == (p.dim() == 2), name
-    assert id(model.policy.model.embed_tokens.weight) not in hidden
+        assert (id(p) in muon_ids) == (p.dim() == 2), name
+    assert id(model.policy.model.embed_tokens.weight) not in muon_ids
 
 
 def check_muon_step(name, moved, grad):
