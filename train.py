@@ -17,7 +17,7 @@ import torch
 
 from minatp.data import batches, left_pad
 from minatp.decoder import as_text, read_chains
-from minatp.reward import chain_reward, needs_thoughts
+from minatp.reward import chain_reward, chains_to_read
 from minatp.rl import advantages, kl_to_start, log_probs, surrogate
 from minatp.rollout import Noise, Rollout, rollout
 from minatp.run import distributed, options
@@ -259,10 +259,7 @@ def read(run, explored, chains, problems=None):
     """
     which = None
     if problems is not None:
-        which = []
-        for b, gold in enumerate(our_answers(run, problems)):
-            if needs_thoughts(run.cfg, chains[b].text, gold):
-                which.append(b)
+        which = chains_to_read(run.cfg, chains, our_answers(run, problems))
     with run.autocast:
         read_chains(run.model, run.tokenizer, explored.rollout, chains, which)
 

@@ -9,7 +9,7 @@ accuracy       is the number after "### " right?
 form           is the answer well-formed and ended?
 coherence      is the result of each step used by a later step, or the answer?
 chain_reward   all of them, for one chain
-needs_thoughts does φ have to read the chain for that?
+needs_thoughts does φ have to read the chain for that? (chains_to_read: of many)
 
 In all of them `final` is the answer that the chain itself gave, and `gold` the right one.
 """
@@ -257,6 +257,14 @@ def needs_thoughts(cfg, text, gold):
     right ones are read for the log alone.)
     """
     return cfg.no_answers or accuracy(text, gold) > 0
+
+
+def chains_to_read(cfg, chains, answers):
+    """The indices of the Chains that φ has to read before they are rewarded. answers: the right
+    one of each.
+    """
+    texts = [chain.text for chain in chains]
+    return [b for b, each in enumerate(zip(texts, answers)) if needs_thoughts(cfg, *each)]
 
 
 def chain_reward(cfg, chain, gold):

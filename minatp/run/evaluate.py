@@ -322,10 +322,7 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     graph.release_memory()
     chains = as_text(model, run.tokenizer, result)
     answers = [p.answer for p in problems for _ in range(n)]
-    which = []
-    for b, gold in enumerate(answers):
-        if reward.needs_thoughts(cfg, chains[b].text, gold):
-            which.append(b)
+    which = reward.chains_to_read(cfg, chains, answers)
     read_chains(model, run.tokenizer, result, chains, which)
     rewards = [reward.chain_reward(cfg, *each)[0] for each in zip(chains, answers)]
     R = torch.tensor(rewards).view(Q, n_thought, n_word)
