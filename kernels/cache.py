@@ -328,8 +328,9 @@ class StepCache:
 
     @classmethod
     def after_prefix(cls, kv, start, owner, room):
-        """A cache whose rows have read a prefix and nothing else, with room for so many own
-        columns. kv: keys and values of each layer, in one list.
+        """A cache whose B rows have read a prefix and nothing else, with room for so many own
+        columns. kv: keys and values (N, h_kv, P, d) of each layer, in one list. start (N,): the
+        first real column of each prefix. owner (B,): the prefix of each row.
         """
         cache = cls(len(owner), room, owner.device)
         cache.start = start

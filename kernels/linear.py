@@ -122,7 +122,7 @@ def deferred_weight_gradients(calls=None):
     """Inside, all calls of a large Linear, long ones too, share one product for its weight's
     gradient, and share it with no call outside. calls: a dict that receives {ids of weights: their
     scalar}. Then these are not linked to the weights, whose nodes stay out of the graph of the
-    calls, and the caller reads each scalar.gradient itself.
+    calls, and the caller reads each scalar.gradient itself. One may not be inside another.
     """
     global scope
     scope = ({}, True) if calls is None else (calls, False)

@@ -118,7 +118,9 @@ def kept_chain(key):
 
 
 def small_weights(model):
-    """{name: parameter}: all but those of Linears, whose gradient is deferred."""
+    """{name in the module of `walk`: parameter}, without those of Linears, whose gradient is
+    deferred.
+    """
     large = {p for m in model.modules() if isinstance(m, Linear) for p in m.parameters()}
     return {f"model.{name}": p for name, p in model.named_parameters() if p not in large}
 
@@ -133,8 +135,11 @@ class Walked(NamedTuple):
 
 
 def walk(loop, model, weights, plan, names, *inputs):
-    """The loop under autograd -> n_latent, the latent's fields (or None), and what it Walked.
-    names: of the first inputs.
+    """The loop under autograd -> n_latent (B,), the latent's fields (B, n_candidate, …) or None, and
+    what it Walked.
+
+    names: what the first inputs are. Then come h (B, D), and keys and values of each layer's prefix
+    (N, h_kv, P, d).
     """
     given = dict(zip(names, inputs))
 

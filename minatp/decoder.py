@@ -6,7 +6,7 @@ bos first, and π does the reading until φ starts (docs/method.md).
 thought_nll      −log p of the true text of a step: the loss that teaches φ, and the latents. SFT
                  needs nothing else of this file
 read_thoughts    what φ writes greedily for each step
-as_text          a whole Rollout in words -> a list of Chain, whose thoughts nobody has read yet
+as_text          a whole Rollout as a list of Chains; φ has not read their thoughts yet
 read_chains      φ reads the thoughts of some of these chains, or of all
 """
 
@@ -34,12 +34,12 @@ def opening(decoder, z):
 
 
 def thought_nll(decoder, z, text, text_at):
-    """−log p of the text of each step: `thought_token_nll`, summed over its tokens. (N,)"""
+    """−log p of each step's text, (N,): the sum of `thought_token_nll` over its tokens."""
     return thought_token_nll(decoder, z, text, text_at).sum(1)
 
 
 def thought_token_nll(decoder, z, text, text_at):
-    """−log p of each token of the text of each step, 0 where padded: (N, Ts).
+    """−log p of each token of each step's text, 0 where padded: (N, Ts).
 
     z (N, c, D): the step's latents. text (N, Ts): the step's ids and eos, IGNORE where padded.
     text_at: where `text` has an id, (rows, columns).
@@ -108,7 +108,7 @@ class Chain:
 
 
 def as_text(model, tokenizer, rollout):
-    """A Rollout of B chains -> a list of B Chain, whose thoughts nobody has read yet."""
+    """A Rollout of B chains -> a list of B Chains, whose `thoughts` are None: φ reads them later."""
     c, K = model.c, model.K
     B = len(rollout.z)
     sigma = [[]] * B
@@ -137,7 +137,8 @@ def as_text(model, tokenizer, rollout):
 def read_chains(model, tokenizer, rollout, chains, which=None):
     """Let φ put the thoughts of some chains into words, all of them in one batch.
 
-    chains: of the Rollout, from `as_text`. which: indices of those to read; None: all.
+    chains: those of the Rollout, from `as_text`; they receive their `thoughts`. which: the indices
+    of those to read; None: all.
     """
     c, K = model.c, model.K
     which = list(range(len(chains))) if which is None else which
@@ -146,6 +147,7 @@ def read_chains(model, tokenizer, rollout, chains, which=None):
     if not model.decode or not which:
         return
 
+    # Only latent steps that were used: past the end of a chain there are none
     rows = torch.tensor(which, device=rollout.z.device)
     steps = rollout.z[rows].unflatten(1, (K, c))  # (rows, K, c, D)
     used = torch.arange(K, device=rows.device) * c < rollout.n_latent[rows, None]  # (rows, K)

@@ -135,9 +135,8 @@ def read_latents(model, tokenizer, z):
 def top_readings(decoder, z, eos, n, max_new):
     """The n likeliest texts of each step, by beam search.
 
-    z (N, c, D) -> N lists of (ids, probability), likeliest first.
-
-    Texts that do not end within max_new tokens are left out.
+    z (N, c, D) -> N lists of (ids, probability), likeliest first. Texts that do not end within
+    max_new tokens are left out.
     """
     N = len(z)
     ended = [[] for _ in range(N)]  # of each step: (ids, log-probability) of texts that have ended
