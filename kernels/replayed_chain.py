@@ -135,8 +135,8 @@ class Walked(NamedTuple):
 
 
 def walk(loop, model, weights, plan, names, *inputs):
-    """The loop under autograd -> n_latent (B,), the latent's fields (B, n_candidate, …) or None, and
-    what it Walked.
+    """The loop under autograd -> n_latent (B,), the latent's fields (B, n_candidate, …) or None,
+    and what it Walked.
 
     names: what the first inputs are. Then come h (B, D), and keys and values of each layer's prefix
     (N, h_kv, P, d).

@@ -108,7 +108,7 @@ class Chain:
 
 
 def as_text(model, tokenizer, rollout):
-    """A Rollout of B chains -> a list of B Chains, whose `thoughts` are None: φ reads them later."""
+    """A Rollout of B chains -> a list of B Chains, their `thoughts` None: φ reads them later."""
     c, K = model.c, model.K
     B = len(rollout.z)
     sigma = [[]] * B
