@@ -29,8 +29,6 @@ TRAIN = str(Path(__file__).parents[2] / "train.py")
 # they fit the seconds of the default, or 1.3 or 1.65 × as many (docs/results.md has what a step
 # costs)
 EARLIER = "5,0.5,0.5,0.5,0.8,"
-# A cheaper φ and half of stage 0, so more of the last stage in the same seconds
-SMALL_DECODER = ["--decoder-layers", "1", "--epochs", "2.5,0.5,0.5,0.5,0.8,13.4"]
 
 # Stage 1, from scratch
 METHODS = {
@@ -48,7 +46,11 @@ METHODS = {
     "ATP, no distillation, 1.3 × the seconds": ["--distill", "0", "--epochs", EARLIER + "15.7"],
     "ATP, 1.65 × the seconds": ["--epochs", EARLIER + "18.2"],
     "ATP, no distillation, 1.65 × the seconds": ["--distill", "0", "--epochs", EARLIER + "21.2"],
-    "ATP, φ of one layer, more decay": [*SMALL_DECODER, "--weight-decay", "0.1"],
+    # A cheaper φ and half of stage 0, so more of the last stage in the default's seconds
+    "ATP, φ of one layer, more decay": [
+        *("--decoder-layers", "1", "--weight-decay", "0.1"),
+        *("--epochs", "2.5,0.5,0.5,0.5,0.8,13.4"),
+    ],
     "ATP, no VAE": ["--no-vae"],
     "ATP, no stop head": ["--no-stop"],
     "ATP, no decoder": ["--no-decoder"],
