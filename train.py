@@ -44,7 +44,8 @@ def main(argv=None):
         if cfg.dry_run:
             from minatp.tools.dry_run import dry_run
 
-            dry_run(run, sft_gradients, dry_run_rl)
+            with run.memory_guard():
+                dry_run(run, sft_gradients, dry_run_rl)
         else:
             with stop_request, run.memory_guard():
                 run.start()

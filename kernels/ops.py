@@ -9,7 +9,7 @@ kernels, KVCache.attend in minatp/llama.py uses SDPA (attention.masked_sdpa) or 
 
     MINATP_KERNELS=auto | torch | triton    auto is the default; triton is an error if unavailable
     MINATP_GRAPHS=0                         no CUDA graphs (kernels/graph.py)
-    TRITON_INTERPRET=1                      Triton's interpreter: kernels on a CPU, slow, for tests
+    TRITON_INTERPRET=1                      with triton: kernels on a CPU, slow, for tests
 """
 
 import math

@@ -4,7 +4,7 @@
 
 Losses are divided by counts of the whole batch, and every row has noise of its own. So the sum over
 the ranks is the gradient that a single process would compute. Without torchrun there is one rank,
-and each function here returns its argument. Only rank 0 prints and writes files.
+and each function here returns its argument. Only rank 0 writes files and stdout.
 """
 
 import os

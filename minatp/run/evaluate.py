@@ -32,7 +32,7 @@ from .errors import UserError
 from .huggingface import load_model, locate, read_switches
 from .options import Parser, add_device_options
 from .problem_files import read_problems
-from .splits import describe_cut_off, encode_prompts, generate, paths_of, test_set
+from .splits import encode_prompts, generate, paths_of, test_set
 from .terminal import print0, progress
 
 BATCH = 500  # problems at once
@@ -522,7 +522,6 @@ def evaluate_run(folder, problems, device, args):
     model, tokenizer = load_model(folder)
     place(model, device).eval()
     prompts = encode_prompts(problems, tokenizer, model, args.max_new)
-    note_cut_off(problems, tokenizer, args)
 
     # The batches of one pass by the mean policy, and of one for each vote and number of steps
     n_pass = 1 + args.votes + len(args.latent_steps)
@@ -543,6 +542,7 @@ def evaluate_run(folder, problems, device, args):
     dtype = pick_dtype(args.dtype, device, model)
     with solving_guard(prompts, model, args.max_new, BATCH), autocast(device, dtype):
         chains = solve_all()
+        note_cut_off(chains, args.max_new)
         result = measure(chains, problems)
         if args.votes:
             samples = []
@@ -556,14 +556,11 @@ def evaluate_run(folder, problems, device, args):
     return chains, result
 
 
-def note_cut_off(problems, tokenizer, args):
-    """Say on stderr how many right answers are longer than --max-new, if any are."""
-    # Without steps in words, which not every run writes before its answer
-    answers = tokenizer.encode_batch(["### " + p.answer for p in problems])
-    with_eos = [len(ids) + 1 for ids in answers]
-    note = describe_cut_off(args.max_new, {args.file or "test": with_eos})
-    if note:
-        sys.stderr.write(note + "\n")
+def note_cut_off(chains, max_new):
+    """Say on stderr how many Chains have run out of room before their end, if any have."""
+    n = sum(not chain.ended for chain in chains)
+    if n:
+        sys.stderr.write(f"note: --max-new {max_new} cut off {n:,} of {len(chains):,} answers\n")
 
 
 def by_latent_steps(solve, latent_steps, free, problems):

@@ -74,10 +74,11 @@ class Run:
         if cfg.stage == "rl":
             self.load_start_model()
 
-        # The log, the averages of a log line that a stop has interrupted, and the encoded problems
+        # The encoded problems; then the log, which is the first to write into the folder; and the
+        # averages of a log line that a stop has interrupted
+        self.encode()
         self.log = Log(cfg, self.state)
         self.meter = Meter(self.state.get("meter"), self.state.get("silent", 0))
-        self.encode()
 
     def settle_dtype(self):
         """Settle --dtype, which can depend on the model. `with run.autocast:` computes in it."""
@@ -193,7 +194,7 @@ class Run:
         return encode_prompts(problems, self.tokenizer, self.model, max_new or self.max_new)
 
     def announce(self, what, work):
-        """The first line of a run."""
+        """Say what the run is: its method, size, work, device and folder."""
         cfg = self.cfg
         print0(
             f"{what}: {n_parameters(self.model):,} parameters, {len(self.tokenizer):,} tokens in "

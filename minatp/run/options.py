@@ -809,11 +809,13 @@ def resumed(cfg, given):
     if run_cfg.stage == "rl":
         may_move.append("init")
     may_change = ("resume", "out", "device", "dry_run")
+    # A run that was out of memory may go on with less at once: that changes no more than rounding
+    of_memory = ("micro_batch", "recompute", "eval_batch")
 
     # An option may repeat what the run was started with, but not change it
     for name, value in given.items():
         old = getattr(run_cfg, name)
-        if name in may_move and old and value:
+        if name in of_memory or (name in may_move and old and value):
             setattr(run_cfg, name, value)
         elif name not in may_change and value != old:
             started = f"with {flag(name)} {old}" if old != "" else f"without {flag(name)}"
@@ -825,6 +827,7 @@ def resumed(cfg, given):
     # Where and how it continues: this comes from the command line
     for name in may_change:
         setattr(run_cfg, name, getattr(cfg, name))
+    run_cfg.check()
     return run_cfg
 
 

@@ -3,8 +3,9 @@
     python -m minatp.ablate --out out/ablate --seeds 0,1,2 --jobs 2
     python -m minatp.ablate --options "--labelled 4000" --arms "RL; control: more SFT" --out out/few
 
-Stage 1: the methods. Stage 2: RL and its controls, all from the same SFT run, and the controls for
-the same seconds or steps where they say so. An arm with a summary.json is not trained again.
+Stage 1: the methods. Stage 2: RL and its controls, from the same SFT run unless an arm says
+otherwise, and the controls for the same seconds or steps where they say so. An arm with a
+summary.json is not trained again.
 """
 
 import json

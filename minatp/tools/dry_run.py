@@ -16,6 +16,7 @@ from ..data import collate
 from ..latent import ATP
 from ..llama import Llama
 from ..reward import number, result
+from ..run import distributed
 from ..run.build import build, llama_config, n_parameters
 from ..run.checks import check_problems
 from ..run.errors import UserError
@@ -155,6 +156,12 @@ def held_bytes(cfg, model, device):
     return n_byte + n_copied * (4 if cfg.dtype == "float32" else 2)
 
 
+def n_at_once(cfg):
+    """How many problems of a batch a process takes through the model at once."""
+    share = cfg.batch_size // distributed.WORLD_SIZE
+    return min(cfg.micro_batch or share, share)
+
+
 def activation_bytes(run, row, stages):
     """Bytes that a micro-batch keeps for the backward pass of SFT, at the stage that keeps most.
 
@@ -163,7 +170,7 @@ def activation_bytes(run, row, stages):
     cfg, model, device = run.cfg, run.model, run.device
 
     # What is kept at once is a micro-batch's. Without stages (RL without an anchor) nothing is
-    size = cfg.micro_batch or cfg.batch_size
+    size = n_at_once(cfg)
     if (
         stages and next(model.parameters()).device.type != device.type
     ):  # too large for the device, or to be built
@@ -262,8 +269,10 @@ def report_memory(run, kept, available):
 
     # (0 in RL without an anchor, where SFT trains nothing)
     if kept:
-        n = cfg.micro_batch or cfg.batch_size
-        text += f", and about {gibibytes(kept)} that a forward pass of {n} longest problems keeps"
+        text += (
+            f", and about {gibibytes(kept)} that a forward pass of {n_at_once(cfg)} longest "
+            "problems keeps"
+        )
     has = gibibytes(available) if available < math.inf else "an unknown amount"
     print0(f"{text}; {run.device} has {has}")
 

@@ -108,7 +108,8 @@ def force(edit, model, chains, pool, seed=0):
         if len(own) >= edit.reach:
             # (the next problem of the last one is the first)
             following = thoughts[(i + 1) % N]
-            new = edit_thoughts(edit, own, following, draws[i], pool)
+            others = [chain for chain in pool if chain is not chains[i]]
+            new = edit_thoughts(edit, own, following, draws[i], others)
         edited.append(new)
     applies = [new is not None for new in edited]
     if not any(applies):

@@ -120,6 +120,24 @@ def test_same_seed_same_bits_other_seed_other_numbers(undisturbed, context, tmp_
             assert record["loss"] != other_record["loss"]
 
 
+def test_a_run_that_was_out_of_memory_goes_on_with_less_at_once(undisturbed, tmp_path, refused):
+    """As the message asks for; it changes no more than rounding."""
+    folder, _ = undisturbed["sft"]
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(checkpoints(tmp_path)[-1])  # the last step is taken once more
+    resume = ["--resume", "--out", str(tmp_path)]
+    go(*resume, "--micro-batch", 1, "--eval-batch", 2, "--recompute")
+
+    cfg = options.of_run(tmp_path / "config.json")
+    assert (cfg.micro_batch, cfg.eval_batch, cfg.recompute) == (1, 2, True)
+    pairs = zip(load_model(tmp_path)[0].parameters(), load_model(folder)[0].parameters())
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+    # A run of another batch is another run
+    refused(train.main, [*resume, "--batch-size", "2"], f"{tmp_path}/config.json:1: ", "drop the")
+    refused(train.main, [*resume, "--micro-batch", "-1"], "command line: ", "not be negative")
+
+
 def test_all_of_the_optimizer_is_restored_to_the_parameters_device(tmp_path):
     cfg = options.parse(TINY, "")
     model, tokenizer = build(cfg, load_splits(cfg).train)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def first_is_read_so(own, donor):
 )
 def test_edits_change_the_chain_as_they_say(text, expected, ends, solved):
     long, short = of_length(solved.mean, 4), of_length(solved.mean, 0)
-    donor = solved.mean[long[0]]
+    donor = replace(solved.mean[long[0]])  # of another problem, with the same thoughts
     text = text.replace("WORDS", donor.thoughts[1])
     forced, applies = edit.force(edit.parse(text), solved.model, solved.mean, [donor])
 
@@ -115,6 +116,16 @@ def test_edits_change_the_chain_as_they_say(text, expected, ends, solved):
     assert not any(applies[i] for i in short)
     assert forced.ends[short].all()
     assert (forced.n[short] == 0).all()
+
+
+def test_a_thought_is_not_replaced_by_itself(solved):
+    """Where a chain is alone in having a thought that reads so, there is nothing to put in."""
+    mean = solved.mean
+    i, *others = of_length(mean, 4)
+    words = edit.parse(f"replace 1 {mean[i].thoughts[0]}")
+    _, applies = edit.force(words, solved.model, mean, [mean[i]])
+    assert not applies[i]
+    assert all(applies[other] for other in others)
 
 
 def test_a_thought_of_the_next_problem_takes_its_place(solved):
