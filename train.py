@@ -18,7 +18,7 @@ import torch
 from minatp.data import batches, left_pad
 from minatp.decoder import as_text, read_chains
 from minatp.reward import chain_reward, chains_to_read
-from minatp.rl import advantages, kl_to_start, log_probs, surrogate
+from minatp.rl import LogProbs, advantages, kl_to_start, log_probs, surrogate
 from minatp.rollout import Noise, Rollout, rollout
 from minatp.run import distributed, options
 from minatp.run.checks import check_init, refuse_rewards
@@ -159,12 +159,12 @@ def rl(run):
 
     for step, (problems, prompts, labelled) in run.steps(rl_batches(run), cfg.updates):
         # 1. Explore: sample G chains of each question
-        explored, chains = explore(run, prompts, step)
+        explored = explore(run, prompts, step)
 
         # 2. Reward: the right answer, coherent steps, the format. φ puts the thoughts into words
         # where that counts. Every rank sees all rewards
-        read(run, explored, chains, problems)
-        reward, terms = judge(run, chains, problems, step)  # (Q, G)
+        read(run, explored, problems)
+        reward, terms = judge(run, explored.chains, problems, step)  # (Q, G)
 
         # 3. Advantage: against the mean of the group. A group with equal rewards teaches nothing;
         # if every group is like that, there is no update, not even the anchor's
@@ -172,11 +172,10 @@ def rl(run):
         informative = (advantage != 0).any(1)  # (Q,)
 
         # 4. Learn. With one update a batch this is REINFORCE. With more it is GRPO: the ratio to
-        # the probabilities at the first update is clipped. `old` carries these from update to
-        # update, and those of the SFT policy, for the KL
-        old, metrics = None, {}
+        # the probabilities at the first update is clipped
+        metrics = {}
         for _ in range(cfg.updates_per_batch if informative.any() else 0):
-            loss, old, metrics = policy_gradients(run, explored, advantage, informative, old)
+            loss, metrics = policy_gradients(run, explored, advantage, informative)
 
             # Hold on to what SFT has taught (φ is frozen: L_dec reaches π alone)
             if cfg.anchor:
@@ -215,14 +214,20 @@ class Explored:
     noise: Noise
     # of Q·G chains
     rollout: Rollout
+    # the same Q·G, a Chain each
+    chains: list
     # means for the log, over all ranks
     statistics: dict
     # latents and words of all ranks
     n_position: int
+    # Of the informative chains, from the first update on: the log-probability of each decision
+    # then, and, once it is needed for the KL, what the SFT policy gives (LogProbs)
+    old_logp: torch.Tensor | None = None
+    start: LogProbs | None = None
 
 
 def explore(run, prompts, step):
-    """Sample G chains of each prompt, this rank's share: (Explored, its Chains)."""
+    """Sample G chains of each prompt, this rank's share -> Explored."""
     cfg, model = run.cfg, run.model
     n_chain = len(prompts) * cfg.G
     prompt, prompt_mask = left_pad(distributed.shard(prompts), run.tokenizer.end, run.device)
@@ -231,7 +236,7 @@ def explore(run, prompts, step):
     seed = run.seed_at(step, stream=1)
     noise = Noise.draw(model, n_chain, run.max_new, seed, spread=cfg.spread, greedy=cfg.greedy)
     our_rows = distributed.shard(torch.arange(n_chain).view(-1, cfg.G)).flatten()
-    noise = noise.at(our_rows, run.device)
+    noise = noise.at(our_rows).to(run.device)
 
     # Think, stop and answer. (`doing` says what, if memory runs out)
     length = prompt.shape[1] + model.c * model.K + 1 + run.max_new
@@ -240,29 +245,27 @@ def explore(run, prompts, step):
         rolled = rollout(model, prompt, prompt_mask, run.max_new, noise, cfg.G)
         chains = as_text(model, run.tokenizer, rolled)
 
-    # How long the chains are, and σ before --spread, a mean over all candidates. (logvar is 0 where
-    # nothing was proposed)
-    is_candidate = (rolled.logvar != 0).any(-1)
+    # How long the chains are, and σ before --spread, a mean over all candidates (of a rank)
     statistics = {
         "latents": rolled.n_latent.float().mean(),
-        "sigma": (0.5 * rolled.logvar[is_candidate]).exp().mean(),
+        "sigma": (0.5 * rolled.logvar[rolled.candidate]).exp().mean(),
     }
     statistics = distributed.all_reduce(statistics, run.device, weight=len(prompt))
     n_position = int(rolled.n_latent.sum() + rolled.n_token.sum())
     n_position = distributed.all_reduce({"n": n_position}, run.device)["n"]
-    return Explored(prompt, prompt_mask, noise, rolled, statistics, n_position), chains
+    return Explored(prompt, prompt_mask, noise, rolled, chains, statistics, n_position)
 
 
-def read(run, explored, chains, problems=None):
-    """Let φ read chains: those whose reward depends on their thoughts; all, if problems is None.
+def read(run, explored, problems=None):
+    """Let φ read the chains whose reward depends on their thoughts; all, if problems is None.
 
-    chains: this rank's Chains, which receive their thoughts. problems: those of all ranks.
+    problems: those of all ranks.
     """
     which = None
     if problems is not None:
-        which = chains_to_read(run.cfg, chains, our_answers(run, problems))
+        which = chains_to_read(run.cfg, explored.chains, our_answers(run, problems))
     with run.autocast:
-        read_chains(run.model, run.tokenizer, explored.rollout, chains, which)
+        read_chains(run.model, run.tokenizer, explored.rollout, explored.chains, which)
 
 
 def our_answers(run, problems):
@@ -302,16 +305,14 @@ def permuted(values, run, step):
     return values.flatten()[torch.randperm(values.numel(), generator=g)].view_as(values)
 
 
-def policy_gradients(run, explored, advantage, informative, old):
+def policy_gradients(run, explored, advantage, informative):
     """Accumulate the policy gradient of the informative groups in the parameters' .grad.
 
     The gradient is that of −Σ advantage·log π over their chains, divided by the number of all
     chains. (The value of the loss means nothing: at the first update every ratio is 1.)
-    advantage (Q, G), informative (Q,): of all ranks; this rank's chains are in `explored`.
-    old: None at the first update on a batch; later what the call before has returned: the
-    log-probabilities (rows, T) at the first update, and the SFT policy's LogProbs (None until they
-    are needed).
-    Returns (the loss of all ranks, old, metrics).
+    advantage (Q, G), informative (Q,): of all ranks; this rank's chains are in `explored`, which
+    keeps for later updates what it finds out at the first.
+    Returns (the loss of all ranks, metrics).
     """
     cfg, model, device = run.cfg, run.model, run.device
 
@@ -322,12 +323,12 @@ def policy_gradients(run, explored, advantage, informative, old):
     prompt, prompt_mask = explored.prompt[group], explored.prompt_mask[group]
     rolled = explored.rollout.at(rows)
 
-    def of_our_rows(values):
-        """Of (Q, G), what belongs to `rows`: (rows, 1)."""
+    def for_our_chains(values):
+        """Values (Q, G) of all ranks -> those of `rows` (rows, 1)."""
         return distributed.shard(values)[our_informative].view(-1, 1).to(device)
 
-    chain_advantage = of_our_rows(advantage)
-    latent_advantage = of_our_rows(advantage_of_latents(run, advantage, informative))
+    chain_advantage = for_our_chains(advantage)
+    latent_advantage = for_our_chains(advantage_of_latents(run, advantage, informative))
 
     loss, metrics = torch.zeros((), device=device), {}
     if len(rows):
@@ -342,29 +343,30 @@ def policy_gradients(run, explored, advantage, informative, old):
             # REINFORCE at the first update, where old_logp is logp itself; later the ratio to it is
             # clipped. (Columns without a decision are constant: a mean over decisions divides by
             # is_decision.sum(), as `clamped` does)
-            old_logp, start = old or (logp.detach(), None)
+            if explored.old_logp is None:
+                explored.old_logp = logp.detach()
             is_of_latent = torch.arange(logp.shape[1], device=device) < rolled.z.shape[1]
             credit = torch.where(is_of_latent, latent_advantage, chain_advantage)
-            losses, clamped = surrogate(logp, old_logp, credit)
+            losses, clamped = surrogate(logp, explored.old_logp, credit)
             loss = losses.sum() / advantage.numel()
             metrics["clamped"] = clamped.sum() / is_decision.sum().clamp(min=1)
 
             # KL to the SFT policy, a mean over the informative chains: measured for each log line,
             # part of the loss with --kl
             if cfg.kl or run.is_log_due:
-                if start is None:
+                if explored.start is None:
                     with torch.no_grad():
-                        start = log_probs(run.start_model, prompt, prompt_mask, rolled, cfg.G)
-                kl = kl_to_start(new, start)
+                        start_model = run.start_model
+                        explored.start = log_probs(start_model, prompt, prompt_mask, rolled, cfg.G)
+                kl = kl_to_start(new, explored.start, rolled.candidate)
                 metrics["kl"] = kl / len(rows)
                 if cfg.kl:
                     n_chain = int(informative.sum()) * cfg.G  # of all ranks
                     loss = loss + cfg.kl * kl / n_chain
-            old = old_logp, start
         loss.backward()
         run.doing = run.between_batches
     total = distributed.all_reduce({"loss": loss.detach()}, device)["loss"]
-    return total, old, distributed.all_reduce(metrics, device, weight=len(rows))
+    return total, distributed.all_reduce(metrics, device, weight=len(rows))
 
 
 def advantage_of_latents(run, advantage, informative):
@@ -374,9 +376,9 @@ def advantage_of_latents(run, advantage, informative):
     """
     if not run.cfg.placebo_latents:
         return advantage
-    of_others = advantage.clone()
-    of_others[informative] = permuted(advantage[informative], run, run.step)
-    return of_others
+    permuted_advantage = advantage.clone()
+    permuted_advantage[informative] = permuted(advantage[informative], run, run.step)
+    return permuted_advantage
 
 
 def decisions(cfg, model, rolled, new):
@@ -388,8 +390,8 @@ def decisions(cfg, model, rolled, new):
     # Greedy words were not sampled; with path the latents were not decided, but computed
     logp_token = 0 * new.logp_token if cfg.greedy else new.logp_token
     logp = torch.cat((cfg.latent_weight * new.logp_z, new.logp_stop, logp_token), 1)
-    is_latent = new.candidate & (cfg.estimator == "score")
-    is_stop = new.candidate[:, :: model.c] & model.stop
+    is_latent = rolled.candidate & (cfg.estimator == "score")
+    is_stop = rolled.candidate[:, :: model.c] & model.stop
     is_word = (rolled.token >= 0) & (not cfg.greedy)
     return logp, torch.cat((is_latent, is_stop, is_word), 1)
 
@@ -401,12 +403,12 @@ def dry_run_rl(run, problems):
     anchor is tried separately. Returns the mean reward, its terms and statistics.
     """
     prompts = run.tokenizer.prompts([p.question for p in problems])
-    explored, chains = explore(run, prompts, step=0)
-    read(run, explored, chains)
-    reward, terms = judge(run, chains, problems, step=0)
+    explored = explore(run, prompts, step=0)
+    read(run, explored)
+    reward, terms = judge(run, explored.chains, problems, step=0)
     advantage = advantages(reward, run.cfg.baseline, run.cfg.normalise)
     all_groups = torch.ones(len(problems), dtype=torch.bool)
-    policy_gradients(run, explored, advantage, all_groups, old=None)
+    policy_gradients(run, explored, advantage, all_groups)
     return {"reward": reward.mean(), **terms, **explored.statistics}
 
 

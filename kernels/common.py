@@ -76,7 +76,8 @@ def mm_float32(a, b, out=None):
 
     A matrix instruction sums products of 16-bit numbers in float32, so nothing has to be rounded.
     """
-    # PyTorch has no such product on a CPU, where only tests multiply 16-bit numbers
+    # PyTorch has no such product on a CPU. (There a chain in bfloat16 has its weight gradients from
+    # here.)
     if a.device.type == "cpu" or a.dtype == torch.float32:
         return torch.mm(a.float(), b.float(), out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)

@@ -356,5 +356,10 @@ def fused_linear_nll(h, W, target, temperature=1.0):
 
 
 def logits(h, W):
-    """Return h·Wᵀ (..., V), without a gradient. h (..., D) has the dtype of the product."""
-    return F.linear(h, product_copy(W, h.dtype))[..., : len(W)]
+    """Return h·Wᵀ (..., V) in float32, without a gradient. h (..., D) has the dtype of the product.
+
+    They are not rounded to 16 bits: linear_nll, which scores what is drawn from them, does not
+    round them either.
+    """
+    product = mm_float32(as_rows(h), product_copy(W, h.dtype).T)
+    return product[:, : len(W)].unflatten(0, h.shape[:-1])

@@ -3,9 +3,10 @@
 The model calls the functions below and does not know which of the two runs. Each states its
 formula. The file that it calls holds the kernel, the backward pass and the PyTorch reference.
 
-Two choices are made elsewhere, by length. The cache of kernels/cache.py uses the attention kernels
-for a step of up to MAX_STEP_COLUMNS positions, and PyTorch's SDPA for a longer pass. Without
-kernels, KVCache.attend in minatp/llama.py uses SDPA (attention.masked_sdpa) or two plain products.
+Two choices are made elsewhere. Where kernels run, Llama.cache takes the cache of kernels/cache.py,
+which uses the attention kernels for a step of up to MAX_STEP_COLUMNS positions, and PyTorch's SDPA
+for a longer pass. Without kernels, KVCache.attend in minatp/llama.py uses SDPA
+(attention.masked_sdpa) or two plain products.
 
     MINATP_KERNELS=auto | torch | triton    auto is the default; triton is an error if unavailable
     MINATP_GRAPHS=0                         no CUDA graphs (kernels/graph.py)
@@ -19,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 from . import cross_entropy, rows, sampling, vae
-from .cache import StepCache
 from .common import HAS_TRITON, as_rows
 
 CHOICES = ("auto", "torch", "triton")
@@ -186,17 +186,3 @@ def sample(logits, u=None, temperature=1.0):
     if has_kernel(logits):
         return sampling.fused_sample(logits, u, temperature)
     return sampling.sample(logits, u, temperature)
-
-
-# ---- attention -----------------------------------------------------------------------------------
-
-
-def make_cache(reference, cfg, B, T, weight):
-    """Return an empty KV cache for B rows and at most T columns, on the device of `weight`.
-
-    Where kernels run it is a StepCache, which computes softmax(q·Kᵀ/√hd)·V of a few new positions
-    with kernels/attention.py. Elsewhere it is a `reference`, a class with the same interface.
-    """
-    if has_kernel(weight):
-        return StepCache(B, T, weight.device)
-    return reference(cfg, B, T, weight.device)

@@ -63,8 +63,8 @@ def walk(model, h, cache, plan):
         return Latent(*fields), n_latent
 
     # Without a graph the loop runs as it stands. Inside deferred_weight_gradients the gradients are
-    # the same, but in the backward pass that of each weight is one product for the whole chain, not
-    # one for each latent
+    # the same, to rounding, but in the backward pass that of each weight is one product for the
+    # whole chain, not one for each latent
     with deferred_weight_gradients():
         return latent_loop(model, h, cache, plan)
 

@@ -24,28 +24,32 @@ def normal_form(text):
     return " ".join(text.casefold().split())
 
 
-class Rows:
-    """A base of dataclasses of tensors: choose the same rows of each, or move them to a device."""
+class Movable:
+    """A base of dataclasses that hold tensors."""
 
-    def at(self, rows=slice(None), device=None):
-        """A copy with `rows` of every tensor (all, by default), on a device.
+    def to(self, device):
+        """A copy on a device."""
+        return replace(self, **{f.name: moved(getattr(self, f.name), device) for f in fields(self)})
 
-        A Batch can only be moved: some of its tensors have a row per step, not per problem.
-        """
-        tensors = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if torch.is_tensor(value):
-                tensors[f.name] = moved(value[rows], device)
-            # indices into other tensors have no rows to choose
-            elif isinstance(value, tuple):
-                tensors[f.name] = tuple(moved(index, device) for index in value)
-        return replace(self, **tensors)
+
+class Rows(Movable):
+    """A base of dataclasses whose tensors all have a row for each of B chains."""
+
+    def at(self, rows):
+        """A copy with these rows of every tensor."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: x[rows] for n, x in values.items() if torch.is_tensor(x)})
 
 
 def moved(x, device):
-    """x on a device; None: where it is."""
-    if device is not None and torch.device(device).type == "cuda" and not x.is_cuda:
+    """A tensor, a Movable or a tuple of them on a device. Anything else stays as it is."""
+    if isinstance(x, tuple):
+        return tuple(moved(part, device) for part in x)
+    if isinstance(x, Movable):
+        return x.to(device)
+    if not hasattr(x, "is_cuda"):
+        return x
+    if torch.device(device).type == "cuda" and not x.is_cuda:
         # from pinned memory the host need not wait for what the GPU still computes
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
@@ -78,12 +82,12 @@ class Encoded:
         return len(self.prompt) + sum(map(len, self.lines)) + len(self.answer)
 
 
-def encode(problems, tokenizer, model, answer_only=False, always_K=False):
+def encode(problems, tokenizer, model, answer_only=False, takes_all_steps=False):
     """Encode a list of Problem -> a list of Encoded.
 
     model: an ATP, for K, c and its context length. answer_only: as in Encoded.
 
-    always_K: in stage k every problem takes k steps of latents, however few steps it has.
+    takes_all_steps: in stage k every problem takes k steps of latents, however few steps it has.
     Raises ValueError if a problem does not fit the model's context at some stage of the curriculum.
     """
     eos = tokenizer.eos[0]
@@ -108,17 +112,17 @@ def encode(problems, tokenizer, model, answer_only=False, always_K=False):
             source=p.source,
             answer_only=answer_only,
         )
-        check_length(row, p, model, always_K)
+        check_length(row, p, model, takes_all_steps)
         rows.append(row)
     return rows
 
 
-def check_length(row, problem, model, always_K):
+def check_length(row, problem, model, takes_all_steps):
     """Raise ValueError if an Encoded row is longer than the model's context at any stage."""
     reasoning = 0
     per_step = model.c if model.fillers is None else model.fillers
     for k in range(model.K + 1):
-        n_step = k if always_K else min(k, len(row.lines))
+        n_step = k if takes_all_steps else min(k, len(row.lines))
         reasoning = max(reasoning, per_step * n_step + sum(map(len, row.lines[k:])))
     length = len(row.prompt) + reasoning + 1 + len(row.answer)  # 1: <|end-latent|>
     context = model.policy.cfg.block_size
@@ -133,12 +137,30 @@ def check_length(row, problem, model, always_K):
 
 
 @dataclass
-class Batch(Rows):
+class Text(Movable):
+    """What the policy reads after the prompts or the latents of B problems, and writes there.
+
+    It is padded on the right. Fields …_at are indices, a pair of LongTensors (rows, columns). A
+    mask would select the same, but the host would wait for a GPU to count its True entries.
+    """
+
+    # (B, T) ids to read: <|end-latent|> … answer
+    ids: torch.Tensor
+    # (B, T) bool, False where padded
+    mask: torch.Tensor
+    # (B, T) ids to write, IGNORE where padded
+    target: torch.Tensor
+    # where `target` has an id
+    target_at: tuple
+    # for distillation: the last position before the answer, of the problems that are distilled
+    answer_at: tuple | None = None
+
+
+@dataclass
+class Batch(Movable):
     """B problems at one stage.
 
-    The prompt is padded on the left, so that latents align; the text after them on the right.
-    Fields …_at are indices, a pair of LongTensors. A mask would select the same, but the host would
-    wait for a GPU to count its True entries.
+    The prompt is padded on the left, so that latents align. Fields …_at are indices, as in Text.
     """
 
     # (B, Tq) ids, ending in <|start-latent|>
@@ -151,17 +173,14 @@ class Batch(Rows):
     has_stop: torch.Tensor
     # (B,) bool: the steps are unknown, so the model decides when to stop; n_latent is the most
     answer_only: torch.Tensor
-    # (B, Tt) ids read after the latents: <|end-latent|> … answer
-    text: torch.Tensor
-    # (B, Tt) bool, False where padded
-    text_mask: torch.Tensor
-    # (B, Tt) ids to write there, IGNORE where padded
-    target: torch.Tensor
-    # where `target` has an id: (rows, columns)
-    target_at: tuple
-    # the used latents, of problems whose steps are known: (rows, columns)
+    # (B, Tt) after the latents
+    text: Text
+    # for distillation: (B, Tw) the problems in words that have both known steps and latents; the
+    # other rows are masked. None without such problems
+    words: Text | None
+    # the used latents, of problems whose steps are known
     used_at: tuple
-    # the candidates at which the stop head is taught: (rows, columns), and (M,) 0 continue, 1 stop
+    # the candidates at which the stop head is taught, and (M,) 0 continue, 1 stop
     stop_at: tuple
     stop_label: torch.Tensor
     # (N,) the problem of each step that is read from its latents or, in stage 0, its preview
@@ -170,21 +189,11 @@ class Batch(Rows):
     step_index: torch.Tensor
     # (N, Ts) the step's text and eos, IGNORE where padded
     step_text: torch.Tensor
-    # where `step_text` has an id: (rows, columns)
+    # where `step_text` has an id
     step_text_at: tuple
     # of previews, in stage 0: (N,) how many ids of `text` π has read when it thinks of the step;
     # None without any
     n_before_step: torch.Tensor | None
-    # For distillation. None without it, or if no problem has both known steps and latents.
-    # (B, Tw) such problems in words, as text, text_mask and target; other rows are masked
-    words: torch.Tensor | None
-    words_mask: torch.Tensor | None
-    words_target: torch.Tensor | None
-    # where `words_target` has an id: (rows, columns)
-    words_target_at: tuple | None
-    # the last position before the answer, in `words` and in `text`: (rows, columns)
-    words_answer_at: tuple | None
-    answer_at: tuple | None
     # most latents of a row
     L: int
     # L, or L + 1 if a row of L latents has a candidate labelled "stop"
@@ -250,7 +259,7 @@ def collate(rows, stage, model, distills=False):
     fillers = model.fillers_at(stage)
     lines = [[] if stage > K else row.lines[n:] for row, n in zip(rows, n_step)]
     texts = [fillers + text_of(row, of_row, model) for row, of_row in zip(rows, lines)]
-    text, text_mask, target = read_and_write(texts, model.end, len(fillers))
+    text = read_and_write(texts, model.end, len(fillers))
 
     # The steps that are read from latents: those that are latent or, with previews, those in words
     has_previews = model.previews and stage == 0
@@ -265,25 +274,22 @@ def collate(rows, stage, model, distills=False):
 
     # The same problems in words, if their steps are known. Without latents there is nothing to
     # teach: the text is the same
-    words = words_mask = words_target = words_target_at = words_answer_at = answer_at = None
-    n_word, taught = 0, []
+    words, taught, n_word = None, [], 0
     if distills and n_candidate:
         taught = [b for b, row in enumerate(rows) if n_latent[b] > 0 and not row.answer_only]
     if taught:
         in_words = [[] for _ in rows]
         for b in taught:
             in_words[b] = text_of(rows[b], rows[b].lines, model)
-        words, words_mask, words_target = read_and_write(in_words, model.end)
-        words_target_at = (words_target != IGNORE).nonzero(as_tuple=True)
-        words_answer_at = before_answer(rows, in_words, taught)
-        answer_at = before_answer(rows, texts, taught)
-        n_word = len(words_target_at[0])
+        words = read_and_write(in_words, model.end)
+        words.answer_at = before_answer(rows, in_words, taught)
+        text.answer_at = before_answer(rows, texts, taught)
+        n_word = len(words.target_at[0])
 
     prompt, prompt_mask = left_pad([row.prompt for row in rows], model.end)
-    target_at = (target != IGNORE).nonzero(as_tuple=True)
     step_text_at = (step_text != IGNORE).nonzero(as_tuple=True)
     counts = {
-        "enc": len(target_at[0]),
+        "enc": len(text.target_at[0]),
         # In stage 0 ids: a mean over ids, like "enc", which it must not outweigh. Later: steps
         "dec": len(step_text_at[0]) if has_previews else len(step_texts),
         "kl": len(used_at[0]),
@@ -291,7 +297,7 @@ def collate(rows, stage, model, distills=False):
         "answer_only": int(answer_only.sum()),
         "teacher": n_word,
         "distill": len(taught),
-        "position": int(prompt_mask.sum() + n_latent.sum() + text_mask.sum()) + n_word,
+        "position": int(prompt_mask.sum() + n_latent.sum() + text.mask.sum()) + n_word,
     }
     return Batch(
         prompt=prompt,
@@ -300,9 +306,7 @@ def collate(rows, stage, model, distills=False):
         has_stop=has_stop,
         answer_only=answer_only,
         text=text,
-        text_mask=text_mask,
-        target=target,
-        target_at=target_at,
+        words=words,
         used_at=used_at,
         stop_at=stop_at,
         stop_label=dropped[stop_at].long(),
@@ -311,12 +315,6 @@ def collate(rows, stage, model, distills=False):
         step_text=step_text,
         step_text_at=step_text_at,
         n_before_step=n_before_step,
-        words=words,
-        words_mask=words_mask,
-        words_target=words_target,
-        words_target_at=words_target_at,
-        words_answer_at=words_answer_at,
-        answer_at=answer_at,
         L=L,
         n_candidate=n_candidate,
         counts=counts,
@@ -329,15 +327,16 @@ def text_of(row, lines, model):
 
 
 def read_and_write(texts, padding, n_unlabelled=0):
-    """Texts, lists of ids -> what is read (B, T), where it is real, and what is written there.
+    """Texts, lists of ids -> a Text.
 
     padding: the id to read where there is nothing. The first n_unlabelled of each are given to the
     model: nothing is written there (IGNORE).
     """
     ids = pad([text[:-1] for text in texts], padding)  # the last id is written, not read
     n_read = torch.tensor([max(0, len(text) - 1) for text in texts])
+    mask = torch.arange(ids.shape[1]) < n_read[:, None]
     target = pad([[IGNORE] * n_unlabelled + text[1 + n_unlabelled :] for text in texts], IGNORE)
-    return ids, torch.arange(ids.shape[1]) < n_read[:, None], target
+    return Text(ids, mask, target, (target != IGNORE).nonzero(as_tuple=True))
 
 
 def before_answer(rows, texts, chosen):

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import ops
 from kernels.attention import masked_sdpa
+from kernels.cache import StepCache
 from kernels.common import upcast
 from kernels.linear import Linear, together
 
@@ -308,7 +309,10 @@ class Llama(nn.Module):
 
     def cache(self, B, T):
         """An empty cache for B rows and at most T columns."""
-        return ops.make_cache(KVCache, self.cfg, B, T, self.model.embed_tokens.weight)
+        weight = self.model.embed_tokens.weight
+        if ops.has_kernel(weight):
+            return StepCache(B, T, weight.device)
+        return KVCache(self.cfg, B, T, weight.device)
 
     def embed(self, ids):
         """ids (...) -> input embeddings (..., D)."""

@@ -1,6 +1,7 @@
 """The optimizer: AdamW for every parameter, or Muon for some and AdamW for the rest.
 
-Muon is for the matrices of the layers, and of the latent head or CODI's projection.
+Muon is for the matrices of the layers, and of the latent head or CODI's projection. (Wμ and Wσ of
+the latent head are one matrix.)
 
 AdamW scales each element on its own, and a few directions of a matrix take up most of its step.
 Muon makes all directions equal: if the SVD of the momentum G is U·S·Vᵀ, it steps along U·Vᵀ.
@@ -9,9 +10,10 @@ Muon makes all directions equal: if the SVD of the momentum G is U·S·Vᵀ, it 
     W ← W − lr·(weight_decay·W + 0.2·√max(rows, columns)·U·Vᵀ)
 
 No SVD is computed. Starting from X = G/‖G‖, five iterations of X ← a·X + (b·S + c·S²)·X, where
-S = X·Xᵀ, bring every singular value to about 1 (0.7 to 1.2). An element then moves by about 0.2·lr,
-as under AdamW, so one learning rate serves both. The products use the dtype of the run (--dtype):
-in bfloat16 they take between half and a sixth of the time on a CPU with AMX.
+S = X·Xᵀ, bring every singular value above some 0.2 % of ‖G‖ to about 1 (0.7 to 1.2). An element
+then moves by about 0.2·lr, as under AdamW, so one learning rate serves both. The products use the
+dtype of the run (--dtype): in bfloat16 they take between half and a sixth of the time on a CPU with
+AMX.
 
 Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon (a, b, c); Liu et al. 2025, arXiv
 2502.16982 (the 0.2). torch.optim.Muon always multiplies in bfloat16, and cannot skip a step.

@@ -66,8 +66,6 @@ class LogProbs(NamedTuple):
     mu: torch.Tensor
     # (B, cK, D), or None without the VAE
     logvar: torch.Tensor
-    # (B, cK) bool: where a latent was proposed
-    candidate: torch.Tensor
 
 
 def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
@@ -92,9 +90,8 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
     # Which columns hold a used latent, a candidate, a word
     column = torch.arange(max(cK, Tt), device=prompt.device)
     used = column[:cK] < rollout.n_latent[:, None]  # (B, cK)
+    candidate = rollout.candidate  # (B, cK)
     written = column[:Tt] < rollout.n_token[:, None]  # (B, Tt)
-    dropped = (column[:cK] == rollout.n_latent[:, None]) & rollout.stopped[:, None]
-    candidate = used | dropped
 
     # After the latents the policy read <|end-latent|> and all words but the last: n_token ids
     h_prompt, cache = read_prompt(policy, prompt, prompt_mask, cK + Tt, group)
@@ -127,13 +124,13 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
 
     target = rollout.token.masked_fill(~written, IGNORE)
     logp_token = -policy.nll(h_text, target, rollout.temperature)
-    return LogProbs(logp_z, logp_stop, logp_token, latent.mu, latent.logvar, candidate)
+    return LogProbs(logp_z, logp_stop, logp_token, latent.mu, latent.logvar)
 
 
-def kl_to_start(new, start):
+def kl_to_start(new, start, candidate):
     """KL(π ‖ π_start), a scalar: the sum over all latents, stops and words of the chains.
 
-    new, start: LogProbs of the same B rollouts under either policy.
+    new, start: LogProbs of the same B rollouts under either policy. candidate: Rollout's.
     Latents: exact, between the heads' Gaussians (without --spread). Stops and words: estimated from
     the samples (k3, exp(r) − 1 − r), whose gradient is that of KL(π_start ‖ π). Words of --greedy
     are no samples: their share is a distance, and no estimate of the KL.
@@ -142,9 +139,11 @@ def kl_to_start(new, start):
     square = new.logvar.exp() + (new.mu - start.mu).pow(2)
     gauss = 0.5 * (start.logvar - new.logvar + square * torch.exp(-start.logvar) - 1).sum(-1)
 
+    # e^r can overflow: from r = 10 on it continues as a line, which still pulls the policy back
     def k3(logp, logp_start):
         r = logp_start - logp
-        return (r.clamp(-10, 10).exp() - 1 - r).sum()
+        bounded = r.clamp(max=10)
+        return (bounded.exp() * (1 + r - bounded) - 1 - r).sum()
 
-    kl_z = gauss[new.candidate].sum()
+    kl_z = gauss[candidate].sum()
     return kl_z + k3(new.logp_stop, start.logp_stop) + k3(new.logp_token, start.logp_token)

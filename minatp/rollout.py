@@ -96,6 +96,12 @@ class Rollout(Rows):
     spread: float = 1.0
     temperature: float = 1.0
 
+    @property
+    def candidate(self):
+        """(B, cK) bool: where a latent was proposed, those that were used and the dropped one."""
+        column = torch.arange(self.z.shape[1], device=self.z.device)
+        return column < (self.n_latent + self.stopped)[:, None]
+
     @staticmethod
     def empty(model, B, max_new, noise, device):
         """B chains that have not begun."""
@@ -219,7 +225,7 @@ def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
                     return
 
             # Feed z_t to π, whose hidden state proposes the next latent
-            cache.rows = b
+            cache.rows = b if len(b) < B else slice(None)
             h[b] = policy.step(z, thinks[b], cache)
             out.n_latent += thinks
         thinks.logical_and_(out.n_latent < limit)
@@ -232,11 +238,9 @@ def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
         cache.step(think_step, torch.full((), s, device=h.device))
     cache.rows = slice(None)
 
-    # A row that stopped has one more candidate than latents. Clear what was written past a row's
-    # end: with fixed shapes, ended rows were computed as well
+    # Clear what was written past a row's end: with fixed shapes, ended rows were computed as well
     out.stopped = out.n_latent < limit
-    column = torch.arange(out.z.shape[1], device=h.device)
-    unproposed = column >= (out.n_latent + out.stopped)[:, None]  # (B, cK)
+    unproposed = ~out.candidate  # (B, cK)
     undecided = unproposed[:, ::c]  # (B, K)
     out.z.masked_fill_(unproposed[..., None], 0)
     if model.vae:

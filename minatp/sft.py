@@ -32,40 +32,22 @@ def sft_losses(model, batch, eps=None):
     model: an ATP. eps: the noise of the latents, ε (B, ≥ n_candidate, D) or the keys that it is
     drawn from (B, ≥ n_candidate, 2); None: z = μ. Previews need (B, c·K, …).
     """
-    policy = model.policy
-
-    # Nothing is latent: in stage 0, and in all stages of methods without latents. Then prompt and
-    # text are read in one pass. −log p of every labelled token
+    # In stage 0 nothing is latent, nor in any stage of a method without latents
     if not batch.n_candidate:
-        has_previews = batch.n_before_step is not None
-        n_text = batch.text.shape[1]
-        h = read_as_text(policy, batch, last=None if has_previews else n_text)
-        losses = {"enc": label_nll(policy, h[:, -n_text:], batch.target, batch.target_at)}
-
-        # Previews: the latents that π proposes before each step. Until φ starts, π reads them, and
-        # learns only to read. Then φ reads them, and its gradient teaches π and the latent head
-        # what to think
-        if has_previews:
-            latents = previews(model, h, batch, eps)  # (N, c, D)
-            reader = model.decoder
-            if not model.decoder_started:
-                reader, latents = policy, latents.detach()
-            text, text_at = batch.step_text, batch.step_text_at
-            losses["dec"] = thought_nll(reader, latents, text, text_at).sum()
-        return losses
+        return losses_in_words(model, batch, eps)
 
     # Read the prompt, think, and read the text after the latents. A teacher reads the problem in
     # words, after the same prompt
+    policy, text = model.policy, batch.text
     h, cache = read_batch(policy, batch)
-    words_cache = cache.fork() if batch.words is not None else None
+    words_cache = cache.fork() if batch.words else None
     latent, _ = walk_batch(model, batch, h, cache, eps)
-    text = policy.embed(batch.text)
-    if batch.words is None:
-        h, taught = policy(text, batch.text_mask, cache), {}  # (B, Tt, D)
-    else:
-        h, states = policy(text, batch.text_mask, cache, states_at=batch.answer_at)
+    if batch.words:
+        h, states = policy(policy.embed(text.ids), text.mask, cache, states_at=text.answer_at)
         taught = distillation(policy, batch, words_cache, states)
-    losses = {"enc": label_nll(policy, h, batch.target, batch.target_at), **taught}
+    else:
+        h, taught = policy(policy.embed(text.ids), text.mask, cache), {}  # (B, Tt, D)
+    losses = {"enc": label_nll(policy, h, text), **taught}
 
     # KL(N(μ, σ²) ‖ N(0, I)) of each used latent
     if model.vae:
@@ -83,26 +65,49 @@ def sft_losses(model, batch, eps=None):
         n_step = z.shape[1] // model.c
         steps = z[:, : n_step * model.c].unflatten(1, (n_step, model.c))  # (B, n_step, c, D)
         latents = steps[batch.step_row, batch.step_index]  # (N, c, D)
-        text, text_at = batch.step_text, batch.step_text_at
-        losses["dec"] = thought_nll(model.decoder, latents, text, text_at).sum()
+        losses["dec"] = decoder_loss(model.decoder, latents, batch)
     return losses
 
 
-def label_nll(policy, h, target, at):
-    """−log p of the ids of `target` (B, T) at the indices `at`, summed. h (B, T, D)."""
-    return policy.nll(h[at], target[at]).sum()
+def losses_in_words(model, batch, eps=None):
+    """`sft_losses` where nothing is latent: prompt and text are read in one pass."""
+    policy = model.policy
+    has_previews = batch.n_before_step is not None
+    n_text = batch.text.ids.shape[1]
+    h = read_as_text(policy, batch, last=None if has_previews else n_text)
+    losses = {"enc": label_nll(policy, h[:, -n_text:], batch.text)}
+
+    # Previews: the latents that π proposes before each step. Until φ starts, π reads them, and
+    # learns only to read. Then φ reads them, and its gradient teaches π and the latent head what to
+    # think
+    if has_previews:
+        latents = previews(model, h, batch, eps)  # (N, c, D)
+        reader = model.decoder
+        if not model.decoder_started:
+            reader, latents = policy, latents.detach()
+        losses["dec"] = decoder_loss(reader, latents, batch)
+    return losses
+
+
+def label_nll(policy, h, text):
+    """−log p of what the policy writes, a Text, after the hidden states h (B, T, D), summed."""
+    return policy.nll(h[text.target_at], text.target[text.target_at]).sum()
+
+
+def decoder_loss(reader, latents, batch):
+    """L_dec: −log p of the N steps of a Batch, read from their latents (N, c, D), summed."""
+    return thought_nll(reader, latents, batch.step_text, batch.step_text_at).sum()
 
 
 def distillation(policy, batch, cache, states):
     """The losses of the teacher and of the student, each summed over a Batch.
 
-    cache: has read the prompts. states (n_layer, N, D): the student's, at batch.answer_at.
+    cache: has read the prompts. states (n_layer, N, D): the student's, before the answer.
     """
-    h, teacher = policy(
-        policy.embed(batch.words), batch.words_mask, cache, states_at=batch.words_answer_at
-    )
-    nll = label_nll(policy, h, batch.words_target, batch.words_target_at)
-    return {"teacher": nll, "distill": state_distance(states, teacher.detach()).sum()}
+    words = batch.words
+    h, teacher = policy(policy.embed(words.ids), words.mask, cache, states_at=words.answer_at)
+    distance = state_distance(states, teacher.detach())
+    return {"teacher": label_nll(policy, h, words), "distill": distance.sum()}
 
 
 def state_distance(student, teacher):
@@ -126,9 +131,9 @@ def total_loss(losses, counts, beta, distill=0.0):
 
 def read_batch(policy, batch):
     """Read the prompts of a Batch: (h (B, D), the cache, with room for what follows)."""
-    room = batch.L + batch.text.shape[1]
-    if batch.words is not None:
-        room = max(room, batch.words.shape[1])
+    room = batch.L + batch.text.ids.shape[1]
+    if batch.words:
+        room = max(room, batch.words.ids.shape[1])
     return read_prompt(policy, batch.prompt, batch.prompt_mask, room)
 
 
@@ -145,12 +150,12 @@ def walk_batch(model, batch, h, cache, eps=None):
 
 
 def read_as_text(policy, batch, last=None):
-    """Read the prompts and batch.text in a single pass, when nothing is latent.
+    """Read the prompts and batch.text in a single pass.
 
     Returns the hidden states (B, Tq + Tt, D), or those of the `last` columns alone.
     """
-    ids = torch.cat((batch.prompt, batch.text), 1)
-    mask = torch.cat((batch.prompt_mask, batch.text_mask), 1)
+    ids = torch.cat((batch.prompt, batch.text.ids), 1)
+    mask = torch.cat((batch.prompt_mask, batch.text.mask), 1)
     return policy(policy.embed(ids), mask, policy.cache(*ids.shape), last=last)
 
 

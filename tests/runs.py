@@ -190,7 +190,7 @@ def writing(start, out, log, acknowledge):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     step = 0
     if checkpoints(out):
-        step = checkpoint.restore(newest_checkpoint(out), model, optimizer)["step"]
+        step = checkpoint.restore_optimizer(newest_checkpoint(out), model, optimizer)["step"]
     first_parameter = next(model.parameters())
     while True:
         step += 1

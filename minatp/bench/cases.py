@@ -196,9 +196,7 @@ class Case:
         model.stage = stage
 
         # noise as numbers, not as keys of a generator (kernels/vae.py): every side can use it
-        batch = data.collate(rows or self.rows[: self.size.batch], stage, model).at(
-            device=self.device
-        )
+        batch = data.collate(rows or self.rows[: self.size.batch], stage, model).to(self.device)
         shape = len(batch.prompt), model.c * model.K, model.policy.cfg.n_embd
         eps = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         return batch, eps.to(self.device)
@@ -281,7 +279,7 @@ def sft_works(case, update):
 
         # What π reads up to its last latent, and what π and φ have to write
         n_read = batch.prompt_mask.sum() + batch.n_latent.sum()
-        n_written = (batch.target >= 0).sum() + (batch.step_text >= 0).sum()
+        n_written = (batch.text.target >= 0).sum() + (batch.step_text >= 0).sum()
         n_token = int(n_read + n_written)
         sft[f"SFT, {name} stage"] = Work(partial(train, stage=stage), n_token)
     return sft
@@ -308,7 +306,7 @@ def rl_works(case, update):
     prompt, prompt_mask = case.prompts(case.size.questions)
 
     # Drawn once, so that every side explores the same chains in every round
-    noise = Noise.draw(model, len(prompt) * G, MAX_NEW, seed=1).at(device=case.device)
+    noise = Noise.draw(model, len(prompt) * G, MAX_NEW, seed=1).to(case.device)
 
     # One batch of chains, which every side reads and learns from
     chains = rollout(model, prompt, prompt_mask, MAX_NEW, noise, G)
@@ -468,7 +466,7 @@ def check_noise(case):
     """
     n_chain = 2 * case.size.check
     greedy = case.model.policy.cfg.vocab_size > 10**4
-    return Noise.draw(case.model, n_chain, MAX_NEW, 3, greedy=greedy).at(device=case.device)
+    return Noise.draw(case.model, n_chain, MAX_NEW, 3, greedy=greedy).to(case.device)
 
 
 def largest_error(tensors, expected):

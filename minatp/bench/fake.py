@@ -93,7 +93,7 @@ class Works:
         counts = batch.counts
 
         # All lengths are known. From here on tensors have shapes alone; the noise is keys
-        batch = batch.at(device=META)
+        batch = batch.to(META)
         eps = ops.noise_keys(0, len(rows), model.c * model.K).to(META)
 
         def work():
@@ -122,7 +122,7 @@ class Works:
         self.model.stage = self.model.K + 1
         prompt, prompt_mask = self.prompts(SIZE.questions)
         noise = rollout.Noise.draw(self.model, SIZE.questions * SIZE.G, MAX_NEW, seed=1)
-        noise = noise.at(device=META)
+        noise = noise.to(META)
 
         def explore():
             with self.gpu.region("rollouts"), torch.autocast("meta"):

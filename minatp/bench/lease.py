@@ -431,7 +431,7 @@ class Exploration:
         n_chain = len(self.prompt) * self.G
 
         # Drawn once, so that all calls make the same chains until set_ragged changes the weights
-        self.noise = Noise.draw(self.model, n_chain, MAX_NEW, seed=1).at(device=self.device)
+        self.noise = Noise.draw(self.model, n_chain, MAX_NEW, seed=1).to(self.device)
         self.chains = None
 
     def __call__(self):

@@ -184,8 +184,8 @@ class Reference:
         unread = slice(Tq + n - 1 if n else 0, x.shape[1])
         text_logits = self.read(x, thought.mask, unread, thought.cache).logits.float()
         logits = torch.cat((*thought.logits, text_logits), 1)
-        unlabelled = batch.target.new_full((len(batch.target), Tq + n), IGNORE)
-        target = torch.cat((unlabelled, batch.target), 1)
+        unlabelled = batch.text.target.new_full((len(batch.text.target), Tq + n), IGNORE)
+        target = torch.cat((unlabelled, batch.text.target), 1)
         losses = {"enc": token_nll(logits, target).sum()}
         if not n:
             return losses
@@ -206,8 +206,8 @@ class Reference:
         shape = len(batch.prompt), self.n_latent
         room = torch.full(shape, self.end, device=batch.prompt.device)
         used = torch.arange(self.n_latent, device=room.device) < batch.n_latent[:, None]
-        ids = torch.cat((batch.prompt, room, batch.text), 1)
-        mask = torch.cat((batch.prompt_mask, used, batch.text_mask), 1)
+        ids = torch.cat((batch.prompt, room, batch.text.ids), 1)
+        mask = torch.cat((batch.prompt_mask, used, batch.text.mask), 1)
         return Columns(ids, mask, batch.prompt.shape[1])
 
     def thoughts(self, batch, eps):
@@ -519,11 +519,11 @@ class Tuned(Reference):
     def losses(self, batch, eps):
         # Think, then read the text; logits of the labelled positions alone
         candidates, mask, cache = self.walk(batch, eps)
-        x = self.embed(batch.text)
-        h = self.hidden(self.policy, x, torch.cat((mask, batch.text_mask), 1), cache)
-        labelled = batch.target >= 0
+        x = self.embed(batch.text.ids)
+        h = self.hidden(self.policy, x, torch.cat((mask, batch.text.mask), 1), cache)
+        labelled = batch.text.target >= 0
         logits = self.policy.lm_head(h[labelled])
-        losses = {"enc": token_nll(logits, batch.target[labelled]).sum()}
+        losses = {"enc": token_nll(logits, batch.text.target[labelled]).sum()}
         if not candidates:
             return losses
 

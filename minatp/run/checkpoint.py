@@ -97,7 +97,7 @@ def remove_other_checkpoints(new):
         shutil.rmtree(folder)
 
 
-def restore(folder, model, optimizer):
+def restore_optimizer(folder, model, optimizer):
     """Load a checkpoint's moments into the optimizer; return its state.json. Raises UserError."""
     # step, exp_avg and exp_avg_sq are AdamW's, momentum is Muon's (optim.py)
     moments, file = read_tensors(folder, "optimizer")

@@ -119,16 +119,15 @@ def check_latents(cfg, saved):
     # c has to be equal. K may grow: the later stages of the curriculum teach the added steps. A
     # plain LLaMA, or a model at stage 0, does not think yet, and one with something else in place
     # of its steps thinks otherwise: any number will do
-    has_same = replacement(saved) == replacement(wanted)
-    if saved.get("stage") and cfg.replaces_steps and has_same:
-        for name in ("c", "K"):
-            fits = wanted["c"] == saved["c"] if name == "c" else wanted["K"] >= saved["K"]
-            counts = name == "K" or replacement(wanted) != "nothing"
-            if counts and not fits:
-                raise UserError(
-                    f"command line: --init {cfg.init} thinks with {flag(name)} {saved[name]}, not "
-                    f"{wanted[name]}; give {flag(name)} {saved[name]}"
-                )
+    in_place = replacement(wanted)
+    if saved.get("stage") and cfg.replaces_steps and replacement(saved) == in_place:
+        has_other_c = wanted["c"] != saved["c"] and in_place != "nothing"
+        if has_other_c or wanted["K"] < saved["K"]:
+            name = "c" if has_other_c else "K"
+            raise UserError(
+                f"command line: --init {cfg.init} thinks with {flag(name)} {saved[name]}, not "
+                f"{wanted[name]}; give {flag(name)} {saved[name]}"
+            )
 
     # Parts may be added and dropped, but perhaps the user did not mean to. A plain LLaMA has none
     parts = (

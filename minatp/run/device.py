@@ -91,7 +91,8 @@ def multiplies_bfloat16():
 def autocast(device, dtype=""):
     """A context in which products are computed in `dtype`, a choice of --dtype.
 
-    Weights stay float32, and so do losses, KL and log-probabilities. "": bfloat16 on a GPU, float32
+    Weights stay float32. Losses, KL and log-probabilities are computed in float32, from what the
+    products have rounded. "": bfloat16 on a GPU, float32
     on a CPU.
     """
     if dtype == "float32" or (not dtype and device.type == "cpu"):

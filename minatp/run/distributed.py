@@ -39,10 +39,11 @@ def start(device):
     if n_started() == 1:
         return device
 
-    # NCCL needs a GPU for each rank, here by its number on this machine; CPUs use gloo
+    # NCCL needs a GPU for each rank, here by its number on this machine. What is on a CPU goes by
+    # gloo, and does not wait for what a GPU still computes
     backend = "gloo"
     if device.type == "cuda":
-        backend = "nccl"
+        backend = "cpu:gloo,cuda:nccl"
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         n_gpu = torch.cuda.device_count()
         if device.index >= n_gpu:
@@ -125,11 +126,10 @@ def all_reduce(values, device, weight=None):
     if WORLD_SIZE == 1:
         return values
 
-    # A weighted mean: sum value·weight and the weights, in one call, and divide
+    # A weighted mean: sum value·weight and the weights, and divide
     if weight is not None:
-        weighted = {name: value * weight for name, value in values.items()}
-        summed = all_reduce({**weighted, "weight": weight}, device)
-        total_weight = max(1, summed.pop("weight"))
+        summed = all_reduce({name: value * weight for name, value in values.items()}, device)
+        total_weight = max(1, all_reduce({"weight": weight}, device)["weight"])
         return {name: value / total_weight for name, value in summed.items()}
 
     # The names of all ranks, in the same order on each
@@ -137,7 +137,10 @@ def all_reduce(values, device, weight=None):
     for share in gather_objects({name: type(value) for name, value in values.items()}):
         types |= share
 
-    # One message for all, in float64, which holds counts exactly
+    # One message for all, in float64, which holds counts exactly. Without a tensor it stays on the
+    # CPU: the host would have to wait for a GPU
+    if torch.Tensor not in types.values():
+        device = "cpu"
     numbers = []
     for name in types:
         number = torch.as_tensor(values.get(name, 0), dtype=torch.float64)
@@ -171,9 +174,7 @@ def all_reduce_gradients(model):
 
     # A rank may lack a gradient that others have: RL may leave it without an informative group
     parameters = [p for p in model.parameters() if p.requires_grad]
-    has_gradient = torch.tensor(
-        [p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device
-    )
+    has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
     dist.all_reduce(has_gradient, dist.ReduceOp.MAX)
 
     # Few large messages are faster than many small ones

@@ -76,8 +76,8 @@ def solve(
             prompt,
             prompt_mask,
             max_new,
-            noise=noise and noise.at(rows, device),
-            forced=forced and forced.at(rows, device),
+            noise=noise and noise.at(rows).to(device),
+            forced=forced and forced.at(rows).to(device),
             steps=steps,
         )
 
@@ -296,7 +296,7 @@ def reading_nll(run, model):
     # Teacher-forced, as in SFT, but at z = μ: no noise is given
     batch = collate(run.reading_rows, model.stage, model)
     with run.autocast:
-        losses = sft_losses(model, batch.at(device=run.device))
+        losses = sft_losses(model, batch.to(run.device))
     return float(losses["dec"]) / batch.counts["dec"]
 
 
@@ -317,7 +317,7 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     # All Q·n chains in one batch, rewarded as in training
     prompts = run.tokenizer.prompts([p.question for p in problems])
     prompt, prompt_mask = left_pad(prompts, run.tokenizer.end, run.device)
-    all_rows = noise.at(device=run.device)
+    all_rows = noise.to(run.device)
     result = rollout(model, prompt, prompt_mask, run.max_new, all_rows, n)
     graph.release_memory()
     chains = as_text(model, run.tokenizer, result)

@@ -69,7 +69,7 @@ class Run:
         # Restore where a resumed run was; refuse other problems or another start than it had
         self.state = {"step": 0, "seconds": 0.0}
         if saved:
-            self.state = checkpoint.restore(saved, self.model, self.optimizer.optimizer)
+            self.state = checkpoint.restore_optimizer(saved, self.model, self.optimizer.optimizer)
         check_problems(cfg, self.splits, self.state)
         if cfg.stage == "rl":
             self.load_start_model()
@@ -288,10 +288,10 @@ class Run:
         # `doing` says what is on the device while the caller computes it
         for i, batch in zip(starts, batches):
             eps_keys = None if keys is None else keys[i : i + size].to(self.device)
-            length = batch.prompt.shape[1] + batch.L + batch.text.shape[1]
+            length = batch.prompt.shape[1] + batch.L + batch.text.ids.shape[1]
             what = f"sft, stage {stage}, step {step + 1}"
             self.doing = Doing(what, len(batch.prompt), length, "--micro-batch or --batch-size")
-            yield batch.at(device=self.device), eps_keys, counts
+            yield batch.to(self.device), eps_keys, counts
         self.doing = self.between_batches
 
     def memory_guard(self):
@@ -315,7 +315,8 @@ class Run:
         means, speed, left = self.meter.read(self.n_total - n_done)
         record, line = {"step": n_done}, []
 
-        # SFT logs L and the means that it is made of; RL its rewards and the metrics of its updates
+        # SFT logs the means of its losses, and L made of them (that of a step with a teacher, if
+        # only some steps have one); RL its rewards and the metrics of its updates
         if self.cfg.stage == "sft":
             grad_norm = means.pop("grad_norm")
             ones = dict.fromkeys(means, 1)

@@ -247,7 +247,8 @@ class Optim:
     batch_size: int = opt(32, "problems per step", POSITIVE)
     micro_batch: int = opt(
         0,
-        "problems per forward pass, with gradient accumulation; 0: the whole batch at once",
+        "problems per forward pass of SFT and of RL's anchor, with gradient accumulation; 0: the "
+        "whole batch at once",
         NOT_NEGATIVE,
     )
 

@@ -72,11 +72,11 @@ def load_splits(cfg):
 
     # The built-in sets never overlap; files may
     if cfg.data and cfg.init:
-        check_init(cfg, splits)
+        refuse_leaks(cfg, splits)
     return splits
 
 
-def check_init(cfg, splits):
+def refuse_leaks(cfg, splits):
     """Raise UserError if --init was trained on a held-out question; add a note if it is unknown.
 
     A resumed run has already started from it, so there a leak is only noted.
@@ -353,9 +353,9 @@ def encode_problems(cfg, problems, tokenizer, model, answer_only=False):
         problems = [replace(p, steps=[]) for p in problems]
 
     # Without labels for the steps, or without a stop head, each problem takes as many as it may
-    always_K = answer_only or (cfg.replaces_steps and not model.stop)
+    takes_all_steps = answer_only or (cfg.replaces_steps and not model.stop)
     try:
-        return data.encode(problems, tokenizer, model, answer_only, always_K)
+        return data.encode(problems, tokenizer, model, answer_only, takes_all_steps)
     except ValueError as e:
         raise UserError(str(e)) from None
 

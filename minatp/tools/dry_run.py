@@ -189,7 +189,7 @@ def activation_bytes(run, row, stages):
         return parts["activations"] + parts["logits"]
 
     def forward(n, stage):
-        batch = collate([row] * n, stage, model, cfg.distill > 0).at(device=device)
+        batch = collate([row] * n, stage, model, cfg.distill > 0).to(device)
 
         # The values of ε do not change what is kept: zeros will do
         eps = None
@@ -257,7 +257,8 @@ def report_curriculum(run, problems):
         chain = " ".join(f"[{'z' * model.c}{text}]" for text in thoughts)
         chain = chain or tokenizer.decode(model.fillers_at(stage))
         stop = " stop" if bool(batch.has_stop[0]) else ""
-        print0(f"  stage {stage} ({epochs:g} epochs)  {chain}{stop}  {decode(batch.target[0])!r}")
+        written = decode(batch.text.target[0])
+        print0(f"  stage {stage} ({epochs:g} epochs)  {chain}{stop}  {written!r}")
 
 
 def report_memory(run, kept, available):

@@ -303,7 +303,7 @@ def test_replayed_steps_are_the_steps(monkeypatch, tapes):
     monkeypatch.setattr(graph, "FEWEST_ROWS", 2)  # this batch counts as a large one
 
     prompt, prompt_mask = data.left_pad([[5, 6], [7] * 5], model.end, DEVICE)
-    noise = Noise.draw(model, 4, 12, 530).at(device=DEVICE)  # half of the rows end sooner
+    noise = Noise.draw(model, 4, 12, 530).to(DEVICE)  # half of the rows end sooner
     z = torch.randn(4, 4, 16, generator=torch.Generator().manual_seed(50))[:, :2].to(DEVICE)
 
     def rollout_and_texts(choice):
@@ -394,7 +394,7 @@ def sft_batch(model, distills=False):
         )
 
     problems = [problem(3, 3), problem(1, 1), problem(0, 0, answer_only=True)]
-    return data.collate(problems, model.K + 1, model, distills).at(device=DEVICE)
+    return data.collate(problems, model.K + 1, model, distills).to(DEVICE)
 
 
 def rl_chains():

@@ -162,7 +162,7 @@ def test_token_ids(model, tokenizer, rows, stage):
     for b, expected in enumerate(gold["sequences"]):
         prompt = batch.prompt[b][batch.prompt_mask[b]].tolist()
         latents = [tokenizer.latent] * gold["latents"][b]
-        target = batch.target[b][batch.target[b] >= 0].tolist()
+        target = batch.text.target[b][batch.text.target[b] >= 0].tolist()
         assert [*prompt, *latents, tokenizer.end, *target] == expected
         assert len(target) == gold["labels_at_end"][b]
 

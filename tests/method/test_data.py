@@ -208,10 +208,10 @@ def test_the_position_is_the_last_before_a_character_of_the_answer(name):
         for b, problem in enumerate(of_answers):
             whole = "".join(step + "\n" for step in problem.steps)
             rest = "".join(step + "\n" for step in problem.steps[1:]) if stage == 1 else ""
-            words, text = batch.words[b].tolist(), batch.text[b].tolist()
+            words, text = batch.words.ids[b].tolist(), batch.text.ids[b].tolist()
             for ids, at, before in (
-                (words, batch.words_answer_at, whole),
-                (text, batch.answer_at, rest),
+                (words, batch.words.answer_at, whole),
+                (text, batch.text.answer_at, rest),
             ):
                 assert at[0][b] == b
                 column = at[1][b].item()
@@ -310,7 +310,7 @@ def test_a_batch_knows_where_its_labels_are():
 
     # words: what is gathered is what was put in
     answers = [i for row in rows for i in row.answer]
-    assert batch.target[batch.target_at].tolist() == answers
+    assert batch.text.target[batch.text.target_at].tolist() == answers
     texts = [*rows[0].step_texts, *rows[1].step_texts]
     assert batch.step_text[batch.step_text_at].tolist() == [i for text in texts for i in text]
 
@@ -319,19 +319,20 @@ def test_a_batch_moves_with_its_indices():
     model, tokenizer = small_model()
     rows = data.encode(problems.generate("labelled", 3, 1), tokenizer, model)
     batch = data.collate(rows, model.K + 1, model)
-    moved = batch.at(device="meta")
+    moved = batch.to("meta")
     assert moved.L == batch.L
     assert moved.prompt.is_meta
 
-    at = (moved.target_at, moved.used_at, moved.stop_at, moved.step_text_at)
+    at = (moved.text.target_at, moved.used_at, moved.stop_at, moved.step_text_at)
     assert all(index.is_meta for pair in at for index in pair)
     assert [len(pair) for pair in at] == [2] * 4
     assert moved.words is None
 
-    moved = data.collate(rows, model.K + 1, model, distills=True).at(device="meta")
-    at = (moved.words_target_at, moved.words_answer_at, moved.answer_at)
+    moved = data.collate(rows, model.K + 1, model, distills=True).to("meta")
+    words = moved.words
+    at = (words.target_at, words.answer_at, moved.text.answer_at)
     assert all(index.is_meta for pair in at for index in pair)
-    assert moved.words.is_meta and moved.words_mask.is_meta and moved.words_target.is_meta
+    assert words.ids.is_meta and words.mask.is_meta and words.target.is_meta
 
 
 # ---- what takes the place of steps ---------------------------------------------------------------
@@ -342,8 +343,8 @@ def rows_of_all_lengths(model, tokenizer):
     steps = ["<<5+7=12>>", "<<12*2=24>>", "<<24-5=19>>"]
     known = [problems.Problem("A?", steps[:n], "19") for n in (0, 1, 3)]
     alone = [problems.Problem("B?", [], "7")]
-    rows = data.encode(known, tokenizer, model, always_K=True)
-    return rows + data.encode(alone, tokenizer, model, answer_only=True, always_K=True)
+    rows = data.encode(known, tokenizer, model, takes_all_steps=True)
+    return rows + data.encode(alone, tokenizer, model, answer_only=True, takes_all_steps=True)
 
 
 @pytest.mark.parametrize("method, n_filler", [("icot", 0), ("pause", 2)])
@@ -360,13 +361,13 @@ def test_steps_go_for_nothing_or_for_fillers(method, n_filler, stage):
         left = row.lines[stage:] if stage < 3 else []
         written = [i for line in left for i in line] + row.answer
         read = [*fillers, tokenizer.end, *written[:-1]]
-        assert batch.text[b][batch.text_mask[b]].tolist() == read
+        assert batch.text.ids[b][batch.text.mask[b]].tolist() == read
         labels = [data.IGNORE] * len(fillers) + written
-        assert batch.target[b][batch.text_mask[b]].tolist() == labels
-    n_written = int((batch.target != data.IGNORE).sum())
+        assert batch.text.target[b][batch.text.mask[b]].tolist() == labels
+    n_written = int((batch.text.target != data.IGNORE).sum())
     assert batch.counts["enc"] == n_written
     assert batch.counts["position"] == sum(len(row.prompt) for row in rows) + int(
-        batch.text_mask.sum()
+        batch.text.mask.sum()
     )
 
 
@@ -375,14 +376,14 @@ def test_fillers_count_in_the_context(method, n_filler):
     """A problem without steps fits beside its fillers, and not beside one more."""
     model, tokenizer = small_model(method=method)
     problem = [problems.Problem("Ann has 5 pens. How many?", [], "5")]
-    [row] = data.encode(problem, tokenizer, model, always_K=True)
+    [row] = data.encode(problem, tokenizer, model, takes_all_steps=True)
     length = row.length + 1 + n_filler  # 1: <|end-latent|>
 
     model.policy.cfg.block_size = length
-    data.encode(problem, tokenizer, model, always_K=True)
+    data.encode(problem, tokenizer, model, takes_all_steps=True)
     model.policy.cfg.block_size = length - 1
     with pytest.raises(ValueError, match=f"is {length} tokens long"):
-        data.encode(problem, tokenizer, model, always_K=True)
+        data.encode(problem, tokenizer, model, takes_all_steps=True)
 
 
 def test_codi_takes_all_its_latents_for_every_problem():
@@ -394,7 +395,7 @@ def test_codi_takes_all_its_latents_for_every_problem():
     assert batch.n_candidate == batch.L == 4
     assert not batch.has_stop.any()
     for b, row in enumerate(rows):
-        assert batch.text[b][batch.text_mask[b]].tolist() == [tokenizer.end, *row.answer[:-1]]
+        assert batch.text.ids[b][batch.text.mask[b]].tolist() == [tokenizer.end, *row.answer[:-1]]
 
     # problem 1 has one step, problem 2 three, of which the last two are the second thought's
     assert (batch.step_row.tolist(), batch.step_index.tolist()) == ([1, 2, 2], [0, 0, 1])
@@ -404,10 +405,10 @@ def test_codi_takes_all_its_latents_for_every_problem():
     # the teacher reads all of them in words, where they are known
     for b, row in enumerate(rows[:3]):
         words = [tokenizer.end, *(i for line in row.lines for i in line), *row.answer]
-        assert batch.words[b][batch.words_mask[b]].tolist() == words[:-1]
-        assert batch.words_target[b][batch.words_mask[b]].tolist() == words[1:]
-    assert batch.words_answer_at[0].tolist() == batch.answer_at[0].tolist() == [0, 1, 2]
-    assert not batch.words_mask[3].any()
+        assert batch.words.ids[b][batch.words.mask[b]].tolist() == words[:-1]
+        assert batch.words.target[b][batch.words.mask[b]].tolist() == words[1:]
+    assert batch.words.answer_at[0].tolist() == batch.text.answer_at[0].tolist() == [0, 1, 2]
+    assert not batch.words.mask[3].any()
 
 
 def test_a_batch_goes_to_a_gpu_from_pinned_memory_and_the_host_does_not_wait():

@@ -1,5 +1,6 @@
 """Stage 2: log-probabilities against enumeration and finite differences, advantages, clipping."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from minatp.latent import ATP
 from minatp.llama import LlamaConfig
-from minatp.rl import advantages, kl_to_start, log_probs, surrogate
+from minatp.rl import LogProbs, advantages, kl_to_start, log_probs, surrogate
 from minatp.rollout import Rollout
 
 # A vocabulary of 4 words, of which 1 is eos; 2 latents a step, 2 steps and 2 words at most
@@ -168,12 +169,29 @@ def test_the_kl_to_oneself_is_zero_and_to_another_is_not(model, prompt, prompt_m
     z = torch.randn(1, C * K, D).double()
     chains = as_rollout(model, z, all_outcomes())
     start = log_probs(model, prompt, prompt_mask, chains, group=len(chains.z))
-    assert kl_to_start(start, start).item() == pytest.approx(0, abs=1e-9)
+    assert kl_to_start(start, start, chains.candidate).item() == pytest.approx(0, abs=1e-9)
 
     with torch.no_grad():
         model.latent_head.gaussian.bias += 0.1
     moved = log_probs(model, prompt, prompt_mask, chains, group=len(chains.z))
-    assert kl_to_start(moved, start) > 0.1
+    assert kl_to_start(moved, start, chains.candidate) > 0.1
+
+
+@pytest.mark.parametrize("r", [-20.0, -1.0, 0.0, 5.0, 9.9, 10.1, 30.0, 1000.0])
+def test_the_kl_pulls_back_from_any_distance(r):
+    """Of a word that has become less likely by e^r: exp(r) − 1 − r, past 10 its tangent."""
+    nothing = torch.zeros(1, 1, dtype=torch.float64)
+    latents = nothing[..., None]
+    logp = nothing.clone().requires_grad_()
+    new = LogProbs(nothing, nothing, logp, latents, latents)
+    start = LogProbs(nothing, nothing, nothing + r, latents, latents)
+    kl = kl_to_start(new, start, candidate=nothing.bool())
+    kl.backward()
+
+    at = min(r, 10.0)
+    expected = math.exp(at) - 1 - at + (math.exp(at) - 1) * (r - at)
+    assert kl.item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    assert logp.grad.item() == pytest.approx(1 - math.exp(at), rel=1e-12, abs=1e-12)
 
 
 # ---- advantages and the surrogate ----------------------------------------------------------------

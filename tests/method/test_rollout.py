@@ -41,7 +41,7 @@ def prompts_of(tokenizer, n, seed):
 
 def draw(model, *args, **options):
     """Noise.draw, on the CPU."""
-    return Noise.draw(model, *args, **options).at(device="cpu")
+    return Noise.draw(model, *args, **options).to("cpu")
 
 
 def test_no_word_of_probability_0_is_drawn(model, monkeypatch):
@@ -250,10 +250,10 @@ def test_a_rollout_reads_what_training_did(method, stage):
         rows.append(row)
     batch = data.collate(rows, stage, model)
     n_filler = {"icot": 0, "pause": 2 * min(stage, 2)}[method]
-    assert (batch.text == tokenizer.latent).sum(1).tolist() == [n_filler] * 5
+    assert (batch.text.ids == tokenizer.latent).sum(1).tolist() == [n_filler] * 5
 
-    h = read_as_text(model.policy, batch, last=batch.text.shape[1])
-    logp = -model.policy.nll(h, batch.target)[:, n_filler:]
+    h = read_as_text(model.policy, batch, last=batch.text.ids.shape[1])
+    logp = -model.policy.nll(h, batch.text.target)[:, n_filler:]
     torch.testing.assert_close(logp, chains.logp_token, rtol=1e-4, atol=1e-5)
     greedy = model.policy.logits(h[:, n_filler:]).argmax(-1)
     written = chains.token >= 0

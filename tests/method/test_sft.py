@@ -408,8 +408,8 @@ def test_the_teacher_learns_nothing_from_the_distance(method):
     def ids_of(ids, mask):
         return set(ids[mask].tolist())
 
-    of_student = ids_of(batch.prompt, batch.prompt_mask) | ids_of(batch.text, batch.text_mask)
-    of_teacher_alone = sorted(ids_of(batch.words, batch.words_mask) - of_student)
+    of_student = ids_of(batch.prompt, batch.prompt_mask) | ids_of(batch.text.ids, batch.text.mask)
+    of_teacher_alone = sorted(ids_of(batch.words.ids, batch.words.mask) - of_student)
     assert len(of_teacher_alone) > 3
 
     losses = sft_losses(model, batch, eps)
@@ -448,15 +448,15 @@ def test_the_prompt_is_read_once_for_student_and_teacher(method, stage, monkeypa
 
 def distillation_in_two_passes(policy, batch, cache, states):
     """`sft.distillation` with a second pass over the prompts, which `cache` has read."""
-    ids = torch.cat((batch.prompt, batch.words), 1)
-    mask = torch.cat((batch.prompt_mask, batch.words_mask), 1)
+    ids = torch.cat((batch.prompt, batch.words.ids), 1)
+    mask = torch.cat((batch.prompt_mask, batch.words.mask), 1)
     n_prompt = batch.prompt.shape[1]
-    row, column = batch.words_answer_at
+    row, column = batch.words.answer_at
     h, teacher = policy(
         policy.embed(ids), mask, policy.cache(*ids.shape), states_at=(row, n_prompt + column)
     )
-    written = batch.words_target_at
-    nll = policy.nll(h[:, n_prompt:][written], batch.words_target[written]).sum()
+    written = batch.words.target_at
+    nll = policy.nll(h[:, n_prompt:][written], batch.words.target[written]).sum()
     return {"teacher": nll, "distill": state_distance(states, teacher.detach()).sum()}
 
 
@@ -503,9 +503,9 @@ def test_a_problem_without_latents_has_no_teacher():
         rows = data.encode([without_steps, with_steps], tokenizer, model)
         batch = data.collate(rows, model.K + 1, model, distills=True)
         assert batch.counts["distill"] == n_taught
-        assert batch.counts["teacher"] == batch.words_mask.sum()
-        assert batch.words_mask.any(1).tolist() == [n_taught == 2, True]
-        assert batch.answer_at[0].tolist() == batch.words_answer_at[0].tolist()
+        assert batch.counts["teacher"] == batch.words.mask.sum()
+        assert batch.words.mask.any(1).tolist() == [n_taught == 2, True]
+        assert batch.text.answer_at[0].tolist() == batch.words.answer_at[0].tolist()
         both = sft_losses(model, batch)
         alone = sft_losses(model, data.collate(rows[1:], model.K + 1, model, distills=True))
         if method == "atp":
@@ -518,7 +518,7 @@ def test_what_the_teacher_reads_counts_as_read(loaded):
     without, with_teacher = (
         data.collate(rows, model.K + 1, model, distills) for distills in (False, True)
     )
-    n_word = int(with_teacher.words_mask.sum())
+    n_word = int(with_teacher.words.mask.sum())
     assert n_word > 0
     assert with_teacher.counts["position"] == without.counts["position"] + n_word
 
@@ -527,7 +527,7 @@ def test_answers_alone_have_no_teacher():
     """Beside other problems they are left out; alone there is none, and the rest is learned."""
     model, tokenizer, batch, eps = distilled("codi")
     assert batch.counts["distill"] == 4
-    assert not batch.words_mask[4].any()
+    assert not batch.words.mask[4].any()
 
     answers = problems.generate("answers", 3, 1)
     rows = data.encode(answers, tokenizer, model, answer_only=True)

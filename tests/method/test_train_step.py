@@ -207,14 +207,14 @@ def test_a_batch_without_a_signal_makes_no_update(nobody_wins):
 def test_an_informative_group_has_the_same_gradient_among_silent_ones():
     """Silent groups are left out of the computation, but not of the mean."""
     run = one_step(*SMALL_RL)
-    explored, _ = train.explore(run, run.prompts[:4], step=0)
+    explored = train.explore(run, run.prompts[:4], step=0)
     advantage = torch.zeros(4, 4)
     advantage[2] = torch.tensor([0.75, -0.25, -0.25, -0.25])
 
     gradients = []
     for informative in (torch.arange(4) == 2, torch.ones(4, dtype=torch.bool)):
         run.model.zero_grad()
-        train.policy_gradients(run, explored, advantage, informative, old=None)
+        train.policy_gradients(run, replace(explored), advantage, informative)
         gradients.append(gradients_of(run.model))
     assert_equal_gradients(*gradients, rtol=1e-4, atol=1e-6)
 
@@ -231,7 +231,7 @@ def explored_by_hand(run, words):
     for b, ids in enumerate(words):
         chains.token[b, : len(ids)] = torch.tensor(ids)
         chains.n_token[b] = len(ids)
-    return train.Explored(prompt, mask, None, chains, {}, 0)
+    return train.Explored(prompt, mask, None, chains, [], {}, 0)
 
 
 def test_clamped_is_a_share_of_decisions_and_the_kl_to_oneself_is_zero():
@@ -241,16 +241,15 @@ def test_clamped_is_a_share_of_decisions_and_the_kl_to_oneself_is_zero():
     explored = explored_by_hand(run, [[eos], [7, eos]])
     advantage, informative = torch.tensor([[0.5, -0.5]]), torch.tensor([True])
 
-    _, old, metrics = train.policy_gradients(run, explored, advantage, informative, old=None)
+    _, metrics = train.policy_gradients(run, explored, advantage, informative)
     assert metrics["clamped"] == 0
     assert metrics["kl"].item() == pytest.approx(0, abs=1e-9)
 
     # had every decision been less likely before, by a factor of e, every ratio would be clipped
-    old_logp, start = old
-    is_decision = old_logp != 0
+    is_decision = explored.old_logp != 0
     assert is_decision.sum() == 7
-    old = old_logp - 1.0 * is_decision, start
-    _, _, metrics = train.policy_gradients(run, explored, advantage, informative, old)
+    explored.old_logp -= 1.0 * is_decision
+    _, metrics = train.policy_gradients(run, explored, advantage, informative)
     assert metrics["clamped"] == 1
 
 
@@ -271,13 +270,14 @@ def test_phi_reads_the_chains_whose_answer_is_right(no_answers):
     run = one_step(*SMALL_RL, *(["--no-answers"] if no_answers else []))
     run.model.stage = 2
     G, questions = run.cfg.G, run.questions[:2]
-    explored, chains = train.explore(run, run.prompts[:2], step=0)
+    explored = train.explore(run, run.prompts[:2], step=0)
+    chains = explored.chains
     for i, chain in enumerate(chains):  # every second one
         chain.text = f"### {questions[i // G].answer if i % 2 else 'none'}"
     in_full = [replace(chain) for chain in chains]
 
-    train.read(run, explored, chains, questions)
-    train.read(run, explored, in_full)
+    train.read(run, explored, questions)
+    train.read(run, replace(explored, chains=in_full))
     unread = [i for i, chain in enumerate(chains) if chain.thoughts is None]
     assert unread == ([] if no_answers else list(range(0, 2 * G, 2)))
     for chain, full in zip(chains, in_full):
@@ -322,12 +322,12 @@ def score_gradients(latent_weight, spread=2.0):
     """
     argv = ("--estimator", "score", "--spread", spread, "--latent-weight", latent_weight)
     run = one_step(*SMALL_RL, *argv)
-    explored, _ = train.explore(run, run.prompts[:2], step=0)
+    explored = train.explore(run, run.prompts[:2], step=0)
     run.model.double()
     for name in ("z", "logp_z", "logp_stop"):
         setattr(explored.rollout, name, getattr(explored.rollout, name).double())
     advantage, informative = torch.eye(4, dtype=torch.float64)[:2] - 0.25, torch.ones(2).bool()
-    train.policy_gradients(run, explored, advantage, informative, old=None)
+    train.policy_gradients(run, explored, advantage, informative)
     return gradients_of(run.model)
 
 
@@ -345,7 +345,7 @@ def test_the_placebo_of_latents_permutes_their_advantages_among_informative_chai
     credits = {}
     for placebo in ([], ["--placebo-latents"]):
         run = one_step(*SMALL_RL, "--estimator", "score", *placebo)
-        explored, _ = train.explore(run, run.prompts[:4], step=0)
+        explored = train.explore(run, run.prompts[:4], step=0)
         advantage = torch.arange(16.0).view(4, 4) - 7.5
         informative = torch.tensor([True, False, True, True])
         surrogate, seen = train.surrogate, []
@@ -356,9 +356,8 @@ def test_the_placebo_of_latents_permutes_their_advantages_among_informative_chai
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "surrogate", watch)
-            old = None
             for _ in range(2):  # more updates on a batch have the same placebo
-                _, old, _ = train.policy_gradients(run, explored, advantage, informative, old)
+                train.policy_gradients(run, explored, advantage, informative)
         first, second = seen
         assert torch.equal(first, second)
         credits[bool(placebo)] = first
@@ -398,14 +397,15 @@ def test_an_rl_step_in_bfloat16_is_that_in_float32(estimator):
     """The same chains: log-probabilities within 1 %, and a gradient of the same direction."""
     argv = (*SMALL_RL, "--estimator", estimator, "--dtype")
     run = one_step(*argv, "float32")
-    explored, _ = train.explore(run, run.prompts[:1], step=0)
+    explored = train.explore(run, run.prompts[:1], step=0)
     advantage, informative = torch.tensor([[0.75, -0.25, -0.25, -0.25]]), torch.tensor([True])
 
     logp, gradient = {}, {}
     for dtype in ("float32", "bfloat16"):
         run = one_step(*argv, dtype)
-        _, old, metrics = train.policy_gradients(run, explored, advantage, informative, old=None)
-        logp[dtype], _ = old
+        explored = replace(explored, old_logp=None, start=None)  # the first update
+        _, metrics = train.policy_gradients(run, explored, advantage, informative)
+        logp[dtype] = explored.old_logp
         gradients = gradients_of(run.model)
         gradient[dtype] = torch.cat([g.flatten() for g in gradients.values()])
         assert metrics["kl"].dtype == torch.float32
@@ -430,8 +430,8 @@ def test_chains_are_explored_and_read_in_either_dtype(dtype):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KVCache, "append", watch)
-        explored, chains = train.explore(run, run.prompts[:2], step=0)
+        explored = train.explore(run, run.prompts[:2], step=0)
     assert kept == {getattr(torch, dtype)}
-    assert len(chains) == 8
+    assert len(explored.chains) == 8
     rolled = explored.rollout
     assert {rolled.z.dtype, rolled.logp_z.dtype, rolled.logp_token.dtype} == {torch.float32}

@@ -80,7 +80,7 @@ def check_checkpoints(out, goal):
 
     for folder in saved:
         model, _ = load_model(folder)
-        state = checkpoint.restore(folder, model, torch.optim.AdamW(model.parameters()))
+        state = checkpoint.restore_optimizer(folder, model, torch.optim.AdamW(model.parameters()))
         assert state["step"] == int(folder.name)
 
 

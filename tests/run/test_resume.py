@@ -148,7 +148,7 @@ def test_all_of_the_optimizer_is_restored_to_the_parameters_device(tmp_path):
 
     model.to("meta")  # a device that every machine has
     restored = build_optimizer(cfg, model)
-    checkpoint.restore(newest_checkpoint(tmp_path), model, restored)
+    checkpoint.restore_optimizer(newest_checkpoint(tmp_path), model, restored)
     found = {
         (name, v.device.type) for state in restored.state.values() for name, v in state.items()
     }
