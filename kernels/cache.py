@@ -1,6 +1,6 @@
 """The cache that the attention kernels read and write, with autograd through it.
 
-It has the interface of minatp's KVCache (open, attend, step, fork, keep; it ignores `rows`, since
+It has the interface of minatp's KVCache (open, attend, repeat, fork, keep; it ignores `rows`, since
 every call is of all rows), and what the replayed chain needs besides: after_prefix, append_own. The
 first call's columns, left-padded, are the prefix: stored once, however many rows continue from it.
 The columns of later calls are a row's own.
@@ -291,7 +291,7 @@ class StepCache:
             self.own[i] = Columns(k.new_zeros(shape), k.new_zeros(shape))
         return self.own[i]
 
-    def step(self, work, *inputs):
+    def repeat(self, work, *inputs):
         """work(*inputs), which reads one column at every call. If steps are CUDA graphs, the second
         call with the same `work` is recorded, and from then on each is a replay. A `keep` begins
         anew.

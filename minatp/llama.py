@@ -149,7 +149,7 @@ class KVCache:
         y = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
         return y.view(B, h, n, hd)
 
-    def step(self, work, *inputs):
+    def repeat(self, work, *inputs):
         """work(*inputs), which reads one column and is the same function every time."""
         return work(*inputs)
 

@@ -162,7 +162,7 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
 
 
 # On a CPU the two loops compute only the rows that are still active, so an early stop saves work.
-# There, cache.step(f, x) is f(x), rows_where(mask) is mask.nonzero()[:, 0], count_done(mask) is
+# There, cache.repeat(f, x) is f(x), rows_where(mask) is mask.nonzero()[:, 0], count_done(mask) is
 # int(mask.sum()), and unfinished_rows gives the rows to keep (None: all of them).
 #
 # On a GPU a step is a CUDA graph, recorded once and replayed on the same memory (kernels/graph.py).
@@ -235,7 +235,7 @@ def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
     for s in range(n_step):
         if count_done(~thinks) == B:
             break
-        cache.step(think_step, torch.full((), s, device=h.device))
+        cache.repeat(think_step, torch.full((), s, device=h.device))
     cache.rows = slice(None)
 
     # Clear what was written past a row's end: with fixed shapes, ended rows were computed as well
@@ -296,5 +296,5 @@ def write(llama, h, cache, max_new, eos, noise=None):
             rows, writes, word = rows[keep], writes[keep], word[keep]
             cache.keep(keep)
             count_done = DelayedCount(fixed_shape)
-        cache.step(write_word, torch.full_like(rows[0], n))
+        cache.repeat(write_word, torch.full_like(rows[0], n))
     return token, logp_token
