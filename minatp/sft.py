@@ -106,8 +106,8 @@ def distillation(policy, batch, cache, states):
     """
     words = batch.words
     h, teacher = policy(policy.embed(words.ids), words.mask, cache, states_at=words.answer_at)
-    distance = state_distance(states, teacher.detach())
-    return {"teacher": label_nll(policy, h, words), "distill": distance.sum()}
+    nll = label_nll(policy, h, words)
+    return {"teacher": nll, "distill": state_distance(states, teacher.detach()).sum()}
 
 
 def state_distance(student, teacher):
