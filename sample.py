@@ -98,8 +98,8 @@ def think(folder, name, problems, args, device):
         # sample_options.check)
         pool = []  # chains of more problems, to take thoughts from
         if any(e.by_words for e in args.edit):
-            donors = encode_prompts(edit.donors(folder), tokenizer, model, args.max_new)
-            pool = solve(donors)
+            donors = edit.donors(folder, problems)
+            pool = solve(encode_prompts(donors, tokenizer, model, args.max_new))
         for e in args.edit:
             start = time.perf_counter()
             forced, applies = edit.force(e, model, mean, mean + pool, args.seed)

@@ -311,7 +311,7 @@ def policy_gradients(run, explored, advantage, informative):
     The gradient is that of −Σ advantage·log π over their chains, divided by the number of all
     chains. (The value of the loss means nothing: at the first update every ratio is 1.)
     advantage (Q, G), informative (Q,): of all ranks; this rank's chains are in `explored`, which
-    keeps for later updates what it finds out at the first.
+    stores, for later updates, what the first one computes.
     Returns (the loss of all ranks, metrics).
     """
     cfg, model, device = run.cfg, run.model, run.device

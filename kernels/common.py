@@ -76,10 +76,11 @@ def mm_float32(a, b, out=None):
 
     A matrix instruction sums products of 16-bit numbers in float32, so nothing has to be rounded.
     """
-    # PyTorch has no such product on a CPU. (There a chain in bfloat16 has its weight gradients from
-    # here.)
+    # PyTorch has no such product on a CPU, where this makes the weight gradients of a chain in
+    # bfloat16. (Autocast would round them again)
     if a.device.type == "cpu" or a.dtype == torch.float32:
-        return torch.mm(a.float(), b.float(), out=out)
+        with torch.autocast(a.device.type, enabled=False):
+            return torch.mm(a.float(), b.float(), out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 

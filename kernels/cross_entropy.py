@@ -362,4 +362,4 @@ def logits(h, W):
     round them either.
     """
     product = mm_float32(as_rows(h), product_copy(W, h.dtype).T)
-    return product[:, : len(W)].unflatten(0, h.shape[:-1])
+    return product[:, : len(W)].view(*h.shape[:-1], len(W))

@@ -170,7 +170,7 @@ def linear_nll(h, W, target, temperature=1.0):
 
 
 def logits(h, W):
-    """Return h·Wᵀ (..., V): h (..., D), W (V, D)."""
+    """Return h·Wᵀ (..., V): h (..., D), W (V, D). From kernels it is float32."""
     # The kernels' copy of W has no gradient.
     if torch.is_grad_enabled() or not has_kernel(h, W):
         return F.linear(h, W)

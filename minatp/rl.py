@@ -143,7 +143,7 @@ def kl_to_start(new, start, candidate):
     def k3(logp, logp_start):
         r = logp_start - logp
         bounded = r.clamp(max=10)
-        return (bounded.exp() * (1 + r - bounded) - 1 - r).sum()
+        return (bounded.exp() * (1 + (r - bounded)) - 1 - r).sum()
 
     kl_z = gauss[candidate].sum()
     return kl_z + k3(new.logp_stop, start.logp_stop) + k3(new.logp_token, start.logp_token)

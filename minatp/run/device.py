@@ -91,9 +91,9 @@ def multiplies_bfloat16():
 def autocast(device, dtype=""):
     """A context in which products are computed in `dtype`, a choice of --dtype.
 
-    Weights stay float32. Losses, KL and log-probabilities are computed in float32, from what the
-    products have rounded. "": bfloat16 on a GPU, float32
-    on a CPU.
+    Weights stay float32, and losses, KL and log-probabilities are computed in float32. (Without the
+    kernels the logits that these begin with are a product in `dtype`.) "": bfloat16 on a GPU,
+    float32 on a CPU.
     """
     if dtype == "float32" or (not dtype and device.type == "cpu"):
         return nullcontext()

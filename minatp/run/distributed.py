@@ -126,7 +126,7 @@ def all_reduce(values, device, weight=None):
     if WORLD_SIZE == 1:
         return values
 
-    # A weighted mean: sum value·weight and the weights, and divide
+    # A weighted mean: sum value·weight and the weights, and divide. (The weights stay on the CPU)
     if weight is not None:
         summed = all_reduce({name: value * weight for name, value in values.items()}, device)
         total_weight = max(1, all_reduce({"weight": weight}, device)["weight"])
@@ -136,6 +136,9 @@ def all_reduce(values, device, weight=None):
     types = {}
     for share in gather_objects({name: type(value) for name, value in values.items()}):
         types |= share
+
+    if not types:
+        return {}
 
     # One message for all, in float64, which holds counts exactly. Without a tensor it stays on the
     # CPU: the host would have to wait for a GPU

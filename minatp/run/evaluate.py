@@ -542,7 +542,6 @@ def evaluate_run(folder, problems, device, args):
     dtype = pick_dtype(args.dtype, device, model)
     with solving_guard(prompts, model, args.max_new, BATCH), autocast(device, dtype):
         chains = solve_all()
-        note_cut_off(chains, args.max_new)
         result = measure(chains, problems)
         if args.votes:
             samples = []
@@ -553,14 +552,17 @@ def evaluate_run(folder, problems, device, args):
             result["sampled"] = vote(samples, problems)
         if args.latent_steps:
             result["latent_steps"] = by_latent_steps(solve_all, args.latent_steps, chains, problems)
+    note_cut_off(folder, chains, args.max_new)
     return chains, result
 
 
-def note_cut_off(chains, max_new):
-    """Say on stderr how many Chains have run out of room before their end, if any have."""
+def note_cut_off(run, chains, max_new):
+    """Say on stderr how many Chains of a run have no end, for want of room, if any have none."""
     n = sum(not chain.ended for chain in chains)
     if n:
-        sys.stderr.write(f"note: --max-new {max_new} cut off {n:,} of {len(chains):,} answers\n")
+        sys.stderr.write(
+            f"note: {run}: --max-new {max_new} cut off {n:,} of {len(chains):,} answers\n"
+        )
 
 
 def by_latent_steps(solve, latent_steps, free, problems):

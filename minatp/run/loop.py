@@ -74,11 +74,10 @@ class Run:
         if cfg.stage == "rl":
             self.load_start_model()
 
-        # The encoded problems; then the log, which is the first to write into the folder; and the
-        # averages of a log line that a stop has interrupted
-        self.encode()
+        # The log, the averages of a log line that a stop has interrupted, and the encoded problems
         self.log = Log(cfg, self.state)
         self.meter = Meter(self.state.get("meter"), self.state.get("silent", 0))
+        self.encode()
 
     def settle_dtype(self):
         """Settle --dtype, which can depend on the model. `with run.autocast:` computes in it."""

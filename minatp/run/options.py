@@ -145,7 +145,11 @@ class General:
     )
     init: str = opt("", "start from a Hugging Face directory or an earlier run's folder")
     out: str = opt("", "folder of the run [out/STAGE]")
-    resume: bool = opt(False, "continue from the newest checkpoint in --out")
+    resume: bool = opt(
+        False,
+        "continue from the newest checkpoint in --out; --micro-batch, --recompute and --eval-batch "
+        "may differ",
+    )
     dry_run: bool = opt(False, "check data and sizes, run one step, write nothing")
     seed: int = opt(0, "of weights, data order and noise", NOT_NEGATIVE)
     device: str = opt("", "cpu | cuda | cuda:N [cuda if there is one]")
@@ -681,7 +685,7 @@ def parse(argv, description):
     """The command line -> Config. Raises UserError.
 
     An option on the command line wins over the preset, and the preset over the default. With
-    --resume, all options come from the run's config.json.
+    --resume, the options come from the run's config.json (`resumed` has the exceptions).
     """
     # What the command line gives
     values = vars(build_parser(description).parse_args(argv))
@@ -810,7 +814,7 @@ def resumed(cfg, given):
     if run_cfg.stage == "rl":
         may_move.append("init")
     may_change = ("resume", "out", "device", "dry_run")
-    # A run that was out of memory may go on with less at once: that changes no more than rounding
+    # A run that was out of memory may continue with smaller batches: that changes rounding alone
     of_memory = ("micro_batch", "recompute", "eval_batch")
 
     # An option may repeat what the run was started with, but not change it

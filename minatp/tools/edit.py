@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..data import normal_form
 from ..rollout import Forced
 from ..run.errors import UserError
 from ..run.splits import test_set
@@ -76,13 +77,14 @@ def parse(text):
     return Edit(text, kind, numbers[0] - 1, other, match["source"] or "")
 
 
-def donors(folder):
+def donors(folder, shown):
     """Problems that `replace 1 WORDS` may take a thought from, if those that are shown have none.
 
-    They are of the run's test set; none if it has no test set.
+    They are of the run's test set, without the problems `shown`; none if it has no test set.
     """
+    questions = {normal_form(p.question) for p in shown}
     try:
-        return test_set(folder, 500)
+        return [p for p in test_set(folder, 500) if normal_form(p.question) not in questions]
     except UserError:
         return []
 
@@ -155,10 +157,7 @@ def no_chain_to_edit(edit, thoughts):
             "edit an earlier one, or ask for more problems"
         )
     elif is_long_enough:
-        why = (
-            f"no thought of these or other problems is read as {edit.source!r}; "
-            "name one that is shown"
-        )
+        why = f"no thought of another problem is read as {edit.source!r}; name one that is shown"
     return UserError(f"command line: --edit {edit.text!r}: {why}")
 
 

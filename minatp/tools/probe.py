@@ -73,6 +73,7 @@ def main(argv=None):
             "decoding": decoding(model, tokenizer, mean, problems),
             "using": using(model, solve, mean, problems, args),
         }
+    evaluate.note_cut_off(args.run, mean, args.max_new)
     print0(json.dumps(report, indent=2) if args.json else table(report))
 
 

@@ -194,6 +194,15 @@ def test_the_kl_pulls_back_from_any_distance(r):
     assert logp.grad.item() == pytest.approx(1 - math.exp(at), rel=1e-12, abs=1e-12)
 
 
+def test_the_kl_of_small_differences_is_not_rounded_more_than_its_formula():
+    """In float32, where r is the noise of training: exp(r) − 1 − r, to the bit."""
+    nothing, r = torch.zeros(1, 500), 0.05 * torch.randn(1, 500)
+    latents = torch.zeros(1, 500, 1)
+    new = LogProbs(nothing, nothing, nothing, latents, latents)
+    start = LogProbs(nothing, nothing, r, latents, latents)
+    assert kl_to_start(new, start, nothing.bool()) == (r.exp() - 1 - r).sum()
+
+
 # ---- advantages and the surrogate ----------------------------------------------------------------
 
 

@@ -211,6 +211,13 @@ def test_out_of_memory_exits_4(
     assert re.fullmatch(message, capsys.readouterr().err)
 
 
+def test_a_dry_run_out_of_memory_exits_4_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "sft_losses", cpu_full)
+    go(*TINY, "--dry-run", "--out", tmp_path / "never", expect=4)
+    message = capsys.readouterr().err
+    assert message.startswith("sft, stage 0, step 1: out of memory") and message.count("\n") == 1
+
+
 def test_other_runtime_errors_are_not_taken_for_memory(tmp_path, monkeypatch):
     def mistaken(*args, **kwargs):
         torch.zeros(2) @ torch.zeros(3)

@@ -173,7 +173,7 @@ def test_a_problem_longer_than_the_context_is_named_before_training(option, refu
         (tmp_path / name).write_text(problems_with_a_long_one(f"a question of {name[2:]}", n_word))
         argv += [name, tmp_path / name]
     refused(train.main, argv, f"{tmp_path / option}:2: the problem is ", "shorten it")
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

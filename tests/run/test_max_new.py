@@ -101,7 +101,7 @@ def test_evaluate_says_it_on_stderr(finished, tmp_path, capsys):
     evaluate.main([str(finished), "--file", str(tmp_path / "p"), "--max-new", "1", "--json"])
     out, err = capsys.readouterr()
     assert out.startswith("{")
-    assert err.endswith("note: --max-new 1 cut off 2 of 2 answers\n")
+    assert err == f"note: {finished}: --max-new 1 cut off 2 of 2 answers\n"
 
 
 def test_a_run_writes_an_answer_that_only_the_test_set_has(tmp_path, monkeypatch):

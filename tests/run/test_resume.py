@@ -120,7 +120,9 @@ def test_same_seed_same_bits_other_seed_other_numbers(undisturbed, context, tmp_
             assert record["loss"] != other_record["loss"]
 
 
-def test_a_run_that_was_out_of_memory_goes_on_with_less_at_once(undisturbed, tmp_path, refused):
+def test_a_run_that_was_out_of_memory_continues_with_smaller_micro_batches(
+    undisturbed, tmp_path, refused
+):
     """As the message asks for; it changes no more than rounding."""
     folder, _ = undisturbed["sft"]
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)

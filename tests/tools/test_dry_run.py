@@ -7,7 +7,7 @@ import torch
 
 import train
 from minatp import data, problems
-from minatp.run import options
+from minatp.run import distributed, options
 from minatp.run.loop import Run
 from minatp.tools import dry_run
 
@@ -45,6 +45,16 @@ def test_a_dry_run_reports_the_data_the_model_and_two_steps(tmp_path, never, cap
     assert output.count("one step") == 2
     assert "one step    stage 0" in output
     assert "one step    stage 3" in output
+
+
+def test_memory_is_that_of_one_process(monkeypatch):
+    cfg = options.parse(["--batch-size", "8"], "")
+    assert dry_run.n_at_once(cfg) == 8
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    assert dry_run.n_at_once(cfg) == 4
+    for micro_batch, expected in ((3, 3), (6, 4)):
+        cfg.micro_batch = micro_batch
+        assert dry_run.n_at_once(cfg) == expected
 
 
 def test_a_dry_run_changes_no_weight(never, monkeypatch):

@@ -11,7 +11,7 @@ import sample
 from minatp import problems
 from minatp.data import left_pad
 from minatp.rollout import Forced, rollout
-from minatp.run import evaluate
+from minatp.run import evaluate, splits
 from minatp.run.errors import UserError
 from minatp.tools import edit
 
@@ -185,7 +185,7 @@ def test_what_is_not_an_edit(text):
     "argv, message",
     [
         (["--edit", "drop 3"], "no chain has a thought 3"),
-        (["--edit", "replace 1 <<0+0=7>>"], "or other problems is read as '<<0+0=7>>'"),
+        (["--edit", "replace 1 <<0+0=7>>"], "another problem is read as '<<0+0=7>>'"),
         (
             ["--edit", "replace 1 next", "--problems", "1", "--seed", "2"],
             "there is no next problem",
@@ -224,6 +224,13 @@ def test_words_for_an_edit_can_come_from_the_problems_shown(folder, tmp_path, ca
     thoughts = [text for record in json_lines(capsys) for text in record["thoughts"]]
     words = next(text for text in thoughts if text.strip() and "\n" not in text)
     run(sample.main, *options, "--edit", f"replace 1 {words}")
+
+
+def test_no_problem_is_its_own_donor(folder):
+    shown = splits.test_set(folder, 8)
+    questions = {p.question for p in edit.donors(folder, shown)}
+    assert questions
+    assert not questions & {p.question for p in shown}
 
 
 def test_edits_in_the_terminal(folder, capsys):
