@@ -4,24 +4,11 @@ Stage k of the curriculum replaces the first k written steps of each problem by 
 the rest as text (docs/method.md, Stage 1). `collate` is where that happens.
 """
 
-import unicodedata
 from dataclasses import dataclass, fields, replace
 
 import torch
 
 from kernels.cross_entropy import IGNORE
-
-# What word processors write for ' and "
-PLAIN_QUOTES = str.maketrans(dict.fromkeys("‘’‚‛′´`", "'") | dict.fromkeys("“”„‟″", '"'))
-
-
-def normal_form(text):
-    """A text as it is compared with others: two spellings of one question become equal.
-
-    It is in Unicode's NFKC, with plain quotes, no upper case, and single spaces for white space.
-    """
-    text = unicodedata.normalize("NFKC", text.translate(PLAIN_QUOTES))
-    return " ".join(text.casefold().split())
 
 
 class Movable:

@@ -13,6 +13,7 @@ words, and a run's summary also gives the accuracy on numbers that no problem to
 import hashlib
 import random
 import re
+import unicodedata
 from dataclasses import dataclass, field, replace
 
 
@@ -22,6 +23,19 @@ class Problem:
     steps: list  # strings such as "<<12+7=19>>"; free text is allowed
     answer: str
     source: str = field(default="problem:1", compare=False)  # "path:line", for messages
+
+
+# What word processors write for ' and "
+PLAIN_QUOTES = str.maketrans(dict.fromkeys("‘’‚‛′´`", "'") | dict.fromkeys("“”„‟″", '"'))
+
+
+def normal_form(text):
+    """A text as it is compared with others: two spellings of one question become equal.
+
+    It is in Unicode's NFKC, with plain quotes, no upper case, and single spaces for white space.
+    """
+    text = unicodedata.normalize("NFKC", text.translate(PLAIN_QUOTES))
+    return " ".join(text.casefold().split())
 
 
 NAMES = "Ann Bob Cid Dan Eve Fay Gus Hal Ivy Jon Kim Leo Mia Ned Ora Pam".split()

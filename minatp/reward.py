@@ -20,7 +20,7 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 
-from .data import normal_form
+from .problems import normal_form
 
 TOLERANCE = Fraction(1, 1000)  # relative, of a gold that is not an integer
 # Characters of a number, and of a calculation. (Python converts no more than 4,300 digits at once)

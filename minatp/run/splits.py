@@ -4,7 +4,7 @@
     test_set        the test problems of a run, to measure it again
 
 No question of the validation and test sets is in training, nor in the training of --init, however
-it is spelled (data.normal_form).
+it is spelled (problems.normal_form).
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import data, problems
-from ..data import normal_form
+from ..problems import normal_form
 from .errors import UserError
 from .huggingface import read_json
 from .options import Config, of_run

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data import normal_form
+from ..problems import normal_form
 from ..rollout import Forced
 from ..run.errors import UserError
 from ..run.splits import test_set

@@ -97,8 +97,8 @@ def test_spellings_of_one_question_have_one_normal_form():
         '  lena\'s  "short"\nwalk takes\N{NO-BREAK SPACE}12 minutes. ',
         'LENA\'S "SHORT" WALK TAKES １２ MINUTES.',
     ):
-        assert data.normal_form(spelling) == plain
-    assert data.normal_form("Lena has 12 jars.") != data.normal_form("Lena has 1 2 jars.")
+        assert problems.normal_form(spelling) == plain
+    assert problems.normal_form("Lena has 12 jars.") != problems.normal_form("Lena has 1 2 jars.")
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------
