@@ -119,7 +119,7 @@ def test_the_gain_on_one_problem_has_no_error(finished, tmp_path, capsys, recwar
     out, err = capsys.readouterr()
     second = json.loads(out.splitlines()[1])
     assert second["gain_se"] is None
-    assert not err
+    assert all(line.startswith("note: ") for line in err.splitlines())  # of answers cut off
     assert not recwarn
 
 
