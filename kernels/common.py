@@ -79,7 +79,7 @@ def mm_float32(a, b, out=None):
     # PyTorch has no such product on a CPU, where this makes the weight gradients of a chain in
     # bfloat16. (Autocast would round them again)
     if a.device.type == "cpu" or a.dtype == torch.float32:
-        with torch.autocast(a.device.type, enabled=False):
+        with torch.autocast("cpu", enabled=False):
             return torch.mm(a.float(), b.float(), out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
