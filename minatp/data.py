@@ -12,7 +12,7 @@ from kernels.cross_entropy import IGNORE
 
 
 class Movable:
-    """A base of dataclasses that hold tensors."""
+    """A base class for dataclasses that hold tensors: they can be moved to a device."""
 
     def to(self, device):
         """A copy on a device."""
@@ -20,12 +20,16 @@ class Movable:
 
 
 class Rows(Movable):
-    """A base of dataclasses whose tensors all have a row for each of B chains."""
+    """… whose tensors all have B rows, one for each chain: some of the rows can be chosen."""
 
     def at(self, rows):
         """A copy with these rows of every tensor."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: x[rows] for n, x in values.items() if torch.is_tensor(x)})
+        chosen = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if torch.is_tensor(value):
+                chosen[f.name] = value[rows]
+        return replace(self, **chosen)
 
 
 def moved(x, device):
@@ -160,10 +164,10 @@ class Batch(Movable):
     has_stop: torch.Tensor
     # (B,) bool: the steps are unknown, so the model decides when to stop; n_latent is the most
     answer_only: torch.Tensor
-    # (B, Tt) after the latents
+    # (B, Tt) what follows the latents
     text: Text
-    # for distillation: (B, Tw) the problems in words that have both known steps and latents; the
-    # other rows are masked. None without such problems
+    # for distillation: (B, Tw) the whole problem in words, where its steps are known and some are
+    # latent; other rows are masked. None without such a row
     words: Text | None
     # the used latents, of problems whose steps are known
     used_at: tuple
@@ -261,17 +265,13 @@ def collate(rows, stage, model, distills=False):
 
     # The same problems in words, if their steps are known. Without latents there is nothing to
     # teach: the text is the same
-    words, taught, n_word = None, [], 0
+    words, taught = None, []
     if distills and n_candidate:
         taught = [b for b, row in enumerate(rows) if n_latent[b] > 0 and not row.answer_only]
     if taught:
-        in_words = [[] for _ in rows]
-        for b in taught:
-            in_words[b] = text_of(rows[b], rows[b].lines, model)
-        words = read_and_write(in_words, model.end)
-        words.answer_at = before_answer(rows, in_words, taught)
+        words = in_words(rows, taught, model)
         text.answer_at = before_answer(rows, texts, taught)
-        n_word = len(words.target_at[0])
+    n_word = len(words.target_at[0]) if words else 0
 
     prompt, prompt_mask = left_pad([row.prompt for row in rows], model.end)
     step_text_at = (step_text != IGNORE).nonzero(as_tuple=True)
@@ -306,6 +306,16 @@ def collate(rows, stage, model, distills=False):
         n_candidate=n_candidate,
         counts=counts,
     )
+
+
+def in_words(rows, chosen, model):
+    """The chosen ones of some Encoded rows, all of it in words -> a Text; other rows are masked."""
+    texts = [[] for _ in rows]
+    for b in chosen:
+        texts[b] = text_of(rows[b], rows[b].lines, model)
+    words = read_and_write(texts, model.end)
+    words.answer_at = before_answer(rows, texts, chosen)
+    return words
 
 
 def text_of(row, lines, model):

@@ -201,7 +201,7 @@ def true(step):
     left = re.sub(r"[$€£]", "", left).strip().removeprefix("<<")
     left = re.sub(NUMERAL, lambda match: f"({exact(match[0])})", left).strip()
     try:
-        v = evaluate(ast.parse(left, mode="eval").body)
+        v = value_of(ast.parse(left, mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return False
     return v == r or (not is_decimal(v) and is_rounded(v, right))
@@ -222,7 +222,7 @@ def is_rounded(value, text):
     return not match[3] and decimals > 0 and round(value, decimals) == parts(match)[0]
 
 
-def evaluate(node):
+def value_of(node):
     """The exact value of an arithmetic expression of integers, a syntax tree.
 
     Raises ValueError on anything but numbers, + − * / // and brackets.
@@ -240,10 +240,10 @@ def evaluate(node):
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return Fraction(node.value)
     if operation and isinstance(node, ast.UnaryOp):
-        return operation(evaluate(node.operand))
+        return operation(value_of(node.operand))
     if operation and isinstance(node, ast.BinOp):
         # floordiv of fractions is an int
-        return Fraction(operation(evaluate(node.left), evaluate(node.right)))
+        return Fraction(operation(value_of(node.left), value_of(node.right)))
     raise ValueError
 
 

@@ -130,7 +130,8 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
 def kl_to_start(new, start, candidate):
     """KL(π ‖ π_start), a scalar: the sum over all latents, stops and words of the chains.
 
-    new, start: LogProbs of the same B rollouts under either policy. candidate: Rollout's.
+    new, start: LogProbs of the same B rollouts under either policy. candidate (B, cK): that of the
+    Rollout.
     Latents: exact, between the heads' Gaussians (without --spread). Stops and words: estimated from
     the samples (k3, exp(r) − 1 − r), whose gradient is that of KL(π_start ‖ π). Words of --greedy
     are no samples: their share is a distance, and no estimate of the KL.
