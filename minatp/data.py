@@ -148,47 +148,62 @@ class Text(Movable):
 
 
 @dataclass
-class Batch(Movable):
-    """B problems at one stage.
+class Thinking(Movable):
+    """How far B problems think at one stage, and what the two heads are taught there.
 
-    The prompt is padded on the left, so that latents align. Fields …_at are indices, as in Text.
+    Fields …_at are indices, as in Text.
     """
 
-    # (B, Tq) ids, ending in <|start-latent|>
-    prompt: torch.Tensor
-    # (B, Tq) bool, False where padded
-    prompt_mask: torch.Tensor
     # (B,) latents of each row
     n_latent: torch.Tensor
-    # (B,) bool: the candidate after the last latent is labelled "stop"
-    has_stop: torch.Tensor
     # (B,) bool: the steps are unknown, so the model decides when to stop; n_latent is the most
     answer_only: torch.Tensor
-    # (B, Tt) what follows the latents
-    text: Text
-    # for distillation: (B, Tw) the whole problem in words, where its steps are known and some are
-    # latent; other rows are masked. None without such a row
-    words: Text | None
+    # (B,) bool: the candidate after the last latent is labelled "stop"
+    has_stop: torch.Tensor
+    # most latents of a row
+    L: int
+    # L, or L + 1 if a row of L latents has a candidate labelled "stop"
+    n_candidate: int
     # the used latents, of problems whose steps are known
     used_at: tuple
     # the candidates at which the stop head is taught, and (M,) 0 continue, 1 stop
     stop_at: tuple
     stop_label: torch.Tensor
-    # (N,) the problem of each step that is read from its latents or, in stage 0, its preview
-    step_row: torch.Tensor
+
+
+@dataclass
+class Steps(Movable):
+    """The N steps that are read as text: from their latents or, in stage 0, from previews."""
+
+    # (N,) the problem of each step
+    row: torch.Tensor
     # (N,) which step of that problem it is
-    step_index: torch.Tensor
+    index: torch.Tensor
     # (N, Ts) the step's text and eos, IGNORE where padded
-    step_text: torch.Tensor
-    # where `step_text` has an id
-    step_text_at: tuple
-    # of previews, in stage 0: (N,) how many ids of `text` π has read when it thinks of the step;
-    # None without any
-    n_before_step: torch.Tensor | None
-    # most latents of a row
-    L: int
-    # L, or L + 1 if a row of L latents has a candidate labelled "stop"
-    n_candidate: int
+    text: torch.Tensor
+    # where `text` has an id, indices as in Text
+    text_at: tuple
+    # of previews: (N,) how many ids of Batch.text π has read when it thinks of the step; else None
+    n_before: torch.Tensor | None
+
+
+@dataclass
+class Batch(Movable):
+    """B problems at one stage. The prompt is padded on the left, so that latents align."""
+
+    # (B, Tq) ids, ending in <|start-latent|>
+    prompt: torch.Tensor
+    # (B, Tq) bool, False where padded
+    prompt_mask: torch.Tensor
+    # the latents after the prompts
+    thinking: Thinking
+    # (B, Tt) what follows the latents
+    text: Text
+    # what φ learns to read
+    steps: Steps
+    # for distillation: (B, Tw) the whole problem in words, where its steps are known and some are
+    # latent; other rows are masked. None without such a row
+    words: Text | None
     # what each loss is a mean over, and "position": how many the policy reads
     counts: dict
 
@@ -218,94 +233,110 @@ def collate(rows, stage, model, distills=False):
     model: an ATP, for c, K and its switches. distills: whether the batch also holds the problems in
     words, from which the latents are taught (in stage 0 there are none).
     """
-    c, K = model.c, model.K
-    most_steps = min(stage, K)
-
     # How many steps of each row are latent: its first min(n, k)
-    n_step = [min(len(row.lines), most_steps) for row in rows]
-
-    # How many latents that makes. The full length of the stage, if the steps are not known or there
-    # is no stop head that could end the thinking earlier. Fillers are words, in place of latents
-    answer_only = torch.tensor([row.answer_only and most_steps > 0 for row in rows])
-    takes_all = answer_only | (not model.stop)
-    n_latent = c * torch.where(takes_all, most_steps, torch.tensor(n_step))
-    if model.fillers is not None:
-        n_latent.zero_()
-    L = int(n_latent.max())
-
-    # A row with fewer steps than min(k, K) is shown one more candidate, and must stop there. That
-    # candidate is in column n_latent: of the longest rows alone it needs a column more than L
-    has_stop = (torch.tensor(n_step) < most_steps) & ~takes_all
-    n_candidate = L + int((has_stop & (n_latent == L)).any())
-
-    # Which candidates are used and which dropped, of problems whose steps are known (the others
-    # have no labels here). The stop head is asked at the first latent of each step
-    column = torch.arange(n_candidate)
-    used = (column < n_latent[:, None]) & ~answer_only[:, None]  # (B, n_candidate)
-    used_at = used.nonzero(as_tuple=True)
-    dropped = (column == n_latent[:, None]) & has_stop[:, None]
-    stop_at = ((used | dropped) & (column % c == 0)).nonzero(as_tuple=True)
+    n_step = [min(len(row.lines), stage, model.K) for row in rows]
+    thinking = latents_of(rows, n_step, stage, model)
 
     # What stays text: the later steps and the answer; in the last stage the answer alone
     fillers = model.fillers_at(stage)
-    lines = [[] if stage > K else row.lines[n:] for row, n in zip(rows, n_step)]
+    lines = [[] if stage > model.K else row.lines[n:] for row, n in zip(rows, n_step)]
     texts = [fillers + text_of(row, of_row, model) for row, of_row in zip(rows, lines)]
     text = read_and_write(texts, model.end, len(fillers))
 
     # The steps that are read from latents: those that are latent or, with previews, those in words
     has_previews = model.previews and stage == 0
-    step_row, step_index, step_texts, n_before_step = [], [], [], None
+    n_read = n_step
     if has_previews:
-        n_in_words = [min(len(row.lines), K) for row in rows]
-        step_row, step_index, step_texts = texts_of_steps(rows, n_in_words, stage, K)
-        n_before_step = ids_before_steps(rows, step_row, step_index)
-    elif model.decode:
-        step_row, step_index, step_texts = texts_of_steps(rows, n_step, stage, K)
-    step_text = pad(step_texts, IGNORE)
+        n_read = [min(len(row.lines), model.K) for row in rows]
+    elif not model.decode:
+        n_read = [0] * len(rows)
+    steps = steps_of(rows, n_read, stage, model.K, has_previews)
 
     # The same problems in words, if their steps are known. Without latents there is nothing to
     # teach: the text is the same
     words, taught = None, []
-    if distills and n_candidate:
-        taught = [b for b, row in enumerate(rows) if n_latent[b] > 0 and not row.answer_only]
+    if distills and thinking.n_candidate:
+        thinks = (thinking.n_latent > 0) & ~thinking.answer_only
+        taught = thinks.nonzero()[:, 0].tolist()
     if taught:
         words = in_words(rows, taught, model)
         text.answer_at = before_answer(rows, texts, taught)
     n_word = len(words.target_at[0]) if words else 0
 
     prompt, prompt_mask = left_pad([row.prompt for row in rows], model.end)
-    step_text_at = (step_text != IGNORE).nonzero(as_tuple=True)
+    n_position = int(prompt_mask.sum() + thinking.n_latent.sum() + text.mask.sum())
     counts = {
         "enc": len(text.target_at[0]),
         # In stage 0 ids: a mean over ids, like "enc", which it must not outweigh. Later: steps
-        "dec": len(step_text_at[0]) if has_previews else len(step_texts),
-        "kl": len(used_at[0]),
-        "stop": len(stop_at[0]),
-        "answer_only": int(answer_only.sum()),
+        "dec": len(steps.text_at[0]) if has_previews else len(steps.text),
+        "kl": len(thinking.used_at[0]),
+        "stop": len(thinking.stop_at[0]),
+        "answer_only": int(thinking.answer_only.sum()),
         "teacher": n_word,
         "distill": len(taught),
-        "position": int(prompt_mask.sum() + n_latent.sum() + text.mask.sum()) + n_word,
+        "position": n_position + n_word,
     }
-    return Batch(
-        prompt=prompt,
-        prompt_mask=prompt_mask,
+    return Batch(prompt, prompt_mask, thinking, text, steps, words, counts)
+
+
+def latents_of(rows, n_step, stage, model):
+    """The Thinking of Encoded rows, of each of which the first n_step steps are latent."""
+    c, most_steps = model.c, min(stage, model.K)
+    n_step = torch.tensor(n_step)
+
+    # How many latents the steps make. The full length of the stage, if they are not known or there
+    # is no stop head that could end the thinking earlier. Fillers are words, in place of latents
+    answer_only = torch.tensor([row.answer_only and most_steps > 0 for row in rows])
+    takes_all = answer_only | (not model.stop)
+    n_latent = c * torch.where(takes_all, most_steps, n_step)
+    if model.fillers is not None:
+        n_latent.zero_()
+    L = int(n_latent.max())
+
+    # A row with fewer steps than min(k, K) is shown one more candidate, and must stop there. That
+    # candidate is in column n_latent: of the longest rows alone it needs a column more than L
+    has_stop = (n_step < most_steps) & ~takes_all
+    n_candidate = L + int((has_stop & (n_latent == L)).any())
+
+    # Which candidates are used and which dropped, of problems whose steps are known (the others
+    # have no labels here). The stop head is asked at the first latent of each step
+    column = torch.arange(n_candidate)
+    used = (column < n_latent[:, None]) & ~answer_only[:, None]  # (B, n_candidate)
+    dropped = (column == n_latent[:, None]) & has_stop[:, None]
+    stop_at = ((used | dropped) & (column % c == 0)).nonzero(as_tuple=True)
+    return Thinking(
         n_latent=n_latent,
-        has_stop=has_stop,
         answer_only=answer_only,
-        text=text,
-        words=words,
-        used_at=used_at,
-        stop_at=stop_at,
-        stop_label=dropped[stop_at].long(),
-        step_row=torch.tensor(step_row, dtype=torch.long),
-        step_index=torch.tensor(step_index, dtype=torch.long),
-        step_text=step_text,
-        step_text_at=step_text_at,
-        n_before_step=n_before_step,
+        has_stop=has_stop,
         L=L,
         n_candidate=n_candidate,
-        counts=counts,
+        used_at=used.nonzero(as_tuple=True),
+        stop_at=stop_at,
+        stop_label=dropped[stop_at].long(),
     )
+
+
+def steps_of(rows, n_step, stage, K, has_previews):
+    """The first n_step steps of each of some Encoded rows -> Steps.
+
+    In the last stage the K-th step stands for all that are left.
+    """
+    pairs = [(b, s) for b, n in enumerate(n_step) for s in range(n)]
+    texts = []
+    for b, s in pairs:
+        stands_for_rest = stage > K and s == K - 1 and rows[b].rest_text
+        texts.append(rows[b].rest_text if stands_for_rest else rows[b].step_texts[s])
+    text = pad(texts, IGNORE)
+
+    # A preview of the first step is thought right after the prompt, before <|end-latent|>; one of a
+    # later step after <|end-latent|> and the steps before it
+    n_before = None
+    if has_previews and pairs:
+        n_ids = [1 + sum(map(len, rows[b].lines[:s])) if s > 0 else 0 for b, s in pairs]
+        n_before = torch.tensor(n_ids)
+
+    row, index = torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(1)
+    return Steps(row, index, text, (text != IGNORE).nonzero(as_tuple=True), n_before)
 
 
 def in_words(rows, chosen, model):
@@ -346,34 +377,6 @@ def before_answer(rows, texts, chosen):
         first = len(texts[b]) - len(rows[b].answer) + rows[b].n_before_answer
         columns.append(first - 1)
     return torch.tensor(chosen, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
-
-
-def ids_before_steps(rows, step_row, step_index):
-    """How many ids of the text in words (`text_of`) π has read when it thinks of each of N steps:
-    (N,), or None without a step.
-
-    The first step is thought right after the prompt, before <|end-latent|>; a later one after
-    <|end-latent|> and the steps before it.
-    """
-    counts = []
-    for b, s in zip(step_row, step_index):
-        counts.append(1 + sum(map(len, rows[b].lines[:s])) if s > 0 else 0)
-    return torch.tensor(counts, dtype=torch.long) if counts else None
-
-
-def texts_of_steps(rows, n_step, stage, K):
-    """The latent steps of some Encoded rows, n_step of each: (their rows, indices and texts).
-
-    In the last stage the K-th step stands for all that are left.
-    """
-    step_row, step_index, step_texts = [], [], []
-    for b, (row, n) in enumerate(zip(rows, n_step)):
-        for s in range(n):
-            stands_for_rest = stage > K and s == K - 1 and row.rest_text
-            step_row.append(b)
-            step_index.append(s)
-            step_texts.append(row.rest_text if stands_for_rest else row.step_texts[s])
-    return step_row, step_index, step_texts
 
 
 def batches(lengths, batch_size, seed):

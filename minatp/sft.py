@@ -33,12 +33,12 @@ def sft_losses(model, batch, eps=None):
     drawn from (B, ≥ n_candidate, 2); None: z = μ. Previews need (B, c·K, …).
     """
     # In stage 0 nothing is latent, nor in any stage of a method without latents
-    if not batch.n_candidate:
+    if not batch.thinking.n_candidate:
         return losses_in_words(model, batch, eps)
 
     # Read the prompt, think, and read the text after the latents. A teacher reads the problem in
     # words, after the same prompt
-    policy, text = model.policy, batch.text
+    policy, thinking, text = model.policy, batch.thinking, batch.text
     h, cache = read_batch(policy, batch)
     words_cache = cache.fork() if batch.words else None
     latent, _ = walk_batch(model, batch, h, cache, eps)
@@ -51,28 +51,28 @@ def sft_losses(model, batch, eps=None):
 
     # KL(N(μ, σ²) ‖ N(0, I)) of each used latent
     if model.vae:
-        losses["kl"] = latent.kl[batch.used_at].sum()
+        losses["kl"] = latent.kl[thinking.used_at].sum()
 
     # Stop head: cross-entropy of "continue" at the first latent of each step, of "stop" after them
     z = latent.z  # (B, n_candidate, D)
     if model.stop:
-        stop_logits = model.stop_head(z[batch.stop_at])
-        losses["stop"] = token_nll(stop_logits, batch.stop_label).sum()
+        stop_logits = model.stop_head(z[thinking.stop_at])
+        losses["stop"] = token_nll(stop_logits, thinking.stop_label).sum()
 
     # φ must write each step from its c latents; the gradient reaches them, and through them π. (A
     # dropped candidate can be one column too many for whole steps: it is cut off)
-    if model.decode and len(batch.step_text):
+    steps = batch.steps
+    if len(steps.text):
         n_step = z.shape[1] // model.c
-        steps = z[:, : n_step * model.c].unflatten(1, (n_step, model.c))  # (B, n_step, c, D)
-        latents = steps[batch.step_row, batch.step_index]  # (N, c, D)
-        losses["dec"] = decoder_loss(model.decoder, latents, batch)
+        z = z[:, : n_step * model.c].unflatten(1, (n_step, model.c))  # (B, n_step, c, D)
+        losses["dec"] = decoder_loss(model.decoder, z[steps.row, steps.index], steps)
     return losses
 
 
 def losses_in_words(model, batch, eps=None):
     """`sft_losses` where nothing is latent: prompt and text are read in one pass."""
     policy = model.policy
-    has_previews = batch.n_before_step is not None
+    has_previews = batch.steps.n_before is not None
     n_text = batch.text.ids.shape[1]
     h = read_as_text(policy, batch, last=None if has_previews else n_text)
     losses = {"enc": label_nll(policy, h[:, -n_text:], batch.text)}
@@ -85,7 +85,7 @@ def losses_in_words(model, batch, eps=None):
         reader = model.decoder
         if not model.decoder_started:
             reader, latents = policy, latents.detach()
-        losses["dec"] = decoder_loss(reader, latents, batch)
+        losses["dec"] = decoder_loss(reader, latents, batch.steps)
     return losses
 
 
@@ -94,9 +94,9 @@ def label_nll(policy, h, text):
     return policy.nll(h[text.target_at], text.target[text.target_at]).sum()
 
 
-def decoder_loss(reader, latents, batch):
-    """L_dec: −log p of the N steps of a Batch, read from their latents (N, c, D), summed."""
-    return thought_nll(reader, latents, batch.step_text, batch.step_text_at).sum()
+def decoder_loss(reader, latents, steps):
+    """L_dec: −log p of N Steps, read from their latents (N, c, D), summed."""
+    return thought_nll(reader, latents, steps.text, steps.text_at).sum()
 
 
 def distillation(policy, batch, cache, states):
@@ -131,7 +131,7 @@ def total_loss(losses, counts, beta, distill=0.0):
 
 def read_batch(policy, batch):
     """Read the prompts of a Batch: (h (B, D), the cache, with room for what follows)."""
-    room = batch.L + batch.text.ids.shape[1]
+    room = batch.thinking.L + batch.text.ids.shape[1]
     if batch.words:
         room = max(room, batch.words.ids.shape[1])
     return read_prompt(policy, batch.prompt, batch.prompt_mask, room)
@@ -144,8 +144,9 @@ def walk_batch(model, batch, h, cache, eps=None):
     """
     # From keys to ε (B, ≥ n_candidate, D). On a GPU the keys stay: a kernel draws ε on the way
     eps = ops.prepare_noise(eps, h.shape[-1])
-    answer_only = batch.answer_only if batch.counts["answer_only"] else None
-    plan = Plan(batch.n_latent, batch.L, batch.n_candidate, eps, answer_only)
+    thinking = batch.thinking
+    answer_only = thinking.answer_only if batch.counts["answer_only"] else None
+    plan = Plan(thinking.n_latent, thinking.L, thinking.n_candidate, eps, answer_only)
     return walk(model, h, cache, plan)
 
 
@@ -166,10 +167,11 @@ def previews(model, h, batch, eps=None):
     h (B, Tq + Tt, D): from `read_as_text`. eps: as in `sft_losses`.
     """
     of_step = torch.arange(model.c, device=h.device)
-    row = batch.step_row[:, None]
-    first = batch.prompt.shape[1] + batch.n_before_step - model.c
+    steps = batch.steps
+    row = steps.row[:, None]
+    first = batch.prompt.shape[1] + steps.n_before - model.c
     h = h[row, (first[:, None] + of_step).clamp(min=0)]
     if eps is not None:
         eps = ops.prepare_noise(eps, h.shape[-1])
-        eps = eps[row, model.c * batch.step_index[:, None] + of_step]
+        eps = eps[row, model.c * steps.index[:, None] + of_step]
     return model.propose(h, eps).z

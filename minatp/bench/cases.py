@@ -278,8 +278,8 @@ def sft_works(case, update):
         batch, _ = case.batch(stage)
 
         # What π reads up to its last latent, and what π and φ have to write
-        n_read = batch.prompt_mask.sum() + batch.n_latent.sum()
-        n_written = (batch.text.target >= 0).sum() + (batch.step_text >= 0).sum()
+        n_read = batch.prompt_mask.sum() + batch.thinking.n_latent.sum()
+        n_written = (batch.text.target >= 0).sum() + (batch.steps.text >= 0).sum()
         n_token = int(n_read + n_written)
         sft[f"SFT, {name} stage"] = Work(partial(train, stage=stage), n_token)
     return sft
@@ -296,7 +296,7 @@ def latents_work(case):
         model.zero_grad(set_to_none=True)
 
     batch, _ = case.batch(model.K + 1)
-    return Work(think_and_back, int(batch.prompt_mask.sum() + batch.n_latent.sum()))
+    return Work(think_and_back, int(batch.prompt_mask.sum() + batch.thinking.n_latent.sum()))
 
 
 def rl_works(case, update):

@@ -174,7 +174,7 @@ class Reference:
         """
         n, Tq = self.n_latent, batch.prompt.shape[1]
         t = torch.arange(n, device=eps.device)
-        used = t < batch.n_latent[:, None]
+        used = t < batch.thinking.n_latent[:, None]
 
         # Think, then read the text; logits of all columns, although only the text is labelled
         thought = self.think(self.columns(batch), eps)
@@ -192,7 +192,7 @@ class Reference:
 
         # The stop head decides at the first latent of a step: to continue, or to drop it
         z = x[:, Tq : Tq + n]  # (B, n, D)
-        dropped = (t == batch.n_latent[:, None]) & batch.has_stop[:, None]
+        dropped = (t == batch.thinking.n_latent[:, None]) & batch.thinking.has_stop[:, None]
         is_decision = (used | dropped) & (t % self.c == 0)
         losses["kl"] = kl_normal(thought.mu, thought.logvar)[used].sum()
         losses["stop"] = token_nll(self.stop_head(z), dropped.long())[is_decision].sum()
@@ -205,7 +205,7 @@ class Reference:
         """A Batch as Columns."""
         shape = len(batch.prompt), self.n_latent
         room = torch.full(shape, self.end, device=batch.prompt.device)
-        used = torch.arange(self.n_latent, device=room.device) < batch.n_latent[:, None]
+        used = torch.arange(self.n_latent, device=room.device) < batch.thinking.n_latent[:, None]
         ids = torch.cat((batch.prompt, room, batch.text.ids), 1)
         mask = torch.cat((batch.prompt_mask, used, batch.text.mask), 1)
         return Columns(ids, mask, batch.prompt.shape[1])
@@ -283,10 +283,10 @@ class Reference:
         z (B, n, D): all latents.
         """
         # Problems with fewer latent steps have no text for this one
-        rows = (batch.step_index == s).nonzero()[:, 0]
+        rows = (batch.steps.index == s).nonzero()[:, 0]
         if not len(rows):
             return 0.0
-        text, problems = batch.step_text[rows], batch.step_row[rows]
+        text, problems = batch.steps.text[rows], batch.steps.row[rows]
         z = z[:, s * self.c : (s + 1) * self.c]  # (B, c, D)
 
         # The decoder reads the step's latents and its text up to the last id
@@ -497,16 +497,18 @@ class Tuned(Reference):
 
         Returns ([(z, μ, log σ²) of each candidate], the mask so far, the cache).
         """
-        used = torch.arange(batch.L, device=batch.n_latent.device) < batch.n_latent[:, None]
+        thinking = batch.thinking
+        column = torch.arange(thinking.L, device=thinking.n_latent.device)
+        used = column < thinking.n_latent[:, None]
         mask, cache = batch.prompt_mask, GrowingCache()
         candidates = []
         h = self.hidden(self.policy, self.embed(batch.prompt), mask, cache)[:, -1]
-        for t in range(batch.n_candidate):
+        for t in range(thinking.n_candidate):
             # the last candidate may be one that every row drops: then no row reads it
             candidate = self.propose(h, eps[:, t])
             candidates.append(candidate)
             # all rows read it; where it is not used its column is masked for good
-            if t < batch.L:
+            if t < thinking.L:
                 z, _, _ = candidate
                 mask = torch.cat((mask, used[:, t : t + 1]), 1)
                 h = self.hidden(self.policy, z[:, None], mask, cache)[:, -1]
@@ -530,8 +532,8 @@ class Tuned(Reference):
         # The KL of used latents; the stop head at the first latent of each step
         z, mu, logvar = (torch.stack(values, 1) for values in zip(*candidates))
         t = torch.arange(len(candidates), device=z.device)
-        used = t < batch.n_latent[:, None]
-        dropped = (t == batch.n_latent[:, None]) & batch.has_stop[:, None]
+        used = t < batch.thinking.n_latent[:, None]
+        dropped = (t == batch.thinking.n_latent[:, None]) & batch.thinking.has_stop[:, None]
         is_decision = (used | dropped) & (t % self.c == 0)
         losses["kl"] = kl_normal(mu[used], logvar[used]).sum()
         stop_logits = self.stop_head(z[is_decision])
@@ -540,8 +542,8 @@ class Tuned(Reference):
         # The decoder reads all steps of all problems in one call
         n_step = len(candidates) // self.c
         steps = z[:, : n_step * self.c].unflatten(1, (-1, self.c))  # (B, n_step, c, D)
-        latents = steps[batch.step_row, batch.step_index]  # (N, c, D)
-        losses["dec"] = self.steps_nll(latents, batch.step_text)
+        latents = steps[batch.steps.row, batch.steps.index]  # (N, c, D)
+        losses["dec"] = self.steps_nll(latents, batch.steps.text)
         return losses
 
     def steps_nll(self, z, text):

@@ -287,7 +287,7 @@ class Run:
         # `doing` says what is on the device while the caller computes it
         for i, batch in zip(starts, batches):
             eps_keys = None if keys is None else keys[i : i + size].to(self.device)
-            length = batch.prompt.shape[1] + batch.L + batch.text.ids.shape[1]
+            length = batch.prompt.shape[1] + batch.thinking.L + batch.text.ids.shape[1]
             what = f"sft, stage {stage}, step {step + 1}"
             self.doing = Doing(what, len(batch.prompt), length, "--micro-batch or --batch-size")
             yield batch.to(self.device), eps_keys, counts

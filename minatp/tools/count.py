@@ -270,7 +270,7 @@ def kept_by_last_stage(model, rows, distills):
 
     def loss():
         batch = collate(rows, model.K + 1, model, distills)
-        eps = torch.zeros(len(rows), batch.n_candidate, model.policy.cfg.n_embd)
+        eps = torch.zeros(len(rows), batch.thinking.n_candidate, model.policy.cfg.n_embd)
 
         # The kernels' references, which run anywhere, in the precision of a run on a GPU
         with patch.dict(os.environ, MINATP_KERNELS="torch"):

@@ -251,12 +251,12 @@ def report_curriculum(run, problems):
     # fillers; whether the stop head learns to stop after them, and what the policy must write
     for stage, epochs in run.cfg.schedule():
         batch = collate([rows[chosen]], stage, model)
-        thoughts = [""] * (batch.L // model.c)
-        if batch.L and model.decode:
-            thoughts = [f" = {decode(ids)!r}" for ids in batch.step_text]
+        thoughts = [""] * (batch.thinking.L // model.c)
+        if batch.thinking.L and model.decode:
+            thoughts = [f" = {decode(ids)!r}" for ids in batch.steps.text]
         chain = " ".join(f"[{'z' * model.c}{text}]" for text in thoughts)
         chain = chain or tokenizer.decode(model.fillers_at(stage))
-        stop = " stop" if bool(batch.has_stop[0]) else ""
+        stop = " stop" if bool(batch.thinking.has_stop[0]) else ""
         written = decode(batch.text.target[0])
         print0(f"  stage {stage} ({epochs:g} epochs)  {chain}{stop}  {written!r}")
 

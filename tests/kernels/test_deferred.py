@@ -73,11 +73,11 @@ def gradients(model, dtype=None, plain=False):
     dtype: autocast's. plain: without deferred gradients.
     """
     batch = data.collate([problem(n) for n in (3, 1, 2, 0)], model.K + 1, model)
-    assert batch.n_latent.tolist() == [6, 2, 4, 6]
-    assert batch.answer_only.tolist() == [False, False, False, True]
+    assert batch.thinking.n_latent.tolist() == [6, 2, 4, 6]
+    assert batch.thinking.answer_only.tolist() == [False, False, False, True]
 
     generator = torch.Generator().manual_seed(1)
-    eps = torch.randn(4, batch.n_candidate, CFG.n_embd, generator=generator)
+    eps = torch.randn(4, batch.thinking.n_candidate, CFG.n_embd, generator=generator)
     eps = eps.to(model.policy.head.dtype)
 
     model.zero_grad()

@@ -505,7 +505,7 @@ def test_a_replayed_chain_has_the_gradients_of_the_plain_one(
 
         # a second backward pass of what is recorded must find the same buffers as the first
         n_backward = 2 if i == 1 and not with_rl else 1
-        eps = normal(4, batch.n_candidate, 16)
+        eps = normal(4, batch.thinking.n_candidate, 16)
         want = values_and_gradients("torch", batch, prompts, eps)
         got = values_and_gradients("triton", batch, prompts, eps, n_backward)
         for (name, wanted), (_, x) in zip(want, got, strict=True):
@@ -555,7 +555,7 @@ def test_100_batches_of_gsm8k_need_few_recordings():
     # the second batch of a size is recorded, forward and backward
     met = Counter()
     for batch in gsm8k_like_batches(model, 100):
-        plan = Plan(batch.n_latent, batch.L, batch.n_candidate)
+        plan = Plan(batch.thinking.n_latent, batch.thinking.L, batch.thinking.n_candidate)
         P, L, n_candidate = replayed_chain.rounded_up(
             SimpleNamespace(P=batch.prompt.shape[1]), plan
         )

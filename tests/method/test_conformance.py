@@ -158,7 +158,7 @@ def test_logits(model, pad):
 def test_token_ids(model, tokenizer, rows, stage):
     gold = GOLD["sft"][str(stage)]
     batch = data.collate(rows, stage, model)
-    assert batch.n_latent.tolist() == gold["latents"]
+    assert batch.thinking.n_latent.tolist() == gold["latents"]
     for b, expected in enumerate(gold["sequences"]):
         prompt = batch.prompt[b][batch.prompt_mask[b]].tolist()
         latents = [tokenizer.latent] * gold["latents"][b]
@@ -210,7 +210,7 @@ def test_proposals(model, rows, stage):
     for b in range(len(rows)):
         mu, logvar = TENSORS[f"sft{stage}.mu{b}"], TENSORS[f"sft{stage}.logvar{b}"]
         n = len(mu)
-        assert n == batch.n_latent[b] + batch.has_stop[b]
+        assert n == batch.thinking.n_latent[b] + batch.thinking.has_stop[b]
         assert_close(thought.mu[b, :n], mu, 1e-4, f"mu{b}")
         assert_close(thought.logvar[b, :n], logvar, 1e-4, f"logvar{b}")
 

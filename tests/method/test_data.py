@@ -279,9 +279,9 @@ def test_the_worked_example_of_the_docs():
     for stage in (1, 2, 5):
         batch = data.collate(rows, stage, model)
         layout[stage] = (
-            batch.n_latent.tolist(),
-            batch.has_stop.tolist(),
-            (batch.L, batch.n_candidate),
+            batch.thinking.n_latent.tolist(),
+            batch.thinking.has_stop.tolist(),
+            (batch.thinking.L, batch.thinking.n_candidate),
             [batch.counts[name] for name in ("dec", "stop", "kl")],
         )
     assert layout == {
@@ -304,15 +304,15 @@ def test_a_batch_knows_where_its_labels_are():
     def pairs(at):
         return list(zip(*(index.tolist() for index in at)))
 
-    assert pairs(batch.used_at) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3)]
-    assert pairs(batch.stop_at) == [(0, 0), (0, 2), (1, 0), (1, 2)]
-    assert batch.stop_label.tolist() == [0, 1, 0, 0]
+    assert pairs(batch.thinking.used_at) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3)]
+    assert pairs(batch.thinking.stop_at) == [(0, 0), (0, 2), (1, 0), (1, 2)]
+    assert batch.thinking.stop_label.tolist() == [0, 1, 0, 0]
 
     # words: what is gathered is what was put in
     answers = [i for row in rows for i in row.answer]
     assert batch.text.target[batch.text.target_at].tolist() == answers
     texts = [*rows[0].step_texts, *rows[1].step_texts]
-    assert batch.step_text[batch.step_text_at].tolist() == [i for text in texts for i in text]
+    assert batch.steps.text[batch.steps.text_at].tolist() == [i for text in texts for i in text]
 
 
 def test_a_batch_moves_with_its_indices():
@@ -320,10 +320,10 @@ def test_a_batch_moves_with_its_indices():
     rows = data.encode(problems.generate("labelled", 3, 1), tokenizer, model)
     batch = data.collate(rows, model.K + 1, model)
     moved = batch.to("meta")
-    assert moved.L == batch.L
+    assert moved.thinking.L == batch.thinking.L
     assert moved.prompt.is_meta
 
-    at = (moved.text.target_at, moved.used_at, moved.stop_at, moved.step_text_at)
+    at = (moved.text.target_at, moved.thinking.used_at, moved.thinking.stop_at, moved.steps.text_at)
     assert all(index.is_meta for pair in at for index in pair)
     assert [len(pair) for pair in at] == [2] * 4
     assert moved.words is None
@@ -354,7 +354,7 @@ def test_steps_go_for_nothing_or_for_fillers(method, n_filler, stage):
     model, tokenizer = small_model(method=method)  # K = 2, c = 2
     rows = rows_of_all_lengths(model, tokenizer)
     batch = data.collate(rows, stage, model)
-    assert (batch.L, batch.n_candidate, batch.step_row.tolist()) == (0, 0, [])
+    assert (batch.thinking.L, batch.thinking.n_candidate, batch.steps.row.tolist()) == (0, 0, [])
 
     fillers = [tokenizer.latent] * n_filler * min(stage, 2)
     for b, row in enumerate(rows):
@@ -391,16 +391,16 @@ def test_codi_takes_all_its_latents_for_every_problem():
     model, tokenizer = small_model(method="codi-sim-cot")  # K = 2, c = 2
     rows = rows_of_all_lengths(model, tokenizer)
     batch = data.collate(rows, 3, model, distills=True)
-    assert batch.n_latent.tolist() == [4] * 4
-    assert batch.n_candidate == batch.L == 4
-    assert not batch.has_stop.any()
+    assert batch.thinking.n_latent.tolist() == [4] * 4
+    assert batch.thinking.n_candidate == batch.thinking.L == 4
+    assert not batch.thinking.has_stop.any()
     for b, row in enumerate(rows):
         assert batch.text.ids[b][batch.text.mask[b]].tolist() == [tokenizer.end, *row.answer[:-1]]
 
     # problem 1 has one step, problem 2 three, of which the last two are the second thought's
-    assert (batch.step_row.tolist(), batch.step_index.tolist()) == ([1, 2, 2], [0, 0, 1])
+    assert (batch.steps.row.tolist(), batch.steps.index.tolist()) == ([1, 2, 2], [0, 0, 1])
     texts = [rows[1].step_texts[0], rows[2].step_texts[0], rows[2].rest_text]
-    assert batch.step_text[batch.step_text_at].tolist() == [i for text in texts for i in text]
+    assert batch.steps.text[batch.steps.text_at].tolist() == [i for text in texts for i in text]
 
     # the teacher reads all of them in words, where they are known
     for b, row in enumerate(rows[:3]):

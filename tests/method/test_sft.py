@@ -111,7 +111,7 @@ def test_the_host_waits_for_nothing_in_a_micro_batch(loaded, distills):
     rows = data.encode(problems.generate("labelled", 5, 1), tokenizer, model)
     rows += data.encode(problems.generate("answers", 3, 1), tokenizer, model, answer_only=True)
     batch = data.collate(rows, model.K + 1, model, distills)
-    eps = torch.zeros(len(rows), batch.n_candidate, model.policy.cfg.n_embd)
+    eps = torch.zeros(len(rows), batch.thinking.n_candidate, model.policy.cfg.n_embd)
     of_distillation = {"teacher", "distill"} if distills else set()
 
     def learn():
@@ -177,7 +177,7 @@ def test_before_the_decoder_starts_previews_teach_the_policy_to_read_alone(previ
     with torch.no_grad():
         z = previews(model, read_as_text(model.policy, batch), batch, eps).clone()
     model.zero_grad()
-    thought_nll(model.policy, z, batch.step_text, batch.step_text_at).sum().backward()
+    thought_nll(model.policy, z, batch.steps.text, batch.steps.text_at).sum().backward()
     for name, expected in gradients_of(model).items():
         assert torch.allclose(gradient[name], expected, rtol=1e-9), name
 
@@ -216,7 +216,7 @@ def test_the_loss_of_previews_is_a_mean_over_ids_as_that_of_the_words(previewed)
 def test_only_stage_0_has_previews(previewed):
     model, rows, eps = previewed
     for stage in range(1, model.K + 2):
-        assert data.collate(rows, stage, model).n_before_step is None
+        assert data.collate(rows, stage, model).steps.n_before is None
 
 
 @pytest.mark.parametrize("size", [2, 1])
@@ -264,8 +264,8 @@ def test_a_problem_without_steps_is_taught_to_stop_at_once(model, tokenizer):
     rows = data.encode([without_steps, with_steps], tokenizer, model)
 
     alone = data.collate(rows[:1], 2, model)
-    assert alone.n_latent.tolist() == [0]
-    assert alone.has_stop.tolist() == [True]
+    assert alone.thinking.n_latent.tolist() == [0]
+    assert alone.thinking.has_stop.tolist() == [True]
     assert alone.counts["stop"] == 1
     assert alone.counts["answer_only"] == 0
 
@@ -286,7 +286,7 @@ def test_answers_alone_stop_where_generation_does_and_teach_their_answer(model, 
     batch = data.collate(rows, model.K + 1, model)
     n_answer_token = sum(len(row.answer) for row in rows)
     n_prompt_token = sum(len(row.prompt) for row in rows)
-    assert batch.answer_only.all()
+    assert batch.thinking.answer_only.all()
     assert batch.counts == {
         "enc": n_answer_token,
         "dec": 0,
@@ -326,7 +326,7 @@ def distilled(method="atp", stage=3, n=4, dtype=torch.float64):
     rows += data.encode(problems.generate("answers", 1, 1), tokenizer, model, answer_only=True)
     batch = data.collate(rows, stage, model, distills=True)
     generator = torch.Generator().manual_seed(4)
-    shape = (n + 1, batch.n_candidate, model.policy.cfg.n_embd)
+    shape = (n + 1, batch.thinking.n_candidate, model.policy.cfg.n_embd)
     return model, tokenizer, batch, torch.randn(shape, generator=generator, dtype=dtype)
 
 

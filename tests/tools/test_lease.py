@@ -97,9 +97,9 @@ def test_batches_of_one_size_are_run_recorded_and_replayed():
     model = ATP(LlamaConfig(vocab_size=100, n_layer=1, n_embd=8, n_inner=8), c=2, K=10)
     model.end = 1
     batches = [collate(rows, model.K + 1, model) for rows in lease.ragged_batches(rows)]
-    sizes = [(*batch.prompt.shape, batch.L, batch.n_candidate) for batch in batches]
+    sizes = [(*b.prompt.shape, b.thinking.L, b.thinking.n_candidate) for b in batches]
     assert sizes[0] == sizes[2] == sizes[3] != sizes[1]
-    assert all(len(batch.n_latent.unique()) > 4 for batch in batches)
+    assert all(len(batch.thinking.n_latent.unique()) > 4 for batch in batches)
 
 
 def test_a_lease_profiles(leased):
