@@ -102,6 +102,18 @@ class Rollout(Rows):
         column = torch.arange(self.z.shape[1], device=self.z.device)
         return column < (self.n_latent + self.stopped)[:, None]
 
+    def clear_past_end(self):
+        """Erase what was proposed and decided past the end of each row."""
+        unproposed = ~self.candidate  # (B, cK)
+        c = self.z.shape[1] // self.stop_prob.shape[1]
+        undecided = unproposed[:, ::c]  # (B, K)
+        self.z.masked_fill_(unproposed[..., None], 0)
+        if self.logvar is not None:
+            self.logvar.masked_fill_(unproposed[..., None], 0)
+        self.logp_z.masked_fill_(unproposed, 0)
+        self.stop_prob.masked_fill_(undecided, torch.nan)
+        self.logp_stop.masked_fill_(undecided, 0)
+
     @staticmethod
     def empty(model, B, max_new, noise, device):
         """B chains that have not begun."""
@@ -238,16 +250,9 @@ def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
         cache.repeat(think_step, torch.full((), s, device=h.device))
     cache.rows = slice(None)
 
-    # Clear what was written past a row's end: with fixed shapes, ended rows were computed as well
+    # With fixed shapes, ended rows were computed as well
     out.stopped = out.n_latent < limit
-    unproposed = ~out.candidate  # (B, cK)
-    undecided = unproposed[:, ::c]  # (B, K)
-    out.z.masked_fill_(unproposed[..., None], 0)
-    if model.vae:
-        out.logvar.masked_fill_(unproposed[..., None], 0)
-    out.logp_z.masked_fill_(unproposed, 0)
-    out.stop_prob.masked_fill_(undecided, torch.nan)
-    out.logp_stop.masked_fill_(undecided, 0)
+    out.clear_past_end()
 
 
 @torch.no_grad()
