@@ -185,6 +185,12 @@ class Steps(Movable):
     text_at: tuple
     # of previews: (N,) how many ids of Batch.text π has read when it thinks of the step; else None
     n_before: torch.Tensor | None
+    # with --word-dropout: (N, Ts − 1) bool, the words of `text` that φ does not see
+    unseen: torch.Tensor | None = None
+
+    def hide(self, unseen):
+        """Hide words from φ. unseen: bool, of the batch's rows, from `draw_unseen`."""
+        self.unseen = unseen[self.row, self.index, : self.text.shape[1] - 1]
 
 
 @dataclass
@@ -314,6 +320,12 @@ def latents_of(rows, n_step, stage, model):
         stop_at=stop_at,
         stop_label=dropped[stop_at].long(),
     )
+
+
+def draw_unseen(rows, K, share, generator):
+    """Which words of their latent steps are hidden from φ: (B, K, T) bool, each with p = share."""
+    T = max(len(text) for row in rows for text in (*row.step_texts, row.rest_text))
+    return torch.rand(len(rows), K, T, generator=generator) < share
 
 
 def steps_of(rows, n_step, stage, K, has_previews):

@@ -33,20 +33,24 @@ def opening(decoder, z):
     return z, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
 
 
-def thought_nll(decoder, z, text, text_at):
+def thought_nll(decoder, z, text, text_at, unseen=None):
     """−log p of each step's text, (N,): the sum of `thought_token_nll` over its tokens."""
-    return thought_token_nll(decoder, z, text, text_at).sum(1)
+    return thought_token_nll(decoder, z, text, text_at, unseen).sum(1)
 
 
-def thought_token_nll(decoder, z, text, text_at):
+def thought_token_nll(decoder, z, text, text_at, unseen=None):
     """−log p of each token of each step's text, 0 where padded: (N, Ts).
 
     z (N, c, D): the step's latents. text (N, Ts): the step's ids and eos, IGNORE where padded.
-    text_at: where `text` has an id, (rows, columns).
+    text_at: where `text` has an id, (rows, columns). unseen (N, Ts − 1) bool: words that φ must
+    write but does not read, since their embeddings are 0; None: it reads all.
     """
     # φ reads the latents, then the text up to its last id
     thought, all_real = opening(decoder, z)
-    x = torch.cat((thought, decoder.embed(text[:, :-1].clamp(min=0))), 1)
+    words = decoder.embed(text[:, :-1].clamp(min=0))
+    if unseen is not None:
+        words = words.masked_fill(unseen[..., None], 0)
+    x = torch.cat((thought, words), 1)
     mask = torch.cat((all_real, text[:, :-1] != IGNORE), 1)
 
     # the hidden state after the last latent predicts the first id

@@ -96,7 +96,7 @@ def label_nll(policy, h, text):
 
 def decoder_loss(reader, latents, steps):
     """L_dec: −log p of N Steps, read from their latents (N, c, D), summed."""
-    return thought_nll(reader, latents, steps.text, steps.text_at).sum()
+    return thought_nll(reader, latents, steps.text, steps.text_at, steps.unseen).sum()
 
 
 def distillation(policy, batch, cache, states):

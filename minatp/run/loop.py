@@ -15,7 +15,7 @@ import torch
 
 from kernels import ops
 
-from ..data import collate
+from ..data import collate, draw_unseen
 from ..optim import build_optimizer
 from ..rollout import Noise
 from ..sft import total_loss
@@ -231,7 +231,7 @@ class Run:
             # Before the step
             n_done = step + 1
             self.step = self.optimizer.n_done = step
-            self.optimizer.lr = learning_rate(peak, cfg.warmup, i, n_step)
+            self.optimizer.lr = peak * rate_at(i, n_step, cfg.warmup, cfg.lr_schedule)
             self.is_log_due = n_done % cfg.log_every == 0 or is_last
             yield step, batch
             self.doing = self.between_batches
@@ -269,18 +269,28 @@ class Run:
         # Sorted by length, so that little of a micro-batch is padding
         rows = sorted(rows, key=lambda row: len(row.prompt))
 
-        # The noise goes by a row's place in the WHOLE batch; this rank takes its share of both
-        keys = None
+        # The noise, and which words φ does not see, go by a row's place in the WHOLE batch; this
+        # rank takes its share of all
+        keys, unseen = None, None
         if model.vae:
             keys = ops.noise_keys(self.seed_at(step), len(rows), model.c * model.K)
             keys = distributed.shard(keys)
+        if model.decode and cfg.word_dropout:
+            generator = torch.Generator().manual_seed(self.seed_at(step, stream=3))
+            unseen = draw_unseen(rows, model.K, cfg.word_dropout, generator)
+            unseen = distributed.shard(unseen)
         rows = distributed.shard(rows)
 
         # Collate all first, since every loss is divided by the counts of all
         size = cfg.micro_batch or len(rows)
         starts = range(0, len(rows), size)
         distills = step % cfg.distill_every == 0 and cfg.distill > 0
-        batches = [collate(rows[i : i + size], stage, model, distills) for i in starts]
+        batches = []
+        for i in starts:
+            batch = collate(rows[i : i + size], stage, model, distills)
+            if unseen is not None:
+                batch.steps.hide(unseen[i : i + size])
+            batches.append(batch)
         counts = {name: sum(b.counts[name] for b in batches) for name in batches[0].counts}
         counts = distributed.all_reduce(counts, self.device)
 
@@ -300,8 +310,8 @@ class Run:
     def seed_at(self, step, stream=0):
         """The seed of one step's random draws, the same whether or not the run was resumed.
 
-        stream: 0 SFT, 1 rollouts, 2 the placebo; they are independent. (torch's CPU generator takes
-        the low 32 bits of a seed.)
+        stream: 0 SFT's latents, 1 rollouts, 2 the placebo, 3 the words that φ does not see; they
+        are independent. (torch's CPU generator takes the low 32 bits of a seed.)
         """
         return self.cfg.seed * 1_000_003 + stream * 333_331 + step
 
@@ -411,18 +421,22 @@ class Run:
         self.log.summary(self.cfg, tests, seconds, self.device, training_problems=n)
 
 
-def learning_rate(peak, warmup, i, n_step):
-    """The learning rate of step i of a stage of n_step steps.
+def rate_at(i, n_step, warmup, schedule):
+    """The learning rate of step i of a stage of n_step steps, as a share of the peak.
 
-    A linear warm-up, over at most a tenth of the stage, then a cosine to a tenth of the peak.
+    A linear warm-up, over at most a tenth of the stage, and then with the schedule
+
+    wsd      the peak until half of the rest is done, then a line to a twentieth (warm-up, stable,
+             decay: Hu et al. 2024, arXiv 2404.06395)
+    cosine   half a period of a cosine to a tenth
     """
     warmup = min(warmup, n_step // 10)
     if i < warmup:
-        return peak * (i + 1) / (warmup + 1)
-
-    # From the peak at share 0 down to a tenth of it at share 1
-    share = (i - warmup) / max(1, n_step - warmup)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+        return (i + 1) / (warmup + 1)
+    done = (i - warmup) / max(1, n_step - warmup)
+    if schedule == "wsd":
+        return 0.05 + 0.95 * min(1, 2 * (1 - done))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
 class GuardedOptimizer:

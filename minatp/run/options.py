@@ -100,21 +100,27 @@ RL_PRESETS = {
 PUBLISHED = {"smollm2-135m": "SmolLM2-135M-Instruct", "llama-1b": "Llama-3.2-1B"}
 
 # A preset's epochs. With a curriculum: of stage 0; of each stage 1 … K − 1; of stage K; and of the
-# last, in which every step is replaced; fewer if a teacher makes them dearer, for the same seconds.
-# The other methods have one stage
+# last, in which every step is replaced. Tiny's atp has a smaller φ, so more of them, but fewer if a
+# teacher makes them dearer: all for the same seconds. The other methods have one stage
 EPOCHS = {
-    "tiny":         {"curriculum": (5, 0.5, 0.8, 11), "distilled": (5, 0.5, 0.8, 9.4),
-                     "all": 18, "cot": 16, "no-cot": 52},
+    "tiny":         {"curriculum": (5, 0.5, 0.8, 11), "atp": (2.5, 0.5, 0.8, 16),
+                     "distilled": (2.5, 0.5, 0.8, 13.4), "all": 18, "cot": 16, "no-cot": 52},
     "smollm2-135m": {"curriculum": (1, 1, 1, 3),      "all": 6,  "cot": 3,  "no-cot": 3},
     "llama-1b":     {"curriculum": (2, 2, 2, 2),      "all": 24, "cot": 2,  "no-cot": 2},
 }
 
-# What of self-distillation a preset gives a method: (--distill, --distill-every). Others have none.
-# 20 is CODI's own; atp's were chosen on validation problems (docs/results.md)
-DISTILL = {
-    "tiny":         {"codi": (5.0, 1),  "codi-sim-cot": (5.0, 1), "atp": (5.0, 2)},
-    "smollm2-135m": {"codi": (5.0, 1),  "codi-sim-cot": (5.0, 1)},
-    "llama-1b":     {"codi": (20.0, 1), "codi-sim-cot": (20.0, 1)},
+# What the SFT of a method sets beside its preset. CODI's own weight of distillation is 20. What
+# tiny's atp has comes from trials (docs/results.md)
+SFT_OF_METHOD = {
+    "tiny": {
+        "codi": dict(distill=5.0), "codi-sim-cot": dict(distill=5.0),
+        "atp": dict(
+            decoder_layers=1, word_dropout=0.3, distill=5.0, distill_every=2,
+            lr_schedule="wsd", weight_decay=0.1,
+        ),
+    },
+    "smollm2-135m": {"codi": dict(distill=5.0),  "codi-sim-cot": dict(distill=5.0)},
+    "llama-1b":     {"codi": dict(distill=20.0), "codi-sim-cot": dict(distill=20.0)},
 }
 # fmt: on
 
@@ -221,16 +227,19 @@ class Latents:
         "before each step in words; without a stage 0, copy)",
         choices=("copy", "previews"),
     )
+    word_dropout: float = opt(
+        0.0,
+        "share of a step's words that the decoder LM, if there is one, does not see while it "
+        "learns to write the step",
+        NOT_NEGATIVE,
+    )
     distill: float = opt(
         0.0,
         "weight of CODI's self-distillation: the model that reads the steps in words teaches the "
-        "one that reads latents [0; 5 with codi and codi-sim-cot, llama-1b 20; tiny's SFT with atp "
-        "5]",
+        "one that reads latents",
         NOT_NEGATIVE,
     )
-    distill_every: int = opt(
-        1, "steps from one that has a teacher to the next [1; tiny's SFT with atp 2]", POSITIVE
-    )
+    distill_every: int = opt(1, "steps from one that has a teacher to the next", POSITIVE)
 
     # Each switches off a part of ATP-Latent
     no_vae: bool = opt(False, "ablation: the latent is the hidden state itself")
@@ -263,12 +272,18 @@ class Optim:
         "rest; adamw: for all",
         choices=("muon", "adamw"),
     )
-    lr: float = opt(2e-3, "peak learning rate; a cosine in each stage", POSITIVE)
+    lr: float = opt(2e-3, "peak learning rate", POSITIVE)
     last_lr: float = opt(
         0.0,
         "SFT: the peak in the last stage of a curriculum; 0: that of the other stages. An --lr "
         "without it is for all stages",
         NOT_NEGATIVE,
+    )
+    lr_schedule: str = opt(
+        "cosine",
+        "how the learning rate falls in each stage, after its warm-up: cosine (to a tenth) | wsd "
+        "(from half of the stage on, linearly to a twentieth)",
+        choices=("cosine", "wsd"),
     )
     warmup: int = opt(
         50, "steps of linear warm-up in each stage, at most a tenth of it", NOT_NEGATIVE
@@ -524,6 +539,11 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
                 f"{option} contradicts --method {self.method}, which has none",
             )
 
+        require(
+            self.word_dropout <= 1,
+            f"--word-dropout must be a share, between 0 and 1, not {self.word_dropout}",
+        )
+
         # What is distilled into latents needs latents
         require(
             not self.distill or (method.stages != "words" and method.by == "latents"),
@@ -699,7 +719,7 @@ def parse(argv, description):
     # Over the preset and the defaults, of which five depend on other options
     cfg = Config(**{**preset_values(preset, given.get("stage")), **given})
     if cfg.method in METHODS:
-        settle_distillation(cfg, given)
+        settle_method(cfg, given)
         cfg.epochs = cfg.epochs or default_epochs(cfg)
     if "lr" in given:  # the user's --lr replaces both rates of the preset
         cfg.last_lr = given.get("last_lr", 0.0)
@@ -717,8 +737,9 @@ def build_parser(description):
     """The parser of train.py's command line. An option that is not given is None."""
     parser = Parser(
         f"{description}\n"
-        "Defaults stand in brackets: [a; PRESET b; rl c; PRESET rl d], where b is the default\n"
-        "with --preset PRESET, c with --stage rl, and d with both.",
+        "Defaults stand in brackets: [a; PRESET b; rl c; PRESET rl d; PRESET METHOD e], where b\n"
+        "is the default with --preset PRESET, c with --stage rl, d with both, and e in the SFT of\n"
+        "PRESET with --method METHOD.",
         usage="python train.py [--option value …]",
     )
 
@@ -763,22 +784,32 @@ def describe_default(f):
         expected = tiny_rl if tiny_rl != tiny else sft[preset]
         if value != expected:
             shown.append(f"{preset} rl {value}")
+
+    # What a method's SFT sets beside its preset
+    for preset, methods in SFT_OF_METHOD.items():
+        for method, values in methods.items():
+            if f.name in values:
+                shown.append(f"{preset} {method} {values[f.name]}")
     return f" [{'; '.join(shown)}]" if shown else ""
 
 
-def settle_distillation(cfg, given):
-    """The preset's --distill and --distill-every, if they are not given. RL's anchor has none."""
-    of_method = DISTILL[cfg.preset] if cfg.stage == "sft" else {}
-    weight, every = of_method.get(cfg.method, (0.0, 1))
-    cfg.distill = given.get("distill", weight)
-    cfg.distill_every = given.get("distill_every", every if cfg.distill else 1)
+def settle_method(cfg, given):
+    """Set what SFT_OF_METHOD has for the method, where it is not given. RL has nothing of it."""
+    if cfg.stage != "sft":
+        return
+    for name, value in SFT_OF_METHOD[cfg.preset].get(cfg.method, {}).items():
+        # a teacher that is switched off comes in no step, every second or other
+        if name not in given and (name != "distill_every" or cfg.distill):
+            setattr(cfg, name, value)
 
 
 def default_epochs(cfg):
     """The preset's --epochs."""
     of_preset, stages = EPOCHS[cfg.preset], METHODS[cfg.method].stages
     if stages == "curriculum":
-        kind = "distilled" if cfg.distill and "distilled" in of_preset else stages
+        kind = stages
+        if cfg.method in of_preset:
+            kind = "distilled" if cfg.distill else cfg.method
         first, middle, full, last = of_preset[kind]
         epochs = [first, *[middle] * (cfg.K - 1), full, last]
     else:
