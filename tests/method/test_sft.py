@@ -5,7 +5,7 @@ import torch
 
 import train
 from minatp import data, problems, sft
-from minatp.decoder import thought_nll
+from minatp.decoder import thought_nll, thought_token_nll
 from minatp.problems import Problem
 from minatp.rollout import rollout
 from minatp.run import options
@@ -255,6 +255,41 @@ def test_a_decoder_that_reads_bos_writes_what_its_loss_says(previewed):
 
 
 # ---- what is taught ------------------------------------------------------------------------------
+
+
+def test_the_decoder_does_not_see_hidden_words(model):
+    """A word changes how likely the words after it are, unless it is hidden."""
+    z = torch.randn(1, model.c, model.policy.cfg.n_embd)
+    texts = torch.tensor([[7, 8, 9, 1], [6, 8, 9, 1]])
+    at = (texts >= 0).nonzero(as_tuple=True)
+    hidden = torch.tensor([[True, False, False]]).expand(2, 3)
+
+    def is_equal_after_the_first(unseen):
+        one, other = thought_token_nll(model.decoder, z.expand(2, -1, -1), texts, at, unseen)
+        return torch.equal(one[1:], other[1:])
+
+    with torch.no_grad():
+        assert is_equal_after_the_first(hidden)
+        assert not is_equal_after_the_first(None)
+        assert not is_equal_after_the_first(~hidden)
+
+
+def test_which_words_are_hidden(loaded):
+    """A share of them, others in every step and for every problem."""
+
+    def unseen_at(step, *more):
+        run, rows = sft_run(loaded, *more)
+        [(batch, _, _)] = run.micro_batches(rows, 3, step)
+        return batch.steps.unseen, batch.steps.text
+
+    unseen, text = unseen_at(0, "--word-dropout", "0.4")
+    assert unseen.shape == (len(text), text.shape[1] - 1)
+    assert unseen.float().mean() == pytest.approx(0.4, abs=0.1)
+    assert len({tuple(row) for row in unseen.tolist()}) > len(text) // 2
+    assert torch.equal(unseen, unseen_at(0, "--word-dropout", "0.4")[0])
+    assert not torch.equal(unseen, unseen_at(1, "--word-dropout", "0.4")[0])
+    assert unseen_at(0, "--word-dropout", "1")[0].all()
+    assert unseen_at(0, "--word-dropout", "0")[0] is None
 
 
 def test_a_problem_without_steps_is_taught_to_stop_at_once(model, tokenizer):

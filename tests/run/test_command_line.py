@@ -60,7 +60,7 @@ SMALL_SETS = ("--labelled", 40, "--test-size", 5, "--val-size", 5)
     # Sizes that do not fit together
     ("--c 200", "--c 200 × --K 4 latents do not fit --block-size 512"),
     ("--max-new 508", "--c 1 × --K 4 latents and --max-new 508 do not fit --block-size 512"),
-    ("--n-layer 1", "--decoder-layers 2 must be at most --n-layer 1"),
+    ("--n-layer 1 --decoder-layers 2", "--decoder-layers 2 must be at most --n-layer 1"),
     ("--n-head 3", "--n-embd 128 must be an even multiple of --n-head 3"),
     ("--n-kv-head 3", "--n-head 4 must be a multiple"),
 
@@ -187,13 +187,13 @@ def test_another_seed_shows_other_problems_at_once(finished):
 
 # fmt: off
 @pytest.mark.parametrize("argv, epochs", [
-    ("", "5,0.5,0.5,0.5,0.8,9.4"),
-    ("--distill 0", "5,0.5,0.5,0.5,0.8,11"),  # without a teacher, as many seconds
+    ("", "2.5,0.5,0.5,0.5,0.8,13.4"),
+    ("--distill 0", "2.5,0.5,0.5,0.5,0.8,16"),  # without a teacher, as many seconds
     ("--method cot", "16"),
     ("--method pause", "5,0.5,0.5,0.5,0.8,11"),
     ("--method codi", "18"),
     ("--method codi-sim-cot --labelled 3000", "36"),
-    ("--labelled 3000 --K 2", "10,1,1.6,18.8"),  # as many steps
+    ("--labelled 3000 --K 2", "5,1,1.6,26.8"),  # as many steps
     ("--preset smollm2-135m --init x", "1,1,1,1,3"),
     ("--preset smollm2-135m --init x --K 5 --labelled 60", "1,1,1,1,1,1,3"),
     ("--preset smollm2-135m --init x --method cot", "3"),

@@ -107,6 +107,7 @@ VERDICTS = {
     "beta":              ("--beta 1",                   "t t t t t f  f f t f  t t"),
     "init_logvar":       ("--init-logvar -2",           "t r t t t f  f f t f  r r"),
     "decoder_start":     ("--decoder-start previews",   "t r t r t f  f f t f  r r"),
+    "word_dropout":      ("--word-dropout .5",          "t t t t t f  f f t f  t t"),
     "distill":           ("--distill 2",                "t t t t t r  t r t r  t t"),
     "distill_every":     ("--distill 2 --distill-every 2", "t t t t t r  t r t r  t t"),
     "no_vae":            ("--no-vae",                   "t t t t t r  r r t r  r r"),
@@ -118,6 +119,7 @@ VERDICTS = {
     "optimizer":         ("--optimizer adamw",          "t t t t t t  t t t t  t t"),
     "lr":                ("--lr 1",                     "t t t t t t  t t t t  t t"),
     "last_lr":           ("--last-lr 1",                "t t t t t r  r t t t  f f"),
+    "lr_schedule":       ("--lr-schedule wsd",          "t t t t t t  t t t t  t t"),
     "warmup":            ("--warmup 1",                 "t t t t t t  t t t t  t t"),
     "weight_decay":      ("--weight-decay 1",           "t t t t t t  t t t t  t t"),
     "clip":              ("--clip 2",                   "t t t t t t  t t t t  t t"),
@@ -316,7 +318,7 @@ def built(column, starts, words=""):
     ("hub", "--decoder-layers 1", 1),
     ("hub", "--decoder-layers 0", 3),
     ("hub", "--preset llama-1b", 3),       # the preset's is 0
-    ("hub", "--n-layer 3", 2),             # the default is 2
+    ("hub", "--n-layer 3", 1),             # the default is 1
     ("cot", "--decoder-layers 2", 2),
     ("coconut", "--decoder-layers 1", 1),
     ("atp", "", 1),                        # a φ that has been trained keeps its depth

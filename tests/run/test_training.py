@@ -11,6 +11,7 @@ from minatp import decoder, problems
 from minatp.latent import ATP
 from minatp.run import evaluate, options
 from minatp.run.huggingface import load_model
+from minatp.run.loop import rate_at
 from minatp.run.splits import encode_problems
 
 from runs import go
@@ -77,6 +78,20 @@ def test_the_last_stage_can_have_a_learning_rate_of_its_own(tmp_path):
     records = [r for r in records_of(tmp_path) if "lr" in r]
     peaks = [max(r["lr"] for r in records if r["stage"] == stage) for stage in range(4)]
     assert peaks == [0.02, 0.02, 0.02, 0.001]
+
+
+def test_how_the_learning_rate_falls():
+    """Of a stage of 21 steps, one is warm-up. The last rate is that of the step after the stage."""
+    rates = [rate_at(i, 21, 1, "wsd") for i in range(22)]
+    assert rates[:12] == [0.5] + [1.0] * 11
+    assert rates[12:] == pytest.approx([1 - 0.95 * k / 10 for k in range(1, 11)])
+
+    rates = [rate_at(i, 21, 1, "cosine") for i in range(22)]
+    assert rates[:2] == [0.5, 1.0]
+    assert [rates[6], rates[11], rates[21]] == pytest.approx(
+        [0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1]
+    )
+    assert all(a > b for a, b in zip(rates[1:], rates[2:]))
 
 
 def test_the_files_of_a_run(sft_run):
