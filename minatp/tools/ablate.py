@@ -26,31 +26,37 @@ TRAIN = str(Path(__file__).parents[2] / "train.py")
 
 # ---- the arms: name -> options of train.py -------------------------------------------------------
 
-# The first stages of the curriculum, as by default. Where an arm gives the epochs of the last one,
-# they fit the seconds of the default, or 1.3 or 1.65 × as many (docs/results.md has what a step
-# costs)
-EARLIER = "5,0.5,0.5,0.5,0.8,"
+# The first stages of the curriculum, ATP's and the other methods', as by default. Where an arm gives
+# the epochs of the last one, they fit the seconds of the default, or 1.3 or 1.65 × as many
+# (docs/results.md has what a step costs)
+EARLIER = "2.5,0.5,0.5,0.5,0.8,"
+EARLIER_OF_OTHERS = "5,0.5,0.5,0.5,0.8,"
 
 # Stage 1, from scratch
 METHODS = {
     "no-CoT": ["--method", "no-cot"],
     "CoT": ["--method", "cot"],
-    "iCoT": ["--method", "icot", "--epochs", EARLIER + "33"],
-    "pause": ["--method", "pause", "--epochs", EARLIER + "31"],
+    "iCoT": ["--method", "icot", "--epochs", EARLIER_OF_OTHERS + "33"],
+    "pause": ["--method", "pause", "--epochs", EARLIER_OF_OTHERS + "31"],
     "Coconut": ["--method", "coconut"],
     "SIM-CoT": ["--method", "sim-cot"],
     "CODI": ["--method", "codi"],
     "CODI + SIM-CoT": ["--method", "codi-sim-cot", "--epochs", "12.2"],
     "ATP": ["--method", "atp"],
     "ATP, no distillation": ["--distill", "0"],
-    "ATP, 1.3 × the seconds": ["--epochs", EARLIER + "13.5"],
-    "ATP, no distillation, 1.3 × the seconds": ["--distill", "0", "--epochs", EARLIER + "15.7"],
-    "ATP, 1.65 × the seconds": ["--epochs", EARLIER + "18.2"],
-    "ATP, no distillation, 1.65 × the seconds": ["--distill", "0", "--epochs", EARLIER + "21.2"],
-    # A cheaper φ and half of stage 0, so more of the last stage in the default's seconds
-    "ATP, φ of one layer, more decay": [
-        *("--decoder-layers", "1", "--weight-decay", "0.1"),
-        *("--epochs", "2.5,0.5,0.5,0.5,0.8,13.4"),
+    "ATP, 1.3 × the seconds": ["--epochs", EARLIER + "18.6"],
+    "ATP, no distillation, 1.3 × the seconds": ["--distill", "0", "--epochs", EARLIER + "22.3"],
+    "ATP, 1.65 × the seconds": ["--epochs", EARLIER + "24.6"],
+    "ATP, no distillation, 1.65 × the seconds": ["--distill", "0", "--epochs", EARLIER + "29.5"],
+    # What the default has beside the paper, one thing at a time; then all that came with a φ of one
+    # layer, for as many seconds
+    "ATP, no word dropout": ["--word-dropout", "0"],
+    "ATP, cosine": ["--lr-schedule", "cosine"],
+    "ATP, weight decay 0.01": ["--weight-decay", "0.01"],
+    "ATP, the default before": [
+        *("--decoder-layers", "2", "--word-dropout", "0"),
+        *("--lr-schedule", "cosine", "--weight-decay", "0.01"),
+        *("--epochs", EARLIER_OF_OTHERS + "9.4"),
     ],
     "ATP, no VAE": ["--no-vae"],
     "ATP, no stop head": ["--no-stop"],
@@ -71,8 +77,11 @@ DISTILLED = ["--distill", "5", "--distill-every", "2", "--updates", "1485"]
 # More SFT, of the last stage alone. {seconds}: as many epochs as take the time of the arm "RL";
 # {steps}: as many as have its number of optimizer steps
 MORE_SFT = ["--stage", "sft", "--epochs", "{seconds}"]
-# The anchor is an SFT loss without distillation
-ANCHOR = ["--stage", "sft", "--epochs", "{steps}", "--distill", "0"]
+# The anchor is an SFT loss with RL's options: without distillation, and so on
+ANCHOR = [
+    *("--stage", "sft", "--epochs", "{steps}", "--distill", "0", "--word-dropout", "0"),
+    *("--lr-schedule", "cosine", "--weight-decay", "0.01"),
+]
 # Three quarters of each batch are problems with an answer and no steps
 MORE_SFT_ON_ANSWERS = [*MORE_SFT, "--answers-share", "0.75"]
 
