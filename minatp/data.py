@@ -173,7 +173,7 @@ class Thinking(Movable):
 
 @dataclass
 class Steps(Movable):
-    """The N steps that are read as text: from their latents or, in stage 0, from previews."""
+    """The N steps that must be written from their latents or, in stage 0, from previews."""
 
     # (N,) the problem of each step
     row: torch.Tensor
@@ -185,11 +185,11 @@ class Steps(Movable):
     text_at: tuple
     # of previews: (N,) how many ids of Batch.text π has read when it thinks of the step; else None
     n_before: torch.Tensor | None
-    # with --word-dropout: (N, Ts − 1) bool, the words of `text` that φ does not see
+    # with --word-dropout: (N, Ts − 1) bool, the words of `text` that are hidden from its writer
     unseen: torch.Tensor | None = None
 
     def hide(self, unseen):
-        """Hide words from φ. unseen: bool, of the batch's rows, from `draw_unseen`."""
+        """Hide words. unseen: (B, K, ≥ Ts − 1) bool, of these problems, from `draw_unseen`."""
         self.unseen = unseen[self.row, self.index, : self.text.shape[1] - 1]
 
 
@@ -205,7 +205,7 @@ class Batch(Movable):
     thinking: Thinking
     # (B, Tt) what follows the latents
     text: Text
-    # what φ learns to read
+    # what φ learns to write
     steps: Steps
     # for distillation: (B, Tw) the whole problem in words, where its steps are known and some are
     # latent; other rows are masked. None without such a row
@@ -241,7 +241,7 @@ def collate(rows, stage, model, distills=False):
     """
     # How many steps of each row are latent: its first min(n, k)
     n_step = [min(len(row.lines), stage, model.K) for row in rows]
-    thinking = latents_of(rows, n_step, stage, model)
+    thinking = thinking_of(rows, n_step, stage, model)
 
     # What stays text: the later steps and the answer; in the last stage the answer alone
     fillers = model.fillers_at(stage)
@@ -285,8 +285,8 @@ def collate(rows, stage, model, distills=False):
     return Batch(prompt, prompt_mask, thinking, text, steps, words, counts)
 
 
-def latents_of(rows, n_step, stage, model):
-    """The Thinking of Encoded rows, of each of which the first n_step steps are latent."""
+def thinking_of(rows, n_step, stage, model):
+    """The Thinking of B Encoded rows; of row b the first n_step[b] steps are latent."""
     c, most_steps = model.c, min(stage, model.K)
     n_step = torch.tensor(n_step)
 
@@ -323,13 +323,16 @@ def latents_of(rows, n_step, stage, model):
 
 
 def draw_unseen(rows, K, share, generator):
-    """Which words of their latent steps are hidden from φ: (B, K, T) bool, each with p = share."""
+    """Which words of the first K steps of each row are hidden: (B, K, T) bool.
+
+    rows: the WHOLE batch, since T depends on all of them. share: the probability of each word.
+    """
     T = max(len(text) for row in rows for text in (*row.step_texts, row.rest_text))
     return torch.rand(len(rows), K, T, generator=generator) < share
 
 
 def steps_of(rows, n_step, stage, K, has_previews):
-    """The first n_step steps of each of some Encoded rows -> Steps.
+    """The Steps of B Encoded rows: of row b the first n_step[b].
 
     In the last stage the K-th step stands for all that are left.
     """
@@ -347,7 +350,7 @@ def steps_of(rows, n_step, stage, K, has_previews):
         n_ids = [1 + sum(map(len, rows[b].lines[:s])) if s > 0 else 0 for b, s in pairs]
         n_before = torch.tensor(n_ids)
 
-    row, index = torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(1)
+    row, index = torch.tensor(pairs, dtype=torch.long).view(-1, 2).t().contiguous()
     return Steps(row, index, text, (text != IGNORE).nonzero(as_tuple=True), n_before)
 
 

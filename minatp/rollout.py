@@ -250,8 +250,9 @@ def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
         cache.repeat(think_step, torch.full((), s, device=h.device))
     cache.rows = slice(None)
 
-    # With fixed shapes, ended rows were computed as well
     out.stopped = out.n_latent < limit
+
+    # With fixed shapes, ended rows were computed as well
     out.clear_past_end()
 
 

@@ -3,8 +3,9 @@
     enc   the policy writes the text after the latents; the gradient runs back through all latents
     kl    the latents' Gaussians stay near N(0, I)
     stop  the stop head continues at each step of the problem, and stops after the last
-    dec   the decoder LM φ reads each step's latents and writes the step as text. With previews this
-          starts in stage 0, with latents that are proposed but not fed back
+    dec   the decoder LM φ reads each step's latents and writes the step as text; with
+          --word-dropout it does not see some of the words. With previews this starts in stage 0,
+          with latents that are proposed but not fed back
 
 and, with --distill, CODI's self-distillation (arXiv 2502.21074), in which the same model reads the
 same problem in words, as a teacher:

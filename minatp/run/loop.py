@@ -262,7 +262,7 @@ class Run:
 
         eps_keys (B, c·K, 2): of the noise of each latent; None without the VAE. counts: what each
         loss is a mean over, in the WHOLE batch, and "position", how many the policy reads. Every
-        row has noise of its own. So the split changes nothing.
+        row has noise and hidden words of its own. So the split changes nothing.
         """
         cfg, model = self.cfg, self.model
 
@@ -310,8 +310,8 @@ class Run:
     def seed_at(self, step, stream=0):
         """The seed of one step's random draws, the same whether or not the run was resumed.
 
-        stream: 0 SFT's latents, 1 rollouts, 2 the placebo, 3 the words that φ does not see; they
-        are independent. (torch's CPU generator takes the low 32 bits of a seed.)
+        stream: 0 SFT's latents, 1 rollouts, 2 the placebo, 3 the words that φ does not see; in
+        a run they are independent. (torch's CPU generator takes the low 32 bits of a seed.)
         """
         return self.cfg.seed * 1_000_003 + stream * 333_331 + step
 

@@ -100,22 +100,22 @@ RL_PRESETS = {
 PUBLISHED = {"smollm2-135m": "SmolLM2-135M-Instruct", "llama-1b": "Llama-3.2-1B"}
 
 # A preset's epochs. With a curriculum: of stage 0; of each stage 1 … K − 1; of stage K; and of the
-# last, in which every step is replaced. Tiny's atp has a smaller φ, so more of them, but fewer if a
-# teacher makes them dearer: all for the same seconds. The other methods have one stage
+# last, in which every step is replaced. Tiny's atp has a smaller φ, so it gets more epochs, and
+# with a teacher fewer of them: the seconds stay the same. The other methods have one stage
 EPOCHS = {
     "tiny":         {"curriculum": (5, 0.5, 0.8, 11), "atp": (2.5, 0.5, 0.8, 16),
-                     "distilled": (2.5, 0.5, 0.8, 13.4), "all": 18, "cot": 16, "no-cot": 52},
+                     "atp, distilled": (2.5, 0.5, 0.8, 13.4), "all": 18, "cot": 16, "no-cot": 52},
     "smollm2-135m": {"curriculum": (1, 1, 1, 3),      "all": 6,  "cot": 3,  "no-cot": 3},
     "llama-1b":     {"curriculum": (2, 2, 2, 2),      "all": 24, "cot": 2,  "no-cot": 2},
 }
 
-# What the SFT of a method sets beside its preset. CODI's own weight of distillation is 20. What
-# tiny's atp has comes from trials (docs/results.md)
+# What the SFT of a method sets on top of its preset. CODI's own weight of distillation is 20. What
+# tiny's atp has comes from trials (docs/results.md, "Why some seeds fail")
 SFT_OF_METHOD = {
     "tiny": {
         "codi": dict(distill=5.0), "codi-sim-cot": dict(distill=5.0),
         "atp": dict(
-            decoder_layers=1, word_dropout=0.3, distill=5.0, distill_every=2,
+            decoder_layers=1, word_dropout=0.5, distill=5.0, distill_every=2,
             lr_schedule="wsd", weight_decay=0.1,
         ),
     },
@@ -229,9 +229,8 @@ class Latents:
     )
     word_dropout: float = opt(
         0.0,
-        "share of a step's words that the decoder LM, if there is one, does not see while it "
-        "learns to write the step",
-        NOT_NEGATIVE,
+        "SFT, and RL's anchor: share of a step's words that the decoder LM, if there is one, does "
+        "not see while it learns to write the step",
     )
     distill: float = opt(
         0.0,
@@ -282,7 +281,7 @@ class Optim:
     lr_schedule: str = opt(
         "cosine",
         "how the learning rate falls in each stage, after its warm-up: cosine (to a tenth) | wsd "
-        "(from half of the stage on, linearly to a twentieth)",
+        "(constant for half of the rest, then linearly to a twentieth)",
         choices=("cosine", "wsd"),
     )
     warmup: int = opt(
@@ -470,6 +469,7 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         self.check_data()
         self.check_method()
         self.check_answers_share()
+        self.check_word_dropout()
         self.check_last_lr()
         self.check_credit_of_latents()
         require(self.G > 1, "--G must be at least 2: a group is its own baseline")
@@ -539,11 +539,6 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
                 f"{option} contradicts --method {self.method}, which has none",
             )
 
-        require(
-            self.word_dropout <= 1,
-            f"--word-dropout must be a share, between 0 and 1, not {self.word_dropout}",
-        )
-
         # What is distilled into latents needs latents
         require(
             not self.distill or (method.stages != "words" and method.by == "latents"),
@@ -566,6 +561,13 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         require(
             self.stage != "rl" or is_full_atp,
             "--stage rl uses the method of --init; drop --method and its ablations",
+        )
+
+    def check_word_dropout(self):
+        """Refuse a --word-dropout that is no share."""
+        require(
+            0 <= self.word_dropout <= 1,
+            f"--word-dropout must be between 0 and 1, not {self.word_dropout}",
         )
 
     def check_answers_share(self):
@@ -716,7 +718,7 @@ def parse(argv, description):
             f"command line: --preset must be one of {', '.join(PRESETS)}, not {preset!r}"
         )
 
-    # Over the preset and the defaults, of which five depend on other options
+    # Over the preset and the defaults, of which some depend on the method and on other options
     cfg = Config(**{**preset_values(preset, given.get("stage")), **given})
     if cfg.method in METHODS:
         settle_method(cfg, given)
@@ -739,7 +741,7 @@ def build_parser(description):
         f"{description}\n"
         "Defaults stand in brackets: [a; PRESET b; rl c; PRESET rl d; PRESET METHOD e], where b\n"
         "is the default with --preset PRESET, c with --stage rl, d with both, and e in the SFT of\n"
-        "PRESET with --method METHOD.",
+        "PRESET with --method METHOD. (Without these options: tiny, and atp.)",
         usage="python train.py [--option value …]",
     )
 
@@ -794,13 +796,14 @@ def describe_default(f):
 
 
 def settle_method(cfg, given):
-    """Set what SFT_OF_METHOD has for the method, where it is not given. RL has nothing of it."""
+    """Set what SFT_OF_METHOD has for the method, where it is not given. RL takes none of it."""
     if cfg.stage != "sft":
         return
     for name, value in SFT_OF_METHOD[cfg.preset].get(cfg.method, {}).items():
-        # a teacher that is switched off comes in no step, every second or other
-        if name not in given and (name != "distill_every" or cfg.distill):
+        if name not in given:
             setattr(cfg, name, value)
+    if not cfg.distill and "distill_every" not in given:
+        cfg.distill_every = 1  # without a teacher, how often it comes would be refused
 
 
 def default_epochs(cfg):
@@ -809,7 +812,7 @@ def default_epochs(cfg):
     if stages == "curriculum":
         kind = stages
         if cfg.method in of_preset:
-            kind = "distilled" if cfg.distill else cfg.method
+            kind = f"{cfg.method}, distilled" if cfg.distill else cfg.method
         first, middle, full, last = of_preset[kind]
         epochs = [first, *[middle] * (cfg.K - 1), full, last]
     else:

@@ -26,9 +26,9 @@ TRAIN = str(Path(__file__).parents[2] / "train.py")
 
 # ---- the arms: name -> options of train.py -------------------------------------------------------
 
-# The first stages of the curriculum, ATP's and the other methods', as by default. Where an arm gives
-# the epochs of the last one, they fit the seconds of the default, or 1.3 or 1.65 × as many
-# (docs/results.md has what a step costs)
+# The first stages of the curriculum, as by default: ATP's, and those of the other methods. Where
+# an arm gives the epochs of the last one, they fit the seconds of the default, or 1.3 or 1.65 × as
+# many (docs/results.md has what a step costs)
 EARLIER = "2.5,0.5,0.5,0.5,0.8,"
 EARLIER_OF_OTHERS = "5,0.5,0.5,0.5,0.8,"
 
@@ -48,15 +48,20 @@ METHODS = {
     "ATP, no distillation, 1.3 × the seconds": ["--distill", "0", "--epochs", EARLIER + "22.3"],
     "ATP, 1.65 × the seconds": ["--epochs", EARLIER + "24.6"],
     "ATP, no distillation, 1.65 × the seconds": ["--distill", "0", "--epochs", EARLIER + "29.5"],
-    # What the default has beside the paper, one thing at a time; then all that came with a φ of one
-    # layer, for as many seconds
+    # Without one of the things that the default adds to the paper; then without all that came with
+    # a φ of one layer, in as many seconds; then a rival with all of ATP's settings
     "ATP, no word dropout": ["--word-dropout", "0"],
     "ATP, cosine": ["--lr-schedule", "cosine"],
     "ATP, weight decay 0.01": ["--weight-decay", "0.01"],
-    "ATP, the default before": [
+    "ATP, φ of two layers, cosine": [
         *("--decoder-layers", "2", "--word-dropout", "0"),
         *("--lr-schedule", "cosine", "--weight-decay", "0.01"),
         *("--epochs", EARLIER_OF_OTHERS + "9.4"),
+    ],
+    "SIM-CoT, ATP's settings": [
+        *("--method", "sim-cot", "--decoder-layers", "1", "--word-dropout", "0.5"),
+        *("--lr-schedule", "wsd", "--weight-decay", "0.1"),
+        *("--distill", "5", "--distill-every", "2", "--epochs", EARLIER + "13.4"),
     ],
     "ATP, no VAE": ["--no-vae"],
     "ATP, no stop head": ["--no-stop"],
@@ -77,7 +82,7 @@ DISTILLED = ["--distill", "5", "--distill-every", "2", "--updates", "1485"]
 # More SFT, of the last stage alone. {seconds}: as many epochs as take the time of the arm "RL";
 # {steps}: as many as have its number of optimizer steps
 MORE_SFT = ["--stage", "sft", "--epochs", "{seconds}"]
-# The anchor is an SFT loss with RL's options: without distillation, and so on
+# The anchor is an SFT loss with RL's options: no distillation, no word dropout, RL's schedule
 ANCHOR = [
     *("--stage", "sft", "--epochs", "{steps}", "--distill", "0", "--word-dropout", "0"),
     *("--lr-schedule", "cosine", "--weight-decay", "0.01"),

@@ -319,7 +319,10 @@ def test_a_batch_moves_with_its_indices():
     model, tokenizer = small_model()
     rows = data.encode(problems.generate("labelled", 3, 1), tokenizer, model)
     batch = data.collate(rows, model.K + 1, model)
+    assert batch.to("meta").steps.unseen is None
+    batch.steps.hide(data.draw_unseen(rows, model.K, 0.5, torch.Generator()))
     moved = batch.to("meta")
+    assert moved.steps.unseen.is_meta
     assert moved.thinking.L == batch.thinking.L
     assert moved.prompt.is_meta
 

@@ -274,6 +274,24 @@ def test_the_decoder_does_not_see_hidden_words(model):
         assert not is_equal_after_the_first(~hidden)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_words_are_hidden_from_the_decoder_alone(previewed, stage, monkeypatch):
+    """With all hidden, L_dec is that of a φ that cannot read words; other losses stay."""
+    model, rows, eps = previewed
+    decoder, bos = model.decoder, model.policy.cfg.bos
+    model.decoder_started = True
+    batch = data.collate(rows, stage, model)
+    seen = sft_losses(model, batch, eps)
+    batch.steps.hide(torch.ones(len(rows), model.K, 99, dtype=torch.bool))
+    hidden = sft_losses(model, batch, eps)
+    assert [name for name in seen if not torch.equal(seen[name], hidden[name])] == ["dec"]
+
+    batch.steps.unseen = None
+    embed = decoder.embed
+    monkeypatch.setattr(decoder, "embed", lambda ids: embed(ids) * (ids == bos)[..., None])
+    assert torch.equal(sft_losses(model, batch, eps)["dec"], hidden["dec"])
+
+
 def test_which_words_are_hidden(loaded):
     """A share of them, others in every step and for every problem."""
 
@@ -285,7 +303,7 @@ def test_which_words_are_hidden(loaded):
     unseen, text = unseen_at(0, "--word-dropout", "0.4")
     assert unseen.shape == (len(text), text.shape[1] - 1)
     assert unseen.float().mean() == pytest.approx(0.4, abs=0.1)
-    assert len({tuple(row) for row in unseen.tolist()}) > len(text) // 2
+    assert len({tuple(row) for row in unseen.tolist()}) == len(text)
     assert torch.equal(unseen, unseen_at(0, "--word-dropout", "0.4")[0])
     assert not torch.equal(unseen, unseen_at(1, "--word-dropout", "0.4")[0])
     assert unseen_at(0, "--word-dropout", "1")[0].all()

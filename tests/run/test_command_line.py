@@ -42,6 +42,9 @@ SMALL_SETS = ("--labelled", 40, "--test-size", 5, "--val-size", 5)
     ("--answers-share 2", "--answers-share must be between 0 and 1"),
     ("--stage rl --G 1", "--G must be at least 2"),
     ("--distill -1", "--distill must not be negative"),
+    ("--word-dropout 1.1", "--word-dropout must be between 0 and 1, not 1.1"),
+    ("--word-dropout -1", "--word-dropout must be between 0 and 1, not -1"),
+    ("--lr-schedule linear", "--lr-schedule must be cosine or wsd"),
     ("--distill nan", "--distill must be a finite number"),
     ("--stage rl --latent-weight -1", "--latent-weight must not be negative"),
 
@@ -241,6 +244,27 @@ def test_the_distillation_of_a_method_and_preset(argv, distill, every):
     assert (cfg.distill, cfg.distill_every) == (distill, every)
 
 
+# fmt: off
+@pytest.mark.parametrize("argv, decoder_layers, word_dropout, lr_schedule, weight_decay", [
+    ("", 1, 0.5, "wsd", 0.1),
+    ("--no-decoder", 1, 0.5, "wsd", 0.1),  # without effect on φ, which is not there
+    ("--decoder-layers 2 --word-dropout 0", 2, 0, "wsd", 0.1),
+    ("--lr-schedule cosine --weight-decay 0", 1, 0.5, "cosine", 0),
+    ("--stage rl", 2, 0, "cosine", 0.01),
+    ("--stage rl --word-dropout .1", 2, 0.1, "cosine", 0.01),
+    ("--method sim-cot", 2, 0, "cosine", 0.01),
+    ("--method codi", 2, 0, "cosine", 0.01),
+    ("--preset smollm2-135m --init x", 0, 0, "cosine", 0.01),
+    ("--preset llama-1b --init x", 0, 0, "cosine", 0.01),
+])
+# fmt: on
+def test_what_tiny_gives_atp(argv, decoder_layers, word_dropout, lr_schedule, weight_decay):
+    cfg = options.parse(argv.split(), "")
+    of_phi = (cfg.decoder_layers, cfg.word_dropout)
+    assert of_phi == (decoder_layers, word_dropout)
+    assert (cfg.lr_schedule, cfg.weight_decay) == (lr_schedule, weight_decay)
+
+
 def test_help_shows_every_option_and_its_default(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
@@ -254,6 +278,8 @@ def test_help_shows_every_option_and_its_default(capsys):
     assert tiny.c != large.c
     assert f"latents per reasoning step [{tiny.c}; llama-1b {large.c}]" in shown
     assert f"of weights, data order and noise [{tiny.seed}]" in shown
+    # … and one that depends on the method
+    assert "[cosine; tiny atp wsd]" in shown
 
     for group in (General, Data, Latents, Optim, Explore, Size, Report):
         assert f" {group.__doc__}: --" in shown
