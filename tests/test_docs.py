@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from minatp.tools import ablate
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -52,6 +54,15 @@ def test_every_command_names_a_program_that_exists(page):
         assert (ROOT / script).exists(), script
     for test in re.findall(r"pytest [^`\n#]*?(tests[\w/.]*)", read(page)):
         assert (ROOT / test).exists(), test
+
+
+def test_the_arms_that_are_named_exist():
+    texts = [ablate.__doc__, *map(read, PAGES)]
+    named = [arms for text in texts for arms in re.findall(r'--arms "([^"]+)"', text)]
+    assert named
+    for arms in named:
+        for arm in arms.split(";"):
+            assert arm.strip() in {*ablate.METHODS, *ablate.arms_after()}
 
 
 def test_the_kernel_shown_is_the_kernel():
