@@ -249,14 +249,14 @@ def collate(rows, stage, model, distills=False):
     texts = [fillers + text_of(row, of_row, model) for row, of_row in zip(rows, lines)]
     text = read_and_write(texts, model.end, len(fillers))
 
-    # The steps that are read from latents: those that are latent or, with previews, those in words
+    # How many steps of each row φ must write: those that are latent or, with previews, in words
     has_previews = model.previews and stage == 0
-    n_read = n_step
+    n_written = n_step
     if has_previews:
-        n_read = [min(len(row.lines), model.K) for row in rows]
+        n_written = [min(len(row.lines), model.K) for row in rows]
     elif not model.decode:
-        n_read = [0] * len(rows)
-    steps = steps_of(rows, n_read, stage, model.K, has_previews)
+        n_written = [0] * len(rows)
+    steps = steps_of(rows, n_written, stage, model.K, has_previews)
 
     # The same problems in words, if their steps are known. Without latents there is nothing to
     # teach: the text is the same

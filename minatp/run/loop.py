@@ -269,8 +269,8 @@ class Run:
         # Sorted by length, so that little of a micro-batch is padding
         rows = sorted(rows, key=lambda row: len(row.prompt))
 
-        # The noise, and which words φ does not see, go by a row's place in the WHOLE batch; this
-        # rank takes its share of all
+        # The noise, and which words φ does not see, go by a row's place in the WHOLE batch. This
+        # rank takes its share of them, and of the rows
         keys, unseen = None, None
         if model.vae:
             keys = ops.noise_keys(self.seed_at(step), len(rows), model.c * model.K)
@@ -424,11 +424,11 @@ class Run:
 def rate_at(i, n_step, warmup, schedule):
     """The learning rate of step i of a stage of n_step steps, as a share of the peak.
 
-    A linear warm-up, over at most a tenth of the stage, and then with the schedule
+    After a linear warm-up over at most a tenth of the stage, it follows the schedule:
 
-    wsd      the peak until half of the rest is done, then a line to a twentieth (warm-up, stable,
-             decay: Hu et al. 2024, arXiv 2404.06395)
-    cosine   half a period of a cosine to a tenth
+    wsd      the peak for half of the remaining steps, then linearly down to a twentieth (warm-up,
+             stable, decay: Hu et al. 2024, arXiv 2404.06395)
+    cosine   half a period of a cosine, down to a tenth
     """
     warmup = min(warmup, n_step // 10)
     if i < warmup:
