@@ -108,7 +108,7 @@ def curriculum_batches(run, stage):
     cfg, labelled, answers_only = run.cfg, run.labelled, run.answers_only
     n_answers_only = 0
     if stage > cfg.K and answers_only:
-        n_answers_only = round(cfg.answers_share * cfg.batch_size)
+        n_answers_only = cfg.n_answers_only
 
     seed = cfg.seed * 1000 + stage
     order = batches([row.length for row in labelled], cfg.batch_size - n_answers_only, seed)
@@ -354,11 +354,7 @@ def policy_gradients(run, explored, advantage, informative):
             # KL to the SFT policy, a mean over the informative chains: measured for each log line,
             # part of the loss with --kl
             if cfg.kl or run.is_log_due:
-                if explored.start is None:
-                    with torch.no_grad():
-                        start_model = run.start_model
-                        explored.start = log_probs(start_model, prompt, prompt_mask, rolled, cfg.G)
-                kl = kl_to_start(new, explored.start, rolled.candidate)
+                kl = kl_of_drawn(run, explored, prompt, prompt_mask, rolled, new)
                 metrics["kl"] = kl / len(rows)
                 if cfg.kl:
                     n_chain = int(informative.sum()) * cfg.G  # of all ranks
@@ -367,6 +363,22 @@ def policy_gradients(run, explored, advantage, informative):
         run.doing = run.between_batches
     total = distributed.all_reduce({"loss": loss.detach()}, device)["loss"]
     return total, distributed.all_reduce(metrics, device, weight=len(rows))
+
+
+def kl_of_drawn(run, explored, prompt, prompt_mask, rolled, new):
+    """KL(π ‖ π_start) of the chains `rolled` (`kl_to_start`), a scalar.
+
+    Both policies read the latents as they were drawn. new: the LogProbs of π, which with path are
+    of the chain that π walks now, so that π has to read the drawn one as well.
+    """
+    cfg = run.cfg
+    if cfg.estimator == "path":
+        with torch.set_grad_enabled(cfg.kl > 0):
+            new = log_probs(run.model, prompt, prompt_mask, rolled, cfg.G)
+    if explored.start is None:
+        with torch.no_grad():
+            explored.start = log_probs(run.start_model, prompt, prompt_mask, rolled, cfg.G)
+    return kl_to_start(new, explored.start, rolled.candidate)
 
 
 def advantage_of_latents(run, advantage, informative):

@@ -32,8 +32,10 @@ NUMERAL = r"\.?\d(?:[\d.,]*\d)?(?:[eE][+-]?\d+|%)?"
 WELL_FORMED = re.compile(r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}|%)?")
 
 # An answer: its sign on either side of a currency, its number, and words or a unit. A second number
-# or an operator may not follow, so that neither a list of guesses nor a calculation is an answer
-ANSWER = re.compile(rf"([+-]?(?:[$€£] ?)?|[$€£] ?[+-])({NUMERAL})(?!\s*[-+*/#])([^\d=<>]*)")
+# or an operator may not follow, so that neither a list of guesses nor a calculation is an answer;
+# nor may a power or a fraction, as in 10² and 1½
+CALCULATES = r"(?!\s*[-+*/#¹²³⁰-⁹¼-¾⅐-⅞])"
+ANSWER = re.compile(rf"([+-]?(?:[$€£] ?)?|[$€£] ?[+-])({NUMERAL}){CALCULATES}([^\d=<>]*)")
 
 # A number in a step, or a fraction of two. A minus after a number or a bracket is an operator, not
 # a sign: "-3", "(-3)" and "2*-3" hold −3, but "5-3", "5 - 3" and "(1+1)-3" hold 3
@@ -61,7 +63,7 @@ def number(text, alone=False):
     alone: no words may follow.
     """
     match = ANSWER.fullmatch(text.strip().translate(SYMBOLS))
-    if not match or (alone and match[3].strip(" .%")):
+    if not match or (alone and match[3].strip(" .%$€£")):
         return None
     value = exact(match[2].removesuffix("%"))
     return -value if value is not None and "-" in match[1] else value

@@ -408,6 +408,11 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         return METHODS[self.method].stages != "words"
 
     @property
+    def n_answers_only(self):
+        """How many problems of a batch of the last stage have an answer and no steps."""
+        return round(self.answers_share * self.batch_size)
+
+    @property
     def switches(self):
         """The keyword arguments of latent.ATP."""
         method = METHODS[self.method]
@@ -584,6 +589,12 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
             self.replaces_steps and self.schedule()[-1][0] > self.K,
             "--answers-share applies to the last stage of a method that replaces written steps, "
             "and there is none here",
+        )
+        n = self.n_answers_only
+        require(
+            0 < n < self.batch_size or self.answers_share == 1,
+            f"--answers-share {self.answers_share} of a --batch-size of {self.batch_size} is "
+            f"{'no problem' if n == 0 else 'all of it'}; change one of them",
         )
 
     def check_last_lr(self):

@@ -33,6 +33,7 @@ def test_numbers_are_exact():
         # a unit and words may follow
         ("72, altogether", 72),
         ("18 dollars.", 18),
+        ("12 m²", 12),
         # a comma stands between groups of three digits
         ("1,5", None),
         ("1,2,3", None),
@@ -43,6 +44,8 @@ def test_numbers_are_exact():
         ("3/4", None),
         ("12=", None),
         ("12 *", None),
+        ("10²", None),
+        ("1½", None),
         ("12>>", None),
         ("--5", None),
         # a step, words
@@ -121,6 +124,8 @@ def test_a_result_as_a_float_is_none_beyond_what_a_float_holds():
         ("### 5 PM", "5 pm", 1),
         ("### 5 am", "5 pm", 0),
         ("### Lena’s  jar", "Lena's jar", 1),
+        # but a currency may stand on either side
+        ("### 5", "5 €", 1),
         # no answer
         ("19", "19", 0),
         ("### ", "0", 0),

@@ -3,6 +3,7 @@
 The steps are made in memory: `OneStep` stands for what surrounds them.
 """
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -251,6 +252,26 @@ def test_clamped_is_a_share_of_decisions_and_the_kl_to_oneself_is_zero():
     explored.old_logp -= 1.0 * is_decision
     _, metrics = train.policy_gradients(run, explored, advantage, informative)
     assert metrics["clamped"] == 1
+
+
+def test_the_kl_compares_both_policies_on_the_chains_as_they_were_drawn():
+    """With path as with score, after a policy has moved: the same value, the same gradient."""
+    kl, gradients = {}, {}
+    for estimator in ("score", "path"):
+        run = one_step(*SMALL_RL, "--estimator", estimator, "--kl", 1)
+        explored = train.explore(run, run.prompts[:2], step=0)
+        run.start_model = deepcopy(run.model)
+        with torch.no_grad():
+            g = torch.Generator().manual_seed(1)
+            for weight in run.model.parameters():
+                weight += 0.05 * torch.randn(weight.shape, generator=g)
+
+        # No advantage, so that the loss is the KL alone
+        _, metrics = train.policy_gradients(run, explored, torch.zeros(2, 4), torch.ones(2).bool())
+        kl[estimator], gradients[estimator] = metrics["kl"].item(), gradients_of(run.model)
+    assert kl["score"] > 0.1
+    assert kl["path"] == pytest.approx(kl["score"], rel=1e-4)
+    assert_equal_gradients(gradients["path"], gradients["score"], rtol=1e-3, atol=1e-4)
 
 
 def test_coherence_only_looks_at_no_answer_anywhere():

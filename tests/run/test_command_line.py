@@ -75,6 +75,8 @@ SMALL_SETS = ("--labelled", 40, "--test-size", 5, "--val-size", 5)
     ("--epochs inf", "--epochs needs"),
     ("--answers-share .5 --epochs 1,0,0,0,0,0", "none here"),
     ("--answers-share .5 --method cot", "none here"),
+    ("--answers-share .01", "--answers-share 0.01 of a --batch-size of 32 is no problem"),
+    ("--answers-share .99", "--answers-share 0.99 of a --batch-size of 32 is all of it"),
     ("--last-lr .1 --epochs 1,0,0,0,0,0", "--last-lr is for the last stage"),
     ("--last-lr .1 --method cot", "none here; give --lr"),
     ("--last-lr .1 --method codi", "none here; give --lr"),
