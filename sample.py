@@ -16,9 +16,9 @@ import time
 
 from minatp.rollout import Noise
 from minatp.run import evaluate
-from minatp.run.device import autocast, pick_device, pick_dtype, place, solving_guard
+from minatp.run.device import autocast, pick_device, pick_dtype, solving_guard
 from minatp.run.errors import run_command
-from minatp.run.huggingface import load_model, locate
+from minatp.run.huggingface import locate
 from minatp.run.splits import encode_prompts
 from minatp.tools import edit, page, show
 from minatp.tools.sample_options import parse, read_questions
@@ -55,8 +55,7 @@ def main(argv=None):
 
 def think(folder, name, problems, args, device):
     """Solve all problems with one run -> show.Columns: its own chains, then each edit of them."""
-    model, tokenizer = load_model(folder)
-    place(model, device).eval()
+    model, tokenizer = evaluate.load_trained(folder, device)
     prompts = encode_prompts(problems, tokenizer, model, args.max_new)
 
     def solve(prompts, seed=None, forced=None):

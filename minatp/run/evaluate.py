@@ -32,7 +32,15 @@ from .errors import UserError
 from .huggingface import load_model, locate, read_switches
 from .options import Parser, add_device_options
 from .problem_files import read_problems
-from .splits import encode_prompts, generate, paths_of, test_set
+from .splits import (
+    encode_prompts,
+    generate,
+    learned_questions,
+    options_of,
+    paths_of,
+    questions_of,
+    test_set,
+)
 from .terminal import print0, progress
 
 BATCH = 500  # problems at once
@@ -491,6 +499,7 @@ def main(argv=None):
     for folder in args.run:  # before the first is measured
         locate(folder)
         check_latent_steps(folder, args.latent_steps)
+        note_learned(folder, sets, args)
 
     for file, problems in sets.items():
         first = None  # the chains of the first run
@@ -502,6 +511,24 @@ def main(argv=None):
                 result |= paired(chains, first, problems)
             first = first or chains
             report(folder, file, result, args)
+
+
+def note_learned(folder, sets, args):
+    """Say on stderr how many of the problems to be measured a run was trained on, if any.
+
+    sets: {name: problems}.
+    """
+    # The built-in sets never overlap
+    cfg = options_of(folder)
+    if not args.file and not (cfg and cfg.data):
+        return
+    learned, _ = learned_questions(folder)
+    questions = questions_of(p for problems in sets.values() for p in problems)
+    n = len(learned & questions)
+    if n:
+        sys.stderr.write(
+            f"note: {folder}: was trained on {n:,} of the {len(questions):,} questions\n"
+        )
 
 
 def report(folder, file, result, args):
@@ -517,10 +544,22 @@ def report(folder, file, result, args):
         print0(describe_latent_steps(result["latent_steps"]))
 
 
+def load_trained(folder, device):
+    """load_model, on a device, to be used as it is: (model, tokenizer). Raises UserError.
+
+    Says on stderr if the model has learned nothing of latents.
+    """
+    model, tokenizer = load_model(folder)
+    if not read_switches(folder):
+        sys.stderr.write(
+            f"note: {folder}: has no minatp/, so its latent head, stop head and φ are untrained\n"
+        )
+    return place(model, device).eval(), tokenizer
+
+
 def evaluate_run(folder, problems, device, args):
     """(chains, result) of one run on the problems."""
-    model, tokenizer = load_model(folder)
-    place(model, device).eval()
+    model, tokenizer = load_trained(folder, device)
     prompts = encode_prompts(problems, tokenizer, model, args.max_new)
 
     # The batches of one pass by the mean policy, and of one for each vote and number of steps

@@ -102,13 +102,23 @@ def remove_if_empty(folder):
 
 
 def check_unused(cfg, folder):
-    """Raise UserError if a new run would overwrite an earlier one."""
+    """Raise UserError if a new run would overwrite an earlier one, or what is not a run's."""
+    if cfg.resume:
+        return
+
     # A log alone does not count: that run ended before its first checkpoint
-    holds_run = (folder / "summary.json").exists() or checkpoints(folder)
-    if holds_run and not cfg.resume:
+    if (folder / "summary.json").exists() or checkpoints(folder):
         raise UserError(
             f"{folder}:0: already holds a run; add --resume to continue it, or choose another --out"
         )
+    # A run makes its log before its config.json
+    has_log = (folder / "metrics.jsonl").exists()
+    if (folder / "config.json").exists() and not has_log:
+        raise UserError(
+            f"{folder}:0: already holds a config.json that is not a run's; choose another --out"
+        )
+    if (folder / "final").exists():
+        raise UserError(f"{folder}:0: already holds a model in final/; choose another --out")
 
 
 def not_writable(folder, e):
@@ -139,6 +149,7 @@ class Log:
 
         # What `open` sets, on rank 0
         self.file = None  # metrics.jsonl, open for writing; None on other ranks
+        self.folder = None  # os.stat of the folder
         self.send = None  # of --sink
         self.validated = 0  # the step of the last validation
 
@@ -166,6 +177,7 @@ class Log:
                     self.validated = max(self.validated, record["step"])
         replace_file(self.path, "".join(kept))
         self.file = self.path.open("a")
+        self.folder = os.stat(self.out)
 
     def records(self):
         """Yield (line, record) of metrics.jsonl, without a line that a crash has cut short.
@@ -200,6 +212,22 @@ class Log:
             raise NotWritten(self.path, e, len(line)) from e
         if self.send:
             self.send(scalars(record), record["step"])
+
+    def check_in_place(self):
+        """Raise UserError if the folder has been moved or removed: another may have its name."""
+        if self.file is None:
+            return
+        with suppress(OSError):
+            if os.path.samestat(self.folder, os.stat(self.out)):
+                return
+        raise UserError(
+            f"{self.out}:0: has been moved or removed while the run was writing into it; move it "
+            "back, and continue with --resume"
+        )
+
+    def close(self):
+        if self.file is not None:
+            self.file.close()
 
     def seconds(self):
         """Seconds of the run so far, including those before it was resumed."""

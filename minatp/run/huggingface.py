@@ -498,6 +498,18 @@ def has_control_tokens(directory):
     return START in (directory / "tokenizer.json").read_text(encoding="utf-8")
 
 
+def require_files(directory):
+    """Raise UserError if a file is missing that the directory's manifest.json lists."""
+    manifest = directory / "manifest.json"
+    if not manifest.exists():
+        return
+    for name in read_json(manifest).get("sha256", {}):
+        if not (directory / name).exists():
+            raise UserError(
+                f"{directory / name}:0: is missing, but {manifest.name} lists it; copy it again"
+            )
+
+
 def add_control_tokens(model, tokenizer):
     """Add the rows of the three control tokens to the embeddings of a model (ATP).
 
@@ -529,6 +541,7 @@ def load_model(directory, **switches):
     """
     # What describes the model comes first: it is quick to read, and to refuse
     directory = locate(directory)
+    require_files(directory)
     saved = read_switches(directory)
     cfg = read_config(directory / "config.json")
     tokenizer = read_tokenizer(directory, cfg)

@@ -352,6 +352,7 @@ class Run:
         """Save a checkpoint, from which --resume continues."""
         # Never save after a step that was refused: the run then ends with the checkpoint before it
         self.optimizer.check()
+        self.log.check_in_place()
         self.state |= {"step": n_done, "seconds": self.log.seconds(), "meter": self.meter.state()}
         # The warning of Meter.add then comes when it would have come without a resume
         if self.cfg.stage == "rl":
@@ -415,10 +416,13 @@ class Run:
         """Save the model, test it once, write summary.json."""
         # Save the model before the tests begin. `seconds` leaves out the time that they take
         seconds = self.log.seconds()
+        self.log.check_in_place()
         checkpoint.save_final(self.cfg.out, self.model, self.tokenizer)
         tests = evaluate.test(self)
         n = len(self.labelled if self.cfg.stage == "sft" else self.questions)
+        self.log.check_in_place()
         self.log.summary(self.cfg, tests, seconds, self.device, training_problems=n)
+        self.log.close()
 
 
 def rate_at(i, n_step, warmup, schedule):

@@ -887,8 +887,7 @@ def of_run(path):
         cfg = Config(**json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise UserError(
-            f"{path}:1: is not the config.json of a run ({e}); start without --resume, or give "
-            "another folder"
+            f"{path}:1: is not the config.json of a run ({e}); restore it, or give another folder"
         ) from None
 
     # The command line's types and ranges hold for the file as well

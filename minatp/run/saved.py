@@ -119,7 +119,7 @@ def write_manifest(folder):
     """Write manifest.json: {"sha256": {file: hash}} of all files in the folder."""
     # List the files before manifest.json is one of them
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    hashes = {str(file.relative_to(folder)): sha256(file) for file in files}
+    hashes = {file.relative_to(folder).as_posix(): sha256(file) for file in files}
     (folder / "manifest.json").write_text(json.dumps({"sha256": hashes}, indent=2) + "\n")
 
 

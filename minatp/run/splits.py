@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,13 +111,15 @@ def questions_of(problems):
 def learned_questions(folder):
     """The questions that a run was trained on, with those of the run that it started from.
 
-    Returns (`questions_of`, why some are unknown or ""). If the folder is not a run's, for example
-    Llama's, there are none.
+    Returns (`questions_of`, why some are unknown or ""). A published model has none.
     """
     run = run_of(folder)
     if not run:
-        return set(), ""
-    cfg = options_of(run)
+        return set(), why_no_run(folder)
+    try:
+        cfg = options_of(run)
+    except UserError as e:
+        return set(), str(e)
 
     # What --init has learned, this run has learned, and so on back to the first
     questions, why_unknown = set(), ""
@@ -126,6 +129,7 @@ def learned_questions(folder):
     # To know which of its problems it has trained on, split them as the run did
     try:
         splits = split_as_begun(cfg, run)
+        require_unchanged(splits, cfg, run)
     except UserError as e:  # its files have been moved or changed
         return questions, f"{why_unknown}; {e}" if why_unknown else str(e)
 
@@ -155,6 +159,15 @@ def split_as_begun(cfg, run):
     n = len(learned & questions_of(by_letter.held_out))
     by_letter.add_note(f"{n} in training are in the validation or test set, in another spelling")
     return by_letter
+
+
+def require_unchanged(splits, cfg, run):
+    """Raise UserError if these are not the problems with which the run in a folder began."""
+    if cfg.data and saved_fingerprint(run) not in (None, splits.fingerprint):
+        raise UserError(
+            f"{place_of(cfg)}: the problems are not those with which {run} began (was a file "
+            "changed?)"
+        )
 
 
 def saved_fingerprint(run):
@@ -291,12 +304,21 @@ def run_of(folder):
 
     None for other folders.
     """
-    # final/ is one folder below the run's, a checkpoint is two
-    folder = Path(folder).absolute()
-    for candidate in [folder, *folder.parents][:3]:
-        if (candidate / "metrics.jsonl").exists():
-            return candidate
+    # final/ is one folder below the run's, a checkpoint is two. A link to either will do
+    for path in (Path(folder).absolute(), Path(folder).resolve()):
+        for candidate in [path, *path.parents][:3]:
+            if (candidate / "metrics.jsonl").exists():
+                return candidate
     return None
+
+
+def why_no_run(folder):
+    """Why nothing is known of the training of a model of ours; "" for a published one."""
+    if not Path(folder).exists():
+        return f"{folder} is gone"
+    if (Path(folder) / "minatp").exists():
+        return f"{folder} was taken out of its run's folder"
+    return ""
 
 
 def options_of(folder):
@@ -309,17 +331,30 @@ def test_set(folder, n=0, seed=0):
     """The first n problems (0: all) of a run's test sets.
 
     A folder that is not a run's gets those of the built-in task. seed: another one generates other
-    problems of that task.
+    problems of that task. Raises UserError if the run's files have changed.
     """
+    run = run_of(folder)
     cfg = options_of(folder) or Config()
+    if not run and Path(folder).exists() and why_no_run(folder):
+        sys.stderr.write(
+            f"note: {why_no_run(folder)}, so the problems are those of the built-in task; give "
+            "--file for others\n"
+        )
     if not cfg.data:
         return generate("test", n or cfg.test_size, seed)
 
     # Test files can be read by themselves; what was held out is found by splitting again
-    if cfg.test:
-        tests = [read_problems(path) for path in paths_of("--test", cfg.test)]
-    else:
-        tests = split(cfg).tests.values()
+    try:
+        if cfg.test:
+            tests = [read_problems(path) for path in paths_of("--test", cfg.test)]
+        else:
+            splits = split_as_begun(cfg, run)
+            require_unchanged(splits, cfg, run)
+            tests = splits.tests.values()
+    except UserError as e:
+        raise UserError(
+            f"{e} ({run}/config.json names it; for other problems give --file)"
+        ) from None
     every_problem = [p for part in tests for p in part]
     return every_problem[:n] if n else every_problem
 

@@ -1,6 +1,7 @@
 """The terminal: lines for the user, progress of long work, and the signals that end a run."""
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -94,8 +95,9 @@ def progress(what, n):
             left = format_duration(per_part * (n - n_done))
             text = f"{what}: {n_done} of {n} batches, {left} left"
 
-        # Return to the start of the line, erase it, and write over it
-        sys.stderr.write(f"\r\x1b[K{text}")
+        # Return to the start of the line, erase it, and write over it. It must not wrap
+        width = shutil.get_terminal_size().columns - 1
+        sys.stderr.write(f"\r\x1b[K{text[:width]}")
         sys.stderr.flush()
 
     return advance

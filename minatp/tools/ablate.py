@@ -9,6 +9,7 @@ summary.json is not trained again.
 """
 
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from ..run import options
 from ..run.errors import UserError
+from ..run.huggingface import read_json
 from ..run.options import Parser
 from ..run.saved import checkpoints
 from ..run.terminal import print0
@@ -31,6 +33,9 @@ TRAIN = str(Path(__file__).parents[2] / "train.py")
 # many (docs/results.md has what a step costs)
 EARLIER = "2.5,0.5,0.5,0.5,0.8,"
 EARLIER_OF_OTHERS = "5,0.5,0.5,0.5,0.8,"
+
+# Options of train.py that differ between the runs, or would leave none
+SET_HERE = ("--stage", "--method", "--init", "--out", "--seed", "--resume", "--dry-run")
 
 # Stage 1, from scratch
 METHODS = {
@@ -157,7 +162,7 @@ def has_budget_of_rl(arm):
 
 def main(argv=None):
     args = parse(argv)
-    study = Study(Path(args.out).absolute(), args.options.split())
+    study = Study(Path(args.out).absolute(), args.options)
     stage_1, stage_2 = plan(args.arms)
 
     def train(job):
@@ -199,9 +204,27 @@ def parse(argv):
         raise UserError(
             f"command line: --seeds must be whole numbers separated by commas, not {args.seeds!r}"
         ) from None
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError("command line: --seeds has the same number twice; give each once")
     if args.jobs < 1:
         raise UserError(f"command line: --jobs must be positive, not {args.jobs}")
+    args.options = common_options(args.options)
     return args
+
+
+def common_options(text):
+    """--options as a list of arguments. Raises UserError if one is not common to all arms."""
+    try:
+        arguments = shlex.split(text)
+    except ValueError as e:
+        raise UserError(f"command line: --options: {e}") from None
+    for argument in arguments:
+        option = argument.split("=")[0]
+        if option in SET_HERE:
+            raise UserError(
+                f"command line: --options: {option} is set for each run by this command; drop it"
+            )
+    return arguments
 
 
 def arms_after():
@@ -255,10 +278,10 @@ class Study:
         return self.out / f"{name}.{seed}"
 
     def summary(self, arm, seed):
-        return json.loads((self.folder(arm, seed) / "summary.json").read_text())
+        return read_json(self.folder(arm, seed) / "summary.json")
 
     def config(self, arm, seed):
-        return json.loads((self.folder(arm, seed) / "config.json").read_text())
+        return read_json(self.folder(arm, seed) / "config.json")
 
     def train_arm(self, arm, seed):
         """Train an arm, after the run that it starts from, unless they are finished; its folder."""

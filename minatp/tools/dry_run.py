@@ -6,6 +6,7 @@ import statistics
 import time
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -20,8 +21,9 @@ from ..run import distributed
 from ..run.build import build, llama_config, n_parameters
 from ..run.checks import check_problems
 from ..run.errors import UserError
+from ..run.folder import check_unused
 from ..run.huggingface import load_model, read_json
-from ..run.saved import checkpoints, newest_checkpoint
+from ..run.saved import newest_checkpoint
 from ..run.terminal import print0
 from ..sft import sft_losses
 from ..tokenizer import train_tokenizer
@@ -95,13 +97,16 @@ def dry_run(run, sft_gradients, dry_run_rl):
 
 
 def check_folder(run):
-    """A resumed run must have the problems that it started with; a new one needs a folder."""
+    """A resumed run must have the problems that it started with; a new one needs a free folder."""
     cfg = run.cfg
     if cfg.resume:
         state = read_json(newest_checkpoint(cfg.out) / "state.json")
         check_problems(cfg, run.splits, state)
-    elif checkpoints(cfg.out):
-        print0(f"note        {cfg.out} holds a run already; the run itself will need another --out")
+        return
+    try:
+        check_unused(cfg, Path(cfg.out))
+    except UserError as e:
+        print0(f"note        the run itself would end here: {e}")
 
 
 def build_on_meta(cfg, problems):

@@ -139,7 +139,11 @@ def folder_of(record, path):
     # A line of minatp.evaluate names the run, or its final/, which holds the model
     if "latent_steps" in record:
         folder = Path(record["run"]).absolute()
-        return folder.parent if folder.name == "final" else folder
+        folder = folder.parent if folder.name == "final" else folder
+        # Of several files each has a curve of its own
+        if "file" in record:
+            return folder.with_name(f"{folder.name} on {Path(record['file']).name}")
+        return folder
     return path.absolute().parent
 
 

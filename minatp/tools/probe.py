@@ -28,9 +28,8 @@ from ..data import pad
 from ..decoder import thought_token_nll
 from ..rollout import Forced, Noise
 from ..run import evaluate
-from ..run.device import autocast, pick_device, pick_dtype, place, solving_guard
+from ..run.device import autocast, pick_device, pick_dtype, solving_guard
 from ..run.errors import UserError
-from ..run.huggingface import load_model
 from ..run.options import Parser, add_device_options
 from ..run.problem_files import read_problems
 from ..run.splits import encode_prompts, test_set
@@ -49,8 +48,7 @@ def main(argv=None):
     args = parse(argv)
     problems = problems_of(args)
     device = pick_device(args.device)
-    model, tokenizer = load_model(args.run)
-    place(model, device).eval()
+    model, tokenizer = evaluate.load_trained(args.run, device)
     prompts = encode_prompts(problems, tokenizer, model, args.max_new)
 
     def solve(noise=None, forced=None):

@@ -33,7 +33,7 @@ def parse(argv, description):
     add("--temperature", type=float,
         help="of the noise and the words; 0: the mean policy [0, or 1 with --n]")
     add("--seed", type=int, default=0,
-        help="of the samples and of the choice of problems [%(default)s]")
+        help="of the samples and of the choice of built-in problems [%(default)s]")
     add("--max-new", type=int, default=128, help="most tokens of an answer [%(default)s]")
     add_device_options(parser)
     add("--json", action="store_true", help="one JSON object per chain")
@@ -41,7 +41,8 @@ def parse(argv, description):
     args = parser.parse_args(argv)
 
     # Several runs and edits
-    args.run = [f for folders in args.run or ["out/sft"] for f in folders.split(",") if f]
+    folders = [f.strip() for given in args.run or ["out/sft"] for f in given.split(",")]
+    args.run = [f for f in folders if f]
     args.edit = [edit.parse(text) for text in args.edit]
 
     # Defaults that depend on other options
@@ -128,8 +129,9 @@ def read_questions(args):
 
 def read_stdin():
     """One question a line."""
+    # It is None if it is closed. A byte order mark is left out, as in a file
     try:
-        lines = sys.stdin.read().splitlines()
+        lines = sys.stdin.read().removeprefix("\ufeff").splitlines() if sys.stdin else []
     except UnicodeDecodeError as e:
         raise UserError(f"stdin:0: is not UTF-8 text ({e.reason})") from None
     return plain_questions(lines, "stdin")

@@ -129,7 +129,7 @@ def print_json(columns, problems):
     for i, problem in enumerate(problems):
         for column in columns:
             for chain in column.chains[i]:
-                print(json.dumps(as_record(problem, chain, column), ensure_ascii=False))
+                print(json.dumps(as_record(problem, chain, column)))
 
 
 def as_record(problem, chain, column):

@@ -14,9 +14,11 @@ from tokenizers import Tokenizer
 
 import sample
 import train
-from minatp.run import options, splits
+from minatp.run import evaluate, options, splits
+from minatp.run.errors import guarded
 from minatp.run.folder import claim_folder
 from minatp.run.huggingface import load_model
+from minatp.run.loop import Run
 from minatp.run.saved import checkpoints
 
 from runs import GOOD, MODEL, TINY, TINY_RL, facts, go
@@ -244,6 +246,45 @@ def test_every_reason_is_given_why_it_is_unknown(own_data, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "gone first:0: cannot be read" in out
     assert "gone second:0: cannot be read" in out
+
+
+def test_a_changed_file_has_no_known_test_set(own_data, refused, tmp_path, capsys):
+    """Its problems would be split differently: those of training would be tested."""
+    shutil.copy(own_data / "d", tmp_path / "d")
+    go(*TINY, "--data", tmp_path / "d", "--out", tmp_path / "b")
+    assert guarded(evaluate.main, [str(tmp_path / "b")]) == 0
+    with (tmp_path / "d").open("a") as f:
+        f.write("one more||<<1+1=2>> #### 2\n")
+    reason = f"the problems are not those with which {tmp_path / 'b'} began"
+    refused(evaluate.main, [tmp_path / "b"], f"{tmp_path / 'd'}:1: ", reason)
+
+    # Nor is it known what the run has learned
+    _, why_unknown = splits.learned_questions(tmp_path / "b")
+    assert reason in why_unknown
+
+
+def test_a_model_that_is_apart_from_its_run(own_data, tmp_path, refused, capsys):
+    """A link still leads to the run. Of a copy it is unknown what it has learned."""
+    (tmp_path / "link").symlink_to(own_data / "a" / "final")
+    shutil.copytree(own_data / "a" / "final", tmp_path / "copy")
+    argv = [*TINY_RL, "--data", own_data / "d", "--dry-run", "--init"]
+    reason = "was trained on 4 of the 8 questions that are held out here"
+    refused(train.main, [*argv, tmp_path / "link"], f"{tmp_path / 'link'}:0: ", reason)
+
+    why = f"{tmp_path / 'copy'} was taken out of its run's folder"
+    go(*argv, tmp_path / "copy")
+    assert f"questions held out here: {why}" in capsys.readouterr().out
+    assert guarded(evaluate.main, [str(tmp_path / "copy"), "--problems", "1"]) == 0
+    assert f"note: {why}, so the problems are those of the built-in" in capsys.readouterr().err
+
+
+def test_a_run_measured_on_what_it_was_trained_on_gets_a_note(own_data, capsys):
+    argv = [str(own_data / "a"), "--file", str(own_data / "d")]
+    assert guarded(evaluate.main, argv) == 0
+    err = capsys.readouterr().err
+    assert f"note: {own_data / 'a'}: was trained on 36 of the 40 questions" in err
+    assert guarded(evaluate.main, argv[:1]) == 0
+    assert "was trained on" not in capsys.readouterr().err
 
 
 RESPELLED = [
@@ -600,8 +641,7 @@ DECODER = "minatp/decoder.safetensors"
         (edit_json(SWITCHES, vae=None), f"{SWITCHES}:1", '"vae" is None'),
         (edit_json(SWITCHES, colour=1), f"{SWITCHES}:1", '"colour" is 1'),
         (edit_json(SWITCHES, decoder_layers=2), f"{DECODER}:0", "is missing"),
-        (remove(HEADS), f"{HEADS}:0", "cannot be read"),
-        (remove(DECODER), f"{DECODER}:0", "cannot be read"),
+        (remove(HEADS), f"{HEADS}:0", "is missing, but manifest.json lists it"),
         (remove_latent_head, f"{HEADS}:0", "is missing"),
     ],
 )
@@ -610,6 +650,22 @@ def test_saved_models(damage, file, reason, finished, refused, tmp_path):
     damage(tmp_path / "saved")
     argv = [*TINY_RL, "--init", tmp_path / "saved", "--out", "rl"]
     refused(train.main, argv, f"{tmp_path}/saved/{file}: ", reason)
+
+
+def test_half_a_saved_model_is_not_measured(finished, refused, tmp_path):
+    """Its heads would be untrained."""
+    shutil.copytree(finished / "final", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "minatp")
+    reason = "is missing, but manifest.json lists it"
+    refused(evaluate.main, ["half"], f"half/{SWITCHES}:0: ", reason)
+
+
+def test_a_published_model_is_measured_with_a_note(tmp_path, finished, capsys):
+    shutil.copytree(finished / "final", tmp_path / "published")
+    shutil.rmtree(tmp_path / "published" / "minatp")
+    (tmp_path / "published" / "manifest.json").unlink()
+    assert guarded(evaluate.main, [str(tmp_path / "published"), "--problems", "1"]) == 0
+    assert "stop head and φ are untrained" in capsys.readouterr().err
 
 
 def test_padding_and_truncation_of_a_tokenizer_file_are_ignored(tmp_path):
@@ -704,6 +760,37 @@ def test_half_a_last_line_of_metrics_is_what_a_crash_leaves(finished, tmp_path):
 def test_a_folder_that_holds_a_run_is_not_overwritten(finished, refused):
     argv = [*TINY, "--out", finished]
     refused(train.main, argv, f"{finished}:0: ", "already holds a run; add --resume")
+
+
+def test_a_folder_that_is_not_a_runs_is_not_overwritten(finished, refused, tmp_path, capsys):
+    shutil.copytree(finished / "final", tmp_path / "model")
+    reason = "already holds a config.json that is not a run's; choose another --out"
+    refused(train.main, [*TINY, "--out", "model"], "model:0: ", reason)
+    shutil.copytree(finished / "final", tmp_path / "downloaded" / "final")
+    refused(train.main, [*TINY, "--out", "downloaded"], "downloaded:0: ", "already holds a model")
+
+    go(*TINY, "--out", "downloaded", "--dry-run")
+    assert "the run itself would end here: downloaded:0: already" in capsys.readouterr().out
+
+
+def test_a_run_whose_folder_is_moved_writes_into_no_other(tmp_path, monkeypatch, refused):
+    """It ends, and what it has saved before is whole."""
+    save = Run.save
+
+    def save_and_move(run, n_done):
+        save(run, n_done)
+        (tmp_path / "run").rename(tmp_path / "old")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "another's").touch()
+
+    monkeypatch.setattr(Run, "save", save_and_move)
+    refused(
+        train.main, [*TINY, "--out", "run"], "run:0: ", "has been moved or removed while the run"
+    )
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["another's"]
+    monkeypatch.undo()
+    go("--resume", "--out", tmp_path / "old")
+    assert (tmp_path / "old" / "summary.json").exists()
 
 
 @pytest.mark.parametrize(

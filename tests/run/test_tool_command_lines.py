@@ -35,7 +35,7 @@ SAME_CHAINS = ("--n", "2", "--temperature", "0")
     ([*SAME_CHAINS, "Q"], "command line: ", "would all be the same"),
 
     # A question
-    (["Q\udcff"], "command line:1: ", "half of a surrogate pair"),
+    (["Q\udcff"], "command line:1: ", "is not text in this terminal's encoding"),
     ([""], "command line:1: ", "contains no question"),
     (["word " * 900], "command line:1: ", "shorten it"),
     (["Q", "--max-new", "9999"], "command line:1: ", "lower --max-new"),
@@ -151,6 +151,9 @@ def test_published_sets_are_evaluated_by_one_command(finished, tmp_path, capsys)
     (["--seeds", "x"], "--seeds must be whole numbers"),
     (["--job", "2"], "did you mean --jobs?"),
     (["--jobs", "0"], "--jobs must be positive"),
+    (["--seeds", "0,1,0"], "--seeds has the same number twice"),
+    (["--options", "--lr 1e-3 --seed=7"], "--options: --seed is set for each run by this command"),
+    (["--options", "--data 'a b"], "--options: No closing quotation"),
 ])
 # fmt: on
 def test_ablate_command_lines(argv, reason, refused):
@@ -241,3 +244,9 @@ def test_ablate_trains_every_run_once_and_first_those_that_others_need(trained, 
     assert guarded(ablate.main, [*again, "--options", "--lr 0.5"]) == 2
     err = capsys.readouterr().err
     assert f"{tmp_path}/ATP.0/config.json:1: ran with another --lr" in err
+
+    # A damaged summary
+    summary = tmp_path / "SFT-on-answers-alone.0" / "summary.json"
+    summary.write_text(summary.read_text()[:20])
+    assert guarded(ablate.main, again) == 2
+    assert f"{summary}:1: is not valid JSON" in capsys.readouterr().err

@@ -86,7 +86,8 @@ def test_the_speed_of_an_election_counts_every_voter(show_json, show, monkeypatc
 
 
 def test_questions_are_read_from_stdin(show_json, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("One?\n\nTwo?\n"))
+    # A byte order mark is no part of the first
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffOne?\n\nTwo?\n"))
     records = show_json("-")
     assert [record["question"] for record in records] == ["One?", "Two?"]
 
