@@ -62,8 +62,9 @@ METHODS = {
 
 # What --preset sets, and what it also sets with --stage rl; the command line wins
 PRESETS = {
-    # the rest of tiny are the defaults of the options below
-    "tiny": dict(c=1),
+    # the rest of tiny are the defaults of the options below. The schedule and the decay come from
+    # trials with atp (docs/results.md, "Why some seeds fail")
+    "tiny": dict(c=1, lr_schedule="wsd", weight_decay=0.1),
     # A small published model, for a CPU (docs/latents.md has the trials). φ has all layers: the
     # lower fifth cannot write words at first, and its loss is five times as high in stage 1
     "smollm2-135m": dict(
@@ -86,7 +87,10 @@ PRESETS = {
     ),
 }
 RL_PRESETS = {
-    "tiny": dict(init="out/sft", updates=1600, G=4, spread=4.0, estimator="path", anchor=1.0),
+    "tiny": dict(
+        init="out/sft", updates=1600, G=4, spread=4.0, estimator="path", anchor=1.0,
+        lr_schedule="cosine", weight_decay=0.01,
+    ),
     # what worked at the tiny size; at 2e-5 accuracy fell
     "smollm2-135m": dict(
         init="out/sft", updates=300, batch_size=8, G=4, lr=5e-6, spread=4.0, estimator="path",
@@ -100,24 +104,26 @@ RL_PRESETS = {
 PUBLISHED = {"smollm2-135m": "SmolLM2-135M-Instruct", "llama-1b": "Llama-3.2-1B"}
 
 # A preset's epochs. With a curriculum: of stage 0; of each stage 1 … K − 1; of stage K; and of the
-# last, in which every step is replaced. Tiny's atp has a smaller φ, so it gets more epochs, and
-# with a teacher fewer of them: the seconds stay the same. The other methods have one stage
+# last, in which every step is replaced. The other methods have one stage. Where a preset has
+# numbers for methods with φ, or with φ and a teacher, all methods take as many seconds
 EPOCHS = {
-    "tiny":         {"curriculum": (5, 0.5, 0.8, 11), "atp": (2.5, 0.5, 0.8, 16),
-                     "atp, distilled": (2.5, 0.5, 0.8, 13.4), "all": 18, "cot": 16, "no-cot": 52},
+    "tiny": {
+        "curriculum": (5, 0.5, 0.8, 11),            "all": 18,        "cot": 16, "no-cot": 52,
+        "curriculum, φ": (2.5, 0.5, 0.8, 16),       "all, φ": 14.3,
+        "curriculum, φ, teacher": (2.5, 0.5, 0.8, 13.4),
+    },
     "smollm2-135m": {"curriculum": (1, 1, 1, 3),      "all": 6,  "cot": 3,  "no-cot": 3},
     "llama-1b":     {"curriculum": (2, 2, 2, 2),      "all": 24, "cot": 2,  "no-cot": 2},
 }
 
-# What the SFT of a method sets on top of its preset. CODI's own weight of distillation is 20. What
-# tiny's atp has comes from trials (docs/results.md, "Why some seeds fail")
+# What the SFT of a method sets on top of its preset. Word dropout makes thoughts hold results
+# (docs/results.md, "Why some seeds fail"). CODI's own weight of distillation is 20
 SFT_OF_METHOD = {
     "tiny": {
-        "codi": dict(distill=5.0), "codi-sim-cot": dict(distill=5.0),
-        "atp": dict(
-            decoder_layers=1, word_dropout=0.5, distill=5.0, distill_every=2,
-            lr_schedule="wsd", weight_decay=0.1,
-        ),
+        "sim-cot":      dict(word_dropout=0.5),
+        "codi":         dict(distill=5.0),
+        "codi-sim-cot": dict(word_dropout=0.5, distill=5.0),
+        "atp":          dict(word_dropout=0.5, distill=5.0, distill_every=2),
     },
     "smollm2-135m": {"codi": dict(distill=5.0),  "codi-sim-cot": dict(distill=5.0)},
     "llama-1b":     {"codi": dict(distill=20.0), "codi-sim-cot": dict(distill=20.0)},
@@ -205,7 +211,7 @@ class Size:
         1024, "most tokens of the tokenizer, which is trained on the data", POSITIVE
     )
     decoder_layers: int = opt(
-        2,
+        1,
         "layers of the decoder LM, if there is one; also of a new one beside --init, which gets "
         "the policy's lower layers; 0: all",
         NOT_NEGATIVE,
@@ -819,15 +825,20 @@ def settle_method(cfg, given):
 
 def default_epochs(cfg):
     """The preset's --epochs."""
-    of_preset, stages = EPOCHS[cfg.preset], METHODS[cfg.method].stages
-    if stages == "curriculum":
-        kind = stages
-        if cfg.method in of_preset:
-            kind = f"{cfg.method}, distilled" if cfg.distill else cfg.method
-        first, middle, full, last = of_preset[kind]
+    method = METHODS[cfg.method]
+
+    # The most particular kind that the preset has numbers for
+    kind = cfg.method if method.stages == "words" else method.stages
+    for part, has_part in ((", φ", method.decode), (", teacher", cfg.distill)):
+        if has_part and kind + part in EPOCHS[cfg.preset]:
+            kind += part
+    epochs = EPOCHS[cfg.preset][kind]
+
+    if method.stages == "curriculum":
+        first, middle, full, last = epochs
         epochs = [first, *[middle] * (cfg.K - 1), full, last]
     else:
-        epochs = [of_preset[cfg.method if stages == "words" else stages]]
+        epochs = [epochs]
     if len(set(epochs)) == 1:
         epochs = epochs[:1]  # one number for every stage
 

@@ -45,8 +45,9 @@ METHODS = {
     "pause": ["--method", "pause", "--epochs", EARLIER_OF_OTHERS + "31"],
     "Coconut": ["--method", "coconut"],
     "SIM-CoT": ["--method", "sim-cot"],
+    "SIM-CoT, distillation": ["--method", "sim-cot", "--distill", "5", "--distill-every", "2"],
     "CODI": ["--method", "codi"],
-    "CODI + SIM-CoT": ["--method", "codi-sim-cot", "--epochs", "12.2"],
+    "CODI + SIM-CoT": ["--method", "codi-sim-cot"],
     "ATP": ["--method", "atp"],
     "ATP, no distillation": ["--distill", "0"],
     "ATP, 1.3 × the seconds": ["--epochs", EARLIER + "18.6"],
@@ -54,7 +55,7 @@ METHODS = {
     "ATP, 1.65 × the seconds": ["--epochs", EARLIER + "24.6"],
     "ATP, no distillation, 1.65 × the seconds": ["--distill", "0", "--epochs", EARLIER + "29.5"],
     # Without one of the things that the default adds to the paper; then without all that came with
-    # a φ of one layer, in as many seconds; then a rival with all of ATP's settings
+    # a φ of one layer, in as many seconds
     "ATP, no word dropout": ["--word-dropout", "0"],
     "ATP, cosine": ["--lr-schedule", "cosine"],
     "ATP, weight decay 0.01": ["--weight-decay", "0.01"],
@@ -62,11 +63,6 @@ METHODS = {
         *("--decoder-layers", "2", "--word-dropout", "0"),
         *("--lr-schedule", "cosine", "--weight-decay", "0.01"),
         *("--epochs", EARLIER_OF_OTHERS + "9.4"),
-    ],
-    "SIM-CoT, ATP's settings": [
-        *("--method", "sim-cot", "--decoder-layers", "1", "--word-dropout", "0.5"),
-        *("--lr-schedule", "wsd", "--weight-decay", "0.1"),
-        *("--distill", "5", "--distill-every", "2", "--epochs", EARLIER + "13.4"),
     ],
     "ATP, no VAE": ["--no-vae"],
     "ATP, no stop head": ["--no-stop"],

@@ -197,7 +197,10 @@ def test_another_seed_shows_other_problems_at_once(finished):
     ("--method cot", "16"),
     ("--method pause", "5,0.5,0.5,0.5,0.8,11"),
     ("--method codi", "18"),
-    ("--method codi-sim-cot --labelled 3000", "36"),
+    ("--method codi-sim-cot --labelled 3000", "28.6"),
+    ("--method sim-cot", "2.5,0.5,0.5,0.5,0.8,16"),
+    ("--method sim-cot --distill 1", "2.5,0.5,0.5,0.5,0.8,13.4"),
+    ("--method coconut --distill 1", "5,0.5,0.5,0.5,0.8,11"),  # without φ
     ("--labelled 3000 --K 2", "5,1,1.6,26.8"),  # as many steps
     ("--preset smollm2-135m --init x", "1,1,1,1,3"),
     ("--preset smollm2-135m --init x --K 5 --labelled 60", "1,1,1,1,1,1,3"),
@@ -252,15 +255,17 @@ def test_the_distillation_of_a_method_and_preset(argv, distill, every):
     ("--no-decoder", 1, 0.5, "wsd", 0.1),  # without effect on φ, which is not there
     ("--decoder-layers 2 --word-dropout 0", 2, 0, "wsd", 0.1),
     ("--lr-schedule cosine --weight-decay 0", 1, 0.5, "cosine", 0),
-    ("--stage rl", 2, 0, "cosine", 0.01),
-    ("--stage rl --word-dropout .1", 2, 0.1, "cosine", 0.01),
-    ("--method sim-cot", 2, 0, "cosine", 0.01),
-    ("--method codi", 2, 0, "cosine", 0.01),
+    ("--stage rl", 1, 0, "cosine", 0.01),
+    ("--stage rl --word-dropout .1", 1, 0.1, "cosine", 0.01),
+    ("--method sim-cot", 1, 0.5, "wsd", 0.1),
+    ("--method codi-sim-cot", 1, 0.5, "wsd", 0.1),
+    ("--method codi", 1, 0, "wsd", 0.1),
+    ("--method cot", 1, 0, "wsd", 0.1),
     ("--preset smollm2-135m --init x", 0, 0, "cosine", 0.01),
     ("--preset llama-1b --init x", 0, 0, "cosine", 0.01),
 ])
 # fmt: on
-def test_what_tiny_gives_atp(argv, decoder_layers, word_dropout, lr_schedule, weight_decay):
+def test_what_tiny_gives_a_method(argv, decoder_layers, word_dropout, lr_schedule, weight_decay):
     cfg = options.parse(argv.split(), "")
     of_phi = (cfg.decoder_layers, cfg.word_dropout)
     assert of_phi == (decoder_layers, word_dropout)
@@ -281,7 +286,7 @@ def test_help_shows_every_option_and_its_default(capsys):
     assert f"latents per reasoning step [{tiny.c}; llama-1b {large.c}]" in shown
     assert f"of weights, data order and noise [{tiny.seed}]" in shown
     # … and one that depends on the method
-    assert "[cosine; tiny atp wsd]" in shown
+    assert "[0.0; tiny sim-cot 0.5; tiny codi-sim-cot 0.5; tiny atp 0.5]" in shown
 
     for group in (General, Data, Latents, Optim, Explore, Size, Report):
         assert f" {group.__doc__}: --" in shown
