@@ -368,8 +368,8 @@ def policy_gradients(run, explored, advantage, informative):
 def kl_of_drawn(run, explored, prompt, prompt_mask, rolled, new):
     """KL(π ‖ π_start) of the chains `rolled` (`kl_to_start`), a scalar.
 
-    Both policies read the latents as they were drawn. new: the LogProbs of π, which with path are
-    of the chain that π walks now, so that π has to read the drawn one as well.
+    Both policies read the latents as they were drawn. new: the LogProbs of π. With path they are of
+    the chain as π walks it now, so here π reads the drawn latents in a pass of its own.
     """
     cfg = run.cfg
     if cfg.estimator == "path":

@@ -519,16 +519,18 @@ def note_learned(folder, sets, args):
     sets: {name: problems}.
     """
     # The built-in sets never overlap
-    cfg = options_of(folder)
-    if not args.file and not (cfg and cfg.data):
+    first = None if args.file else options_of(args.run[0])
+    if not args.file and not (first and first.data):
         return
-    learned, _ = learned_questions(folder)
+    learned, why_unknown = learned_questions(folder)
     questions = questions_of(p for problems in sets.values() for p in problems)
     n = len(learned & questions)
     if n:
         sys.stderr.write(
             f"note: {folder}: was trained on {n:,} of the {len(questions):,} questions\n"
         )
+    if why_unknown:
+        sys.stderr.write(f"note: {folder}: unknown what it was trained on: {why_unknown}\n")
 
 
 def report(folder, file, result, args):
@@ -549,8 +551,9 @@ def load_trained(folder, device):
 
     Says on stderr if the model has learned nothing of latents.
     """
-    model, tokenizer = load_model(folder)
-    if not read_switches(folder):
+    directory = locate(folder)
+    model, tokenizer = load_model(directory)
+    if not read_switches(directory):
         sys.stderr.write(
             f"note: {folder}: has no minatp/, so its latent head, stop head and φ are untrained\n"
         )

@@ -24,7 +24,7 @@ import torch
 
 from . import distributed
 from .errors import NotWritten, UserError
-from .options import write_config
+from .options import of_run, write_config
 from .saved import checkpoints, replace_file, restore_replaced
 
 # ---- who owns it ---------------------------------------------------------------------------------
@@ -111,14 +111,21 @@ def check_unused(cfg, folder):
         raise UserError(
             f"{folder}:0: already holds a run; add --resume to continue it, or choose another --out"
         )
-    # A run makes its log before its config.json
-    has_log = (folder / "metrics.jsonl").exists()
-    if (folder / "config.json").exists() and not has_log:
-        raise UserError(
-            f"{folder}:0: already holds a config.json that is not a run's; choose another --out"
-        )
+
+    # What else a run would replace. (It makes an empty log before its config.json)
+    config, log = folder / "config.json", folder / "metrics.jsonl"
+    foreign = None
     if (folder / "final").exists():
-        raise UserError(f"{folder}:0: already holds a model in final/; choose another --out")
+        foreign = "a model in final/"
+    elif config.exists():
+        try:
+            of_run(config)
+        except UserError:
+            foreign = "a config.json that is not a run's"
+    elif log.exists() and log.stat().st_size:
+        foreign = "a metrics.jsonl without the config.json of its run"
+    if foreign:
+        raise UserError(f"{folder}:0: already holds {foreign}; choose another --out")
 
 
 def not_writable(folder, e):
@@ -214,20 +221,25 @@ class Log:
             self.send(scalars(record), record["step"])
 
     def check_in_place(self):
-        """Raise UserError if the folder has been moved or removed: another may have its name."""
+        """Raise UserError if the folder was moved or removed: another may have its name.
+
+        As NotWritten, on rank 0 alone; torchrun then ends the others.
+        """
         if self.file is None:
             return
         with suppress(OSError):
             if os.path.samestat(self.folder, os.stat(self.out)):
                 return
         raise UserError(
-            f"{self.out}:0: has been moved or removed while the run was writing into it; move it "
-            "back, and continue with --resume"
+            f"{self.out}:0: has been moved or removed while the run was writing into it; continue "
+            "with --resume and --out, the folder where it is now"
         )
 
     def close(self):
+        """Nothing more is written."""
         if self.file is not None:
             self.file.close()
+            self.file = None
 
     def seconds(self):
         """Seconds of the run so far, including those before it was resumed."""

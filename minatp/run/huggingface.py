@@ -498,15 +498,17 @@ def has_control_tokens(directory):
     return START in (directory / "tokenizer.json").read_text(encoding="utf-8")
 
 
-def require_files(directory):
-    """Raise UserError if a file is missing that the directory's manifest.json lists."""
+def require_heads(directory):
+    """Raise UserError if minatp/ is missing, but manifest.json says that it was saved.
+
+    Its heads and φ would be untrained.
+    """
     manifest = directory / "manifest.json"
-    if not manifest.exists():
-        return
-    for name in read_json(manifest).get("sha256", {}):
-        if not (directory / name).exists():
+    if manifest.exists() and not (directory / "minatp").exists():
+        if '"minatp' in manifest.read_text(encoding="utf-8", errors="replace"):
             raise UserError(
-                f"{directory / name}:0: is missing, but {manifest.name} lists it; copy it again"
+                f"{directory}/minatp:0: is missing, although {manifest.name} lists it; copy it "
+                f"again, or remove {manifest.name} to have the LLaMA alone"
             )
 
 
@@ -541,7 +543,7 @@ def load_model(directory, **switches):
     """
     # What describes the model comes first: it is quick to read, and to refuse
     directory = locate(directory)
-    require_files(directory)
+    require_heads(directory)
     saved = read_switches(directory)
     cfg = read_config(directory / "config.json")
     tokenizer = read_tokenizer(directory, cfg)

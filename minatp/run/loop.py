@@ -419,9 +419,10 @@ class Run:
         self.log.check_in_place()
         checkpoint.save_final(self.cfg.out, self.model, self.tokenizer)
         tests = evaluate.test(self)
-        n = len(self.labelled if self.cfg.stage == "sft" else self.questions)
         self.log.check_in_place()
-        self.log.summary(self.cfg, tests, seconds, self.device, training_problems=n)
+        n = len(self.labelled if self.cfg.stage == "sft" else self.questions)
+        facts = {"training_problems": n, "data": self.state["data"]}
+        self.log.summary(self.cfg, tests, seconds, self.device, **facts)
         self.log.close()
 
 

@@ -104,8 +104,8 @@ RL_PRESETS = {
 PUBLISHED = {"smollm2-135m": "SmolLM2-135M-Instruct", "llama-1b": "Llama-3.2-1B"}
 
 # A preset's epochs. With a curriculum: of stage 0; of each stage 1 … K − 1; of stage K; and of the
-# last, in which every step is replaced. The other methods have one stage. Where a preset has
-# numbers for methods with φ, or with φ and a teacher, all methods take as many seconds
+# last, in which every step is replaced. The other methods have one stage. φ: of methods with a
+# decoder LM; teacher: of those with distillation as well. Their steps take longer
 EPOCHS = {
     "tiny": {
         "curriculum": (5, 0.5, 0.8, 11),            "all": 18,        "cot": 16, "no-cot": 52,
@@ -596,11 +596,12 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
             "--answers-share applies to the last stage of a method that replaces written steps, "
             "and there is none here",
         )
+        # (A run of an earlier version may have had such a share)
         n = self.n_answers_only
         require(
-            0 < n < self.batch_size or self.answers_share == 1,
-            f"--answers-share {self.answers_share} of a --batch-size of {self.batch_size} is "
-            f"{'no problem' if n == 0 else 'all of it'}; change one of them",
+            0 < n < self.batch_size or self.answers_share == 1 or not self.given,
+            f"--answers-share {self.answers_share} rounds to {n} of the {self.batch_size} problems "
+            "of a batch; change it or --batch-size",
         )
 
     def check_last_lr(self):

@@ -264,14 +264,9 @@ def check_text(where, *texts):
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as e:
-        # Python reads a byte that the terminal's encoding lacks as one of these
-        if "\udc80" <= e.object[e.start] <= "\udcff":
-            raise UserError(
-                f"{where}: is not text in this terminal's encoding; set PYTHONUTF8=1"
-            ) from None
         raise UserError(
             f"{where}: {e.object[e.start]!r} is half of a surrogate pair, not text; write the "
-            "whole character in UTF-8"
+            "whole character in UTF-8 (in a terminal of another encoding set PYTHONUTF8=1)"
         ) from None
 
 

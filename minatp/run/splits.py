@@ -108,14 +108,17 @@ def questions_of(problems):
     return {normal_form(p.question) for p in problems}
 
 
-def learned_questions(folder):
+def learned_questions(folder, later=()):
     """The questions that a run was trained on, with those of the run that it started from.
 
     Returns (`questions_of`, why some are unknown or ""). A published model has none.
+    later: the runs that started from it, which it cannot have started from itself.
     """
     run = run_of(folder)
     if not run:
         return set(), why_no_run(folder)
+    if run in later:
+        return set(), f"{folder} has been trained again since"
     try:
         cfg = options_of(run)
     except UserError as e:
@@ -124,7 +127,7 @@ def learned_questions(folder):
     # What --init has learned, this run has learned, and so on back to the first
     questions, why_unknown = set(), ""
     if cfg.init:
-        questions, why_unknown = learned_questions(cfg.init)
+        questions, why_unknown = learned_questions(cfg.init, (*later, run))
 
     # To know which of its problems it has trained on, split them as the run did
     try:
@@ -171,11 +174,12 @@ def require_unchanged(splits, cfg, run):
 
 
 def saved_fingerprint(run):
-    """The hash of the problems that a run has saved in its checkpoints; None if there is none."""
-    for checkpoint in checkpoints(run):
+    """The hash of the problems that a run has saved; None if there is none."""
+    records = [checkpoint / "state.json" for checkpoint in checkpoints(run)]
+    for path in (*records, Path(run) / "summary.json"):
         try:
-            return read_json(checkpoint / "state.json").get("data")
-        except UserError:  # a broken one
+            return read_json(path).get("data")
+        except UserError:  # a broken one, or none
             continue
     return None
 
@@ -335,10 +339,10 @@ def test_set(folder, n=0, seed=0):
     """
     run = run_of(folder)
     cfg = options_of(folder) or Config()
-    if not run and Path(folder).exists() and why_no_run(folder):
+    why = "" if run else why_no_run(folder)
+    if why:
         sys.stderr.write(
-            f"note: {why_no_run(folder)}, so the problems are those of the built-in task; give "
-            "--file for others\n"
+            f"note: {why}, so the problems are those of the built-in task; give --file for others\n"
         )
     if not cfg.data:
         return generate("test", n or cfg.test_size, seed)
@@ -353,7 +357,7 @@ def test_set(folder, n=0, seed=0):
             tests = splits.tests.values()
     except UserError as e:
         raise UserError(
-            f"{e} ({run}/config.json names it; for other problems give --file)"
+            f"{e} (by {run}/config.json; to measure on other problems give --file)"
         ) from None
     every_problem = [p for part in tests for p in part]
     return every_problem[:n] if n else every_problem

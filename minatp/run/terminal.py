@@ -1,7 +1,6 @@
 """The terminal: lines for the user, progress of long work, and the signals that end a run."""
 
 import os
-import shutil
 import signal
 import sys
 import time
@@ -96,8 +95,9 @@ def progress(what, n):
             text = f"{what}: {n_done} of {n} batches, {left} left"
 
         # Return to the start of the line, erase it, and write over it. It must not wrap
-        width = shutil.get_terminal_size().columns - 1
-        sys.stderr.write(f"\r\x1b[K{text[:width]}")
+        with suppress(OSError):
+            text = text[: os.get_terminal_size(sys.stderr.fileno()).columns - 1]
+        sys.stderr.write(f"\r\x1b[K{text}")
         sys.stderr.flush()
 
     return advance

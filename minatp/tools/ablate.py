@@ -28,21 +28,21 @@ TRAIN = str(Path(__file__).parents[2] / "train.py")
 
 # ---- the arms: name -> options of train.py -------------------------------------------------------
 
-# The first stages of the curriculum, as by default: ATP's, and those of the other methods. Where
+# The first stages of the curriculum, as by default: of methods with φ, and of those without. Where
 # an arm gives the epochs of the last one, they fit the seconds of the default, or 1.3 or 1.65 × as
 # many (docs/results.md has what a step costs)
 EARLIER = "2.5,0.5,0.5,0.5,0.8,"
-EARLIER_OF_OTHERS = "5,0.5,0.5,0.5,0.8,"
+EARLIER_WITHOUT_PHI = "5,0.5,0.5,0.5,0.8,"
 
-# Options of train.py that differ between the runs, or would leave none
-SET_HERE = ("--stage", "--method", "--init", "--out", "--seed", "--resume", "--dry-run")
+# Options of train.py that differ between the runs, or with which nothing would be trained
+NOT_COMMON = ("--stage", "--method", "--out", "--seed", "--resume", "--dry-run")
 
 # Stage 1, from scratch
 METHODS = {
     "no-CoT": ["--method", "no-cot"],
     "CoT": ["--method", "cot"],
-    "iCoT": ["--method", "icot", "--epochs", EARLIER_OF_OTHERS + "33"],
-    "pause": ["--method", "pause", "--epochs", EARLIER_OF_OTHERS + "31"],
+    "iCoT": ["--method", "icot", "--epochs", EARLIER_WITHOUT_PHI + "33"],
+    "pause": ["--method", "pause", "--epochs", EARLIER_WITHOUT_PHI + "31"],
     "Coconut": ["--method", "coconut"],
     "SIM-CoT": ["--method", "sim-cot"],
     "SIM-CoT, distillation": ["--method", "sim-cot", "--distill", "5", "--distill-every", "2"],
@@ -62,7 +62,7 @@ METHODS = {
     "ATP, φ of two layers, cosine": [
         *("--decoder-layers", "2", "--word-dropout", "0"),
         *("--lr-schedule", "cosine", "--weight-decay", "0.01"),
-        *("--epochs", EARLIER_OF_OTHERS + "9.4"),
+        *("--epochs", EARLIER_WITHOUT_PHI + "9.4"),
     ],
     "ATP, no VAE": ["--no-vae"],
     "ATP, no stop head": ["--no-stop"],
@@ -210,16 +210,17 @@ def parse(argv):
 
 def common_options(text):
     """--options as a list of arguments. Raises UserError if one is not common to all arms."""
+    # Quotes hold spaces together; a backslash is one of a path
+    lexer = shlex.shlex(text, posix=True)
+    lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
     try:
-        arguments = shlex.split(text)
+        arguments = list(lexer)
     except ValueError as e:
         raise UserError(f"command line: --options: {e}") from None
     for argument in arguments:
         option = argument.split("=")[0]
-        if option in SET_HERE:
-            raise UserError(
-                f"command line: --options: {option} is set for each run by this command; drop it"
-            )
+        if option in NOT_COMMON:
+            raise UserError(f"command line: --options: {option} cannot be given here; drop it")
     return arguments
 
 

@@ -14,6 +14,7 @@ run, in which the stop head decides.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from ..run.errors import UserError
@@ -123,10 +124,19 @@ def read(path):
 
     # What else is in the records has not been checked
     try:
-        by_folder = {}
+        groups = {}
         for record in records:
-            by_folder.setdefault(folder_of(record, path), []).append(record)
-        return {folder: curves(of_run) for folder, of_run in by_folder.items()}
+            key = (folder_of(record, path), record.get("file", ""))
+            groups.setdefault(key, []).append(record)
+
+        # Of several test files each has a curve of its own
+        n_file = Counter(folder for folder, _ in groups)
+        by_folder = {}
+        for (folder, file), group in groups.items():
+            if n_file[folder] > 1:
+                folder = folder.with_name(f"{folder.name} on {file.replace('/', ':')}")
+            by_folder[folder] = curves(group)
+        return by_folder
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise UserError(
             f"{path}:0: has a record that no run wrote ({type(e).__name__}: {e}); is it the "
@@ -139,11 +149,7 @@ def folder_of(record, path):
     # A line of minatp.evaluate names the run, or its final/, which holds the model
     if "latent_steps" in record:
         folder = Path(record["run"]).absolute()
-        folder = folder.parent if folder.name == "final" else folder
-        # Of several files each has a curve of its own
-        if "file" in record:
-            return folder.with_name(f"{folder.name} on {Path(record['file']).name}")
-        return folder
+        return folder.parent if folder.name == "final" else folder
     return path.absolute().parent
 
 

@@ -45,6 +45,7 @@ def test_numbers_are_exact():
         ("12=", None),
         ("12 *", None),
         ("10²", None),
+        ("10%²", None),
         ("1½", None),
         ("12>>", None),
         ("--5", None),

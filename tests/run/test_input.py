@@ -249,13 +249,15 @@ def test_every_reason_is_given_why_it_is_unknown(own_data, tmp_path, capsys):
 
 
 def test_a_changed_file_has_no_known_test_set(own_data, refused, tmp_path, capsys):
-    """Its problems would be split differently: those of training would be tested."""
+    """Split again, its problems of training would be among those of the test."""
     shutil.copy(own_data / "d", tmp_path / "d")
     go(*TINY, "--data", tmp_path / "d", "--out", tmp_path / "b")
     assert guarded(evaluate.main, [str(tmp_path / "b")]) == 0
     with (tmp_path / "d").open("a") as f:
         f.write("one more||<<1+1=2>> #### 2\n")
     reason = f"the problems are not those with which {tmp_path / 'b'} began"
+    refused(evaluate.main, [tmp_path / "b"], f"{tmp_path / 'd'}:1: ", reason)
+    shutil.rmtree(tmp_path / "b" / "checkpoints")
     refused(evaluate.main, [tmp_path / "b"], f"{tmp_path / 'd'}:1: ", reason)
 
     # Nor is it known what the run has learned
@@ -276,6 +278,16 @@ def test_a_model_that_is_apart_from_its_run(own_data, tmp_path, refused, capsys)
     assert f"questions held out here: {why}" in capsys.readouterr().out
     assert guarded(evaluate.main, [str(tmp_path / "copy"), "--problems", "1"]) == 0
     assert f"note: {why}, so the problems are those of the built-in" in capsys.readouterr().err
+
+
+def test_a_run_that_has_learned_from_its_own_descendant(own_data, tmp_path):
+    """`first` was trained again, from a run that had started from it."""
+    for name, init in (("first", "second"), ("second", "first")):
+        shutil.copytree(own_data / "a", tmp_path / name)
+        edit_json("config.json", init=str(tmp_path / init))(tmp_path / name)
+    questions, why_unknown = splits.learned_questions(tmp_path / "first")
+    assert len(questions) == 36
+    assert why_unknown == f"{tmp_path / 'first'} has been trained again since"
 
 
 def test_a_run_measured_on_what_it_was_trained_on_gets_a_note(own_data, capsys):
@@ -641,7 +653,8 @@ DECODER = "minatp/decoder.safetensors"
         (edit_json(SWITCHES, vae=None), f"{SWITCHES}:1", '"vae" is None'),
         (edit_json(SWITCHES, colour=1), f"{SWITCHES}:1", '"colour" is 1'),
         (edit_json(SWITCHES, decoder_layers=2), f"{DECODER}:0", "is missing"),
-        (remove(HEADS), f"{HEADS}:0", "is missing, but manifest.json lists it"),
+        (remove(HEADS), f"{HEADS}:0", "cannot be read"),
+        (remove(DECODER), f"{DECODER}:0", "cannot be read"),
         (remove_latent_head, f"{HEADS}:0", "is missing"),
     ],
 )
@@ -656,8 +669,8 @@ def test_half_a_saved_model_is_not_measured(finished, refused, tmp_path):
     """Its heads would be untrained."""
     shutil.copytree(finished / "final", tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "minatp")
-    reason = "is missing, but manifest.json lists it"
-    refused(evaluate.main, ["half"], f"half/{SWITCHES}:0: ", reason)
+    reason = "is missing, although manifest.json lists it"
+    refused(evaluate.main, ["half"], "half/minatp:0: ", reason)
 
 
 def test_a_published_model_is_measured_with_a_note(tmp_path, finished, capsys):
@@ -769,12 +782,18 @@ def test_a_folder_that_is_not_a_runs_is_not_overwritten(finished, refused, tmp_p
     shutil.copytree(finished / "final", tmp_path / "downloaded" / "final")
     refused(train.main, [*TINY, "--out", "downloaded"], "downloaded:0: ", "already holds a model")
 
+    for file in ("config.json", "metrics.jsonl"):
+        (tmp_path / "foreign").mkdir(exist_ok=True)
+        (tmp_path / "foreign" / file).write_text('{"colour": 1}\n')
+        refused(train.main, [*TINY, "--out", "foreign"], "foreign:0: ", f"already holds a {file}")
+        (tmp_path / "foreign" / file).unlink()
+
     go(*TINY, "--out", "downloaded", "--dry-run")
     assert "the run itself would end here: downloaded:0: already" in capsys.readouterr().out
 
 
 def test_a_run_whose_folder_is_moved_writes_into_no_other(tmp_path, monkeypatch, refused):
-    """It ends, and what it has saved before is whole."""
+    """It ends; what it has saved before is whole, and continues where it is now."""
     save = Run.save
 
     def save_and_move(run, n_done):

@@ -35,7 +35,7 @@ SAME_CHAINS = ("--n", "2", "--temperature", "0")
     ([*SAME_CHAINS, "Q"], "command line: ", "would all be the same"),
 
     # A question
-    (["Q\udcff"], "command line:1: ", "is not text in this terminal's encoding"),
+    (["Q\udcff"], "command line:1: ", "half of a surrogate pair"),
     ([""], "command line:1: ", "contains no question"),
     (["word " * 900], "command line:1: ", "shorten it"),
     (["Q", "--max-new", "9999"], "command line:1: ", "lower --max-new"),
@@ -152,7 +152,7 @@ def test_published_sets_are_evaluated_by_one_command(finished, tmp_path, capsys)
     (["--job", "2"], "did you mean --jobs?"),
     (["--jobs", "0"], "--jobs must be positive"),
     (["--seeds", "0,1,0"], "--seeds has the same number twice"),
-    (["--options", "--lr 1e-3 --seed=7"], "--options: --seed is set for each run by this command"),
+    (["--options", "--lr 1e-3 --seed=7"], "--options: --seed cannot be given here"),
     (["--options", "--data 'a b"], "--options: No closing quotation"),
 ])
 # fmt: on

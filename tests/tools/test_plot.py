@@ -55,13 +55,16 @@ def test_accuracy_by_latent_steps_is_a_curve_of_the_run(folder, tmp_path):
 
 def test_each_test_file_has_a_curve_of_its_own(folder, tmp_path):
     lines = []
-    for file in ("a.jsonl", "sets/b.jsonl"):
+    for file in ("a/test.jsonl", "b/test.jsonl"):
         save_latent_steps(tmp_path / "one", folder, [0.25, 0.75])
         record = json.loads((tmp_path / "one").read_text())
         lines.append(json.dumps({**record, "file": file}) + "\n")
     (tmp_path / "steps.jsonl").write_text("".join(lines))
     curves = plot.read(tmp_path / "steps.jsonl")
-    assert [f.name for f in curves] == [f"{folder.name} on a.jsonl", f"{folder.name} on b.jsonl"]
+    assert [f.name for f in curves] == [
+        f"{folder.name} on a:test.jsonl",
+        f"{folder.name} on b:test.jsonl",
+    ]
     assert all(len(panels["accuracy.latent_steps"]) == 2 for panels in curves.values())
 
 
