@@ -115,6 +115,8 @@ def learned_questions(folder, later=()):
     later: the runs that started from it, which it cannot have started from itself.
     """
     run = run_of(folder)
+    if not run and not Path(folder).exists():
+        return set(), f"{folder} is gone"
     if not run:
         return set(), why_no_run(folder)
     if run in later:
@@ -318,8 +320,6 @@ def run_of(folder):
 
 def why_no_run(folder):
     """Why nothing is known of the training of a model of ours; "" for a published one."""
-    if not Path(folder).exists():
-        return f"{folder} is gone"
     if (Path(folder) / "minatp").exists():
         return f"{folder} was taken out of its run's folder"
     return ""

@@ -43,7 +43,7 @@ METHODS = {
     "CoT": ["--method", "cot"],
     "iCoT": ["--method", "icot", "--epochs", EARLIER_WITHOUT_PHI + "33"],
     "pause": ["--method", "pause", "--epochs", EARLIER_WITHOUT_PHI + "31"],
-    "Coconut": ["--method", "coconut"],
+    "Coconut": ["--method", "coconut", "--epochs", EARLIER_WITHOUT_PHI + "21"],
     "SIM-CoT": ["--method", "sim-cot"],
     "SIM-CoT, distillation": ["--method", "sim-cot", "--distill", "5", "--distill-every", "2"],
     "CODI": ["--method", "codi"],

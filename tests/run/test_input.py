@@ -20,6 +20,7 @@ from minatp.run.folder import claim_folder
 from minatp.run.huggingface import load_model
 from minatp.run.loop import Run
 from minatp.run.saved import checkpoints
+from minatp.tools import probe
 
 from runs import GOOD, MODEL, TINY, TINY_RL, facts, go
 
@@ -288,6 +289,9 @@ def test_a_run_that_has_learned_from_its_own_descendant(own_data, tmp_path):
     questions, why_unknown = splits.learned_questions(tmp_path / "first")
     assert len(questions) == 36
     assert why_unknown == f"{tmp_path / 'first'} has been trained again since"
+
+    edit_json("config.json", init="nowhere")(tmp_path / "first")
+    assert splits.learned_questions(tmp_path / "first") == (questions, "nowhere is gone")
 
 
 def test_a_run_measured_on_what_it_was_trained_on_gets_a_note(own_data, capsys):
@@ -663,6 +667,11 @@ def test_saved_models(damage, file, reason, finished, refused, tmp_path):
     damage(tmp_path / "saved")
     argv = [*TINY_RL, "--init", tmp_path / "saved", "--out", "rl"]
     refused(train.main, argv, f"{tmp_path}/saved/{file}: ", reason)
+
+
+@pytest.mark.parametrize("command", [evaluate.main, probe.main], ids=["evaluate", "probe"])
+def test_a_model_that_is_not_there_is_not_measured(command, refused):
+    refused(command, ["nowhere"], "nowhere:0: ", "is not a directory")
 
 
 def test_half_a_saved_model_is_not_measured(finished, refused, tmp_path):
