@@ -354,7 +354,7 @@ def policy_gradients(run, explored, advantage, informative):
             # KL to the SFT policy, a mean over the informative chains: measured for each log line,
             # part of the loss with --kl
             if cfg.kl or run.is_log_due:
-                kl = kl_of_drawn(run, explored, prompt, prompt_mask, rolled, new)
+                kl = kl_of_rollout(run, explored, prompt, prompt_mask, rolled, new)
                 metrics["kl"] = kl / len(rows)
                 if cfg.kl:
                     n_chain = int(informative.sum()) * cfg.G  # of all ranks
@@ -365,11 +365,12 @@ def policy_gradients(run, explored, advantage, informative):
     return total, distributed.all_reduce(metrics, device, weight=len(rows))
 
 
-def kl_of_drawn(run, explored, prompt, prompt_mask, rolled, new):
-    """KL(π ‖ π_start) of the chains `rolled` (`kl_to_start`), a scalar.
+def kl_of_rollout(run, explored, prompt, prompt_mask, rolled, new):
+    """KL(π ‖ π_start), summed over the chains of a rollout (`kl_to_start`): a scalar.
 
-    Both policies read the latents as they were drawn. new: the LogProbs of π. With path they are of
-    the chain as π walks it now, so here π reads the drawn latents in a pass of its own.
+    Both policies read the latents as they were drawn. prompt, prompt_mask (Q, Tq); rolled: a
+    Rollout of Q·G chains. new: their LogProbs under π. With path these are of the chains as π walks
+    them now, so here π reads the drawn latents in a pass of its own.
     """
     cfg = run.cfg
     if cfg.estimator == "path":

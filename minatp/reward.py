@@ -34,8 +34,8 @@ WELL_FORMED = re.compile(r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE]
 # An answer: its sign on either side of a currency, its number, and words or a unit. A second number
 # or an operator may not follow, so that neither a list of guesses nor a calculation is an answer;
 # nor may a power or a fraction, as in 10² and 1½
-CALCULATES = r"(?!\s*[-+*/#]|[%.,]?\s*[¹²³⁰-⁹¼-¾⅐-⅞])"
-ANSWER = re.compile(rf"([+-]?(?:[$€£] ?)?|[$€£] ?[+-])({NUMERAL}){CALCULATES}([^\d=<>]*)")
+NOT_CALCULATED = r"(?!\s*[-+*/#]|[%.,]?\s*[¹²³⁰-⁹¼-¾⅐-⅞])"
+ANSWER = re.compile(rf"([+-]?(?:[$€£] ?)?|[$€£] ?[+-])({NUMERAL}){NOT_CALCULATED}([^\d=<>]*)")
 
 # A number in a step, or a fraction of two. A minus after a number or a bracket is an operator, not
 # a sign: "-3", "(-3)" and "2*-3" hold −3, but "5-3", "5 - 3" and "(1+1)-3" hold 3

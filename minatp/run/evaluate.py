@@ -519,9 +519,11 @@ def note_learned(folder, sets, args):
     sets: {name: problems}.
     """
     # The built-in sets never overlap
-    first = None if args.file else options_of(args.run[0])
-    if not args.file and not (first and first.data):
-        return
+    if not args.file:
+        first = options_of(args.run[0])
+        if not first or not first.data:
+            return
+
     learned, why_unknown = learned_questions(folder)
     questions = questions_of(p for problems in sets.values() for p in problems)
     n = len(learned & questions)
@@ -547,7 +549,7 @@ def report(folder, file, result, args):
 
 
 def load_trained(folder, device):
-    """load_model, on a device, to be used as it is: (model, tokenizer). Raises UserError.
+    """The model in a folder, on a device and in eval mode -> (ATP, Tokenizer). Raises UserError.
 
     Says on stderr if the model has learned nothing of latents.
     """

@@ -236,7 +236,7 @@ class Log:
         )
 
     def close(self):
-        """Nothing more is written."""
+        """Close metrics.jsonl, at the end of the run."""
         if self.file is not None:
             self.file.close()
             self.file = None

@@ -115,10 +115,9 @@ def learned_questions(folder, later=()):
     later: the runs that started from it, which it cannot have started from itself.
     """
     run = run_of(folder)
-    if not run and not Path(folder).exists():
-        return set(), f"{folder} is gone"
     if not run:
-        return set(), why_no_run(folder)
+        is_gone = not Path(folder).exists()
+        return set(), f"{folder} is gone" if is_gone else why_no_run(folder)
     if run in later:
         return set(), f"{folder} has been trained again since"
     try:
