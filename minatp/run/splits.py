@@ -318,7 +318,7 @@ def run_of(folder):
 
 
 def why_no_run(folder):
-    """Why nothing is known of the training of a model of ours; "" for a published one."""
+    """Why it is unknown what a model of ours has learned from; "" for a published model."""
     if (Path(folder) / "minatp").exists():
         return f"{folder} was taken out of its run's folder"
     return ""
