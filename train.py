@@ -130,8 +130,8 @@ def sft_gradients(run, problems, stage, step, weight=1.0):
         with run.autocast:
             # "enc": the text after the latents; "dec": each step is read from its latents;
             # "stop": the stop head; "kl": the latents' Gaussians against N(0, I). With --distill
-            # also "teacher": π writes the problem in words; "distill": its states before the
-            # answer, after the latents, should be those after the words
+            # also "teacher": π writes the problem in words; "distill": just before the answer, the
+            # hidden states of the pass with latents should match those of the pass in words
             losses = sft_losses(model, batch, eps_keys)
             # Their weighted sum, each divided by its count in the WHOLE batch: how that is split
             # over micro-batches and ranks changes nothing
@@ -148,10 +148,11 @@ def sft_gradients(run, problems, stage, step, weight=1.0):
 def rl(run):
     """Search for better latents: REINFORCE with a group baseline (docs/method.md, Stage 2).
 
-    With --estimator score the latents are actions, with the density that they were drawn from. With
-    path, the default of the tiny preset, the actions are stops and words alone, and the gradient of
-    their log-probabilities runs back through every latent. A reward that depends on the latents
-    directly, as coherence does through φ's reading, gives them no credit with path.
+    With --estimator score (the score function, REINFORCE) the latents are actions, with the density
+    that they were drawn from. With path (the pathwise, reparameterised gradient), the default of
+    the tiny preset, the actions are stops and words alone, and the gradient of their
+    log-probabilities runs back through every latent. A reward that depends on the latents directly,
+    as coherence does through φ's reading, gives them no credit with path.
     """
     cfg, model = run.cfg, run.model
     work = f"{cfg.updates:,} batches of {cfg.batch_size} questions × {cfg.G} rollouts"
@@ -170,12 +171,13 @@ def rl(run):
         # if every group is like that, there is no update, not even the anchor's
         advantage = advantages(reward, cfg.baseline, cfg.normalise)  # (Q, G)
         informative = (advantage != 0).any(1)  # (Q,)
+        chains = informative_chains(run, explored, advantage, informative)
 
         # 4. Learn. With one update a batch this is REINFORCE. With more it is GRPO: the ratio to
         # the probabilities at the first update is clipped
         metrics = {}
         for _ in range(cfg.updates_per_batch if informative.any() else 0):
-            loss, metrics = policy_gradients(run, explored, advantage, informative)
+            loss, metrics = policy_gradients(run, chains)
 
             # Hold on to what SFT has taught (φ is frozen: L_dec reaches π alone)
             if cfg.anchor:
@@ -220,10 +222,6 @@ class Explored:
     statistics: dict
     # latents and words of all ranks
     n_position: int
-    # Of the informative chains, from the first update on: the log-probability of each decision
-    # then, and, once it is needed for the KL, what the SFT policy gives (LogProbs)
-    old_logp: torch.Tensor | None = None
-    start: LogProbs | None = None
 
 
 def explore(run, prompts, step):
@@ -305,93 +303,119 @@ def permuted(values, run, step):
     return values.flatten()[torch.randperm(values.numel(), generator=g)].view_as(values)
 
 
-def policy_gradients(run, explored, advantage, informative):
-    """Accumulate the policy gradient of the informative groups in the parameters' .grad.
+@dataclass
+class InformativeChains:
+    """N = Q'·G of this rank's chains: those of its Q' informative groups. They are learned from."""
 
-    The gradient is that of −Σ advantage·log π over their chains, divided by the number of all
-    chains. (The value of the loss means nothing: at the first update every ratio is 1.)
-    advantage (Q, G), informative (Q,): of all ranks; this rank's chains are in `explored`, which
-    stores, for later updates, what the first one computes.
-    Returns (the loss of all ranks, metrics).
-    """
-    cfg, model, device = run.cfg, run.model, run.device
+    # (Q', Tq)
+    prompt: torch.Tensor
+    # (Q', Tq)
+    prompt_mask: torch.Tensor
+    # of N chains
+    rollout: Rollout
+    # (N, cK, 2) the noise of their latents, for path; None for score
+    eps_keys: torch.Tensor | None
+    # (N, cK + K + Tt) the advantage that each decision gets: latents, stops, words
+    advantage: torch.Tensor
+    # of all ranks: chains that were sampled, and those of informative groups
+    n_chain: int
+    n_informative: int
+    # From the first update on: the log-probability of each decision then, and, once it is needed
+    # for the KL, what the SFT policy gives
+    old_logp: torch.Tensor | None = None
+    start: LogProbs | None = None
 
-    # This rank's chains of informative groups
+
+def informative_chains(run, explored, advantage, informative):
+    """The chains of the informative groups. advantage (Q, G), informative (Q,): of all ranks."""
+    cfg, device = run.cfg, run.device
     our_informative = distributed.shard(informative)
     group = our_informative.nonzero()[:, 0].to(device)
     rows = (group[:, None] * cfg.G + torch.arange(cfg.G, device=device)).flatten()
-    prompt, prompt_mask = explored.prompt[group], explored.prompt_mask[group]
     rolled = explored.rollout.at(rows)
 
-    def for_our_chains(values):
-        """Values (Q, G) of all ranks -> those of `rows` (rows, 1)."""
-        return distributed.shard(values)[our_informative].view(-1, 1).to(device)
+    # Every decision gets the advantage of its chain. (A control, --placebo-latents: latents get
+    # that of another chain of the informative groups)
+    of_latents = advantage
+    if cfg.placebo_latents:
+        of_latents = advantage.clone()
+        of_latents[informative] = permuted(advantage[informative], run, run.step)
 
-    chain_advantage = for_our_chains(advantage)
-    latent_advantage = for_our_chains(advantage_of_latents(run, advantage, informative))
+    def for_our_chains(values, n_column):
+        """Values (Q, G) of all ranks -> those of `rows`, once for each decision (N, n_column)."""
+        return distributed.shard(values)[our_informative].view(-1, 1).expand(-1, n_column)
+
+    cK, K, Tt = rolled.z.shape[1], rolled.stop_prob.shape[1], rolled.token.shape[1]
+    of_decision = (for_our_chains(of_latents, cK), for_our_chains(advantage, K + Tt))
+    return InformativeChains(
+        prompt=explored.prompt[group],
+        prompt_mask=explored.prompt_mask[group],
+        rollout=rolled,
+        eps_keys=explored.noise.eps_keys[rows] if cfg.estimator == "path" else None,
+        advantage=torch.cat(of_decision, 1).to(device),
+        n_chain=advantage.numel(),
+        n_informative=int(informative.sum()) * cfg.G,
+    )
+
+
+def policy_gradients(run, chains):
+    """Accumulate the policy gradient of InformativeChains in the parameters' .grad.
+
+    It is that of −Σ advantage·log π over their decisions, divided by the number of all chains that
+    were sampled. (The value of the loss means nothing: at the first update every ratio is 1.)
+    `chains` also stores, for later updates, what the first one computes.
+    Returns (the loss of all ranks, metrics).
+    """
+    cfg, model, device = run.cfg, run.model, run.device
+    prompt, prompt_mask, rolled = chains.prompt, chains.prompt_mask, chains.rollout
+    n = len(rolled.z)  # 0 if none of this rank's groups is informative
 
     loss, metrics = torch.zeros((), device=device), {}
-    if len(rows):
+    if n:
         length = prompt.shape[1] + rolled.z.shape[1] + 1 + rolled.token.shape[1]
-        run.doing = Doing(f"rl, step {run.step + 1}", len(rows), length, "--batch-size or --G")
+        run.doing = Doing(f"rl, step {run.step + 1}", n, length, "--batch-size or --G")
         with run.autocast:
             # The log-probability of every decision; a constant 0 where nothing was decided
-            eps = explored.noise.eps_keys[rows] if cfg.estimator == "path" else None
-            new = log_probs(model, prompt, prompt_mask, rolled, cfg.G, eps)
-            logp, is_decision = decisions(cfg, model, rolled, new)  # (rows, cK + K + Tt)
+            new = log_probs(model, prompt, prompt_mask, rolled, cfg.G, chains.eps_keys)
+            logp, is_decision = decisions(cfg, model, rolled, new)  # (N, cK + K + Tt)
 
             # REINFORCE at the first update, where old_logp is logp itself; later the ratio to it is
             # clipped. (Columns without a decision are constant: a mean over decisions divides by
             # is_decision.sum(), as `clamped` does)
-            if explored.old_logp is None:
-                explored.old_logp = logp.detach()
-            is_of_latent = torch.arange(logp.shape[1], device=device) < rolled.z.shape[1]
-            credit = torch.where(is_of_latent, latent_advantage, chain_advantage)
-            losses, clamped = surrogate(logp, explored.old_logp, credit)
-            loss = losses.sum() / advantage.numel()
+            if chains.old_logp is None:
+                chains.old_logp = logp.detach()
+            losses, clamped = surrogate(logp, chains.old_logp, chains.advantage)
+            loss = losses.sum() / chains.n_chain
             metrics["clamped"] = clamped.sum() / is_decision.sum().clamp(min=1)
 
             # KL to the SFT policy, a mean over the informative chains: measured for each log line,
             # part of the loss with --kl
             if cfg.kl or run.is_log_due:
-                kl = kl_of_rollout(run, explored, prompt, prompt_mask, rolled, new)
-                metrics["kl"] = kl / len(rows)
+                kl = kl_of_chains(run, chains, new)
+                metrics["kl"] = kl / n
                 if cfg.kl:
-                    n_chain = int(informative.sum()) * cfg.G  # of all ranks
-                    loss = loss + cfg.kl * kl / n_chain
+                    loss = loss + cfg.kl * kl / chains.n_informative
         loss.backward()
         run.doing = run.between_batches
     total = distributed.all_reduce({"loss": loss.detach()}, device)["loss"]
-    return total, distributed.all_reduce(metrics, device, weight=len(rows))
+    return total, distributed.all_reduce(metrics, device, weight=n)
 
 
-def kl_of_rollout(run, explored, prompt, prompt_mask, rolled, new):
-    """KL(π ‖ π_start), summed over the chains of a rollout (`kl_to_start`): a scalar.
+def kl_of_chains(run, chains, new):
+    """KL(π ‖ π_start), summed over InformativeChains (`kl_to_start`): a scalar.
 
-    Both policies read the latents as they were drawn. prompt, prompt_mask (Q, Tq); rolled: a
-    Rollout of Q·G chains. new: their LogProbs under π. With path these are of the chains as π walks
-    them now, so here π reads the drawn latents in a pass of its own.
+    new: their LogProbs under π. Both policies read the latents as they were drawn; with path `new`
+    is of the chains as π walks them now, so here π reads the drawn latents in a pass of its own.
     """
-    cfg = run.cfg
+    cfg, rolled = run.cfg, chains.rollout
+    prompts = chains.prompt, chains.prompt_mask
     if cfg.estimator == "path":
         with torch.set_grad_enabled(cfg.kl > 0):
-            new = log_probs(run.model, prompt, prompt_mask, rolled, cfg.G)
-    if explored.start is None:
+            new = log_probs(run.model, *prompts, rolled, cfg.G)
+    if chains.start is None:
         with torch.no_grad():
-            explored.start = log_probs(run.start_model, prompt, prompt_mask, rolled, cfg.G)
-    return kl_to_start(new, explored.start, rolled.candidate)
-
-
-def advantage_of_latents(run, advantage, informative):
-    """The advantage that the latents of each chain get (Q, G): that of the chain.
-
-    A control, --placebo-latents: that of another chain of the informative groups.
-    """
-    if not run.cfg.placebo_latents:
-        return advantage
-    permuted_advantage = advantage.clone()
-    permuted_advantage[informative] = permuted(advantage[informative], run, run.step)
-    return permuted_advantage
+            chains.start = log_probs(run.start_model, *prompts, rolled, cfg.G)
+    return kl_to_start(new, chains.start, rolled.candidate)
 
 
 def decisions(cfg, model, rolled, new):
@@ -421,7 +445,7 @@ def dry_run_rl(run, problems):
     reward, terms = judge(run, explored.chains, problems, step=0)
     advantage = advantages(reward, run.cfg.baseline, run.cfg.normalise)
     all_groups = torch.ones(len(problems), dtype=torch.bool)
-    policy_gradients(run, explored, advantage, all_groups)
+    policy_gradients(run, informative_chains(run, explored, advantage, all_groups))
     return {"reward": reward.mean(), **terms, **explored.statistics}
 
 

@@ -2,6 +2,9 @@
 
 Stage k of the curriculum replaces the first k written steps of each problem by latents and leaves
 the rest as text (docs/method.md, Stage 1). `collate` is where that happens.
+
+`model` is the ATP of latent.py. Here only its settings matter: c, K, the parts that it has, and the
+id of <|end-latent|>.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -20,7 +23,7 @@ class Movable:
 
 
 class Rows(Movable):
-    """… whose tensors all have B rows, one for each chain: some of the rows can be chosen."""
+    """A Movable whose tensors all have B rows, one for each chain. `at` chooses some of them."""
 
     def at(self, rows):
         """A copy with these rows of every tensor."""

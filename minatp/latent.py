@@ -21,7 +21,8 @@ from .llama import Block, Llama
 class Latent(NamedTuple):
     """A candidate latent, or many (...), and the Gaussian that the head gave for it.
 
-    Without the VAE z = mu = h, and the rest is None.
+    Without the VAE z = mu is the hidden state itself (Coconut) or its projection (CODI), and the
+    rest is None.
     """
 
     # (..., D)
@@ -121,7 +122,7 @@ class ATP(nn.Module):
         self.latent = self.end = None  # ids of <|latent|>, a filler, and of <|end-latent|>
 
         self.policy = Llama(cfg)
-        # Whether φ has become a model of its own. Asked in stage 0 alone: later it always has
+        # Whether φ has become a model of its own. Only read in stage 0
         self.decoder_started = False
         if decode:
             self.decoder = Llama(replace(cfg, n_layer=decoder_layers or cfg.n_layer))

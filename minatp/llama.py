@@ -150,7 +150,11 @@ class KVCache:
         return y.view(B, h, n, hd)
 
     def repeat(self, work, *inputs):
-        """work(*inputs), which reads one column and is the same function every time."""
+        """Run one step of a loop, work(*inputs), which reads one column.
+
+        The GPU's cache records it as a CUDA graph at first and then replays it, so every call must
+        be given the same function.
+        """
         return work(*inputs)
 
     def fork(self):

@@ -7,7 +7,7 @@ several valid orders).
 
 A hash of its question decides which set a problem belongs to, so that no set can leak into another,
 whatever the seed. The same numbers may return under other names: `numbers` is a problem without its
-words, and a run's summary also gives the accuracy on numbers that no problem to learn from has.
+words, and a run's summary also gives the accuracy on numbers that are in no training problem.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ LARGEST = 30  # no number in a problem is larger
 MOST = 10**6  # the most problems that can be asked for; each set has more
 SETS = {  # name -> its buckets, of 16
     "test": (0, 1),
-    "longer": (0, 1),  # problems of 5 and 6 steps, more than any problem to learn from has
+    "longer": (0, 1),  # problems of 5 and 6 steps, more than any training problem has
     "validation": (2,),
     "labelled": (3, 4, 5, 6, 7, 8, 9),
     "answers": (10, 11, 12, 13, 14, 15),

@@ -62,7 +62,7 @@ class LogProbs(NamedTuple):
     logp_stop: torch.Tensor
     # (B, Tt)
     logp_token: torch.Tensor
-    # (B, cK, D), or hidden states without the VAE
+    # (B, cK, D); without the VAE the latents themselves
     mu: torch.Tensor
     # (B, cK, D), or None without the VAE
     logvar: torch.Tensor

@@ -26,8 +26,9 @@ class Tokenizer:
         backend.add_special_tokens([START, LATENT, END, *map(backend.id_to_token, (bos, *eos))])
         self.start, self.latent, self.end = (backend.token_to_id(t) for t in (START, LATENT, END))
 
-        # Other programs put before a text what the tokenizer's file says. That has to be bos: π has
-        # never read a text without it. (`encode` and `prompt` below do not depend on this)
+        # Other programs that load this tokenizer put before a text whatever its post-processor
+        # says. Make that bos, because π has never read a text without it. (`encode` and `prompts`
+        # below do not use it)
         if backend.encode("").ids != [bos, *self.encode("")]:
             backend.post_processor = bos_before_text(backend.id_to_token(bos), bos)
 

@@ -188,7 +188,7 @@ def refuse_rewards(reward, step, problems):
     # Name a problem if any of its G rewards is not finite
     bad = [p for p, ok in zip(problems, reward.isfinite().all(1).tolist()) if not ok]
     raise NotFinite(
-        f"step {step + 1}: a reward is not finite, and nothing was changed; problems "
+        f"step {step + 1}: a reward is not finite, so the step was not taken; problems "
         f"{format_sources(bad)}"
     )
 

@@ -126,7 +126,7 @@ def measure(chains, problems):
     n_by_steps = Counter(len(p.steps) for p in problems)
     right_by_steps = Counter(len(p.steps) for ok, p in zip(right, problems) if ok)
 
-    coherence = None  # if thoughts are in no words, they have none
+    coherence = None  # without steps in words it is undefined
     if any(chain.steps for chain in chains):
         coherence = statistics.fmean(reward.coherence(c.steps, c.answer) for c in chains)
     return {
@@ -143,7 +143,7 @@ def measure(chains, problems):
 
 
 def elect(chains, by):
-    """The one of several Chains of a problem that speaks for all. No answer is looked at.
+    """Elect one of several Chains of a problem by vote. The right answer is not used.
 
     by "majority": the first with the commonest answer. by "coherence": the majority of the most
     coherent ones.
@@ -369,7 +369,7 @@ def test(run):
 
 
 def test_new_numbers(run, problems, chains, result):
-    """The built-in task: measure the problems whose numbers occur in no problem to learn from."""
+    """The built-in task: measure the problems whose numbers are in no training problem."""
     cfg, splits = run.cfg, run.splits
 
     # The questions of RL count in SFT as well, so that both are measured on the same problems
@@ -378,9 +378,7 @@ def test_new_numbers(run, problems, chains, result):
     new = [i for i, p in enumerate(problems) if numbers(p) not in known]
     if new:
         result["new_numbers"] = measure([chains[i] for i in new], [problems[i] for i in new])
-        print0(
-            f"  with numbers that no problem to learn from has: {describe(result['new_numbers'])}"
-        )
+        print0(f"  numbers that are in no training problem: {describe(result['new_numbers'])}")
 
 
 def compare_with_start(run, name, problems, chains, result):
@@ -601,7 +599,7 @@ def evaluate_run(folder, problems, device, args):
 
 
 def note_cut_off(run, chains, max_new):
-    """Say on stderr how many Chains of a run have no end, for want of room, if any have none."""
+    """Report on stderr how many answers --max-new cut off, if any."""
     n = sum(not chain.ended for chain in chains)
     if n:
         sys.stderr.write(

@@ -83,7 +83,7 @@ class Run:
         """Settle --dtype, which can depend on the model. `with run.autocast:` computes in it."""
         cfg = self.cfg
 
-        # A run of a version that had no --dtype goes on as it began
+        # A run from before --dtype existed keeps the dtype that it started with
         if cfg.resume and not cfg.dtype:
             cfg.dtype = "bfloat16" if self.device.type == "cuda" else "float32"
 
@@ -203,9 +203,10 @@ class Run:
     # ---- the loop --------------------------------------------------------------------------------
 
     def steps(self, batches, n_step, n_total=None, stage=None):
-        """Yield (step, batch) for the n_step optimizer steps of a stage; `batches` is an iterator.
+        """Yield (step, batch) for the n_step steps of a stage; `batches` is an iterator.
 
-        Steps that a resumed run has behind it are skipped. Before each step this sets the learning
+        A step is one batch: one step of the optimizer, or in RL --updates-per-batch. Those that a
+        resumed run has behind it are skipped. Before each step this sets the learning
         rate; after it, it logs, saves, stops on request and validates, whatever is due.
         n_total: steps of the whole run; defaults to n_step.
         """
@@ -321,7 +322,7 @@ class Run:
         """One line on the terminal and one record in metrics.jsonl: the averages since the last."""
         # A step that was not taken ends the run here, before its NaN is averaged
         self.optimizer.check()
-        means, speed, left = self.meter.read(self.n_total - n_done)
+        means, speed, left = self.meter.flush(self.n_total - n_done)
         record, line = {"step": n_done}, []
 
         # SFT logs the means of its losses, and L made of them (that of a step with a teacher, if
@@ -397,7 +398,7 @@ class Run:
         if seed is not None:
             noise = Noise.draw(model, len(prompts), max_new, seed, cfg.temperature)
 
-        def stop_if_requested():  # of several ranks, each would stop at another batch
+        def stop_if_requested():  # several ranks would each stop at a different batch
             stop_request.check(cfg, stop_request.requested and distributed.WORLD_SIZE == 1)
 
         guard = solving_guard(prompts, model, max_new, cfg.eval_batch, "--eval-batch")
@@ -504,9 +505,8 @@ class GuardedOptimizer:
         for (loss, norm), (_, n_done, problems) in zip(values, steps):
             if not math.isfinite(loss + norm):
                 raise NotFinite(
-                    f"step {n_done + 1}: loss {loss:g}, gradient norm {norm:g}: nothing was "
-                    "changed by it; look at its problems, --lr and --init; problems "
-                    f"{format_sources(problems)}"
+                    f"step {n_done + 1}: loss {loss:g}, gradient norm {norm:g}, so the step was "
+                    f"not taken; check --lr, --init and its problems {format_sources(problems)}"
                 )
 
 
@@ -570,8 +570,8 @@ class Meter:
                     "(0: answers do not end), sigma and --spread (do the thoughts differ at all?)"
                 )
 
-    def read(self, n_left):
-        """(means, tokens per second, time left for n_left more steps) since the last read."""
+    def flush(self, n_left):
+        """(means, tokens per second, time left for n_left more steps), and start afresh."""
         # Sums over steps by sums of counts: a batch with more words weighs more
         means = {
             name: float(total) / max(1, self.count[name]) for name, total in self.total.items()

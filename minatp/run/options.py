@@ -40,21 +40,21 @@ class Method:
 
 # fmt: off
 METHODS = {
-    # the answer at once
+    # the answer at once (the steps are dropped in splits.py)
     "no-cot":       Method("words"),
     # steps in words, then the answer
     "cot":          Method("words"),
-    # words go, one step after the other, and nothing takes their place
+    # the steps go one after the other, and nothing takes their place
     "icot":         Method("curriculum", by="nothing"),
-    # … but a word that says nothing
+    # each step is replaced by filler words, which say nothing
     "pause":        Method("curriculum", by="fillers"),
-    # … but latents, which are hidden states
+    # each step is replaced by latents, which are hidden states
     "coconut":      Method("curriculum"),
-    # … from which a decoder LM must be able to read the steps
+    # Coconut, and a decoder LM must be able to read the steps from the latents
     "sim-cot":      Method("curriculum", decode=True),
     # latents from the start, taught by the same model when it reads the steps in words
     "codi":         Method("all", project=True),
-    # … with a decoder LM
+    # CODI, with the decoder LM of SIM-CoT
     "codi-sim-cot": Method("all", project=True, decode=True),
     # latents that are sampled, as many as the stop head decides, and read by a decoder LM
     "atp":          Method("curriculum", vae=True, stop=True, decode=True),
@@ -100,7 +100,7 @@ RL_PRESETS = {
     "llama-1b": dict(init="out/sft", lr=1e-6, batch_size=16),
 }
 
-# What a preset other than tiny is the shape of, which its --init brings
+# The published model whose sizes a preset has; its directory is given to --init
 PUBLISHED = {"smollm2-135m": "SmolLM2-135M-Instruct", "llama-1b": "Llama-3.2-1B"}
 
 # A preset's epochs. With a curriculum: of stage 0; of each stage 1 … K − 1; of stage K; and of the
@@ -132,6 +132,8 @@ SFT_OF_METHOD = {
 
 
 # ---- the options, by group -----------------------------------------------------------------------
+#
+# The docstring of each class below is the title of its section in --help.
 
 
 def opt(default, help, sign=None, choices=()):
@@ -183,7 +185,7 @@ class Data:
         "commas [the built-in task]",
     )
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
-    test: str = opt("", "test problems, likewise [as many again]")
+    test: str = opt("", "test problems, likewise [as many as --val, held out of --data as well]")
 
     # Sizes of the built-in sets; --val-size also of what is held out of --data
     labelled: int = opt(
@@ -244,7 +246,7 @@ class Latents:
         "one that reads latents",
         NOT_NEGATIVE,
     )
-    distill_every: int = opt(1, "steps from one that has a teacher to the next", POSITIVE)
+    distill_every: int = opt(1, "distil in every N-th step", POSITIVE)
 
     # Each switches off a part of ATP-Latent
     no_vae: bool = opt(False, "ablation: the latent is the hidden state itself")

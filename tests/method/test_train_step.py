@@ -205,6 +205,12 @@ def test_a_batch_without_a_signal_makes_no_update(nobody_wins):
     assert recorded["signal"] == 0
 
 
+def update(run, explored, advantage, informative):
+    """The metrics of a first update."""
+    chains = train.informative_chains(run, explored, advantage, informative)
+    return train.policy_gradients(run, chains)[1]
+
+
 def test_an_informative_group_has_the_same_gradient_among_silent_ones():
     """Silent groups are left out of the computation, but not of the mean."""
     run = one_step(*SMALL_RL)
@@ -215,7 +221,7 @@ def test_an_informative_group_has_the_same_gradient_among_silent_ones():
     gradients = []
     for informative in (torch.arange(4) == 2, torch.ones(4, dtype=torch.bool)):
         run.model.zero_grad()
-        train.policy_gradients(run, replace(explored), advantage, informative)
+        update(run, explored, advantage, informative)
         gradients.append(gradients_of(run.model))
     assert_equal_gradients(*gradients, rtol=1e-4, atol=1e-6)
 
@@ -241,16 +247,17 @@ def test_clamped_is_a_share_of_decisions_and_the_kl_to_oneself_is_zero():
     [eos] = run.tokenizer.eos
     explored = explored_by_hand(run, [[eos], [7, eos]])
     advantage, informative = torch.tensor([[0.5, -0.5]]), torch.tensor([True])
+    chains = train.informative_chains(run, explored, advantage, informative)
 
-    _, metrics = train.policy_gradients(run, explored, advantage, informative)
+    _, metrics = train.policy_gradients(run, chains)
     assert metrics["clamped"] == 0
     assert metrics["kl"].item() == pytest.approx(0, abs=1e-9)
 
     # had every decision been less likely before, by a factor of e, every ratio would be clipped
-    is_decision = explored.old_logp != 0
+    is_decision = chains.old_logp != 0
     assert is_decision.sum() == 7
-    explored.old_logp -= 1.0 * is_decision
-    _, metrics = train.policy_gradients(run, explored, advantage, informative)
+    chains.old_logp -= 1.0 * is_decision
+    _, metrics = train.policy_gradients(run, chains)
     assert metrics["clamped"] == 1
 
 
@@ -267,7 +274,7 @@ def test_the_kl_compares_both_policies_on_the_chains_as_they_were_drawn():
                 weight += 0.05 * torch.randn(weight.shape, generator=g)
 
         # No advantage, so that the loss is the KL alone
-        _, metrics = train.policy_gradients(run, explored, torch.zeros(2, 4), torch.ones(2).bool())
+        metrics = update(run, explored, torch.zeros(2, 4), torch.ones(2).bool())
         kl[estimator], gradients[estimator] = metrics["kl"].item(), gradients_of(run.model)
     assert kl["score"] > 0.1
     assert kl["path"] == pytest.approx(kl["score"], rel=1e-4)
@@ -348,7 +355,7 @@ def score_gradients(latent_weight, spread=2.0):
     for name in ("z", "logp_z", "logp_stop"):
         setattr(explored.rollout, name, getattr(explored.rollout, name).double())
     advantage, informative = torch.eye(4, dtype=torch.float64)[:2] - 0.25, torch.ones(2).bool()
-    train.policy_gradients(run, explored, advantage, informative)
+    update(run, explored, advantage, informative)
     return gradients_of(run.model)
 
 
@@ -369,19 +376,8 @@ def test_the_placebo_of_latents_permutes_their_advantages_among_informative_chai
         explored = train.explore(run, run.prompts[:4], step=0)
         advantage = torch.arange(16.0).view(4, 4) - 7.5
         informative = torch.tensor([True, False, True, True])
-        surrogate, seen = train.surrogate, []
-
-        def watch(logp, old, credit, surrogate=surrogate, seen=seen):
-            seen.append(credit.expand_as(logp))
-            return surrogate(logp, old, credit)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "surrogate", watch)
-            for _ in range(2):  # more updates on a batch have the same placebo
-                train.policy_gradients(run, explored, advantage, informative)
-        first, second = seen
-        assert torch.equal(first, second)
-        credits[bool(placebo)] = first
+        chains = train.informative_chains(run, explored, advantage, informative)
+        credits[bool(placebo)] = chains.advantage
 
     true, permuted = credits[False], credits[True]
     n_latent = explored.rollout.z.shape[1]
@@ -424,9 +420,9 @@ def test_an_rl_step_in_bfloat16_is_that_in_float32(estimator):
     logp, gradient = {}, {}
     for dtype in ("float32", "bfloat16"):
         run = one_step(*argv, dtype)
-        explored = replace(explored, old_logp=None, start=None)  # the first update
-        _, metrics = train.policy_gradients(run, explored, advantage, informative)
-        logp[dtype] = explored.old_logp
+        chains = train.informative_chains(run, explored, advantage, informative)
+        _, metrics = train.policy_gradients(run, chains)
+        logp[dtype] = chains.old_logp
         gradients = gradients_of(run.model)
         gradient[dtype] = torch.cat([g.flatten() for g in gradients.values()])
         assert metrics["kl"].dtype == torch.float32
