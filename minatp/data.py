@@ -182,18 +182,18 @@ class Steps(Movable):
     row: torch.Tensor
     # (N,) which step of that problem it is
     index: torch.Tensor
-    # (N, Ts) the step's text and eos, IGNORE where padded
-    text: torch.Tensor
-    # where `text` has an id, indices as in Text
-    text_at: tuple
+    # (N, Ts) ids to write, the step's text and eos; IGNORE where padded
+    target: torch.Tensor
+    # where `target` has an id, indices as in Text
+    target_at: tuple
     # of previews: (N,) how many ids of Batch.text π has read when it thinks of the step; else None
     n_before: torch.Tensor | None
-    # with --word-dropout: (N, Ts − 1) bool, the words of `text` that are hidden from its writer
+    # with --word-dropout: (N, Ts − 1) bool, the words of `target` that are hidden from its writer
     unseen: torch.Tensor | None = None
 
     def hide(self, unseen):
         """Hide words. unseen: (B, K, ≥ Ts − 1) bool, of these problems, from `draw_unseen`."""
-        self.unseen = unseen[self.row, self.index, : self.text.shape[1] - 1]
+        self.unseen = unseen[self.row, self.index, : self.target.shape[1] - 1]
 
 
 @dataclass
@@ -263,26 +263,27 @@ def collate(rows, stage, model, distills=False):
 
     # The same problems in words, if their steps are known. Without latents there is nothing to
     # teach: the text is the same
-    words, taught = None, []
+    words, distilled = None, []
     if distills and thinking.n_candidate:
-        thinks = (thinking.n_latent > 0) & ~thinking.answer_only
-        taught = thinks.nonzero()[:, 0].tolist()
-    if taught:
-        words = in_words(rows, taught, model)
-        text.answer_at = before_answer(rows, texts, taught)
+        has_teacher = (thinking.n_latent > 0) & ~thinking.answer_only
+        distilled = has_teacher.nonzero()[:, 0].tolist()
+    if distilled:
+        words = in_words(rows, distilled, model)
+        text.answer_at = before_answer(rows, texts, distilled)
     n_word = len(words.target_at[0]) if words else 0
 
+    # (Padding is masked, so that any id would do)
     prompt, prompt_mask = left_pad([row.prompt for row in rows], model.end)
     n_position = int(prompt_mask.sum() + thinking.n_latent.sum() + text.mask.sum())
     counts = {
         "enc": len(text.target_at[0]),
         # In stage 0 ids: a mean over ids, like "enc", which it must not outweigh. Later: steps
-        "dec": len(steps.text_at[0]) if has_previews else len(steps.text),
+        "dec": len(steps.target_at[0]) if has_previews else len(steps.target),
         "kl": len(thinking.used_at[0]),
         "stop": len(thinking.stop_at[0]),
         "answer_only": int(thinking.answer_only.sum()),
         "teacher": n_word,
-        "distill": len(taught),
+        "distill": len(distilled),
         "position": n_position + n_word,
     }
     return Batch(prompt, prompt_mask, thinking, text, steps, words, counts)
@@ -344,7 +345,7 @@ def steps_of(rows, n_step, stage, K, has_previews):
     for b, s in pairs:
         stands_for_rest = stage > K and s == K - 1 and rows[b].rest_text
         texts.append(rows[b].rest_text if stands_for_rest else rows[b].step_texts[s])
-    text = pad(texts, IGNORE)
+    target = pad(texts, IGNORE)
 
     # A preview of the first step is thought right after the prompt, before <|end-latent|>; one of a
     # later step after <|end-latent|> and the steps before it
@@ -354,7 +355,7 @@ def steps_of(rows, n_step, stage, K, has_previews):
         n_before = torch.tensor(n_ids)
 
     row, index = torch.tensor(pairs, dtype=torch.long).view(-1, 2).t().contiguous()
-    return Steps(row, index, text, (text != IGNORE).nonzero(as_tuple=True), n_before)
+    return Steps(row, index, target, (target != IGNORE).nonzero(as_tuple=True), n_before)
 
 
 def in_words(rows, chosen, model):

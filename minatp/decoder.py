@@ -22,7 +22,7 @@ from . import reward
 from .rollout import write
 
 
-def opening(decoder, z):
+def thought_embeddings(decoder, z):
     """The input embeddings that φ starts from: the latents z (N, c, D), after bos if it reads bos.
 
     Returns x (N, c or 1 + c, D) and its mask, all True (N, c or 1 + c).
@@ -33,30 +33,30 @@ def opening(decoder, z):
     return z, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
 
 
-def thought_nll(decoder, z, text, text_at, unseen=None):
+def thought_nll(decoder, z, target, target_at, unseen=None):
     """−log p of each step's text, (N,): the sum of `thought_token_nll` over its tokens."""
-    return thought_token_nll(decoder, z, text, text_at, unseen).sum(1)
+    return thought_token_nll(decoder, z, target, target_at, unseen).sum(1)
 
 
-def thought_token_nll(decoder, z, text, text_at, unseen=None):
+def thought_token_nll(decoder, z, target, target_at, unseen=None):
     """−log p of each token of each step's text, 0 where padded: (N, Ts).
 
-    z (N, c, D): the step's latents. text (N, Ts): the step's ids and eos, IGNORE where padded.
-    text_at: where `text` has an id, (rows, columns). unseen (N, Ts − 1) bool: words that φ must
+    z (N, c, D): the step's latents. target (N, Ts): its ids and eos, IGNORE where padded.
+    target_at: where `target` has an id, (rows, columns). unseen (N, Ts − 1) bool: words that φ must
     write but does not read, since their embeddings are 0; None: it reads all.
     """
     # φ reads the latents, then the text up to its last id
-    thought, all_real = opening(decoder, z)
-    words = decoder.embed(text[:, :-1].clamp(min=0))
+    thought, all_real = thought_embeddings(decoder, z)
+    words = decoder.embed(target[:, :-1].clamp(min=0))
     if unseen is not None:
         words = words.masked_fill(unseen[..., None], 0)
     x = torch.cat((thought, words), 1)
-    mask = torch.cat((all_real, text[:, :-1] != IGNORE), 1)
+    mask = torch.cat((all_real, target[:, :-1] != IGNORE), 1)
 
     # the hidden state after the last latent predicts the first id
-    h = decoder(x, mask, decoder.cache(*x.shape[:2]), last=text.shape[1])  # (N, Ts, D)
-    nll = decoder.nll(h[text_at], text[text_at])
-    return nll.new_zeros(text.shape).index_put(text_at, nll)
+    h = decoder(x, mask, decoder.cache(*x.shape[:2]), last=target.shape[1])  # (N, Ts, D)
+    nll = decoder.nll(h[target_at], target[target_at])
+    return nll.new_zeros(target.shape).index_put(target_at, nll)
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def read_thoughts(decoder, z, eos, max_new):
     if not len(z):
         return []
     with cast_once(decoder):  # saves casts under autocast, and changes no result
-        x, all_real = opening(decoder, z)
+        x, all_real = thought_embeddings(decoder, z)
         cache = decoder.cache(len(x), x.shape[1] + max_new)
         h = decoder(x, all_real, cache, last=1)[:, 0]
         token, _ = write(decoder, h, cache, max_new, [eos])

@@ -251,7 +251,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    # whether it reads bos before embeddings that are not words (decoder.opening)
+    # whether it reads bos before embeddings that are not words (decoder.thought_embeddings)
     reads_bos = False
 
     def __init__(self, cfg):

@@ -72,16 +72,11 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
     """The log-probability of everything that a Rollout sampled, with gradients -> LogProbs.
 
     Its B = Q·group rows belong to prompt, prompt_mask (Q, Tq), which is read once for its group.
-    Two estimators:
-
-    score, eps None: z is given. It is an action with density N(z; μ, σ²), so nothing needs to be
-    walked: latents and words after the prompt are read in one parallel pass. The candidate dropped
-    at a stop counts too, since it was sampled.
-    path, eps the noise of the rollout: z = μ + σε is a function of the weights, so only stops and
-    words are actions. The chain is walked, and their gradient runs back through every latent.
+    There are two estimators: score (`read_chain`) and, if `eps` is given, path (`walk_chain`).
+    eps: the noise of the rollout, as in `sft_losses`.
     """
     policy, c = model.policy, model.c
-    B, cK, D = rollout.z.shape
+    B, cK, _ = rollout.z.shape
     Tt = rollout.token.shape[1]
     # The largest number of latents in a row. Read now, while the GPU is idle: later the host would
     # have to wait for it
@@ -94,26 +89,17 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
     written = column[:Tt] < rollout.n_token[:, None]  # (B, Tt)
 
     # After the latents the policy read <|end-latent|> and all words but the last: n_token ids
-    h_prompt, cache = read_prompt(policy, prompt, prompt_mask, cK + Tt, group)
+    h, cache = read_prompt(policy, prompt, prompt_mask, cK + Tt, group)
     end_latent = torch.full((B, 1), model.end, device=prompt.device)
     text = policy.embed(torch.cat((end_latent, rollout.token[:, :-1].clamp(min=0)), 1))
 
     logp_z = rollout.z.new_zeros(B, cK)
     if eps is None:
-        # One parallel pass over latents and words
-        h = policy(torch.cat((rollout.z, text), 1), torch.cat((used, written), 1), cache)
-        h_text = h[:, cK:]
-        # The latent in column t was proposed from the column before it
-        h_before = torch.cat((h_prompt[:, None], h[:, : cK - 1]), 1)
-        latent = model.propose(h_before, z=rollout.z, spread=rollout.spread)
+        latent, h_text = read_chain(model, h, cache, rollout, text, used, written)
         if model.vae:
             logp_z = torch.where(candidate, latent.logp, 0.0)
     else:
-        # Walk the chain again, with the same noise; then one pass over the words
-        eps = ops.prepare_noise(eps, D)
-        plan = Plan(rollout.n_latent, L=L, n_candidate=cK, eps=eps, spread=rollout.spread)
-        latent, _ = walk(model, h_prompt, cache, plan)
-        h_text = policy(text, written, cache)
+        latent, h_text = walk_chain(model, h, cache, rollout, text, written, eps, L)
 
     # The stop head decided at the first latent of each step
     logp_stop = rollout.z.new_zeros(B, model.K)
@@ -125,6 +111,35 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
     target = rollout.token.masked_fill(~written, IGNORE)
     logp_token = -policy.nll(h_text, target, rollout.temperature)
     return LogProbs(logp_z, logp_stop, logp_token, latent.mu, latent.logvar)
+
+
+def read_chain(model, h, cache, rollout, text, used, written):
+    """Score: the latents of a Rollout are given. -> (Latent (B, cK), hidden states of the text).
+
+    A latent is an action with density N(z; μ, σ²), so nothing needs to be walked: latents and text,
+    embeddings (B, Tt, D), are read in one parallel pass after hidden states h (B, D). The candidate
+    dropped at a stop counts too, since it was sampled.
+    """
+    cK = rollout.z.shape[1]
+    states = model.policy(torch.cat((rollout.z, text), 1), torch.cat((used, written), 1), cache)
+    # The latent in column t was proposed from the column before it
+    h_before = torch.cat((h[:, None], states[:, : cK - 1]), 1)
+    latent = model.propose(h_before, z=rollout.z, spread=rollout.spread)
+    return latent, states[:, cK:]
+
+
+def walk_chain(model, h, cache, rollout, text, written, eps, L):
+    """Path: z = μ + σε is a function of the weights. Returns what `read_chain` does.
+
+    Only stops and words are actions. The chain is walked again with the same noise, so their
+    gradient runs back through every latent; then one pass reads the text, embeddings (B, Tt, D).
+    L: the largest number of latents in a row.
+    """
+    cK, D = rollout.z.shape[1:]
+    eps = ops.prepare_noise(eps, D)
+    plan = Plan(rollout.n_latent, L=L, n_candidate=cK, eps=eps, spread=rollout.spread)
+    latent, _ = walk(model, h, cache, plan)
+    return latent, model.policy(text, written, cache)
 
 
 def kl_to_start(new, start, candidate):

@@ -178,8 +178,8 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
 # int(mask.sum()), and unfinished_rows gives the rows to keep (None: all of them).
 #
 # On a GPU a step is a CUDA graph, recorded once and replayed on the same memory (kernels/graph.py).
-# So state is written in place, steps are counted on the device, and shapes are fixed: all rows are
-# computed, and a mask says whose results count.
+# So every tensor below is written in place, steps are counted on the device, and shapes are fixed:
+# all rows are computed, and a mask says whose results count.
 
 
 def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
@@ -219,11 +219,7 @@ def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
 
             # At the first latent of a step the stop head reads the candidate: a stop drops it
             if j == 0 and model.stop and may_stop:
-                logp = upcast(model.stop_head(z)).log_softmax(-1)  # (rows, 2): continue, stop
-                if noise is None:
-                    stop = logp[:, 1] > logp[:, 0]
-                else:
-                    stop = noise.u_stop[b, step] < logp[:, 1].exp()
+                stop, logp = decide_stop(model, z, noise.u_stop[b, step] if noise else None)
                 if forced is not None:
                     stop = stop & ~is_forced
                 out.stop_prob[b, step] = logp[:, 1].exp()
@@ -256,6 +252,18 @@ def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
     out.clear_past_end()
 
 
+def decide_stop(model, z, u=None):
+    """Whether the stop head stops at candidates z (rows, D): (rows,) bool, and log p (rows, 2).
+
+    The columns of log p are "continue" and "stop". u (rows,): uniform numbers to sample with;
+    None: the likelier of the two.
+    """
+    logp = upcast(model.stop_head(z)).log_softmax(-1)
+    if u is None:
+        return logp[:, 1] > logp[:, 0], logp
+    return u < logp[:, 1].exp(), logp
+
+
 @torch.no_grad()
 def write(llama, h, cache, max_new, eos, noise=None):
     """Write after hidden states h (B, D), each row up to one of the ids `eos`, at most max_new ids.
@@ -275,10 +283,12 @@ def write(llama, h, cache, max_new, eos, noise=None):
     writes = torch.ones(B, dtype=torch.bool, device=h.device)
     word = torch.zeros_like(rows)
 
-    def write_word(n, h=None):
-        """Read the last word of every row (or take h (rows, D) as read), and write the n-th."""
-        if h is None:
-            h = llama.step(llama.embed(word), writes, cache)
+    def read_and_write(n):
+        """Read the last word of every row, and write the n-th."""
+        write_word(n, llama.step(llama.embed(word), writes, cache))
+
+    def write_word(n, h):
+        """Write the n-th word of every row, n a tensor (), after hidden states h (rows, D)."""
         column = n.expand_as(rows)
 
         # The word at which the cumulative softmax(logits/temperature) reaches u, or the likeliest
@@ -302,5 +312,5 @@ def write(llama, h, cache, max_new, eos, noise=None):
             rows, writes, word = rows[keep], writes[keep], word[keep]
             cache.keep(keep)
             count_done = DelayedCount(fixed_shape)
-        cache.repeat(write_word, torch.full_like(rows[0], n))
+        cache.repeat(read_and_write, torch.full_like(rows[0], n))
     return token, logp_token

@@ -33,7 +33,7 @@ def sft_losses(model, batch, eps=None):
     model: an ATP. eps: the noise of the latents, ε (B, ≥ n_candidate, D) or the keys that it is
     drawn from (B, ≥ n_candidate, 2); None: z = μ. Previews need (B, c·K, …).
     """
-    # In stage 0 nothing is latent, nor in any stage of a method without latents
+    # In stage 0 no latent is read, nor in any stage of a method without latents
     if not batch.thinking.n_candidate:
         return losses_in_words(model, batch, eps)
 
@@ -45,10 +45,10 @@ def sft_losses(model, batch, eps=None):
     latent, _ = walk_batch(model, batch, h, cache, eps)
     if batch.words:
         h, states = policy(policy.embed(text.ids), text.mask, cache, states_at=text.answer_at)
-        taught = distillation(policy, batch, words_cache, states)
+        of_teacher = distillation(policy, batch, words_cache, states)
     else:
-        h, taught = policy(policy.embed(text.ids), text.mask, cache), {}  # (B, Tt, D)
-    losses = {"enc": label_nll(policy, h, text), **taught}
+        h, of_teacher = policy(policy.embed(text.ids), text.mask, cache), {}  # (B, Tt, D)
+    losses = {"enc": label_nll(policy, h, text), **of_teacher}
 
     # KL(N(μ, σ²) ‖ N(0, I)) of each used latent
     if model.vae:
@@ -63,7 +63,7 @@ def sft_losses(model, batch, eps=None):
     # φ must write each step from its c latents; the gradient reaches them, and through them π. (A
     # dropped candidate can be one column too many for whole steps: it is cut off)
     steps = batch.steps
-    if len(steps.text):
+    if len(steps.target):
         n_step = z.shape[1] // model.c
         z = z[:, : n_step * model.c].unflatten(1, (n_step, model.c))  # (B, n_step, c, D)
         losses["dec"] = decoder_loss(model.decoder, z[steps.row, steps.index], steps)
@@ -71,7 +71,7 @@ def sft_losses(model, batch, eps=None):
 
 
 def losses_in_words(model, batch, eps=None):
-    """`sft_losses` where nothing is latent: prompt and text are read in one pass."""
+    """`sft_losses` where no latent is read: prompt and text are, in one pass."""
     policy = model.policy
     has_previews = batch.steps.n_before is not None
     n_text = batch.text.ids.shape[1]
@@ -97,7 +97,7 @@ def label_nll(policy, h, text):
 
 def decoder_loss(reader, latents, steps):
     """L_dec: −log p of N Steps, read from their latents (N, c, D), summed."""
-    return thought_nll(reader, latents, steps.text, steps.text_at, steps.unseen).sum()
+    return thought_nll(reader, latents, steps.target, steps.target_at, steps.unseen).sum()
 
 
 def distillation(policy, batch, cache, states):

@@ -279,7 +279,7 @@ def sft_works(case, update):
 
         # What π reads up to its last latent, and what π and φ have to write
         n_read = batch.prompt_mask.sum() + batch.thinking.n_latent.sum()
-        n_written = (batch.text.target >= 0).sum() + (batch.steps.text >= 0).sum()
+        n_written = (batch.text.target >= 0).sum() + (batch.steps.target >= 0).sum()
         n_token = int(n_read + n_written)
         sft[f"SFT, {name} stage"] = Work(partial(train, stage=stage), n_token)
     return sft

@@ -286,7 +286,7 @@ class Reference:
         rows = (batch.steps.index == s).nonzero()[:, 0]
         if not len(rows):
             return 0.0
-        text, problems = batch.steps.text[rows], batch.steps.row[rows]
+        text, problems = batch.steps.target[rows], batch.steps.row[rows]
         z = z[:, s * self.c : (s + 1) * self.c]  # (B, c, D)
 
         # The decoder reads the step's latents and its text up to the last id
@@ -543,7 +543,7 @@ class Tuned(Reference):
         n_step = len(candidates) // self.c
         steps = z[:, : n_step * self.c].unflatten(1, (-1, self.c))  # (B, n_step, c, D)
         latents = steps[batch.steps.row, batch.steps.index]  # (N, c, D)
-        losses["dec"] = self.steps_nll(latents, batch.steps.text)
+        losses["dec"] = self.steps_nll(latents, batch.steps.target)
         return losses
 
     def steps_nll(self, z, text):

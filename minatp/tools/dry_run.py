@@ -258,7 +258,7 @@ def report_curriculum(run, problems):
         batch = collate([rows[chosen]], stage, model)
         thoughts = [""] * (batch.thinking.L // model.c)
         if batch.thinking.L and model.decode:
-            thoughts = [f" = {decode(ids)!r}" for ids in batch.steps.text]
+            thoughts = [f" = {decode(ids)!r}" for ids in batch.steps.target]
         chain = " ".join(f"[{'z' * model.c}{text}]" for text in thoughts)
         chain = chain or tokenizer.decode(model.fillers_at(stage))
         stop = " stop" if bool(batch.thinking.has_stop[0]) else ""

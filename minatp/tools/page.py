@@ -17,7 +17,7 @@ import torch
 from kernels.common import upcast
 
 from .. import reward
-from ..decoder import opening
+from ..decoder import thought_embeddings
 from ..run import evaluate
 from ..run.errors import NotWritten, UserError
 from ..run.saved import replace_file
@@ -142,7 +142,7 @@ def top_readings(decoder, z, eos, n, max_new):
     ended = [[] for _ in range(N)]  # of each step: (ids, log-probability) of texts that have ended
     if not N:
         return ended
-    x, all_real = opening(decoder, z)
+    x, all_real = thought_embeddings(decoder, z)
     cache = decoder.cache(N, x.shape[1] + max_new)
     h = decoder(x, all_real, cache, last=1)[:, 0]
 

@@ -312,7 +312,7 @@ def test_a_batch_knows_where_its_labels_are():
     answers = [i for row in rows for i in row.answer]
     assert batch.text.target[batch.text.target_at].tolist() == answers
     texts = [*rows[0].step_texts, *rows[1].step_texts]
-    assert batch.steps.text[batch.steps.text_at].tolist() == [i for text in texts for i in text]
+    assert batch.steps.target[batch.steps.target_at].tolist() == [i for text in texts for i in text]
 
 
 def test_a_batch_moves_with_its_indices():
@@ -326,7 +326,8 @@ def test_a_batch_moves_with_its_indices():
     assert moved.thinking.L == batch.thinking.L
     assert moved.prompt.is_meta
 
-    at = (moved.text.target_at, moved.thinking.used_at, moved.thinking.stop_at, moved.steps.text_at)
+    thinking = moved.thinking
+    at = (moved.text.target_at, thinking.used_at, thinking.stop_at, moved.steps.target_at)
     assert all(index.is_meta for pair in at for index in pair)
     assert [len(pair) for pair in at] == [2] * 4
     assert moved.words is None
@@ -403,7 +404,7 @@ def test_codi_takes_all_its_latents_for_every_problem():
     # problem 1 has one step, problem 2 three, of which the last two are the second thought's
     assert (batch.steps.row.tolist(), batch.steps.index.tolist()) == ([1, 2, 2], [0, 0, 1])
     texts = [rows[1].step_texts[0], rows[2].step_texts[0], rows[2].rest_text]
-    assert batch.steps.text[batch.steps.text_at].tolist() == [i for text in texts for i in text]
+    assert batch.steps.target[batch.steps.target_at].tolist() == [i for text in texts for i in text]
 
     # the teacher reads all of them in words, where they are known
     for b, row in enumerate(rows[:3]):

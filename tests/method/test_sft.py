@@ -177,7 +177,7 @@ def test_before_the_decoder_starts_previews_teach_the_policy_to_read_alone(previ
     with torch.no_grad():
         z = previews(model, read_as_text(model.policy, batch), batch, eps).clone()
     model.zero_grad()
-    thought_nll(model.policy, z, batch.steps.text, batch.steps.text_at).sum().backward()
+    thought_nll(model.policy, z, batch.steps.target, batch.steps.target_at).sum().backward()
     for name, expected in gradients_of(model).items():
         assert torch.allclose(gradient[name], expected, rtol=1e-9), name
 
@@ -298,7 +298,7 @@ def test_which_words_are_hidden(loaded):
     def unseen_at(step, *more):
         run, rows = sft_run(loaded, *more)
         [(batch, _, _)] = run.micro_batches(rows, 3, step)
-        return batch.steps.unseen, batch.steps.text
+        return batch.steps.unseen, batch.steps.target
 
     unseen, text = unseen_at(0, "--word-dropout", "0.4")
     assert unseen.shape == (len(text), text.shape[1] - 1)
