@@ -164,7 +164,7 @@ def rl(run):
 
         # 2. Reward: the right answer, coherent steps, the format. φ puts the thoughts into words
         # where that counts. Every rank sees all rewards
-        read(run, explored, problems)
+        read_for_reward(run, explored, problems)
         reward, terms = judge(run, explored.chains, problems, step)  # (Q, G)
 
         # 3. Advantage: against the mean of the group. A group with equal rewards teaches nothing;
@@ -254,7 +254,7 @@ def explore(run, prompts, step):
     return Explored(prompt, prompt_mask, noise, rolled, chains, statistics, n_position)
 
 
-def read(run, explored, problems=None):
+def read_for_reward(run, explored, problems=None):
     """Let φ read the chains whose reward depends on their thoughts; all, if problems is None.
 
     problems: those of all ranks.
@@ -441,7 +441,7 @@ def dry_run_rl(run, problems):
     """
     prompts = run.tokenizer.prompts([p.question for p in problems])
     explored = explore(run, prompts, step=0)
-    read(run, explored)
+    read_for_reward(run, explored)
     reward, terms = judge(run, explored.chains, problems, step=0)
     advantage = advantages(reward, run.cfg.baseline, run.cfg.normalise)
     all_groups = torch.ones(len(problems), dtype=torch.bool)

@@ -17,7 +17,7 @@ z and u are:
 
     mode     source           z         u           used for
     draw     seed, offset     μ + σ·ε   ε, drawn    sampling a thought on a GPU
-    given    ε                μ + σ·ε   ε, read     sampling with noise that was drawn before
+    given    ε                μ + σ·ε   ε, read     the same, with noise drawn before (in tests)
     score    z                source    (z − μ)/σ   the log-probability of an action taken before
     mean     nothing          μ         0           a thought without noise
 
@@ -116,9 +116,9 @@ def score_backward(dkl, dlogp, z, mu, logvar):
     # z is an input here: log p depends on z and μ through u
     inverse_sigma = torch.exp(-0.5 * logvar)
     u = (z - mu) * inverse_sigma
-    pull = dlogp * u * inverse_sigma  # the part of dμ that comes through log p
+    dmu_from_logp = dlogp * u * inverse_sigma
     dlogvar = 0.5 * (dkl * (logvar.exp() - 1) / D + dlogp * (u * u - 1))
-    return -pull, dkl * mu / D + pull, dlogvar
+    return -dmu_from_logp, dkl * mu / D + dmu_from_logp, dlogvar
 
 
 def draw_noise(eps, D, dtype=torch.float32):
@@ -355,9 +355,9 @@ def reparameterise_backward_kernel(
                 z_ptrs = source_ptr + row * source_row_stride + col_ids
                 z = tl.load(z_ptrs, mask, other=0.0).to(tl.float32)
                 u = (z - mu) * inverse_sigma
-                pull = g_p * u * inverse_sigma
-                tl.store(dsource_ptr + row * D + col_ids, -pull, mask)
-                dmu += pull
+                dmu_from_logp = g_p * u * inverse_sigma
+                tl.store(dsource_ptr + row * D + col_ids, -dmu_from_logp, mask)
+                dmu += dmu_from_logp
                 dlogvar += 0.5 * g_p * u * u
 
             # Through z = μ + σ·ε: z was sampled

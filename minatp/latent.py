@@ -119,7 +119,7 @@ class ATP(nn.Module):
         # at most k steps and writes the rest.
         self.stage = K + 1
         self.longest = 24  # most tokens that φ writes for a step; SFT raises it if a text is longer
-        self.latent = self.end = None  # ids of <|latent|>, a filler, and of <|end-latent|>
+        self.filler = self.end = None  # ids of <|latent|>, the filler, and of <|end-latent|>
 
         self.policy = Llama(cfg)
         # Whether φ has become a model of its own. Only read in stage 0
@@ -145,7 +145,7 @@ class ATP(nn.Module):
 
     def fillers_at(self, stage):
         """The fillers of every problem at a curriculum stage, a list of ids; [] with latents."""
-        return [self.latent] * ((self.fillers or 0) * min(stage, self.K))
+        return [self.filler] * ((self.fillers or 0) * min(stage, self.K))
 
     def propose(self, h, eps=None, z=None, spread=1.0):
         """The candidate after hidden state h (..., D) -> Latent.

@@ -201,6 +201,7 @@ class Attention(nn.Module):
         """
         B, T, _ = x.shape
         if n == T:
+            # = self.q_proj(x), self.k_proj(x), self.v_proj(x); on a GPU one product
             q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
         else:
             q, k, v = self.q_proj(x[:, -n:]), self.k_proj(x), self.v_proj(x)

@@ -144,13 +144,13 @@ def operands(step):
 
     "3/4" is a number like 3 and 4; "6/3" is a division to be carried out: 2 is no operand of it.
     """
-    found = []
+    numbers = []
     left = step.translate(SYMBOLS).rpartition("=")[0]
     for match in IN_STEP.finditer(left):
         value, *fraction = parts(match)
         is_division = fraction and value is not None and value.denominator == 1
-        found += fraction if is_division else [value, *fraction]
-    return found
+        numbers += fraction if is_division else [value, *fraction]
+    return numbers
 
 
 def links(steps, final):

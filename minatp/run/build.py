@@ -32,7 +32,7 @@ def build(cfg, problems):
     # φ starts as a copy of π's lower layers. train.py copies them once more, in stage 0
     if model.decode:
         model.decoder.start_from(model.policy)
-    model.latent, model.end = tokenizer.latent, tokenizer.end
+    model.filler, model.end = tokenizer.latent, tokenizer.end
     return model, tokenizer
 
 

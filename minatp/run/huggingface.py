@@ -526,7 +526,7 @@ def add_control_tokens(model, tokenizer):
     model.policy.add_rows(control_tokens, source)
     if model.decode:
         model.decoder.add_rows(control_tokens, source)
-    model.latent, model.end = tokenizer.latent, tokenizer.end
+    model.filler, model.end = tokenizer.latent, tokenizer.end
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -558,7 +558,7 @@ def load_model(directory, **switches):
     model = ATP(cfg, **saved | switches)
     for name, value in reached.items():
         setattr(model, name, value)
-    model.latent, model.end = tokenizer.latent, tokenizer.end
+    model.filler, model.end = tokenizer.latent, tokenizer.end
 
     # Load the weights of π, of φ and of the heads
     fill_llama(model.policy, directory)

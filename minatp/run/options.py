@@ -20,6 +20,7 @@ from .saved import replace_file
 # What the value of an option may have to be
 POSITIVE = "positive"
 NOT_NEGATIVE = "not negative"
+SHARE = "between 0 and 1"
 
 
 @dataclass
@@ -140,7 +141,7 @@ def opt(default, help, sign=None, choices=()):
     """An option.
 
     help: the text of --help. The default is added to it, unless it ends in one in brackets.
-    sign: POSITIVE or NOT_NEGATIVE, if the number has to be.
+    sign: POSITIVE, NOT_NEGATIVE or SHARE, if the number has to be.
     choices: the values that are allowed, if there are only a few.
     """
     return field(default=default, metadata={"help": help, "sign": sign, "choices": choices})
@@ -239,6 +240,7 @@ class Latents:
         0.0,
         "SFT, and RL's anchor: share of a step's words that the decoder LM, if there is one, does "
         "not see while it learns to write the step",
+        SHARE,
     )
     distill: float = opt(
         0.0,
@@ -302,7 +304,9 @@ class Optim:
 
     # Extras: problems without steps, and less memory for more work
     answers_share: float = opt(
-        0.0, "SFT: share of problems with an answer and no steps in each batch of the last stage"
+        0.0,
+        "SFT: share of problems with an answer and no steps in each batch of the last stage",
+        SHARE,
     )
     recompute: bool = opt(
         False, "recompute MLP activations in the backward pass: less memory, a fifth more work"
@@ -482,7 +486,6 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         self.check_data()
         self.check_method()
         self.check_answers_share()
-        self.check_word_dropout()
         self.check_last_lr()
         self.check_credit_of_latents()
         require(self.G > 1, "--G must be at least 2: a group is its own baseline")
@@ -576,19 +579,8 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
             "--stage rl uses the method of --init; drop --method and its ablations",
         )
 
-    def check_word_dropout(self):
-        """Refuse a --word-dropout that is no share."""
-        require(
-            0 <= self.word_dropout <= 1,
-            f"--word-dropout must be between 0 and 1, not {self.word_dropout}",
-        )
-
     def check_answers_share(self):
         """Refuse --answers-share without a last stage, in which every step is latent."""
-        require(
-            0 <= self.answers_share <= 1,
-            f"--answers-share must be between 0 and 1, not {self.answers_share}",
-        )
         if not self.answers_share or self.stage == "rl":
             return
 
@@ -645,6 +637,8 @@ def check_value(f, value):
         require(value > 0, f"{option} must be positive, not {value}")
     if sign == NOT_NEGATIVE:
         require(value >= 0, f"{option} must not be negative, but is {value}")
+    if sign == SHARE:
+        require(0 <= value <= 1, f"{option} must be between 0 and 1, not {value}")
     if choices:
         listed = " or ".join(choices)
         if len(choices) > 2:

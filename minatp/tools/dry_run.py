@@ -116,7 +116,7 @@ def build_on_meta(cfg, problems):
     # The vocabulary is --vocab-size, although the tokenizer may have fewer tokens
     with torch.device("meta"):
         model = ATP(llama_config(cfg, cfg.vocab_size), **cfg.switches)
-    model.latent, model.end = tokenizer.latent, tokenizer.end
+    model.filler, model.end = tokenizer.latent, tokenizer.end
     return model, tokenizer
 
 

@@ -1034,7 +1034,7 @@ def two_layers(**switches):
     llama = tiny_llama()
     model = ATP(llama.cfg, c=1, K=2, vae=False, stop=False, decode=False, **switches)
     model.policy.load_state_dict(llama.state_dict())
-    model.latent, model.end = 2, 3
+    model.filler, model.end = 2, 3
     return model.to(DEVICE)
 
 

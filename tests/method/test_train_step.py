@@ -304,8 +304,8 @@ def test_phi_reads_the_chains_whose_answer_is_right(no_answers):
         chain.text = f"### {questions[i // G].answer if i % 2 else 'none'}"
     in_full = [replace(chain) for chain in chains]
 
-    train.read(run, explored, questions)
-    train.read(run, replace(explored, chains=in_full))
+    train.read_for_reward(run, explored, questions)
+    train.read_for_reward(run, replace(explored, chains=in_full))
     unread = [i for i, chain in enumerate(chains) if chain.thoughts is None]
     assert unread == ([] if no_answers else list(range(0, 2 * G, 2)))
     for chain, full in zip(chains, in_full):
