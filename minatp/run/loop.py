@@ -111,7 +111,7 @@ class Run:
             # φ must be allowed to write the longest step, or its readings would be cut short
             for row in self.labelled + self.answers_only:
                 lengths = map(len, (*row.step_texts, row.rest_text))
-                model.longest = max(model.longest_step, *lengths)
+                model.longest = max(model.longest, *lengths)
         else:
             # the built-in task keeps a set of its own for RL
             self.questions = [*splits.train, *splits.answers] if cfg.data else splits.answers

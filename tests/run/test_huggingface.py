@@ -94,7 +94,7 @@ def test_a_model_of_each_method_loads_as_it_was(method, tmp_path):
     for switch in ("c", "K", "vae", "stop", "decode", "project", "fillers", "stage"):
         assert getattr(loaded, switch) == getattr(model, switch), switch
     assert_same_parameters(loaded, model)
-    assert (loaded.latent, loaded.end) == (tokenizer.latent, tokenizer.end)
+    assert (loaded.filler, loaded.end) == (tokenizer.latent, tokenizer.end)
     assert loaded.fillers_at(3) == model.fillers_at(3)
 
 
