@@ -9,13 +9,13 @@ new columns to the cache, and attends. The columns that a row attends to lie in 
 Two numbers describe a ragged row, where its prefix begins and how many own columns it has, so
 there is no mask to read.
 
-    forward    s_c = q·k_c/√d,  p = softmax(s),  o = Σ_c p_c v_c
+    forward    s_c = q·k_c/√hd,  p = softmax(s),  o = Σ_c p_c v_c
                The prefix is cut into splits. For each split, one program computes the softmax over
                its columns alone, for all rows of a group at once, and stores that part's o and lse.
                A second kernel attends to a row's own columns and joins the parts: the softmaxes of
                parts are added with the weights exp2(lse_part − lse). An lse is in base 2, log₂ Σ_c
                2^(s_c·log₂e), because a GPU has an instruction for 2^x.
-    backward   Δ = do·o,  ds_c = p_c (do·v_c − Δ)/√d, the gradient of q·k_c
+    backward   Δ = do·o,  ds_c = p_c (do·v_c − Δ)/√hd, the gradient of q·k_c
                dq = Σ_c ds_c k_c,  dk_c = Σ ds_c q,  dv_c = Σ p_c do  (sums over the queries)
                dk and dv are added to float32 buffers laid out like the cache. The chain runs
                backward in reverse order, so when a step's turn comes, every later step has already
@@ -26,10 +26,10 @@ Each program owns the columns that it adds to: nothing in these kernels is atomi
 gives the same bits. (kernels/cache.py adds to the buffers, too, where a long pass has read columns.
 Its index_add_ is atomic on a GPU.)
 
-Bytes, bf16: forward reads 2·2·d·h_kv a column. A prefix column is read once for all rows of a
+Bytes, bf16: forward reads 2·2·hd·h_kv a column. A prefix column is read once for all rows of a
 group, not once per row, if their queries fit into one tile; a larger group takes turns, each of
 which reads the column again. Own columns are read once for each row, and backward once for every 16
-of its queries. With each such read, backward also reads and writes the float32 buffers, 4·4·d·h_kv
+of its queries. With each such read, backward also reads and writes the float32 buffers, 4·4·hd·h_kv
 a column. Columns of left padding cost nothing.
 
 kernels/README.md, "How to read attention.py", explains the names and shows where the columns lie.
@@ -51,8 +51,8 @@ TARGET_PROGRAMS = 264  # enough to keep a large GPU busy: two for each of 132 pr
 class KV(NamedTuple):
     """Keys and values of some columns, or their gradients."""
 
-    k: torch.Tensor  # (rows, h_kv, columns, d)
-    v: torch.Tensor  # (rows, h_kv, columns, d)
+    k: torch.Tensor  # (rows, h_kv, columns, hd)
+    v: torch.Tensor  # (rows, h_kv, columns, hd)
 
 
 class StepInputs(NamedTuple):
@@ -60,11 +60,11 @@ class StepInputs(NamedTuple):
     that of the last dimension, which is 1.
     """
 
-    q: torch.Tensor  # (B, h, T, d), not rotated yet
-    k: torch.Tensor  # (B, h_kv, T, d), not rotated yet
-    v: torch.Tensor  # (B, h_kv, T, d)
-    cos: torch.Tensor  # (B, 1, T, d/2) float32
-    sin: torch.Tensor  # (B, 1, T, d/2) float32
+    q: torch.Tensor  # (B, h, T, hd), not rotated yet
+    k: torch.Tensor  # (B, h_kv, T, hd), not rotated yet
+    v: torch.Tensor  # (B, h_kv, T, hd)
+    cos: torch.Tensor  # (B, 1, T, hd/2) float32
+    sin: torch.Tensor  # (B, 1, T, hd/2) float32
 
 
 class Layout(NamedTuple):
@@ -126,22 +126,23 @@ def masked_sdpa(q, k, v, mask):
 
 def gather_columns(prefix, own, new, layout, rep):
     """All columns of each row, the key heads repeated for their query heads: prefix
-    (N, h_kv, P, d), own (B, h_kv, C, d), new (B, h_kv, T, d) -> (B, h, P + C + T, d).
+    (N, h_kv, P, hd), own (B, h_kv, C, hd), new (B, h_kv, T, hd) -> (B, h, P + C + T, hd).
     """
     return torch.cat((prefix[layout.owner], own, new), 2).repeat_interleave(rep, 1)
 
 
 def attention_probs(q, keys, mask):
-    """softmax(q kᵀ/√d) over the columns: rotated q (B, h, T, d), keys (B, h, S, d), mask (B, T, S)
-    -> (B, h, T, S).
+    """softmax(q kᵀ/√hd) over the columns: (B, h, T, S).
+
+    q (B, h, T, hd) is rotated; keys (B, h, S, hd), mask (B, T, S).
     """
     scores = q @ keys.mT * q.shape[-1] ** -0.5
     return scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
 
 
 def step_reference(q, k, v, cos, sin, prefix_k, prefix_v, own_k, own_v, layout):
-    """The step. q (B, h, T, d), k and v (B, h_kv, T, d), prefix (N, h_kv, P, d),
-    own (B, h_kv, C, d) -> o (B, h, T, d).
+    """The step. q (B, h, T, hd), k and v (B, h_kv, T, hd), prefix (N, h_kv, P, hd),
+    own (B, h_kv, C, hd) -> o (B, h, T, hd).
     """
     rep = q.shape[1] // k.shape[1]
 
@@ -156,7 +157,7 @@ def step_backward_reference(do, q, k, v, cos, sin, prefix_k, prefix_v, own_k, ow
     """The gradient of `step_reference`, derived by hand, with respect to its seven tensors q, k, v,
     prefix_k, prefix_v, own_k, own_v.
     """
-    N, h_kv, P, d = prefix_k.shape
+    N, h_kv, P, hd = prefix_k.shape
     C = own_k.shape[2]
     T = q.shape[2]
     rep = q.shape[1] // h_kv
@@ -169,7 +170,7 @@ def step_backward_reference(do, q, k, v, cos, sin, prefix_k, prefix_v, own_k, ow
 
     # through the softmax, to the scores
     delta = (do * (p @ values)).sum(-1, keepdim=True)
-    ds = p * (do @ values.mT - delta) * d**-0.5
+    ds = p * (do @ values.mT - delta) * hd**-0.5
 
     # to the columns; the query heads of one key head add up
     def split_columns(grad):
@@ -189,11 +190,11 @@ def step_backward_reference(do, q, k, v, cos, sin, prefix_k, prefix_v, own_k, ow
 
 
 # ---- kernels: loading and storing tiles ----------------------------------------------------------
-# T     new positions of a row          D = 2·H   size of a head, and of half a head
+# T     new positions of a row          HD = 2·H   size of a head, and of half a head
 # REP   query heads per key head        a query   one (row, new position, query head)
 #
 # Tiles are padded to what a matrix instruction takes, a power of two and at least 16:
-# BM queries, BN cached columns, BT new columns (T), BH numbers of half a head (H), BD of one (D).
+# BM queries, BN cached columns, BT new columns (T), BH numbers of half a head (H), BHD of one (HD).
 #
 # RoPE rotates the pairs (x[i], x[i + H]). So q and k are loaded as two tiles, x1 = x[:H] and
 # x2 = x[H:]: the rotation is then elementwise, and q·k = q1·k1 + q2·k2. What is not rotated
@@ -237,29 +238,29 @@ def add_halves(x_ptr, offsets, x1, x2, mask, H: tl.constexpr, BH: tl.constexpr):
 
 
 @triton.jit
-def head_ptrs(x_ptr, offsets, mask, D: tl.constexpr, BD: tl.constexpr):
-    """Pointers (R, BD) to the heads at `offsets` (R,), and which elements exist."""
-    i = tl.arange(0, BD)
-    return x_ptr + offsets[:, None] + i[None, :], mask[:, None] & (i < D)[None, :]
+def head_ptrs(x_ptr, offsets, mask, HD: tl.constexpr, BHD: tl.constexpr):
+    """Pointers (R, BHD) to the heads at `offsets` (R,), and which elements exist."""
+    i = tl.arange(0, BHD)
+    return x_ptr + offsets[:, None] + i[None, :], mask[:, None] & (i < HD)[None, :]
 
 
 @triton.jit
-def load_heads(x_ptr, offsets, mask, D: tl.constexpr, BD: tl.constexpr):
-    """The heads at `offsets` (R,), (R, BD); 0 where there is none."""
-    p_x, m = head_ptrs(x_ptr, offsets, mask, D, BD)
+def load_heads(x_ptr, offsets, mask, HD: tl.constexpr, BHD: tl.constexpr):
+    """The heads at `offsets` (R,), (R, BHD); 0 where there is none."""
+    p_x, m = head_ptrs(x_ptr, offsets, mask, HD, BHD)
     return tl.load(p_x, m, 0.0)
 
 
 @triton.jit
-def store_heads(x_ptr, offsets, x, mask, D: tl.constexpr, BD: tl.constexpr):
-    p_x, m = head_ptrs(x_ptr, offsets, mask, D, BD)
+def store_heads(x_ptr, offsets, x, mask, HD: tl.constexpr, BHD: tl.constexpr):
+    p_x, m = head_ptrs(x_ptr, offsets, mask, HD, BHD)
     tl.store(p_x, x, m)
 
 
 @triton.jit
-def add_heads(x_ptr, offsets, x, mask, D: tl.constexpr, BD: tl.constexpr):
+def add_heads(x_ptr, offsets, x, mask, HD: tl.constexpr, BHD: tl.constexpr):
     """Add to a float32 buffer. Not atomic: no other program touches these columns."""
-    p_x, m = head_ptrs(x_ptr, offsets, mask, D, BD)
+    p_x, m = head_ptrs(x_ptr, offsets, mask, HD, BHD)
     tl.store(p_x, tl.load(p_x, m, 0.0) + x, m)
 
 
@@ -303,7 +304,7 @@ def store_unrotated(
 
 
 # ---- kernels: which queries, which columns -------------------------------------------------------
-# `query` is the index of a query in a contiguous (B, h, T) tensor: query·D is its place in o.
+# `query` is the index of a query in a contiguous (B, h, T) tensor: query·HD is its place in o.
 
 
 @triton.jit
@@ -370,19 +371,19 @@ def tile_scores(b_q1, b_q2, b_k1, b_k2, scale, sees):
 
 
 @triton.jit
-def empty_softmax(BM: tl.constexpr, BD: tl.constexpr):
+def empty_softmax(BM: tl.constexpr, BHD: tl.constexpr):
     """A running softmax that has seen no column: the largest score (BM,), the sum of
-    exp2(score − largest) (BM,), and the sum of the values with these weights (BM, BD).
+    exp2(score − largest) (BM,), and the sum of the values with these weights (BM, BHD).
     """
     b_max = tl.full([BM], -float("inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
-    b_acc = tl.zeros([BM, BD], tl.float32)
+    b_acc = tl.zeros([BM, BHD], tl.float32)
     return b_max, b_sum, b_acc
 
 
 @triton.jit
 def update_softmax(b_s, b_v, b_max, b_sum, b_acc):
-    """Add a tile of columns, scores (BM, BN) and values (BN, BD), to a running softmax."""
+    """Add a tile of columns, scores (BM, BN) and values (BN, BHD), to a running softmax."""
     new_max = tl.maximum(b_max, tl.max(b_s, 1))
     safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)  # −inf − −inf would be NaN
     b_p = tl.exp2(b_s - safe_max[:, None])  # (BM, BN)
@@ -395,12 +396,12 @@ def update_softmax(b_s, b_v, b_max, b_sum, b_acc):
 @triton.jit
 def load_upstream(
     do_ptr, do_offsets, o_ptr, lse_ptr, query, mask,
-    dtype: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    dtype: tl.constexpr, HD: tl.constexpr, BHD: tl.constexpr,
 ):  # fmt: skip
-    """What the backward pass knows of its queries: do (BM, BD), Δ = do·o (BM,) and lse (BM,)."""
+    """What the backward pass knows of its queries: do (BM, BHD), Δ = do·o (BM,) and lse (BM,)."""
     # Δ = Σ_c p_c (do·v_c), which is do·o: the sum over all columns needs no pass of its own
-    b_do = load_heads(do_ptr, do_offsets, mask, D, BD)
-    b_o = load_heads(o_ptr, query * D, mask, D, BD)
+    b_do = load_heads(do_ptr, do_offsets, mask, HD, BHD)
+    b_o = load_heads(o_ptr, query * HD, mask, HD, BHD)
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
 
     # lse 0 where there is no query: the scores there are −inf, and exp2(−inf − 0) is 0, not NaN
@@ -411,7 +412,7 @@ def load_upstream(
 @triton.jit
 def tile_backward(b_s, b_lse, b_delta, b_q1, b_q2, b_do, b_k1, b_k2, b_v, scale):
     """One tile's share of the gradients: dq (BM, BH) in two halves, dk (BN, BH) in two halves,
-    dv (BN, BD).
+    dv (BN, BHD).
     """
     # the weights again, and from them ds. The scores are in units of log 2, but ds is the gradient
     # of q·k itself: its factor is scale, without log₂e
@@ -462,7 +463,7 @@ def prefix_forward_kernel(
     stride_qb, stride_qh, stride_qt,
     scale, B, h, P, split_width,
     T: tl.constexpr, REP: tl.constexpr,
-    H: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    H: tl.constexpr, BH: tl.constexpr, BHD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Program (prefix, key head, split): the softmax of the group's queries over the split's
     columns.
@@ -472,11 +473,11 @@ def prefix_forward_kernel(
     i_n = tl.program_id(0)
     i_kv = tl.program_id(1)
     i_split = tl.program_id(2)
-    D: tl.constexpr = 2 * H
+    HD: tl.constexpr = 2 * H
     k_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
 
-    # the columns of this prefix and key head, (P, D), and those of the split that are real
-    cache_offset = (i_n.to(tl.int64) * tl.num_programs(1) + i_kv) * P * D
+    # the columns of this prefix and key head, (P, HD), and those of the split that are real
+    cache_offset = (i_n.to(tl.int64) * tl.num_programs(1) + i_kv) * P * HD
     k_cache_ptr += cache_offset
     v_cache_ptr += cache_offset
     begin = tl.load(start_ptr + i_n)
@@ -497,13 +498,13 @@ def prefix_forward_kernel(
         )  # (BM, BH)
 
         # loop over the split's columns
-        b_max, b_sum, b_acc = empty_softmax(BM, BD)
+        b_max, b_sum, b_acc = empty_softmax(BM, BHD)
         for tile in range(first_tile, end, BN):
             column = tile + tl.arange(0, BN)
             is_real = (column >= begin) & (column < end)
-            b_k1, b_k2 = load_halves(k_cache_ptr, column * D, is_real, H, BH)  # (BN, BH)
+            b_k1, b_k2 = load_halves(k_cache_ptr, column * HD, is_real, H, BH)  # (BN, BH)
             b_s = tile_scores(b_q1, b_q2, b_k1, b_k2, scale, is_real[None, :])  # (BM, BN)
-            b_v = load_heads(v_cache_ptr, column * D, is_real, D, BD)  # (BN, BD)
+            b_v = load_heads(v_cache_ptr, column * HD, is_real, HD, BHD)  # (BN, BHD)
             b_max, b_sum, b_acc = update_softmax(b_s, b_v, b_max, b_sum, b_acc)
 
         # store the part; a split of padding alone has o = 0 and lse = −inf, and so no weight
@@ -511,7 +512,7 @@ def prefix_forward_kernel(
         b_sum = tl.where(has_columns, b_sum, 1.0)
         b_lse = tl.where(has_columns, b_max + tl.log2(b_sum), -float("inf"))
         part = query + i_split.to(tl.int64) * B * h * T
-        store_heads(part_o_ptr, part * D, b_acc / b_sum[:, None], mask, D, BD)
+        store_heads(part_o_ptr, part * HD, b_acc / b_sum[:, None], mask, HD, BHD)
         tl.store(part_lse_ptr + part, b_lse, mask)
 
 
@@ -524,7 +525,7 @@ def own_forward_kernel(
     stride_vb, stride_vh, stride_vt,
     scale, B, h, C, n_splits,
     T: tl.constexpr, REP: tl.constexpr,
-    H: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
+    H: tl.constexpr, BH: tl.constexpr, BHD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Program (row, key head): append the new columns, attend to the row's own columns, and join
@@ -535,12 +536,12 @@ def own_forward_kernel(
     """
     b = tl.program_id(0).to(tl.int64)
     i_kv = tl.program_id(1)
-    D: tl.constexpr = 2 * H
+    HD: tl.constexpr = 2 * H
     k_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
     v_dtype: tl.constexpr = v_cache_ptr.dtype.element_ty
 
-    # the own columns of this row and key head, (C, D)
-    cache_offset = (b * tl.num_programs(1) + i_kv) * C * D
+    # the own columns of this row and key head, (C, HD)
+    cache_offset = (b * tl.num_programs(1) + i_kv) * C * HD
     k_cache_ptr += cache_offset
     v_cache_ptr += cache_offset
 
@@ -559,15 +560,15 @@ def own_forward_kernel(
     new_k1, new_k2 = load_rotated(
         k_ptr, k_offsets, cos_ptr, sin_ptr, b * T + new, is_new, k_dtype, H, BH
     )  # (BT, BH)
-    new_v = load_heads(v_ptr, v_offsets, is_new, D, BD).to(v_dtype)  # (BT, BD)
+    new_v = load_heads(v_ptr, v_offsets, is_new, HD, BHD).to(v_dtype)  # (BT, BHD)
 
     # append those that are real
     slot = tl.load(slot_ptr + b * T + new, is_new, -1)
-    store_halves(k_cache_ptr, slot * D, new_k1, new_k2, slot >= 0, H, BH)
-    store_heads(v_cache_ptr, slot * D, new_v, slot >= 0, D, BD)
+    store_halves(k_cache_ptr, slot * HD, new_k1, new_k2, slot >= 0, H, BH)
+    store_heads(v_cache_ptr, slot * HD, new_v, slot >= 0, HD, BHD)
 
     # attend to the new columns, which are still in registers
-    b_max, b_sum, b_acc = empty_softmax(BM, BD)
+    b_max, b_sum, b_acc = empty_softmax(BM, BHD)
     new_s = tile_scores(b_q1, b_q2, new_k1, new_k2, scale, sees_new(t, new, slot, T))  # (BM, BT)
     b_max, b_sum, b_acc = update_softmax(new_s, new_v, b_max, b_sum, b_acc)
 
@@ -576,9 +577,9 @@ def own_forward_kernel(
     for tile in range(0, n_own, BN):
         column = tile + tl.arange(0, BN)
         is_own = column < n_own
-        b_k1, b_k2 = load_halves(k_cache_ptr, column * D, is_own, H, BH)  # (BN, BH)
+        b_k1, b_k2 = load_halves(k_cache_ptr, column * HD, is_own, H, BH)  # (BN, BH)
         b_s = tile_scores(b_q1, b_q2, b_k1, b_k2, scale, is_own[None, :])  # (BM, BN)
-        b_v = load_heads(v_cache_ptr, column * D, is_own, D, BD)  # (BN, BD)
+        b_v = load_heads(v_cache_ptr, column * HD, is_own, HD, BHD)  # (BN, BHD)
         b_max, b_sum, b_acc = update_softmax(b_s, b_v, b_max, b_sum, b_acc)
 
     # join the prefix's splits: a part is like one more tile, whose largest score is its lse and
@@ -592,14 +593,14 @@ def own_forward_kernel(
         new_max = tl.where(mask, tl.maximum(b_max, part_lse), 0.0)
         rescale = tl.exp2(b_max - new_max)
         weight = tl.exp2(part_lse - new_max)
-        part_o = load_heads(part_o_ptr, part * D, mask, D, BD)
+        part_o = load_heads(part_o_ptr, part * HD, mask, HD, BHD)
         b_acc = b_acc * rescale[:, None] + weight[:, None] * part_o
         b_sum = b_sum * rescale + weight
         b_max = new_max
 
     # store o and lse; each query has seen itself, so its sum is not 0
     b_sum = tl.where(mask, b_sum, 1.0)
-    store_heads(o_ptr, query * D, b_acc / b_sum[:, None], mask, D, BD)
+    store_heads(o_ptr, query * HD, b_acc / b_sum[:, None], mask, HD, BHD)
     tl.store(lse_ptr + query, b_max + tl.log2(b_sum), mask)
 
 
@@ -614,7 +615,7 @@ def prefix_backward_kernel(
     stride_qb, stride_qh, stride_qt, stride_dob, stride_doh, stride_dot,
     scale, B, h, P, split_width,
     T: tl.constexpr, REP: tl.constexpr,
-    H: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    H: tl.constexpr, BH: tl.constexpr, BHD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Program (prefix, key head, split): add the group's dk and dv to the split's columns, and
     store the split's share of dq, which is still rotated.
@@ -624,12 +625,12 @@ def prefix_backward_kernel(
     i_n = tl.program_id(0)
     i_kv = tl.program_id(1)
     i_split = tl.program_id(2)
-    D: tl.constexpr = 2 * H
+    HD: tl.constexpr = 2 * H
     k_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
     v_dtype: tl.constexpr = v_cache_ptr.dtype.element_ty
 
-    # the columns of this prefix and key head, (P, D), and those of the split that are real
-    cache_offset = (i_n.to(tl.int64) * tl.num_programs(1) + i_kv) * P * D
+    # the columns of this prefix and key head, (P, HD), and those of the split that are real
+    cache_offset = (i_n.to(tl.int64) * tl.num_programs(1) + i_kv) * P * HD
     k_cache_ptr += cache_offset
     v_cache_ptr += cache_offset
     k_grad_ptr += cache_offset
@@ -652,7 +653,7 @@ def prefix_backward_kernel(
             q_ptr, q_offsets, cos_ptr, sin_ptr, b * T + t, mask, k_dtype, H, BH
         )  # (BM, BH)
         b_do, b_delta, b_lse = load_upstream(
-            do_ptr, do_offsets, o_ptr, lse_ptr, query, mask, v_dtype, D, BD
+            do_ptr, do_offsets, o_ptr, lse_ptr, query, mask, v_dtype, HD, BHD
         )
 
         # loop over the split's columns
@@ -661,10 +662,10 @@ def prefix_backward_kernel(
         for tile in range(first_tile, end, BN):
             column = tile + tl.arange(0, BN)
             is_real = (column >= begin) & (column < end)
-            b_k1, b_k2 = load_halves(k_cache_ptr, column * D, is_real, H, BH)  # (BN, BH)
+            b_k1, b_k2 = load_halves(k_cache_ptr, column * HD, is_real, H, BH)  # (BN, BH)
             sees = is_real[None, :] & mask[:, None]
             b_s = tile_scores(b_q1, b_q2, b_k1, b_k2, scale, sees)  # (BM, BN)
-            b_v = load_heads(v_cache_ptr, column * D, is_real, D, BD)  # (BN, BD)
+            b_v = load_heads(v_cache_ptr, column * HD, is_real, HD, BHD)  # (BN, BHD)
             dq1, dq2, b_dk1, b_dk2, b_dv = tile_backward(
                 b_s, b_lse, b_delta, b_q1, b_q2, b_do, b_k1, b_k2, b_v, scale
             )
@@ -672,12 +673,12 @@ def prefix_backward_kernel(
             # dq stays in registers until the split ends; dk and dv join what other steps have added
             b_dq1 += dq1
             b_dq2 += dq2
-            add_halves(k_grad_ptr, column * D, b_dk1, b_dk2, is_real, H, BH)
-            add_heads(v_grad_ptr, column * D, b_dv, is_real, D, BD)
+            add_halves(k_grad_ptr, column * HD, b_dk1, b_dk2, is_real, H, BH)
+            add_heads(v_grad_ptr, column * HD, b_dv, is_real, HD, BHD)
 
         # store the split's share of dq; own_backward_kernel adds them up and rotates the sum back
         part = query + i_split.to(tl.int64) * B * h * T
-        store_halves(part_dq_ptr, part * D, b_dq1, b_dq2, mask, H, BH)
+        store_halves(part_dq_ptr, part * HD, b_dq1, b_dq2, mask, H, BH)
 
         # The next turn of the loop reads and writes the same gradient columns. The barrier orders
         # this program's reads and writes between turns: without it, a thread that is ahead could
@@ -694,7 +695,7 @@ def own_backward_kernel(
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     scale, B, h, C, n_splits,
     T: tl.constexpr, REP: tl.constexpr,
-    H: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
+    H: tl.constexpr, BH: tl.constexpr, BHD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Program (row, key head): add dk and dv to the own columns, collect what was added to the new
@@ -705,12 +706,12 @@ def own_backward_kernel(
     """
     b = tl.program_id(0).to(tl.int64)
     i_kv = tl.program_id(1)
-    D: tl.constexpr = 2 * H
+    HD: tl.constexpr = 2 * H
     k_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
     v_dtype: tl.constexpr = v_cache_ptr.dtype.element_ty
 
-    # the own columns of this row and key head, (C, D)
-    cache_offset = (b * tl.num_programs(1) + i_kv) * C * D
+    # the own columns of this row and key head, (C, HD)
+    cache_offset = (b * tl.num_programs(1) + i_kv) * C * HD
     k_cache_ptr += cache_offset
     v_cache_ptr += cache_offset
     k_grad_ptr += cache_offset
@@ -725,12 +726,12 @@ def own_backward_kernel(
     new_k1, new_k2 = load_rotated(
         k_ptr, k_offsets, cos_ptr, sin_ptr, b * T + new, is_new, k_dtype, H, BH
     )  # (BT, BH)
-    new_v = load_heads(v_ptr, v_offsets, is_new, D, BD).to(v_dtype)  # (BT, BD)
+    new_v = load_heads(v_ptr, v_offsets, is_new, HD, BHD).to(v_dtype)  # (BT, BHD)
 
     # their gradients begin with what later steps added
     slot = tl.load(slot_ptr + b * T + new, is_new, -1)
-    new_dk1, new_dk2 = load_halves(k_grad_ptr, slot * D, slot >= 0, H, BH)  # (BT, BH)
-    new_dv = load_heads(v_grad_ptr, slot * D, slot >= 0, D, BD)  # (BT, BD)
+    new_dk1, new_dk2 = load_halves(k_grad_ptr, slot * HD, slot >= 0, H, BH)  # (BT, BH)
+    new_dv = load_heads(v_grad_ptr, slot * HD, slot >= 0, HD, BHD)  # (BT, BHD)
 
     for first in range(0, T * REP, BM):
         # load the row's queries and the gradients of their results
@@ -741,7 +742,7 @@ def own_backward_kernel(
             q_ptr, q_offsets, cos_ptr, sin_ptr, b * T + t, mask, k_dtype, H, BH
         )  # (BM, BH)
         b_do, b_delta, b_lse = load_upstream(
-            do_ptr, do_offsets, o_ptr, lse_ptr, query, mask, v_dtype, D, BD
+            do_ptr, do_offsets, o_ptr, lse_ptr, query, mask, v_dtype, HD, BHD
         )
 
         # the new columns: their dk and dv add up in registers, over all queries of the row
@@ -757,7 +758,7 @@ def own_backward_kernel(
         # the prefix's splits: their shares of dq
         for split in range(n_splits):
             part = query + tl.full([], split, tl.int64) * B * h * T
-            part_dq1, part_dq2 = load_halves(part_dq_ptr, part * D, mask, H, BH)
+            part_dq1, part_dq2 = load_halves(part_dq_ptr, part * HD, mask, H, BH)
             b_dq1 += part_dq1
             b_dq2 += part_dq2
 
@@ -765,20 +766,20 @@ def own_backward_kernel(
         for tile in range(0, n_own, BN):
             column = tile + tl.arange(0, BN)
             is_own = column < n_own
-            b_k1, b_k2 = load_halves(k_cache_ptr, column * D, is_own, H, BH)  # (BN, BH)
+            b_k1, b_k2 = load_halves(k_cache_ptr, column * HD, is_own, H, BH)  # (BN, BH)
             sees = is_own[None, :] & mask[:, None]
             b_s = tile_scores(b_q1, b_q2, b_k1, b_k2, scale, sees)  # (BM, BN)
-            b_v = load_heads(v_cache_ptr, column * D, is_own, D, BD)  # (BN, BD)
+            b_v = load_heads(v_cache_ptr, column * HD, is_own, HD, BHD)  # (BN, BHD)
             dq1, dq2, b_dk1, b_dk2, b_dv = tile_backward(
                 b_s, b_lse, b_delta, b_q1, b_q2, b_do, b_k1, b_k2, b_v, scale
             )
             b_dq1 += dq1
             b_dq2 += dq2
-            add_halves(k_grad_ptr, column * D, b_dk1, b_dk2, is_own, H, BH)
-            add_heads(v_grad_ptr, column * D, b_dv, is_own, D, BD)
+            add_halves(k_grad_ptr, column * HD, b_dk1, b_dk2, is_own, H, BH)
+            add_heads(v_grad_ptr, column * HD, b_dv, is_own, HD, BHD)
 
         # dq is complete: every column that these queries attend to has added its share
-        store_unrotated(dq_ptr, query * D, b_dq1, b_dq2, cos_ptr, sin_ptr, b * T + t, mask, H, BH)
+        store_unrotated(dq_ptr, query * HD, b_dq1, b_dq2, cos_ptr, sin_ptr, b * T + t, mask, H, BH)
 
         # As in the prefix: the next queries add to the same columns. And the new columns must have
         # been read by all threads before they are cleared.
@@ -786,15 +787,15 @@ def own_backward_kernel(
 
     # clear the buffers at the new columns
     zero_half = tl.zeros([BT, BH], tl.float32)
-    store_halves(k_grad_ptr, slot * D, zero_half, zero_half, slot >= 0, H, BH)
-    store_heads(v_grad_ptr, slot * D, tl.zeros([BT, BD], tl.float32), slot >= 0, D, BD)
+    store_halves(k_grad_ptr, slot * HD, zero_half, zero_half, slot >= 0, H, BH)
+    store_heads(v_grad_ptr, slot * HD, tl.zeros([BT, BHD], tl.float32), slot >= 0, HD, BHD)
 
-    # store dk and dv of the new columns, contiguous (B, h_kv, T, D)
+    # store dk and dv of the new columns, contiguous (B, h_kv, T, HD)
     new_row = (b * tl.num_programs(1) + i_kv) * T + new
     store_unrotated(
-        dk_ptr, new_row * D, new_dk1, new_dk2, cos_ptr, sin_ptr, b * T + new, is_new, H, BH
+        dk_ptr, new_row * HD, new_dk1, new_dk2, cos_ptr, sin_ptr, b * T + new, is_new, H, BH
     )
-    store_heads(dv_ptr, new_row * D, new_dv, is_new, D, BD)
+    store_heads(dv_ptr, new_row * HD, new_dv, is_new, HD, BHD)
 
 
 # ---- launches ------------------------------------------------------------------------------------
@@ -814,10 +815,10 @@ BACKWARD_BN = 16
 OWN_WARPS = 2
 
 
-def head_constants(h, h_kv, d, T):
+def head_constants(h, h_kv, hd, T):
     """The compile-time sizes that all four kernels share."""
-    H = d // 2
-    return dict(T=T, REP=h // h_kv, H=H, BH=next_power_of_2(H, 16), BD=next_power_of_2(d, 16))
+    H = hd // 2
+    return dict(T=T, REP=h // h_kv, H=H, BH=next_power_of_2(H, 16), BHD=next_power_of_2(hd, 16))
 
 
 def query_tile(n_rows, queries_per_row):
@@ -863,21 +864,21 @@ def open_columns(is_real, n_own, n_prefix):
 def run_forward(inputs, prefix, own, layout):
     """One step. Writes the new columns of `inputs` (StepInputs) to `own` (KV) at layout.slot.
 
-    prefix (KV): (N, h_kv, P, d); own (KV): (B, h_kv, C, d). Returns o (B, h, T, d), and its lse
+    prefix (KV): (N, h_kv, P, hd); own (KV): (B, h_kv, C, hd). Returns o (B, h, T, hd), and its lse
     (B, h, T) float32 in units of log 2.
     """
     q, k, v, cos, sin = inputs
-    B, h, T, d = q.shape
+    B, h, T, hd = q.shape
     N, h_kv, P, _ = prefix.k.shape
     C = own.k.shape[2]
-    scale = d**-0.5
-    constants = head_constants(h, h_kv, d, T)
+    scale = hd**-0.5
+    constants = head_constants(h, h_kv, hd, T)
     queries_per_row = T * h // h_kv
     n_splits, split_width = split_prefix(P, N * h_kv)
 
     # the parts are float32, so that o is rounded once, when they are joined
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
-    part_o = q.new_empty(n_splits, B, h, T, d, dtype=torch.float32)
+    part_o = q.new_empty(n_splits, B, h, T, hd, dtype=torch.float32)
     part_lse = q.new_empty(n_splits, B, h, T, dtype=torch.float32)
     lse = q.new_empty(B, h, T, dtype=torch.float32)
 
@@ -911,16 +912,16 @@ def run_backward(do, o, lse, inputs, caches, grads, layout):
     q, k, v, cos, sin = inputs
     prefix, own = caches
     prefix_grad, own_grad = grads
-    B, h, T, d = q.shape
+    B, h, T, hd = q.shape
     N, h_kv, P, _ = prefix.k.shape
     C = own.k.shape[2]
-    scale = d**-0.5
-    constants = head_constants(h, h_kv, d, T)
+    scale = hd**-0.5
+    constants = head_constants(h, h_kv, hd, T)
     queries_per_row = T * h // h_kv
     n_splits, split_width = split_prefix(P, N * h_kv)
 
     # dq, dk and dv are contiguous, whatever the strides of q, k and v
-    part_dq = q.new_empty(n_splits, B, h, T, d, dtype=torch.float32)
+    part_dq = q.new_empty(n_splits, B, h, T, hd, dtype=torch.float32)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = torch.empty_like(k, memory_format=torch.contiguous_format)
     dv = torch.empty_like(v, memory_format=torch.contiguous_format)
