@@ -100,6 +100,13 @@ def check_thoughts(cfg, saved):
             "run of --method atp"
         )
 
+    # With path latents are no actions. Without words and stops nothing is left to learn from
+    if cfg.estimator == "path" and cfg.greedy and not saved.get("stop"):
+        raise UserError(
+            f"command line: with --greedy and --estimator path stops alone are learned from, and "
+            f"--init {cfg.init} has no stop head; drop --greedy, or give --estimator score"
+        )
+
     # An option may repeat the numbers that SFT has settled, not change them
     for name in ("c", "K"):
         if name in cfg.given and getattr(cfg, name) != saved[name]:

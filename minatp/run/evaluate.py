@@ -30,7 +30,7 @@ from . import distributed
 from .device import autocast, pick_device, pick_dtype, place, solving_guard
 from .errors import UserError
 from .huggingface import load_model, locate, read_switches
-from .options import Parser, add_device_options
+from .options import LEAST_TEMPERATURE, Parser, add_device_options
 from .problem_files import read_problems
 from .splits import (
     encode_prompts,
@@ -372,7 +372,8 @@ def test_new_numbers(run, problems, chains, result):
     """The built-in task: measure the problems whose numbers are in no training problem."""
     cfg, splits = run.cfg, run.splits
 
-    # The questions of RL count in SFT as well, so that both are measured on the same problems
+    # The questions of RL count in SFT as well, so that both are measured on the same problems (if
+    # --answers is)
     learned_from = splits.train + (splits.answers or generate("answers", cfg.answers, 0))
     known = {numbers(p) for p in learned_from}
     new = [i for i, p in enumerate(problems) if numbers(p) not in known]
@@ -426,12 +427,12 @@ def parse(argv):
     if args.file and args.longer:
         raise UserError("command line: give --file or --longer, not both")
     # (NaN fails every comparison. torch's CPU generator looks at 32 bits of a seed)
-    is_temperature = 0 < args.temperature < math.inf
+    is_temperature = LEAST_TEMPERATURE <= args.temperature < math.inf
     for option, value, is_valid, expected in (
         ("--problems", args.problems, args.problems >= 0, "not be negative"),
         ("--votes", args.votes, args.votes >= 0, "not be negative"),
         ("--max-new", args.max_new, args.max_new > 0, "be positive"),
-        ("--temperature", args.temperature, is_temperature, "be positive and finite"),
+        ("--temperature", args.temperature, is_temperature, "be finite and at least 1e-6"),
         ("--seed", args.seed, 0 <= args.seed < 2**32, "not be negative or above 2^32 - 1"),
     ):
         if not is_valid:

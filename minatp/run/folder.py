@@ -106,6 +106,13 @@ def check_unused(cfg, folder):
     if cfg.resume:
         return
 
+    # Inside a run, its models would be taken for that run's
+    for parent in (folder.absolute(), *folder.absolute().parents):
+        if parent.name in ("final", "checkpoints") and (parent.parent / "metrics.jsonl").exists():
+            raise UserError(
+                f"{folder}:0: lies inside the run in {parent.parent}; choose another --out"
+            )
+
     # A log alone does not count: that run ended before its first checkpoint
     if (folder / "summary.json").exists() or checkpoints(folder):
         raise UserError(

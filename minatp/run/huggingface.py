@@ -82,7 +82,9 @@ class ConfigFile:
         if value is None:  # null is as absent
             value = default
         if value is None:
-            raise self.error(f'"{name}" is missing; this does not look like a LLaMA\'s config.json')
+            raise self.error(
+                f'"{name}" is missing; add it, or give the config.json of a LLaMA architecture'
+            )
         return value
 
     def require(self, name, value, types):

@@ -107,18 +107,24 @@ class Run:
 
         # What the run learns from, and what it is judged on
         self.encode_rows()
+        self.encode_questions()
         if cfg.stage == "sft":
             # φ must be allowed to write the longest step, or its readings would be cut short
             for row in self.labelled + self.answers_only:
                 lengths = map(len, (*row.step_texts, row.rest_text))
                 model.longest = max(model.longest, *lengths)
         else:
-            # the built-in task keeps a set of its own for RL
-            self.questions = [*splits.train, *splits.answers] if cfg.data else splits.answers
-            self.prompts = self.encode_prompts(self.questions)
             # validation problems that show how well φ still reads the latents (evaluate.diagnose)
             self.reading_rows = self.encode_problems([p for p in splits.val if p.steps][:200])
             self.reading_at_start = evaluate.reading_nll(self, self.start_model)
+
+    def encode_questions(self):
+        """Encode the questions that RL explores, and check that the held-out ones fit as well."""
+        cfg, splits, model = self.cfg, self.splits, self.model
+        if cfg.stage == "rl":
+            # the built-in task keeps a set of its own for RL
+            self.questions = [*splits.train, *splits.answers] if cfg.data else splits.answers
+            self.prompts = self.encode_prompts(self.questions)
 
         # Find a held-out question that is too long here, not after hours. At the last stage: a
         # resumed run must be judged as it was at its start
@@ -131,7 +137,7 @@ class Run:
         cfg, splits = self.cfg, self.splits
         self.labelled = self.encode_problems(splits.train)
         self.answers_only = []
-        if cfg.stage == "sft" or not cfg.no_answers:
+        if cfg.answers_share if cfg.stage == "sft" else not cfg.no_answers:
             self.answers_only = self.encode_problems(splits.answers, answer_only=True)
         self.held_out = {"validation": self.encode_problems(splits.val)}
         for name, problems in splits.tests.items():

@@ -22,6 +22,12 @@ POSITIVE = "positive"
 NOT_NEGATIVE = "not negative"
 SHARE = "between 0 and 1"
 
+# More than anyone means; what is derived from larger numbers would not fit memory or a float
+MOST_STEPS = 10_000
+MOST_EPOCHS = 1_000_000
+# Logits are divided by it, and must stay finite
+LEAST_TEMPERATURE = 1e-6
+
 
 @dataclass
 class Method:
@@ -449,13 +455,21 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
     @property
     def has_stage_0(self):
         """Whether a curriculum begins with text."""
-        return self.has_curriculum and self.schedule()[0][0] == 0
+        return self.stage == "sft" and self.has_curriculum and self.schedule()[0][0] == 0
+
+    @property
+    def stages(self):
+        """The curriculum stages of the method: 0 … K + 1, or the first or the last of them alone.
+
+        Raises UserError if there are too many to list.
+        """
+        require(self.K <= MOST_STEPS, f"--K must be at most {MOST_STEPS:,}, not {self.K}")
+        stages = {"words": [0], "curriculum": range(self.K + 2), "all": [self.K + 1]}
+        return stages[METHODS[self.method].stages]
 
     def schedule(self):
-        """[(curriculum stage, epochs)], without the stages of 0 epochs. Raises UserError."""
-        # Stages 0 … K + 1, or the first or the last of them alone
-        stages = {"words": [0], "curriculum": range(self.K + 2), "all": [self.K + 1]}
-        stages = stages[METHODS[self.method].stages]
+        """SFT: [(curriculum stage, epochs)], without the stages of 0 epochs. Raises UserError."""
+        stages = self.stages
         try:
             epochs = [float(number) for number in self.epochs.split(",")]
         except ValueError:
@@ -464,11 +478,11 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
             ) from None
         if len(epochs) == 1:  # for every stage
             epochs *= len(stages)
-        in_range = all(0 <= number < math.inf for number in epochs)
+        in_range = all(0 <= number < MOST_EPOCHS for number in epochs)
         require(
             len(epochs) == len(stages) and in_range and sum(epochs) > 0,
-            f"--epochs needs 1 or {len(stages)} numbers ≥ 0 for --method {self.method} with --K "
-            f"{self.K}, not {self.epochs!r}",
+            f"--epochs needs 1 or {len(stages)} numbers ≥ 0, below {MOST_EPOCHS:,}, for --method "
+            f"{self.method} with --K {self.K}, not {self.epochs!r}",
         )
         return [(stage, number) for stage, number in zip(stages, epochs) if number]
 
@@ -489,10 +503,19 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         self.check_last_lr()
         self.check_credit_of_latents()
         require(self.G > 1, "--G must be at least 2: a group is its own baseline")
-        self.schedule()
+        require(
+            self.temperature >= LEAST_TEMPERATURE,
+            f"--temperature must be at least {LEAST_TEMPERATURE:g}, not {self.temperature}",
+        )
+        if self.stage == "sft":
+            self.schedule()
 
     def check_size(self):
         """Refuse a model that cannot be built."""
+        # --init brings sizes of its own, with which checks.check_init compares these
+        if self.init:
+            return
+
         # RoPE turns pairs of dimensions, so the size of a head is even. All key/value heads
         # serve the same number of query heads
         require(
@@ -503,10 +526,6 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
             self.n_head % self.n_kv_head == 0,
             f"--n-head {self.n_head} must be a multiple of --n-kv-head {self.n_kv_head}",
         )
-
-        # --init brings sizes of its own
-        if self.init:
-            return
 
         # Latents and answer must leave room for a prompt, whose length is checked with the data
         length = f"--c {self.c} × --K {self.K} latents"
@@ -833,7 +852,7 @@ def default_epochs(cfg):
 
     if method.stages == "curriculum":
         first, middle, full, last = epochs
-        epochs = [first, *[middle] * (cfg.K - 1), full, last]
+        epochs = [first, *[middle] * (len(cfg.stages) - 3), full, last]
     else:
         epochs = [epochs]
     if len(set(epochs)) == 1:

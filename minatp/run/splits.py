@@ -246,10 +246,11 @@ def hold_out(cfg, option, files, given):
     # Take the first: they are shuffled, and those with an answer come first
     n_with_answer = sum(bool(p.answer) for p in given)
     if n_with_answer <= cfg.val_size:
-        lacking = "" if n_with_answer == len(given) else f" with an answer; give {option}"
+        left = " left after validation" if option == "--test" and not cfg.val else ""
+        lacking = "" if n_with_answer == len(given) else " with an answer"
         raise UserError(
-            f"{place_of(cfg)}: has {n_with_answer} problems{lacking}, too few to hold out "
-            f"--val-size {cfg.val_size}"
+            f"{place_of(cfg)}: has {n_with_answer} problems{lacking}{left}, too few to hold out "
+            f"--val-size {cfg.val_size}; give {option}, or lower it"
         )
     return {"held out": given[: cfg.val_size]}, given[cfg.val_size :]
 

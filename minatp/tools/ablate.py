@@ -160,6 +160,7 @@ def main(argv=None):
     args = parse(argv)
     study = Study(Path(args.out).absolute(), args.options)
     stage_1, stage_2 = plan(args.arms)
+    study.check([*stage_1, *sum(stage_2, [])])
 
     def train(job):
         study.train_arm(*job)
@@ -279,6 +280,20 @@ class Study:
 
     def config(self, arm, seed):
         return read_json(self.folder(arm, seed) / "config.json")
+
+    def check(self, arms):
+        """Raise UserError if --options contradicts an arm's own, before hours of other arms."""
+        for arm in arms:
+            if arm in METHODS:
+                own = ["--stage", "sft", *METHODS[arm]]
+            elif has_budget_of_rl(arm):
+                continue  # its --epochs follow from the run of RL
+            else:
+                own = [*template(arm), "--init", "out"]
+            try:
+                options.parse([*self.common, *own], "")
+            except UserError as e:
+                raise UserError(f"{e} ({arm})") from None
 
     def train_arm(self, arm, seed):
         """Train an arm, after the run that it starts from, unless they are finished; its folder."""

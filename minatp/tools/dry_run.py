@@ -61,6 +61,7 @@ def dry_run(run, sft_gradients, dry_run_rl):
     problems = splits.train or splits.answers  # RL can do without labels
     # The run has not started: set what its methods need
     run.encode_rows()
+    run.encode_questions()
     if not splits.train:
         run.labelled = run.encode_problems(problems)
     report_data(problems, run.labelled, run.tokenizer)
@@ -69,8 +70,7 @@ def dry_run(run, sft_gradients, dry_run_rl):
     print0(f"\nparameters  {n_parameters(model):,}  ({parts})")
 
     # Report on memory, at the longest problems
-    by_length = sorted(range(len(problems)), key=lambda i: -run.labelled[i].length)
-    longest = by_length[: cfg.batch_size]
+    longest = longest_batch([row.length for row in run.labelled], cfg.batch_size)
     if cfg.stage == "rl":
         model.decoder.requires_grad_(False)
     stages = stages_to_try(cfg, model)
@@ -92,8 +92,15 @@ def dry_run(run, sft_gradients, dry_run_rl):
 
     # In RL those were the anchor's, if there is one; rollouts and policy gradients follow
     if cfg.stage == "rl":
+        longest = longest_batch([len(prompt) for prompt in run.prompts], cfg.batch_size)
         with timed_step(f"{len(longest)} longest questions × {cfg.G} rollouts", device) as values:
-            values |= dry_run_rl(run, [problems[i] for i in longest])
+            values |= dry_run_rl(run, [run.questions[i] for i in longest])
+
+
+def longest_batch(lengths, batch_size):
+    """The indices of the longest, repeated if there are too few for a batch, as in training."""
+    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [by_length[i % len(by_length)] for i in range(batch_size)]
 
 
 def check_folder(run):
@@ -242,7 +249,7 @@ def report_data(problems, rows, tokenizer):
 
 
 def report_curriculum(run, problems):
-    """The problem with most steps, of the first 200, at every stage."""
+    """The problem with most steps, of the first 200, at every stage; in RL at the one reached."""
     rows, model, tokenizer = run.labelled, run.model, run.tokenizer
 
     def decode(ids):
@@ -254,7 +261,8 @@ def report_curriculum(run, problems):
 
     # A line for each stage: the latents, with what φ must write from each (if there is a φ), or the
     # fillers; whether the stop head learns to stop after them, and what the policy must write
-    for stage, epochs in run.cfg.schedule():
+    schedule = run.cfg.schedule() if run.cfg.stage == "sft" else [(model.stage, None)]
+    for stage, epochs in schedule:
         batch = collate([rows[chosen]], stage, model)
         thoughts = [""] * (batch.thinking.L // model.c)
         if batch.thinking.L and model.decode:
@@ -263,7 +271,8 @@ def report_curriculum(run, problems):
         chain = chain or tokenizer.decode(model.fillers_at(stage))
         stop = " stop" if bool(batch.thinking.has_stop[0]) else ""
         written = decode(batch.text.target[0])
-        print0(f"  stage {stage} ({epochs:g} epochs)  {chain}{stop}  {written!r}")
+        duration = f" ({epochs:g} epochs)" if epochs else ""
+        print0(f"  stage {stage}{duration}  {chain}{stop}  {written!r}")
 
 
 def report_memory(run, kept, available):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..problems import Problem
 from ..run.errors import UserError
-from ..run.options import Parser, add_device_options, flag
+from ..run.options import LEAST_TEMPERATURE, Parser, add_device_options, flag
 from ..run.problem_files import check_text, read_problems
 from ..run.splits import test_set
 from . import edit
@@ -85,11 +85,11 @@ def check(args):
             f"{args.vote!r} of {args.n}"
         )
     # (NaN fails every comparison, and so this one)
-    temperature_ok = 0 <= args.temperature < math.inf
-    if not temperature_ok or args.problems < 0 or not 0 <= args.seed < 2**32:
+    is_temperature = args.temperature == 0 or LEAST_TEMPERATURE <= args.temperature < math.inf
+    if not is_temperature or args.problems < 0 or not 0 <= args.seed < 2**32:
         raise UserError(
             "command line: --temperature, --problems and --seed must not be negative; "
-            "--temperature must be finite and --seed below 2^32"
+            "--temperature must be 0 or at least 1e-6 and finite, and --seed below 2^32"
         )
 
     # Options that exclude each other: edits change the mean chain, and the page shows all chains

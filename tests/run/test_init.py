@@ -131,7 +131,7 @@ VERDICTS = {
     "spread":            ("--spread 2",                 "f f f f f f  f f f f  t t"),
     "estimator":         ("--estimator score",          "f f f f f f  f f f f  t t"),
     "latent_weight":     ("--latent-weight 2 --estimator score", "f f f f f f  f f f f  t t"),
-    "greedy":            ("--greedy",                   "f f f f f f  f f f f  t t"),
+    "greedy":            ("--greedy",                   "f f f f f f  f f f f  t r"),
     "baseline":          ("--baseline rloo",            "f f f f f f  f f f f  t t"),
     "normalise":         ("--normalise",                "f f f f f f  f f f f  t t"),
     "updates_per_batch": ("--updates-per-batch 2",      "f f f f f f  f f f f  t t"),
@@ -191,6 +191,13 @@ def actions():
             listed[action.dest] = (group.title, action.help)
     del listed["help"]
     return listed
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_a_size_of_init_may_be_repeated_that_does_not_fit_the_default_of_another(stage):
+    """SmolLM2 has 9 heads over 3, and 9 does not divide tiny's D."""
+    argv = ["--stage", stage, "--init", "SmolLM2", "--n-head", "9", "--n-kv-head", "3"]
+    assert options.parse(argv, "").n_head == 9
 
 
 def test_every_option_has_a_row():

@@ -116,7 +116,7 @@ BAD_TEXTS = [
     (b"PK\x03\x04\x99\x00", 0, "is not UTF-8 text"),
 ]
 TOO_FEW_PROBLEMS = [
-    (f"{GOOD}\n" * 3, 1, "has 3 problems, too few to hold out --val-size 4"),
+    (f"{GOOD}\n" * 3, 1, "has 3 problems, too few to hold out --val-size 4; give --val"),
     (
         '{"question": "a", "steps": [], "answer": "1"}\n' * 20, 1,
         "no problem with steps is left to learn from",
@@ -782,6 +782,12 @@ def test_half_a_last_line_of_metrics_is_what_a_crash_leaves(finished, tmp_path):
 def test_a_folder_that_holds_a_run_is_not_overwritten(finished, refused):
     argv = [*TINY, "--out", finished]
     refused(train.main, argv, f"{finished}:0: ", "already holds a run; add --resume")
+
+
+@pytest.mark.parametrize("inside", ["checkpoints", "final/again"])
+def test_a_folder_inside_a_run_is_no_place_for_another(finished, refused, inside):
+    out = finished / inside
+    refused(train.main, [*TINY, "--out", out], f"{out}:0: ", f"lies inside the run in {finished}")
 
 
 def test_a_folder_that_is_not_a_runs_is_not_overwritten(finished, refused, tmp_path, capsys):

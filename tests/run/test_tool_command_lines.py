@@ -26,6 +26,7 @@ SAME_CHAINS = ("--n", "2", "--temperature", "0")
     (["Q", "--file", "x"], "command line: ", "not both"),
     (["--temperature", "-1"], "command line: ", "--temperature"),
     (["--temperature", "nan"], "command line: ", "--temperature"),
+    (["--temperature", "1e-40"], "command line: ", "--temperature"),
     (["--temprature", "1"], "command line: ", "did you mean --temperature?"),
     (["--seed", 10**20, "Q"], "command line: ", "--seed"),
     (["--problems", "-1"], "command line: ", "--problems"),
@@ -86,9 +87,9 @@ def test_probe_command_lines(seed, finished, refused):
         ("--problems", -1, "must not be negative, not -1"),
         ("--votes", -2, "must not be negative, not -2"),
         ("--max-new", 0, "must be positive, not 0"),
-        ("--temperature", 0, "must be positive and finite, not 0.0"),
-        ("--temperature", "inf", "must be positive and finite, not inf"),
-        ("--temperature", "nan", "must be positive and finite, not nan"),
+        ("--temperature", 1e-7, "must be finite and at least 1e-6, not 1e-07"),
+        ("--temperature", "inf", "must be finite and at least 1e-6, not inf"),
+        ("--temperature", "nan", "must be finite and at least 1e-6, not nan"),
         ("--seed", 2**32, "must not be negative or above 2^32 - 1, not 4294967296"),
     ],
 )
@@ -154,6 +155,7 @@ def test_published_sets_are_evaluated_by_one_command(finished, tmp_path, capsys)
     (["--seeds", "0,1,0"], "--seeds has the same number twice"),
     (["--options", "--lr 1e-3 --seed=7"], "--options: --seed cannot be given here"),
     (["--options", "--data 'a b"], "--options: No closing quotation"),
+    (["--options", "--K 3", "--arms", "CoT; iCoT"], "--epochs needs 1 or 5 numbers ≥ 0"),
 ])
 # fmt: on
 def test_ablate_command_lines(argv, reason, refused):

@@ -137,6 +137,8 @@ def test_a_dry_run_of_rl_explores(sft_run, never, all_alike, capsys, monkeypatch
     go(*SMALL_RL, "--anchor", 1, "--init", sft_run, "--out", never, "--dry-run")
     assert n_chains == [16]
     output = capsys.readouterr().out
+    [shown] = [line for line in output.splitlines() if line.startswith("  stage ")]
+    assert "epochs" not in shown
     assert "those of the start" in output
     assert "4 longest questions × 4 rollouts" in output
     assert output.count("one step") == 2
@@ -145,6 +147,24 @@ def test_a_dry_run_of_rl_explores(sft_run, never, all_alike, capsys, monkeypatch
 def test_a_dry_run_of_rl_without_the_anchor_makes_one_step(sft_run, never, all_alike, capsys):
     go(*SMALL_RL, "--anchor", 0, "--init", sft_run, "--out", never, "--dry-run")
     assert capsys.readouterr().out.count("one step") == 1
+
+
+def test_a_dry_run_of_fewer_problems_than_a_batch_repeats_them(sft_run, never, tmp_path, capsys):
+    """As training does."""
+    lines = [f"{p.question}||<<1+1=2>> #### 2\n" for p in problems.generate("labelled", 11, 9)]
+    (tmp_path / "few.txt").write_text("".join(lines))
+    data = ("--data", tmp_path / "few.txt", "--val-size", 4)
+    go(*SMALL_RL, "--batch-size", 8, *data, "--init", sft_run, "--out", never, "--dry-run")
+    assert "8 longest questions × 4 rollouts" in capsys.readouterr().out
+
+
+def test_a_dry_run_refuses_a_held_out_question_that_is_too_long(never, tmp_path, capsys):
+    (tmp_path / "test.txt").write_text(f"{'word ' * 200}||<<1+1=2>> #### 2\n")
+    argv = (*SMALL, "--data", tmp_path / "p.txt", "--val-size", 4, "--test", tmp_path / "test.txt")
+    lines = [f"{p.question}||<<1+1=2>> #### 2\n" for p in problems.generate("labelled", 20, 9)]
+    (tmp_path / "p.txt").write_text("".join(lines))
+    go(*argv, "--block-size", 128, "--out", never, "--dry-run", expect=2)
+    assert "test.txt:1: " in capsys.readouterr().err
 
 
 # ---- too large -----------------------------------------------------------------------------------
