@@ -171,13 +171,13 @@ def rl(run):
         # if every group is like that, there is no update, not even the anchor's
         advantage = advantages(reward, cfg.baseline, cfg.normalise)  # (Q, G)
         informative = (advantage != 0).any(1)  # (Q,)
-        chains = informative_chains(run, explored, advantage, informative)
+        informative_ones = informative_chains(run, explored, advantage, informative)
 
         # 4. Learn. With one update a batch this is REINFORCE. With more it is GRPO: the ratio to
         # the probabilities at the first update is clipped
         metrics = {}
         for _ in range(cfg.updates_per_batch if informative.any() else 0):
-            loss, metrics = policy_gradients(run, chains)
+            loss, metrics = policy_gradients(run, informative_ones)
 
             # Hold on to what SFT has taught (φ is frozen: L_dec reaches π alone)
             if cfg.anchor:
@@ -305,17 +305,17 @@ def permuted(values, run, step):
 
 @dataclass
 class InformativeChains:
-    """N = Q'·G of this rank's chains: those of its Q' informative groups. They are learned from."""
+    """B = Q'·G of this rank's chains: those of its Q' informative groups. Only they teach."""
 
     # (Q', Tq)
     prompt: torch.Tensor
     # (Q', Tq)
     prompt_mask: torch.Tensor
-    # of N chains
+    # of B chains
     rollout: Rollout
-    # (N, cK, 2) the noise of their latents, for path; None for score
+    # (B, cK, 2) the noise of their latents, for path; None for score
     eps_keys: torch.Tensor | None
-    # (N, cK + K + Tt) the advantage that each decision gets: latents, stops, words
+    # (B, cK + K + Tt) the advantage that each decision gets: latents, stops, words
     advantage: torch.Tensor
     # of all ranks: chains that were sampled, and those of informative groups
     n_chain: int
@@ -336,23 +336,24 @@ def informative_chains(run, explored, advantage, informative):
 
     # Every decision gets the advantage of its chain. (A control, --placebo-latents: latents get
     # that of another chain of the informative groups)
-    of_latents = advantage
+    latent_advantage = advantage
     if cfg.placebo_latents:
-        of_latents = advantage.clone()
-        of_latents[informative] = permuted(advantage[informative], run, run.step)
+        latent_advantage = advantage.clone()
+        latent_advantage[informative] = permuted(advantage[informative], run, run.step)
 
     def for_our_chains(values, n_column):
-        """Values (Q, G) of all ranks -> those of `rows`, once for each decision (N, n_column)."""
+        """Values (Q, G) of all ranks -> those of `rows`, once for each decision (B, n_column)."""
         return distributed.shard(values)[our_informative].view(-1, 1).expand(-1, n_column)
 
     cK, K, Tt = rolled.z.shape[1], rolled.stop_prob.shape[1], rolled.token.shape[1]
-    of_decision = (for_our_chains(of_latents, cK), for_our_chains(advantage, K + Tt))
+    of_latents = for_our_chains(latent_advantage, cK)
+    of_stops_and_words = for_our_chains(advantage, K + Tt)
     return InformativeChains(
         prompt=explored.prompt[group],
         prompt_mask=explored.prompt_mask[group],
         rollout=rolled,
         eps_keys=explored.noise.eps_keys[rows] if cfg.estimator == "path" else None,
-        advantage=torch.cat(of_decision, 1).to(device),
+        advantage=torch.cat((of_latents, of_stops_and_words), 1).to(device),
         n_chain=advantage.numel(),
         n_informative=int(informative.sum()) * cfg.G,
     )
@@ -368,16 +369,16 @@ def policy_gradients(run, chains):
     """
     cfg, model, device = run.cfg, run.model, run.device
     prompt, prompt_mask, rolled = chains.prompt, chains.prompt_mask, chains.rollout
-    n = len(rolled.z)  # 0 if none of this rank's groups is informative
+    B = len(rolled.z)  # 0 if none of this rank's groups is informative
 
     loss, metrics = torch.zeros((), device=device), {}
-    if n:
+    if B:
         length = prompt.shape[1] + rolled.z.shape[1] + 1 + rolled.token.shape[1]
-        run.doing = Doing(f"rl, step {run.step + 1}", n, length, "--batch-size or --G")
+        run.doing = Doing(f"rl, step {run.step + 1}", B, length, "--batch-size or --G")
         with run.autocast:
             # The log-probability of every decision; a constant 0 where nothing was decided
             new = log_probs(model, prompt, prompt_mask, rolled, cfg.G, chains.eps_keys)
-            logp, is_decision = decisions(cfg, model, rolled, new)  # (N, cK + K + Tt)
+            logp, is_decision = decisions(cfg, model, rolled, new)  # (B, cK + K + Tt)
 
             # REINFORCE at the first update, where old_logp is logp itself; later the ratio to it is
             # clipped. (Columns without a decision are constant: a mean over decisions divides by
@@ -392,13 +393,13 @@ def policy_gradients(run, chains):
             # part of the loss with --kl
             if cfg.kl or run.is_log_due:
                 kl = kl_of_chains(run, chains, new)
-                metrics["kl"] = kl / n
+                metrics["kl"] = kl / B
                 if cfg.kl:
                     loss = loss + cfg.kl * kl / chains.n_informative
         loss.backward()
         run.doing = run.between_batches
     total = distributed.all_reduce({"loss": loss.detach()}, device)["loss"]
-    return total, distributed.all_reduce(metrics, device, weight=n)
+    return total, distributed.all_reduce(metrics, device, weight=B)
 
 
 def kl_of_chains(run, chains, new):

@@ -65,7 +65,7 @@ class Columns:
 
 class StoreColumns(torch.autograd.Function):
     """(columns, order_token or None, k, v) -> order_token. The first ones of `columns` hold k and v
-    (rows, h_kv, n, d) already.
+    (rows, h_kv, n, hd) already.
     """
 
     @staticmethod
@@ -85,7 +85,7 @@ class StoreColumns(torch.autograd.Function):
 
 
 class AttendStep(torch.autograd.Function):
-    """(prefix, own, layout, order_token, q, k, v, cos, sin) -> o (B, h, T, d), order_token.
+    """(prefix, own, layout, order_token, q, k, v, cos, sin) -> o (B, h, T, hd), order_token.
     Appends k and v to `own`.
     """
 
@@ -120,8 +120,8 @@ class AttendStep(torch.autograd.Function):
 
 class LongPass(torch.autograd.Function):
     """(prefix, own, order_token, k, v, owner, n_own) -> the keys and values of the prefix, of the
-    first n_own own columns, and k and v (B, h_kv, T, d) themselves, each
-    (B, h_kv, P + n_own + T, d).
+    first n_own own columns, and k and v (B, h_kv, T, hd) themselves, each
+    (B, h_kv, P + n_own + T, hd).
     """
 
     @staticmethod
@@ -232,8 +232,8 @@ class StepCache:
         self.n_prefix_real = self.P - self.start[self.owner]  # (B,) real columns of its prefix
 
     def attend(self, i, q, k, v, rope):
-        """Append k, v (B, h_kv, T, d) to layer i and attend to it: q (B, h, n, d), the queries of
-        the last n of them -> (B, h, n, d). rope: (cos, sin), each (B, 1, T, d/2).
+        """Append k, v (B, h_kv, T, hd) to layer i and attend to it: q (B, h, n, hd), the queries of
+        the last n of them -> (B, h, n, hd). rope: (cos, sin), each (B, 1, T, hd/2).
 
         k and v have one dtype.
         """
@@ -286,8 +286,8 @@ class StepCache:
         if i not in self.own:
             # zeros: a long pass multiplies columns that a row has not filled by a weight of 0, and
             # 0·NaN is NaN
-            B, h_kv, _, d = k.shape
-            shape = B, h_kv, self.room, d
+            B, h_kv, _, hd = k.shape
+            shape = B, h_kv, self.room, hd
             self.own[i] = Columns(k.new_zeros(shape), k.new_zeros(shape))
         return self.own[i]
 
@@ -329,7 +329,7 @@ class StepCache:
     @classmethod
     def after_prefix(cls, kv, start, owner, room):
         """A cache whose B rows have read a prefix and nothing else, with room for so many own
-        columns. kv: keys and values (N, h_kv, P, d) of each layer, in one list. start (N,): the
+        columns. kv: keys and values (N, h_kv, P, hd) of each layer, in one list. start (N,): the
         first real column of each prefix. owner (B,): the prefix of each row.
         """
         cache = cls(len(owner), room, owner.device)
@@ -342,7 +342,7 @@ class StepCache:
         return cache
 
     def append_own(self, kv, n_real):
-        """Append columns that another cache has made: keys and values (B, h_kv, n, d) of each
+        """Append columns that another cache has made: keys and values (B, h_kv, n, hd) of each
         layer, in one list. n_real (B,): how many of a row's are real, the first ones.
         """
         memory = []

@@ -139,7 +139,7 @@ def walk(loop, model, weights, plan, names, *inputs):
     and what it Walked.
 
     names: what the first inputs are. Then come h (B, D), and keys and values of each layer's prefix
-    (N, h_kv, P, d).
+    (N, h_kv, P, hd).
     """
     given = dict(zip(names, inputs))
 

@@ -17,7 +17,7 @@ z and u are:
 
     mode     source           z         u           used for
     draw     seed, offset     μ + σ·ε   ε, drawn    sampling a thought on a GPU
-    given    ε                μ + σ·ε   ε, read     the same, with noise drawn before (in tests)
+    given    ε                μ + σ·ε   ε, read     the same, with noise given: tests, a dry run
     score    z                source    (z − μ)/σ   the log-probability of an action taken before
     mean     nothing          μ         0           a thought without noise
 

@@ -3,8 +3,8 @@
 Stage k of the curriculum replaces the first k written steps of each problem by latents and leaves
 the rest as text (docs/method.md, Stage 1). `collate` is where that happens.
 
-`model` is the ATP of latent.py. Here only its settings matter: c, K, the parts that it has, and the
-id of <|end-latent|>.
+`model` is the ATP of latent.py. Here only its settings matter: c, K, the parts that it has, the ids
+of its fillers and of <|end-latent|>, and its longest context.
 """
 
 from dataclasses import dataclass, fields, replace

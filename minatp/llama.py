@@ -150,10 +150,10 @@ class KVCache:
         return y.view(B, h, n, hd)
 
     def repeat(self, work, *inputs):
-        """Run one step of a loop, work(*inputs), which reads one column.
+        """Run one step of a loop, work(*inputs).
 
-        The GPU's cache records it as a CUDA graph at first and then replays it, so every call must
-        be given the same function.
+        The GPU's cache records the second call as a CUDA graph and replays it from then on, so
+        every call must be given the same function.
         """
         return work(*inputs)
 

@@ -72,7 +72,7 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
     """The log-probability of everything that a Rollout sampled, with gradients -> LogProbs.
 
     Its B = Q·group rows belong to prompt, prompt_mask (Q, Tq), which is read once for its group.
-    There are two estimators: score (`read_chain`) and, if `eps` is given, path (`walk_chain`).
+    There are two estimators: score (`score_chain`) and, if `eps` is given, path (`walk_chain`).
     eps: the noise of the rollout, as in `sft_losses`.
     """
     policy, c = model.policy, model.c
@@ -95,7 +95,7 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
 
     logp_z = rollout.z.new_zeros(B, cK)
     if eps is None:
-        latent, h_text = read_chain(model, h, cache, rollout, text, used, written)
+        latent, h_text = score_chain(model, h, cache, rollout, text, used, written)
         if model.vae:
             logp_z = torch.where(candidate, latent.logp, 0.0)
     else:
@@ -113,7 +113,7 @@ def log_probs(model, prompt, prompt_mask, rollout, group=1, eps=None):
     return LogProbs(logp_z, logp_stop, logp_token, latent.mu, latent.logvar)
 
 
-def read_chain(model, h, cache, rollout, text, used, written):
+def score_chain(model, h, cache, rollout, text, used, written):
     """Score: the latents of a Rollout are given. -> (Latent (B, cK), hidden states of the text).
 
     A latent is an action with density N(z; μ, σ²), so nothing needs to be walked: latents and text,
@@ -129,7 +129,7 @@ def read_chain(model, h, cache, rollout, text, used, written):
 
 
 def walk_chain(model, h, cache, rollout, text, written, eps, L):
-    """Path: z = μ + σε is a function of the weights. Returns what `read_chain` does.
+    """Path: z = μ + σε is a function of the weights. Returns what `score_chain` does.
 
     Only stops and words are actions. The chain is walked again with the same noise, so their
     gradient runs back through every latent; then one pass reads the text, embeddings (B, Tt, D).

@@ -178,8 +178,8 @@ def rollout(model, prompt, prompt_mask, max_new, noise=None, group=1, forced=Non
 # int(mask.sum()), and unfinished_rows gives the rows to keep (None: all of them).
 #
 # On a GPU a step is a CUDA graph, recorded once and replayed on the same memory (kernels/graph.py).
-# So every tensor below is written in place, steps are counted on the device, and shapes are fixed:
-# all rows are computed, and a mask says whose results count.
+# So what outlives a step is written in place, steps are counted on the device, and shapes are
+# fixed: all rows are computed, and a mask says whose results count.
 
 
 def think(model, h, cache, n_step, out, noise=None, forced=None, may_stop=True):
@@ -283,7 +283,7 @@ def write(llama, h, cache, max_new, eos, noise=None):
     writes = torch.ones(B, dtype=torch.bool, device=h.device)
     word = torch.zeros_like(rows)
 
-    def read_and_write(n):
+    def next_word(n):
         """Read the last word of every row, and write the n-th."""
         write_word(n, llama.step(llama.embed(word), writes, cache))
 
@@ -312,5 +312,5 @@ def write(llama, h, cache, max_new, eos, noise=None):
             rows, writes, word = rows[keep], writes[keep], word[keep]
             cache.keep(keep)
             count_done = DelayedCount(fixed_shape)
-        cache.repeat(read_and_write, torch.full_like(rows[0], n))
+        cache.repeat(next_word, torch.full_like(rows[0], n))
     return token, logp_token

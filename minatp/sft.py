@@ -45,10 +45,10 @@ def sft_losses(model, batch, eps=None):
     latent, _ = walk_batch(model, batch, h, cache, eps)
     if batch.words:
         h, states = policy(policy.embed(text.ids), text.mask, cache, states_at=text.answer_at)
-        of_teacher = distillation(policy, batch, words_cache, states)
+        distill_losses = distillation(policy, batch, words_cache, states)
     else:
-        h, of_teacher = policy(policy.embed(text.ids), text.mask, cache), {}  # (B, Tt, D)
-    losses = {"enc": label_nll(policy, h, text), **of_teacher}
+        h, distill_losses = policy(policy.embed(text.ids), text.mask, cache), {}  # (B, Tt, D)
+    losses = {"enc": label_nll(policy, h, text), **distill_losses}
 
     # KL(N(μ, σ²) ‖ N(0, I)) of each used latent
     if model.vae:

@@ -100,11 +100,12 @@ def check_thoughts(cfg, saved):
             "run of --method atp"
         )
 
-    # With path latents are no actions. Without words and stops nothing is left to learn from
-    if cfg.estimator == "path" and cfg.greedy and not saved.get("stop"):
+    # With path latents are no actions. Without words and stops the reward teaches nothing. (A run
+    # of an earlier version may go on: its anchor does)
+    if cfg.estimator == "path" and cfg.greedy and not saved.get("stop") and not cfg.resume:
         raise UserError(
-            f"command line: with --greedy and --estimator path stops alone are learned from, and "
-            f"--init {cfg.init} has no stop head; drop --greedy, or give --estimator score"
+            f"command line: --greedy with --estimator path learns from stops alone, and --init "
+            f"{cfg.init} has no stop head; drop --greedy, or give --estimator score"
         )
 
     # An option may repeat the numbers that SFT has settled, not change them

@@ -372,8 +372,8 @@ def test_new_numbers(run, problems, chains, result):
     """The built-in task: measure the problems whose numbers are in no training problem."""
     cfg, splits = run.cfg, run.splits
 
-    # The questions of RL count in SFT as well, so that both are measured on the same problems (if
-    # --answers is)
+    # The questions of RL count in SFT as well, so that (given the same --answers) both are measured
+    # on the same problems
     learned_from = splits.train + (splits.answers or generate("answers", cfg.answers, 0))
     known = {numbers(p) for p in learned_from}
     new = [i for i, p in enumerate(problems) if numbers(p) not in known]
@@ -427,12 +427,13 @@ def parse(argv):
     if args.file and args.longer:
         raise UserError("command line: give --file or --longer, not both")
     # (NaN fails every comparison. torch's CPU generator looks at 32 bits of a seed)
-    is_temperature = LEAST_TEMPERATURE <= args.temperature < math.inf
+    least = LEAST_TEMPERATURE
+    is_temperature = least <= args.temperature < math.inf
     for option, value, is_valid, expected in (
         ("--problems", args.problems, args.problems >= 0, "not be negative"),
         ("--votes", args.votes, args.votes >= 0, "not be negative"),
         ("--max-new", args.max_new, args.max_new > 0, "be positive"),
-        ("--temperature", args.temperature, is_temperature, "be finite and at least 1e-6"),
+        ("--temperature", args.temperature, is_temperature, f"be finite, and at least {least}"),
         ("--seed", args.seed, 0 <= args.seed < 2**32, "not be negative or above 2^32 - 1"),
     ):
         if not is_valid:

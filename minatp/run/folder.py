@@ -106,12 +106,13 @@ def check_unused(cfg, folder):
     if cfg.resume:
         return
 
-    # Inside a run, its models would be taken for that run's
-    for parent in (folder.absolute(), *folder.absolute().parents):
-        if parent.name in ("final", "checkpoints") and (parent.parent / "metrics.jsonl").exists():
-            raise UserError(
-                f"{folder}:0: lies inside the run in {parent.parent}; choose another --out"
-            )
+    # A run replaces its final/ as a whole, and takes what is in its checkpoints/ for its own
+    place = folder.resolve()
+    of_runs = [parent for parent in (place, *place.parents) if parent.name == "final"]
+    of_runs += [place] if place.name == "checkpoints" else []
+    for parent in of_runs:
+        if (parent.parent / "metrics.jsonl").exists():
+            raise UserError(f"{folder}:0: lies in the run {parent.parent}; choose another --out")
 
     # A log alone does not count: that run ended before its first checkpoint
     if (folder / "summary.json").exists() or checkpoints(folder):

@@ -82,9 +82,7 @@ class ConfigFile:
         if value is None:  # null is as absent
             value = default
         if value is None:
-            raise self.error(
-                f'"{name}" is missing; add it, or give the config.json of a LLaMA architecture'
-            )
+            raise self.error(f'"{name}" is missing; add it, or give the directory of a LLaMA')
         return value
 
     def require(self, name, value, types):

@@ -107,37 +107,40 @@ class Run:
 
         # What the run learns from, and what it is judged on
         self.encode_rows()
-        self.encode_questions()
+        self.check_held_out()
         if cfg.stage == "sft":
             # φ must be allowed to write the longest step, or its readings would be cut short
             for row in self.labelled + self.answers_only:
                 lengths = map(len, (*row.step_texts, row.rest_text))
                 model.longest = max(model.longest, *lengths)
         else:
+            self.encode_questions()
             # validation problems that show how well φ still reads the latents (evaluate.diagnose)
             self.reading_rows = self.encode_problems([p for p in splits.val if p.steps][:200])
             self.reading_at_start = evaluate.reading_nll(self, self.start_model)
 
     def encode_questions(self):
-        """Encode the questions that RL explores, and check that the held-out ones fit as well."""
-        cfg, splits, model = self.cfg, self.splits, self.model
-        if cfg.stage == "rl":
-            # the built-in task keeps a set of its own for RL
-            self.questions = [*splits.train, *splits.answers] if cfg.data else splits.answers
-            self.prompts = self.encode_prompts(self.questions)
+        """Encode the questions that RL explores."""
+        # The built-in task keeps a set of its own for RL
+        splits = self.splits
+        self.questions = [*splits.train, *splits.answers] if self.cfg.data else splits.answers
+        self.prompts = self.encode_prompts(self.questions)
 
-        # Find a held-out question that is too long here, not after hours. At the last stage: a
-        # resumed run must be judged as it was at its start
-        last_stage = cfg.schedule()[-1][0] if cfg.stage == "sft" else model.stage
+    def check_held_out(self):
+        """Find a held-out question that is too long here, not after hours. Raises UserError."""
+        # At the last stage: a resumed run must be judged as it was at its start
+        cfg = self.cfg
+        last_stage = cfg.schedule()[-1][0] if cfg.stage == "sft" else self.model.stage
         _, longest = self.longest_answers(last_stage)
-        self.encode_prompts(splits.held_out, cfg.max_new or longest)
+        self.encode_prompts(self.splits.held_out, cfg.max_new or longest)
 
     def encode_rows(self):
-        """Encode the problems whose right answers are known, and settle the length of answers."""
+        """Encode the problems whose right answers are used, and settle the length of answers."""
         cfg, splits = self.cfg, self.splits
         self.labelled = self.encode_problems(splits.train)
+        uses_answers = cfg.answers_share > 0 if cfg.stage == "sft" else not cfg.no_answers
         self.answers_only = []
-        if cfg.answers_share if cfg.stage == "sft" else not cfg.no_answers:
+        if uses_answers:
             self.answers_only = self.encode_problems(splits.answers, answer_only=True)
         self.held_out = {"validation": self.encode_problems(splits.val)}
         for name, problems in splits.tests.items():
@@ -212,8 +215,8 @@ class Run:
         """Yield (step, batch) for the n_step steps of a stage; `batches` is an iterator.
 
         A step is one batch: one step of the optimizer, or in RL --updates-per-batch. Those that a
-        resumed run has behind it are skipped. Before each step this sets the learning
-        rate; after it, it logs, saves, stops on request and validates, whatever is due.
+        resumed run has behind it are skipped. Before each step this sets the learning rate; after
+        it, it logs, saves, stops on request and validates, whatever is due.
         n_total: steps of the whole run; defaults to n_step.
         """
         cfg, is_rl, n_restored = self.cfg, self.cfg.stage == "rl", self.state["step"]
@@ -512,7 +515,8 @@ class GuardedOptimizer:
             if not math.isfinite(loss + norm):
                 raise NotFinite(
                     f"step {n_done + 1}: loss {loss:g}, gradient norm {norm:g}, so the step was "
-                    f"not taken; check --lr, --init and its problems {format_sources(problems)}"
+                    "not taken; check --lr, --init and the step's problems "
+                    f"{format_sources(problems)}"
                 )
 
 

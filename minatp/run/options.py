@@ -22,7 +22,7 @@ POSITIVE = "positive"
 NOT_NEGATIVE = "not negative"
 SHARE = "between 0 and 1"
 
-# More than anyone means; what is derived from larger numbers would not fit memory or a float
+# More than anyone would ask for. What follows from larger numbers would not fit memory or a float
 MOST_STEPS = 10_000
 MOST_EPOCHS = 1_000_000
 # Logits are divided by it, and must stay finite
@@ -192,7 +192,7 @@ class Data:
         "commas [the built-in task]",
     )
     val: str = opt("", "validation problems, likewise [--val-size held out of --data]")
-    test: str = opt("", "test problems, likewise [as many as --val, held out of --data as well]")
+    test: str = opt("", "test problems, likewise [--val-size more held out of --data]")
 
     # Sizes of the built-in sets; --val-size also of what is held out of --data
     labelled: int = opt(
@@ -504,8 +504,8 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         self.check_credit_of_latents()
         require(self.G > 1, "--G must be at least 2: a group is its own baseline")
         require(
-            self.temperature >= LEAST_TEMPERATURE,
-            f"--temperature must be at least {LEAST_TEMPERATURE:g}, not {self.temperature}",
+            self.temperature >= LEAST_TEMPERATURE or not self.given,  # (not in an earlier version)
+            f"--temperature must be at least {LEAST_TEMPERATURE}, not {self.temperature}",
         )
         if self.stage == "sft":
             self.schedule()

@@ -250,7 +250,7 @@ def hold_out(cfg, option, files, given):
         lacking = "" if n_with_answer == len(given) else " with an answer"
         raise UserError(
             f"{place_of(cfg)}: has {n_with_answer} problems{lacking}{left}, too few to hold out "
-            f"--val-size {cfg.val_size}; give {option}, or lower it"
+            f"--val-size {cfg.val_size}; give {option}, or lower --val-size"
         )
     return {"held out": given[: cfg.val_size]}, given[cfg.val_size :]
 

@@ -160,7 +160,8 @@ def main(argv=None):
     args = parse(argv)
     study = Study(Path(args.out).absolute(), args.options)
     stage_1, stage_2 = plan(args.arms)
-    study.check([*stage_1, *sum(stage_2, [])])
+    for group in [stage_1, *stage_2]:
+        study.check(group)
 
     def train(job):
         study.train_arm(*job)
@@ -293,7 +294,9 @@ class Study:
             try:
                 options.parse([*self.common, *own], "")
             except UserError as e:
-                raise UserError(f"{e} ({arm})") from None
+                raise UserError(
+                    f"{e}; so --options does not suit the arm {arm!r}; choose others with --arms"
+                ) from None
 
     def train_arm(self, arm, seed):
         """Train an arm, after the run that it starts from, unless they are finished; its folder."""

@@ -61,7 +61,9 @@ def dry_run(run, sft_gradients, dry_run_rl):
     problems = splits.train or splits.answers  # RL can do without labels
     # The run has not started: set what its methods need
     run.encode_rows()
-    run.encode_questions()
+    run.check_held_out()
+    if cfg.stage == "rl":
+        run.encode_questions()
     if not splits.train:
         run.labelled = run.encode_problems(problems)
     report_data(problems, run.labelled, run.tokenizer)

@@ -312,9 +312,9 @@ def step_nll(model, z, texts, eos):
     for i in range(0, len(z), 64):
         some = texts[i : i + 64]
         text = pad([[*ids, eos] for ids, _ in some], IGNORE).to(model.device)
-        text_at = (text != IGNORE).nonzero(as_tuple=True)
+        target_at = (text != IGNORE).nonzero(as_tuple=True)
         latents = z[i : i + 64].to(model.device)
-        nll = thought_token_nll(model.decoder, latents, text, text_at).double().cpu()  # (n, Ts)
+        nll = thought_token_nll(model.decoder, latents, text, target_at).double().cpu()  # (n, Ts)
 
         n_first = torch.tensor([n for _, n in some])
         is_first = torch.arange(nll.shape[1]) < n_first[:, None]

@@ -89,7 +89,8 @@ def check(args):
     if not is_temperature or args.problems < 0 or not 0 <= args.seed < 2**32:
         raise UserError(
             "command line: --temperature, --problems and --seed must not be negative; "
-            "--temperature must be 0 or at least 1e-6 and finite, and --seed below 2^32"
+            f"--temperature must be finite, and 0 or at least {LEAST_TEMPERATURE}; --seed must be "
+            "below 2^32"
         )
 
     # Options that exclude each other: edits change the mean chain, and the page shows all chains

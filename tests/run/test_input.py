@@ -787,7 +787,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(finished, refused):
 @pytest.mark.parametrize("inside", ["checkpoints", "final/again"])
 def test_a_folder_inside_a_run_is_no_place_for_another(finished, refused, inside):
     out = finished / inside
-    refused(train.main, [*TINY, "--out", out], f"{out}:0: ", f"lies inside the run in {finished}")
+    refused(train.main, [*TINY, "--out", out], f"{out}:0: ", f"lies in the run {finished}")
 
 
 def test_a_folder_that_is_not_a_runs_is_not_overwritten(finished, refused, tmp_path, capsys):

@@ -87,9 +87,9 @@ def test_probe_command_lines(seed, finished, refused):
         ("--problems", -1, "must not be negative, not -1"),
         ("--votes", -2, "must not be negative, not -2"),
         ("--max-new", 0, "must be positive, not 0"),
-        ("--temperature", 1e-7, "must be finite and at least 1e-6, not 1e-07"),
-        ("--temperature", "inf", "must be finite and at least 1e-6, not inf"),
-        ("--temperature", "nan", "must be finite and at least 1e-6, not nan"),
+        ("--temperature", 1e-7, "must be finite, and at least 1e-06, not 1e-07"),
+        ("--temperature", "inf", "must be finite, and at least 1e-06, not inf"),
+        ("--temperature", "nan", "must be finite, and at least 1e-06, not nan"),
         ("--seed", 2**32, "must not be negative or above 2^32 - 1, not 4294967296"),
     ],
 )

@@ -305,8 +305,8 @@ def test_readings_are_the_likeliest(solved):
 
     def probability(thought, ids):
         text = torch.tensor([[*ids, eos]])
-        text_at = (text >= 0).nonzero(as_tuple=True)
-        return float((-thought_nll(phi, thought[None], text, text_at)).exp())
+        target_at = (text >= 0).nonzero(as_tuple=True)
+        return float((-thought_nll(phi, thought[None], text, target_at)).exp())
 
     readings = page.top_readings(phi, z, eos, n=3, max_new=6)
     for thought, likeliest in zip(z, readings):
