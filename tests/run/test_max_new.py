@@ -41,10 +41,11 @@ def test_right_answers_of_every_set_fit():
     answer, longer_answer = tokens("### " + LONG.answer), tokens("### " + LONGER.answer)
     assert 16 < answer < longer_answer
     assert limits(stage=3) == (16, 16)
-    assert limits(stage=3, answers=[LONG]) == (answer, answer)
-    assert limits(stage=3, answers=[LONG], val=[LONGER]) == (answer, longer_answer)
-    assert limits(stage=3, answers=[LONG], tests=[LONGER]) == (answer, longer_answer)
-    assert limits("--stage", "rl", stage=3, answers=[LONG]) == (answer, answer)
+    for uses_answers in (["--answers-share", "1"], ["--stage", "rl"]):
+        sets = dict(stage=3, answers=[LONG])
+        assert limits(*uses_answers, **sets) == (answer, answer)
+        assert limits(*uses_answers, **sets, val=[LONGER]) == (answer, longer_answer)
+        assert limits(*uses_answers, **sets, tests=[LONGER]) == (answer, longer_answer)
 
 
 def test_steps_that_are_still_words_count():
@@ -62,9 +63,12 @@ def test_held_out_answers_change_nothing_of_what_is_learned():
     assert limits(*rl, stage=3, val=[LONGER], tests=[LONGER])[0] == limits(*rl, stage=3)[0]
 
 
-def test_without_answers_the_answers_that_rl_may_not_see_do_not_count():
+def test_answers_that_are_not_learned_from_do_not_count():
+    """Those that RL may not see, and in SFT those of problems that are left out of training."""
     assert limits("--stage", "rl", "--no-answers", stage=3, answers=[LONG]) == (16, 16)
-    assert limits("--no-answers", stage=3, answers=[LONG])[0] > 16  # no effect in SFT
+    assert limits(stage=3, answers=[LONG]) == (16, 16)
+    share = ("--answers-share", "1")
+    assert limits(*share, "--no-answers", stage=3, answers=[LONG])[0] > 16  # no effect in SFT
 
 
 def test_a_limit_of_the_user_stays():

@@ -221,7 +221,7 @@ def test_coherence_only_needs_no_answer(
     assert f"{30 - n_labelled} without answers or steps" in capsys.readouterr().out
 
     run_rl_on(records, *options, with_val=False, out="refused", expect=2)
-    assert "with an answer; give --val" in capsys.readouterr().err
+    assert "with an answer, too few to hold out" in capsys.readouterr().err
 
 
 def test_without_the_anchor_no_steps_are_needed(unlabelled, run_rl_on, capsys):
