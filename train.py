@@ -171,13 +171,13 @@ def rl(run):
         # if every group is like that, there is no update, not even the anchor's
         advantage = advantages(reward, cfg.baseline, cfg.normalise)  # (Q, G)
         informative = (advantage != 0).any(1)  # (Q,)
-        informative_ones = informative_chains(run, explored, advantage, informative)
+        chosen = informative_chains(run, explored, advantage, informative)
 
         # 4. Learn. With one update a batch this is REINFORCE. With more it is GRPO: the ratio to
         # the probabilities at the first update is clipped
         metrics = {}
         for _ in range(cfg.updates_per_batch if informative.any() else 0):
-            loss, metrics = policy_gradients(run, informative_ones)
+            loss, metrics = policy_gradients(run, chosen)
 
             # Hold on to what SFT has taught (φ is frozen: L_dec reaches π alone)
             if cfg.anchor:

@@ -108,9 +108,9 @@ def check_unused(cfg, folder):
 
     # A run replaces its final/ as a whole, and takes what is in its checkpoints/ for its own
     place = folder.resolve()
-    of_runs = [parent for parent in (place, *place.parents) if parent.name == "final"]
-    of_runs += [place] if place.name == "checkpoints" else []
-    for parent in of_runs:
+    reserved = [parent for parent in (place, *place.parents) if parent.name == "final"]
+    reserved += [place] if place.name == "checkpoints" else []
+    for parent in reserved:
         if (parent.parent / "metrics.jsonl").exists():
             raise UserError(f"{folder}:0: lies in the run {parent.parent}; choose another --out")
 

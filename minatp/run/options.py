@@ -504,7 +504,8 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
         self.check_credit_of_latents()
         require(self.G > 1, "--G must be at least 2: a group is its own baseline")
         require(
-            self.temperature >= LEAST_TEMPERATURE or not self.given,  # (not in an earlier version)
+            # (earlier versions took any, so a run may have less)
+            self.temperature >= LEAST_TEMPERATURE or not self.given,
             f"--temperature must be at least {LEAST_TEMPERATURE}, not {self.temperature}",
         )
         if self.stage == "sft":
