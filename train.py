@@ -135,7 +135,7 @@ def sft_gradients(run, problems, stage, step, weight=1.0):
             losses = sft_losses(model, batch, eps_keys)
             # Their weighted sum, each divided by its count in the WHOLE batch: how that is split
             # over micro-batches and ranks changes nothing
-            loss = weight * total_loss(losses, counts, run.cfg.beta, run.cfg.distill)
+            loss = weight * total_loss(losses, counts, run.cfg.loss_weights)
         loss.backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach()
@@ -186,7 +186,7 @@ def rl(run):
             metrics["grad_norm"] = run.optimizer.step(loss, problems)
 
         of_rewards = {"reward": reward.mean(), "signal": informative.float().mean()}
-        # (metrics are those of the last update)
+        # (metrics are those of the last update. No two of these may have the same name)
         means = {**of_rewards, **terms, **explored.statistics, **metrics}
         run.meter.add(means, {}, explored.n_position)
     run.finish()
@@ -293,7 +293,7 @@ def judge(run, chains, problems, step):
     # The mean of each term, for the log
     means = {}
     for name in judged[0][1]:
-        means[name] = torch.tensor([terms[name] for _, terms in judged]).mean()
+        means[name] = torch.tensor([float(terms[name]) for _, terms in judged]).mean()
     return reward, distributed.all_reduce(means, run.device, weight=len(judged))
 
 

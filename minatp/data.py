@@ -242,19 +242,19 @@ def collate(rows, stage, model, distills=False):
     model: an ATP, for c, K and its switches. distills: whether the batch also holds the problems in
     words, from which the latents are taught (in stage 0 there are none).
     """
-    # How many steps of each row are latent: its first min(n, k)
-    n_step = [min(len(row.lines), stage, model.K) for row in rows]
-    thinking = thinking_of(rows, n_step, stage, model)
+    # How many of each row's n steps are latent: the first min(n, k)
+    n_latent_step = [min(len(row.lines), stage, model.K) for row in rows]
+    thinking = thinking_of(rows, n_latent_step, stage, model)
 
     # What stays text: the later steps and the answer; in the last stage the answer alone
     fillers = model.fillers_at(stage)
-    lines = [[] if stage > model.K else row.lines[n:] for row, n in zip(rows, n_step)]
+    lines = [[] if stage > model.K else row.lines[n:] for row, n in zip(rows, n_latent_step)]
     texts = [fillers + text_of(row, of_row, model) for row, of_row in zip(rows, lines)]
     text = read_and_write(texts, model.end, len(fillers))
 
     # How many steps of each row φ must write: those that are latent or, with previews, in words
     has_previews = model.previews and stage == 0
-    n_written = n_step
+    n_written = n_latent_step
     if has_previews:
         n_written = [min(len(row.lines), model.K) for row in rows]
     elif not model.decode:
@@ -289,23 +289,23 @@ def collate(rows, stage, model, distills=False):
     return Batch(prompt, prompt_mask, thinking, text, steps, words, counts)
 
 
-def thinking_of(rows, n_step, stage, model):
-    """The Thinking of B Encoded rows; of row b the first n_step[b] steps are latent."""
+def thinking_of(rows, n_latent_step, stage, model):
+    """The Thinking of B Encoded rows; of row b the first n_latent_step[b] steps are latent."""
     c, most_steps = model.c, min(stage, model.K)
-    n_step = torch.tensor(n_step)
+    n_latent_step = torch.tensor(n_latent_step)
 
     # How many latents the steps make. The full length of the stage, if they are not known or there
     # is no stop head that could end the thinking earlier. Fillers are words, in place of latents
     answer_only = torch.tensor([row.answer_only and most_steps > 0 for row in rows])
     takes_all = answer_only | (not model.stop)
-    n_latent = c * torch.where(takes_all, most_steps, n_step)
+    n_latent = c * torch.where(takes_all, most_steps, n_latent_step)
     if model.fillers is not None:
         n_latent.zero_()
     L = int(n_latent.max())
 
     # A row with fewer steps than min(k, K) is shown one more candidate, and must stop there. That
     # candidate is in column n_latent: of the longest rows alone it needs a column more than L
-    has_stop = (n_step < most_steps) & ~takes_all
+    has_stop = (n_latent_step < most_steps) & ~takes_all
     n_candidate = L + int((has_stop & (n_latent == L)).any())
 
     # Which candidates are used and which dropped, of problems whose steps are known (the others
@@ -335,12 +335,12 @@ def draw_unseen(rows, K, share, generator):
     return torch.rand(len(rows), K, T, generator=generator) < share
 
 
-def steps_of(rows, n_step, stage, K, has_previews):
-    """The Steps of B Encoded rows: of row b the first n_step[b].
+def steps_of(rows, n_written, stage, K, has_previews):
+    """The Steps of B Encoded rows: of row b the first n_written[b].
 
     In the last stage the K-th step stands for all that are left.
     """
-    pairs = [(b, s) for b, n in enumerate(n_step) for s in range(n)]
+    pairs = [(b, s) for b, n in enumerate(n_written) for s in range(n)]
     texts = []
     for b, s in pairs:
         stands_for_rest = stage > K and s == K - 1 and rows[b].rest_text

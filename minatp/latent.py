@@ -37,6 +37,15 @@ class Latent(NamedTuple):
     logp: torch.Tensor
 
 
+def gaussian_kl(mu, logvar, mu_0, logvar_0):
+    """KL(N(μ, σ²) ‖ N(μ₀, σ₀²)), summed over the dimensions. All (..., D) -> (...).
+
+    = ½ Σ(log σ₀² − log σ² + (σ² + (μ − μ₀)²)/σ₀² − 1)
+    """
+    square = logvar.exp() + (mu - mu_0).pow(2)
+    return 0.5 * (logvar_0 - logvar + square * torch.exp(-logvar_0) - 1).sum(-1)
+
+
 class LatentHead(nn.Module):
     """h (..., D) -> μ and log σ² of the next latent.
 
@@ -92,6 +101,9 @@ class ATP(nn.Module):
     fillers: the number of <|latent|> tokens per step, in place of latents; None: latents.
     previews: in stage 0, π proposes latents before each written step. π learns to read them, then
     φ, which starts as its copy. Both read bos first (docs/method.md, Previews).
+
+    A run saves all parameters and no buffers. Muon trains the matrices of `latent_head` and
+    `projection`, by these names (optim.py).
     """
 
     def __init__(

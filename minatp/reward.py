@@ -270,16 +270,18 @@ def chains_to_read(cfg, chains, answers):
 
 
 def chain_reward(cfg, chain, gold):
-    """The reward of a decoder.Chain -> (R, its terms {"acc", "coh", "fmt"}, which are logged).
+    """The reward of a decoder.Chain -> (R, its terms, which are logged under their names).
 
     R = (w_acc + w_coh·R_coh)·R_acc + w_fmt·R_fmt. With cfg.no_answers the reward sees no answer,
-    there is no "acc", and R = w_coh·R_coh + w_fmt·R_fmt. "coh" is 0 where it earns nothing.
+    and R = w_coh·R_coh + w_fmt·R_fmt. Every chain has the same terms.
     """
-    acc, coh, fmt = accuracy(chain.text, gold), 0.0, form(chain.text, chain.ended)
-    if needs_thoughts(cfg, chain.text, gold):
-        coh = coherence(chain.steps, answer(chain.text), strict=cfg.coherence == "strict")
+    terms = {} if cfg.no_answers else {"acc": accuracy(chain.text, gold)}
 
-    if cfg.no_answers:
-        return cfg.w_coh * coh + cfg.w_fmt * fmt, {"coh": coh, "fmt": fmt}
-    R = (cfg.w_acc + cfg.w_coh * coh) * acc + cfg.w_fmt * fmt
-    return R, {"acc": acc, "coh": coh, "fmt": fmt}
+    # Coherence, which is 0 where the answer is wrong: R_acc is 0 or 1
+    terms["coh"] = 0.0
+    if needs_thoughts(cfg, chain.text, gold):
+        terms["coh"] = coherence(chain.steps, answer(chain.text), cfg.coherence == "strict")
+
+    terms["fmt"] = form(chain.text, chain.ended)
+    weight = {"acc": cfg.w_acc, "coh": cfg.w_coh, "fmt": cfg.w_fmt}
+    return sum(weight[name] * value for name, value in terms.items()), terms

@@ -15,6 +15,7 @@ from kernels.common import upcast
 from kernels.cross_entropy import IGNORE
 
 from .chain import Plan, read_prompt, walk
+from .latent import gaussian_kl
 
 
 def advantages(reward, baseline="mean", normalise=False):
@@ -151,9 +152,6 @@ def kl_to_start(new, start, candidate):
     the samples (k3, exp(r) − 1 − r), whose gradient is that of KL(π_start ‖ π). Words of --greedy
     are no samples: their share is a distance, and no estimate of the KL.
     """
-    # KL(N(μ, σ²) ‖ N(μ₀, σ₀²)) = ½ Σ(log σ₀² − log σ² + (σ² + (μ − μ₀)²)/σ₀² − 1)
-    square = new.logvar.exp() + (new.mu - start.mu).pow(2)
-    gauss = 0.5 * (start.logvar - new.logvar + square * torch.exp(-start.logvar) - 1).sum(-1)
 
     # e^r can overflow: from r = 10 on it continues as a line, which still pulls the policy back
     def k3(logp, logp_start):
@@ -161,5 +159,5 @@ def kl_to_start(new, start, candidate):
         bounded = r.clamp(max=10)
         return (bounded.exp() * (1 + (r - bounded)) - 1 - r).sum()
 
-    kl_z = gauss[candidate].sum()
+    kl_z = gaussian_kl(new.mu, new.logvar, start.mu, start.logvar)[candidate].sum()
     return kl_z + k3(new.logp_stop, start.logp_stop) + k3(new.logp_token, start.logp_token)

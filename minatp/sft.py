@@ -119,15 +119,16 @@ def state_distance(student, teacher):
     return (difference / teacher.std(-1)).mean(0)
 
 
-def total_loss(losses, counts, beta, distill=0.0):
+def total_loss(losses, counts, weights):
     """L = L_enc + L_dec + L_stop + β·L_KL (+ L_teacher + W·L_distill), the scalar to differentiate.
 
     losses: sums over a micro-batch. counts: what each is a mean over, counted in the whole batch
     (all micro-batches and ranks), so that accumulated gradients are those of one large batch.
-    distill: the weight W.
+    weights: {"kl": β, "distill": W}; that of every other loss is 1.
     """
-    weight = {"enc": 1.0, "dec": 1.0, "stop": 1.0, "kl": beta, "teacher": 1.0, "distill": distill}
-    return sum(weight[name] * loss / max(1, counts[name]) for name, loss in losses.items())
+    return sum(
+        weights.get(name, 1.0) * loss / max(1, counts[name]) for name, loss in losses.items()
+    )
 
 
 def read_batch(policy, batch):

@@ -37,7 +37,7 @@ from ..run.saved import replace_file
 from ..run.terminal import print0
 from ..sft import sft_losses, total_loss
 from ..tools import count
-from .cases import BETA, MAX_NEW, SIZES, Case, compare, paper_row, sides, works
+from .cases import MAX_NEW, SIZES, WEIGHTS, Case, compare, paper_row, sides, works
 
 # How many times fewer operations, bytes or FLOPs minatp must need than the reference. What it
 # reaches is in docs/results.md
@@ -576,7 +576,7 @@ def growth_step(case, K, batch, question):
 
     def step():
         losses = sft_losses(model, collated, eps)
-        total_loss(losses, collated.counts, BETA).backward()
+        total_loss(losses, collated.counts, WEIGHTS).backward()
         model.zero_grad(set_to_none=True)
 
     return step

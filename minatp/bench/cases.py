@@ -31,7 +31,7 @@ from ..run.terminal import print0
 from ..sft import read_batch, sft_losses, total_loss, walk_batch
 from ..tools import count
 
-BETA = 1e-3  # weight of the KL term
+WEIGHTS = {"kl": 1e-3}  # of the losses
 MAX_NEW = 16  # tokens of an answer, and of a step that the decoder writes
 TOLERANCE = 1e-3  # relative L2 error up to which two sides compute the same in float32
 
@@ -271,7 +271,7 @@ def sft_works(case, update):
     def train(side, stage):
         # Collating is a part of every side's time, as it is of a training step's
         batch, eps = case.batch(stage)
-        update(total_loss(side.losses(batch, eps), batch.counts, BETA))
+        update(total_loss(side.losses(batch, eps), batch.counts, WEIGHTS))
 
     sft = {}
     for name, stage in (("first", 0), ("middle", (K + 1) // 2), ("last", K + 1)):
@@ -447,7 +447,7 @@ def losses_and_gradients(case, side, stage):
 
     batch, eps = case.batch(stage, case.rows[: case.size.check])
     losses = side.losses(batch, eps)
-    total_loss(losses, batch.counts, BETA).backward()
+    total_loss(losses, batch.counts, WEIGHTS).backward()
 
     # Sorted by name, because sides compute their losses in different orders. A parameter that has a
     # gradient on one side alone makes the lists differ in length, which `largest_error` notices

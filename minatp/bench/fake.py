@@ -27,7 +27,7 @@ from ..run.loop import GuardedOptimizer
 from ..run.options import PRESETS, Config, among
 from ..run.saved import replace_file
 from ..run.terminal import print0
-from .cases import BETA, MAX_NEW, SIZES, paper_row
+from .cases import MAX_NEW, SIZES, WEIGHTS, paper_row
 from .fake_gpu import META, FakeGPU, install, set_region
 
 N_LAYER = 16
@@ -99,7 +99,7 @@ class Works:
         def work():
             model.stage = stage
             with gpu.region("everything else, forward"), torch.autocast("meta"):
-                loss = sft.total_loss(sft.sft_losses(model, batch, eps), counts, BETA)
+                loss = sft.total_loss(sft.sft_losses(model, batch, eps), counts, WEIGHTS)
             with gpu.region("everything else, backward"):
                 loss.backward()
             return loss

@@ -47,7 +47,7 @@ from ..run.errors import UserError, run_command
 from ..run.loop import GuardedOptimizer
 from ..run.options import Parser, among
 from ..sft import sft_losses, total_loss
-from .cases import BETA, MAX_NEW, SIZES, Case
+from .cases import MAX_NEW, SIZES, WEIGHTS, Case
 
 LOST_CONTEXT = 3  # exit code: no later part of this process could use the GPU
 
@@ -323,7 +323,7 @@ def gradients(lease, rows, in_bf16=True):
     batch, eps = case.batch(model.K + 1, rows)
     with autocast(lease.device) if in_bf16 else nullcontext():
         losses = sft_losses(model, batch, eps)
-        loss = total_loss(losses, batch.counts, BETA)
+        loss = total_loss(losses, batch.counts, WEIGHTS)
     loss.backward()
 
     # Norms of all, samples of the first and the last three
@@ -367,7 +367,7 @@ def sft_step(lease):
     def step(stage, update=True):
         batch, eps = case.batch(stage)
         with autocast(lease.device):
-            loss = total_loss(sft_losses(model, batch, eps), batch.counts, BETA)
+            loss = total_loss(sft_losses(model, batch, eps), batch.counts, WEIGHTS)
         loss.backward()
         if update:
             optimizer.step(loss, problems=[])
@@ -409,7 +409,7 @@ def host_times(lease, stage):
         lease.synchronize()
         begin = time.perf_counter()
         with autocast(lease.device):
-            loss = total_loss(sft_losses(model, batch, eps), batch.counts, BETA)
+            loss = total_loss(sft_losses(model, batch, eps), batch.counts, WEIGHTS)
         forward = time.perf_counter()
         loss.backward()
         backward = time.perf_counter()

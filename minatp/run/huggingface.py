@@ -355,13 +355,12 @@ def read_tensor_file(file):
     return tensors
 
 
-def fill(module, tensors, file):
-    """Copy tensors into a module's parameters. Names and shapes must be the same on both sides.
+def fill(parameters, tensors, file):
+    """Copy tensors into parameters, both {name: tensor}. Names and shapes must be the same.
 
     file: where the tensors are from, for messages. Raises UserError.
     """
-    # Compare everything before the first copy, so that a module is never half filled
-    parameters = dict(module.named_parameters())
+    # Compare everything before the first copy, so that a model is never half filled
     for name, p in parameters.items():
         if name not in tensors:
             raise UserError(f"{file}:0: tensor {name} {tuple(p.shape)} is missing")
@@ -397,7 +396,7 @@ def fill_llama(llama, directory, name="model"):
             del tensors[key]
     if llama.cfg.tied:
         tie(tensors, file)
-    fill(llama, tensors, file)
+    fill(dict(llama.named_parameters()), tensors, file)
 
 
 def without_wrappers(tensors, file):
@@ -605,29 +604,40 @@ def read_switches(directory):
 
 
 def heads_of(model):
-    """Return {name: module} of the parts of an ATP besides the two language models."""
-    modules = dict(model.named_children())
-    return {name: m for name, m in modules.items() if name not in ("policy", "decoder")}
+    """Return {name: parameter} of the parts of an ATP besides the two language models."""
+    parameters = model.named_parameters()
+    return {name: p for name, p in parameters if not name.startswith(("policy.", "decoder."))}
 
 
 def fill_heads(model, directory, saved):
     """Copy the saved weights into the heads. saved: what `read_switches` returned."""
     tensors, file = read_tensors(directory, "heads")
+    heads = heads_of(model)
 
-    # The switch of each head tells whether the saved model had it
+    # The parts that were saved: of the heads by their switches, of what someone has added to ATP
+    # by the tensors that are there
     switch_of = {"latent_head": "vae", "stop_head": "stop", "projection": "project"}
-    for name, head in heads_of(model).items():
-        prefix = name + "."
-        of_head = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    saved_parts = {part_of(name) for name in tensors} - switch_of.keys()
+    saved_parts |= {part for part, switch in switch_of.items() if saved.get(switch)}
 
-        # A head that was not saved keeps its initial values. One that someone has added to ATP has
-        # no switch
-        if name in switch_of:
-            was_saved = saved.get(switch_of[name], False)
-        else:
-            was_saved = len(of_head) > 0
-        if was_saved:
-            fill(head, of_head, file)
+    # A part that the model lacks has been dropped on purpose, if it is one of those with a switch
+    parts = {part_of(name) for name in heads}
+    unknown = sorted(saved_parts - parts - switch_of.keys())
+    if unknown:
+        raise UserError(
+            f"{file}:0: {unknown[0]} is no part of this model; if ATP has a switch for it, "
+            "save_model and read_switches must know it as well"
+        )
+
+    # One that was not saved keeps its initial values
+    loaded = parts & saved_parts
+    heads = {name: p for name, p in heads.items() if part_of(name) in loaded}
+    fill(heads, {name: t for name, t in tensors.items() if part_of(name) in loaded}, file)
+
+
+def part_of(name):
+    """The attribute of ATP that a parameter belongs to."""
+    return name.split(".")[0]
 
 
 def save_model(directory, model, tokenizer):
@@ -638,7 +648,7 @@ def save_model(directory, model, tokenizer):
 
     # What other programs load: π and the tokenizer
     write_json(directory / "config.json", hf_config(model.policy.cfg))
-    policy = cpu_parameters(model.policy)
+    policy = on_cpu(dict(model.policy.named_parameters()))
     save_file(policy, directory / "model.safetensors", metadata={"format": "pt"})
     save_tokenizer(directory, tokenizer)
 
@@ -656,16 +666,14 @@ def save_model(directory, model, tokenizer):
         switches["decoder_layers"] = model.decoder.cfg.n_layer
         switches["previews"] = model.previews
         switches["decoder_started"] = model.decoder_started or model.stage > 0
-        save_file(cpu_parameters(model.decoder), ours / "decoder.safetensors")
+        decoder = on_cpu(dict(model.decoder.named_parameters()))
+        save_file(decoder, ours / "decoder.safetensors")
     if model.project:
         switches["project"] = True
     if model.fillers is not None:
         switches["fillers"] = model.fillers
     write_json(ours / "config.json", switches)
-    heads = {}
-    for name, head in heads_of(model).items():
-        heads |= cpu_parameters(head, name + ".")
-    save_file(heads, ours / "heads.safetensors")
+    save_file(on_cpu(heads_of(model)), ours / "heads.safetensors")
 
 
 def save_tokenizer(directory, tokenizer):
@@ -693,10 +701,6 @@ def write_json(path, value):
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def cpu_parameters(module, prefix=""):
-    """Return {prefix + name: tensor on the CPU} of a module's parameters."""
-    # Parameters alone: buffers are computed. safetensors takes contiguous tensors only
-    tensors = {}
-    for name, p in module.named_parameters():
-        tensors[prefix + name] = p.detach().cpu().contiguous()
-    return tensors
+def on_cpu(parameters):
+    """{name: parameter} -> {name: tensor on the CPU}, contiguous, as safetensors wants them."""
+    return {name: p.detach().cpu().contiguous() for name, p in parameters.items()}

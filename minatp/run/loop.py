@@ -63,6 +63,7 @@ class Run:
         saved = newest_checkpoint(cfg.out) if cfg.resume else None
         self.model, self.tokenizer = load_model(saved) if saved else build(cfg, self.splits.train)
         place(self.model, self.device).set_recompute(cfg.recompute)
+        self.settle_sizes()
         self.settle_dtype()
         self.optimizer = GuardedOptimizer(build_optimizer(cfg, self.model), self.model, cfg.clip)
 
@@ -78,6 +79,13 @@ class Run:
         self.log = Log(cfg, self.state)
         self.meter = Meter(self.state.get("meter"), self.state.get("silent", 0))
         self.encode()
+
+    def settle_sizes(self):
+        """Give cfg the sizes of the model, which --init may have brought: config.json has them."""
+        cfg, model = self.cfg, self.model
+        cfg.c, cfg.K = model.c, model.K
+        for name in "n_layer n_head n_kv_head n_embd n_inner block_size rope_theta".split():
+            setattr(cfg, name, getattr(model.policy.cfg, name))
 
     def settle_dtype(self):
         """Settle --dtype, which can depend on the model. `with run.autocast:` computes in it."""
@@ -339,7 +347,7 @@ class Run:
         if self.cfg.stage == "sft":
             grad_norm = means.pop("grad_norm")
             ones = dict.fromkeys(means, 1)
-            loss = total_loss(means, ones, self.cfg.beta, self.cfg.distill)
+            loss = total_loss(means, ones, self.cfg.loss_weights)
             record |= {"stage": self.stage, "loss": loss, **means, "grad_norm": grad_norm}
             line += [f"stage {self.stage}", f"step {n_done:5}/{self.n_total}", f"loss {loss:.4f}"]
             line += [f"{name} {value:.3f}" for name, value in means.items()]

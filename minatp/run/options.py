@@ -374,7 +374,10 @@ class Explore:
     # What holds the policy near SFT, and a control
     kl: float = opt(0.0, "weight of the KL to the SFT policy", NOT_NEGATIVE)
     anchor: float = opt(
-        0.0, "weight of the SFT loss on labelled problems, beside the reward", NOT_NEGATIVE
+        0.0,
+        "weight of the SFT loss on labelled problems, beside the reward; its --beta, "
+        "--word-dropout and --distill are those of this command, not of --init",
+        NOT_NEGATIVE,
     )
     placebo: bool = opt(False, "control: rewards permuted within the batch")
     placebo_latents: bool = opt(
@@ -429,6 +432,11 @@ class Config(Report, Explore, Optim, Latents, Size, Data, General):
     def n_answers_only(self):
         """How many problems of a batch of the last stage have an answer and no steps."""
         return round(self.answers_share * self.batch_size)
+
+    @property
+    def loss_weights(self):
+        """Of the losses of SFT whose weight is not 1 (sft.total_loss)."""
+        return {"kl": self.beta, "distill": self.distill}
 
     @property
     def switches(self):

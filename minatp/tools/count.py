@@ -275,7 +275,7 @@ def kept_by_last_stage(model, rows, distills):
         # The kernels' references, which run anywhere, in the precision of a run on a GPU
         with patch.dict(os.environ, MINATP_KERNELS="torch"):
             with torch.autocast("cpu", torch.bfloat16):
-                return total_loss(sft_losses(model, batch, eps), batch.counts, 1e-3, 1.0)
+                return total_loss(sft_losses(model, batch, eps), batch.counts, weights={})
 
     return kept_bytes(model, loss)
 

@@ -85,7 +85,7 @@ def gradients(model, dtype=None, plain=False):
     with pytest.MonkeyPatch.context() as patch, autocast:
         if plain:
             patch.setattr(chain, "deferred_weight_gradients", nullcontext)
-        loss = sft.total_loss(sft.sft_losses(model, batch, eps), batch.counts, beta=0.1)
+        loss = sft.total_loss(sft.sft_losses(model, batch, eps), batch.counts, {"kl": 0.1})
     loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 

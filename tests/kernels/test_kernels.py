@@ -914,7 +914,7 @@ def train_in_the_last_stage(n_steps=12):
     for step in range(n_steps):
         pair = [encoded[step % 10], encoded[(step + 3) % 10]]
         sums, counts = train.sft_gradients(run, pair, model.stage, step)
-        loss = total_loss(sums, counts, cfg.beta)
+        loss = total_loss(sums, counts, cfg.loss_weights)
         run.optimizer.step(loss, pair)
         losses.append(loss)
     return torch.stack(losses)
@@ -1054,7 +1054,7 @@ def test_student_and_teacher_share_a_prompt_with_the_kernels(n_steps, monkeypatc
         monkeypatch.setenv("MINATP_GRAPHS", "0")
         losses = sft_losses(model, batch)
         assert losses.keys() == {"enc", "teacher", "distill"}
-        loss = total_loss(losses, batch.counts, beta=0, distill=2.0)
+        loss = total_loss(losses, batch.counts, {"kl": 0, "distill": 2.0})
         results[choice] = [*losses.values(), *torch.autograd.grad(loss, parameters)]
     for a, b in zip(results["triton"], results["torch"]):
         close(a, b, 10 * FP32)

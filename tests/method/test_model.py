@@ -1,6 +1,7 @@
 """The LLaMA: the published size, Hugging Face's logits, its caches; and the latent head."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from minatp.llama import Llama, LlamaConfig, rope_frequencies
 from minatp.run.huggingface import fill_llama, load_model, read_config, save_model
 
 from runs import MODEL
+from small import small_model
 
 SMALL_LLAMA = LlamaConfig(
     vocab_size=50,
@@ -143,3 +145,16 @@ def test_a_standardised_latent_head_tells_problems_apart():
     expected = (h - h.mean(0)) / std @ W.T + b
     assert (head.fc[0](h) - expected).abs().max() < 1e-3
     assert head(h)[0].std(0).mean() > 5 * same_for_all
+
+
+@pytest.mark.parametrize("spread", [1.0, 2.0])
+def test_the_density_of_a_latent_is_that_of_what_is_drawn(spread):
+    """By the change of variables: log p(z) = log N(ε; 0, I) − log |dz/dε|."""
+    model, _ = small_model()
+    model.double()
+    h = torch.randn(5, 32, dtype=torch.float64)
+    eps = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
+    latent = model.propose(h, eps, spread=spread)
+    [slope] = torch.autograd.grad(latent.z.sum(), eps)
+    expected = (-0.5 * (eps**2 + math.log(2 * math.pi)) - slope.abs().log()).sum(-1)
+    torch.testing.assert_close(latent.logp, expected)

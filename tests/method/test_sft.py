@@ -387,9 +387,8 @@ def test_l_is_the_sum_of_the_weighted_means():
     names = ("enc", "dec", "stop", "kl", "teacher", "distill")
     losses = {name: torch.tensor(float(i)) for i, name in enumerate(names, 1)}
     counts = {name: 2 * i for i, name in enumerate(names, 1)}  # each mean is ½
-    assert total_loss(losses, counts, beta=0.1).item() == pytest.approx(0.5 * (4 + 0.1))
-    with_distillation = total_loss(losses, counts, beta=0.1, distill=3.0)
-    assert with_distillation.item() == pytest.approx(0.5 * (4 + 0.1 + 3))
+    total = total_loss(losses, counts, {"kl": 0.1, "distill": 3.0})
+    assert total.item() == pytest.approx(0.5 * (4 + 0.1 + 3))
 
 
 def test_the_distance_of_states_by_hand():
@@ -414,7 +413,7 @@ def test_gradients_of_distillation_are_finite_differences(method, stage, monkeyp
 
     def values():
         losses = sft_losses(model, batch, eps)
-        total = total_loss(losses, batch.counts, beta=0.1, distill=3.0)
+        total = total_loss(losses, batch.counts, {"kl": 0.1, "distill": 3.0})
         return torch.stack((losses["teacher"], losses["distill"], total))
 
     parameters = list(model.parameters())
@@ -483,7 +482,7 @@ def test_the_prompt_is_read_once_for_student_and_teacher(method, stage, monkeypa
 
     def results():
         losses = sft_losses(model, batch, eps)
-        loss = total_loss(losses, batch.counts, beta=0.1, distill=3.0)
+        loss = total_loss(losses, batch.counts, {"kl": 0.1, "distill": 3.0})
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         return losses, [g for g in gradients if g is not None]
 

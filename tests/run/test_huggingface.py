@@ -115,6 +115,7 @@ def test_a_head_of_a_readers_own_is_saved_and_loaded(tmp_path, monkeypatch):
         def __init__(self, cfg, **switches):
             super().__init__(cfg, **switches)
             self.mix = torch.nn.Linear(cfg.n_embd, cfg.n_embd)
+            self.scale = torch.nn.Parameter(torch.randn(3))
 
     save_model(tmp_path / "without", *load_model(MODEL))
     monkeypatch.setattr(huggingface, "ATP", Mixed)
@@ -122,6 +123,7 @@ def test_a_head_of_a_readers_own_is_saved_and_loaded(tmp_path, monkeypatch):
     save_model(tmp_path / "with", model, tokenizer)
     loaded, _ = load_model(tmp_path / "with")
     assert torch.equal(loaded.mix.weight, model.mix.weight)
+    assert torch.equal(loaded.scale, model.scale)
 
 
 def test_files_of_others_are_kept(tmp_path):

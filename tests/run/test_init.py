@@ -201,7 +201,7 @@ def test_a_size_of_init_may_be_repeated_that_does_not_fit_the_default_of_another
 
 
 def test_every_option_has_a_row():
-    assert VERDICTS.keys() == actions().keys()
+    assert VERDICTS.keys() == actions().keys(), "VERDICTS says how each start takes each option"
 
 
 @pytest.mark.parametrize("column", COLUMNS, ids=" ".join)

@@ -660,6 +660,7 @@ DECODER = "minatp/decoder.safetensors"
         (remove(HEADS), f"{HEADS}:0", "cannot be read"),
         (remove(DECODER), f"{DECODER}:0", "cannot be read"),
         (remove_latent_head, f"{HEADS}:0", "is missing"),
+        (set_tensor("left.weight", torch.ones(2), HEADS), f"{HEADS}:0", "left is no part"),
     ],
 )
 def test_saved_models(damage, file, reason, finished, refused, tmp_path):

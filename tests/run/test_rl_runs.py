@@ -72,6 +72,12 @@ def test_the_summary_of_an_rl_run(rl_run):
     }
 
 
+def test_config_json_has_the_sizes_of_the_model(rl_run):
+    """RL was not given them: they are those of --init, not the defaults."""
+    config = json.loads((rl_run / "config.json").read_text())
+    assert (config["c"], config["K"], config["n_embd"], config["n_inner"]) == (2, 2, 32, 48)
+
+
 def test_the_log_of_an_rl_run(rl_run):
     records = records_of(rl_run)
     assert set().union(*records) >= {
