@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from ..run import options
@@ -376,10 +376,13 @@ class Study:
 
 def check_same_options(out, arguments):
     """Raise UserError if the run in `out` has other options than these arguments of train.py."""
-    wanted = asdict(options.parse(arguments, ""))
+    cfg = options.parse(arguments, "")
+    wanted = asdict(cfg)
     had = asdict(options.of_run(out / "config.json"))
     wanted["dtype"] = wanted["dtype"] or had["dtype"]  # without --dtype the run has settled it
-    free = ("device", "resume", "out", "init")  # these may differ: where it runs, not what it is
+    free = {"device", "resume", "out", "init"}  # these may differ: where it runs, not what it is
+    if cfg.init:  # the sizes that --init brings are in config.json (Run.settle_sizes)
+        free |= {"c", "K", *(f.name for f in fields(options.Size))} - set(cfg.given)
     different = [
         options.flag(name) for name in wanted if wanted[name] != had[name] and name not in free
     ]

@@ -9,7 +9,7 @@ import torch
 
 import sample
 from minatp.run import evaluate, options
-from minatp.run.errors import guarded
+from minatp.run.errors import UserError, guarded
 from minatp.tools import ablate, probe
 
 from runs import GOOD
@@ -252,3 +252,14 @@ def test_ablate_trains_every_run_once_and_first_those_that_others_need(trained, 
     summary.write_text(summary.read_text()[:20])
     assert guarded(ablate.main, again) == 2
     assert f"{summary}:1: is not valid JSON" in capsys.readouterr().err
+
+
+def test_ablate_knows_its_runs_from_a_model_of_other_sizes(tmp_path):
+    """A run writes the sizes that --init brings into its config.json."""
+    arguments = ["--init", "a-model"]
+    cfg = options.parse(arguments, "")
+    cfg.n_layer, cfg.c = 3, 2
+    options.write_config(cfg, tmp_path / "config.json")
+    ablate.check_same_options(tmp_path, arguments)
+    with pytest.raises(UserError, match="another --n-layer than"):
+        ablate.check_same_options(tmp_path, [*arguments, "--n-layer", "4"])
