@@ -186,8 +186,10 @@ def rl(run):
             metrics["grad_norm"] = run.optimizer.step(loss, problems)
 
         of_rewards = {"reward": reward.mean(), "signal": informative.float().mean()}
-        # (metrics are those of the last update. No two of these may have the same name)
-        means = {**of_rewards, **terms, **explored.statistics, **metrics}
+        # (metrics are those of the last update)
+        groups = (of_rewards, terms, explored.statistics, metrics)
+        means = {name: value for group in groups for name, value in group.items()}
+        assert len(means) == sum(map(len, groups)), "a reward term has a name that the log has"
         run.meter.add(means, {}, explored.n_position)
     run.finish()
 
@@ -272,7 +274,7 @@ def our_answers(run, problems):
 
 
 def judge(run, chains, problems, step):
-    """Reward the chains: (rewards (Q, G) of all ranks, the means of their terms acc, coh, fmt).
+    """Reward the chains: (rewards (Q, G) of all ranks, the means of their terms).
 
     chains: this rank's Chains. problems: those of all ranks.
     """

@@ -167,7 +167,8 @@ class Thinking(Movable):
     L: int
     # L, or L + 1 if a row of L latents has a candidate labelled "stop"
     n_candidate: int
-    # the used latents, of problems whose steps are known
+    # the used latents, of problems whose steps are known. Without a stop head a problem with fewer
+    # steps than min(k, K) has latents past its last step as well
     used_at: tuple
     # the candidates at which the stop head is taught, and (M,) 0 continue, 1 stop
     stop_at: tuple

@@ -270,7 +270,7 @@ def chains_to_read(cfg, chains, answers):
 
 
 def chain_reward(cfg, chain, gold):
-    """The reward of a decoder.Chain -> (R, its terms, which are logged under their names).
+    """The reward of a Chain (decoder.py) -> (R, its terms, which are logged under their names).
 
     R = (w_acc + w_coh·R_coh)·R_acc + w_fmt·R_fmt. With cfg.no_answers the reward sees no answer,
     and R = w_coh·R_coh + w_fmt·R_fmt. Every chain has the same terms.

@@ -94,7 +94,7 @@ def remove_other_checkpoints(new):
     for folder in sorted(others, reverse=True):
         if not folder.suffix:
             folder = folder.rename(folder.with_suffix(".old"))
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # what is left is tried again after the next one
 
 
 def restore_optimizer(folder, model, optimizer):

@@ -27,7 +27,7 @@ from ..problems import numbers
 from ..rollout import Noise, rollout
 from ..sft import sft_losses
 from . import distributed
-from .device import autocast, pick_device, pick_dtype, place, solving_guard
+from .device import Doing, autocast, pick_device, pick_dtype, place, solving_guard
 from .errors import UserError
 from .huggingface import load_model, locate, read_switches
 from .options import LEAST_TEMPERATURE, Parser, add_device_options
@@ -302,10 +302,17 @@ def reading_nll(run, model):
         return None
 
     # Teacher-forced, as in SFT, but at z = μ: no noise is given
-    batch = collate(run.reading_rows, model.stage, model)
-    with run.autocast:
-        losses = sft_losses(model, batch.to(run.device))
-    return float(losses["dec"]) / batch.counts["dec"]
+    nll, n_step, size = 0.0, 0, run.cfg.eval_batch
+    for i in range(0, len(run.reading_rows), size):
+        rows = run.reading_rows[i : i + size]
+        longest = max(row.length for row in rows)
+        run.doing = Doing("reading validation problems", len(rows), longest, "--eval-batch")
+        batch = collate(rows, model.stage, model)
+        with run.autocast:
+            nll += float(sft_losses(model, batch.to(run.device))["dec"])
+        n_step += batch.counts["dec"]
+    run.doing = run.between_batches
+    return nll / n_step
 
 
 def reward_variance(run, problems, n_thought=6, n_word=4):
@@ -322,17 +329,13 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     same_thoughts = torch.arange(Q * n) // n_word * n_word
     noise.eps_keys, noise.u_stop = noise.eps_keys[same_thoughts], noise.u_stop[same_thoughts]
 
-    # All Q·n chains in one batch, rewarded as in training
-    prompts = run.tokenizer.prompts([p.question for p in problems])
-    prompt, prompt_mask = left_pad(prompts, run.tokenizer.end, run.device)
-    all_rows = noise.to(run.device)
-    result = rollout(model, prompt, prompt_mask, run.max_new, all_rows, n)
-    graph.release_memory()
-    chains = as_text(model, run.tokenizer, result)
-    answers = [p.answer for p in problems for _ in range(n)]
-    which = reward.chains_to_read(cfg, chains, answers)
-    read_chains(model, run.tokenizer, result, chains, which)
-    rewards = [reward.chain_reward(cfg, *each)[0] for each in zip(chains, answers)]
+    # At most --eval-batch chains at once, but all n chains of a question
+    rewards, size = [], max(1, cfg.eval_batch // n)
+    for i in range(0, Q, size):
+        batch = problems[i : i + size]
+        rows = torch.arange(i * n, (i + len(batch)) * n)
+        rewards += sampled_rewards(run, batch, noise.at(rows).to(run.device), n)
+    run.doing = run.between_batches
     R = torch.tensor(rewards).view(Q, n_thought, n_word)
 
     # The means over n_word words differ by within / n_word even if the thoughts do not matter: take
@@ -341,6 +344,26 @@ def reward_variance(run, problems, n_thought=6, n_word=4):
     between = (R.mean(2).var(1).mean() - within / n_word).clamp(min=0)
     total = between + within
     return float(between / total) if total > 0 else 0.0, float(total)
+
+
+def sampled_rewards(run, problems, noise, n):
+    """The rewards of n sampled chains of each problem, as in training: a list of len(problems)·n.
+
+    noise: of these chains, on the run's device.
+    """
+    cfg, model = run.cfg, run.model
+    prompts = run.tokenizer.prompts([p.question for p in problems])
+    prompt, prompt_mask = left_pad(prompts, run.tokenizer.end, run.device)
+    length = prompt.shape[1] + model.c * model.K + 1 + run.max_new
+    run.doing = Doing("chains of validation problems", len(problems) * n, length, "--eval-batch")
+
+    result = rollout(model, prompt, prompt_mask, run.max_new, noise, n)
+    graph.release_memory()
+    chains = as_text(model, run.tokenizer, result)
+    answers = [p.answer for p in problems for _ in range(n)]
+    which = reward.chains_to_read(cfg, chains, answers)
+    read_chains(model, run.tokenizer, result, chains, which)
+    return [reward.chain_reward(cfg, *each)[0] for each in zip(chains, answers)]
 
 
 def test(run):

@@ -626,7 +626,7 @@ def fill_heads(model, directory, saved):
     if unknown:
         raise UserError(
             f"{file}:0: {unknown[0]} is no part of this model; if ATP has a switch for it, "
-            "save_model and read_switches must know it as well"
+            "save_model, read_switches and fill_heads must know it as well"
         )
 
     # One that was not saved keeps its initial values

@@ -202,6 +202,8 @@ def parse(argv):
         raise UserError(
             f"command line: --seeds must be whole numbers separated by commas, not {args.seeds!r}"
         ) from None
+    if not all(0 <= seed < 2**32 for seed in args.seeds):
+        raise UserError(f"command line: --seeds must be from 0 to {2**32 - 1}, not {args.seeds}")
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError("command line: --seeds has the same number twice; give each once")
     if args.jobs < 1:
@@ -325,9 +327,12 @@ class Study:
         if finished:
             return out
 
-        # Start or resume it. (A resumed run has its options in its config.json)
+        # Start or resume it. (A resumed run has its options, but for --device, in its config.json)
         out.mkdir(parents=True, exist_ok=True)
-        command = [TRAIN, *(["--resume", "--out", str(out)] if started else arguments)]
+        if started:
+            device = options.parse(arguments, "").device
+            arguments = ["--resume", "--out", str(out), *(["--device", device] if device else [])]
+        command = [TRAIN, *arguments]
         print0(f"{arm}, seed {seed}: {' '.join(command)}")
         with (out / "log.txt").open("a") as log:
             code = subprocess.run([sys.executable, *command], stdout=log, stderr=log).returncode

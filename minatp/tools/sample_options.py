@@ -41,7 +41,10 @@ def parse(argv, description):
     args = parser.parse_args(argv)
 
     # Several runs and edits
-    folders = [f.strip() for given in args.run or ["out/sft"] for f in given.split(",")]
+    folders = []
+    for given in args.run or ["out/sft"]:
+        # A name may have a comma
+        folders += [given] if Path(given).exists() else map(str.strip, given.split(","))
     args.run = [f for f in folders if f]
     args.edit = [edit.parse(text) for text in args.edit]
 

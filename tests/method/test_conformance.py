@@ -173,14 +173,15 @@ def test_sft_losses_and_gradients(model, rows, stage, size):
     """One batch of four problems, or four of one, accumulated."""
     eps = TENSORS[f"sft{stage}.eps"].float()
     counts = data.collate(rows, stage, model).counts
-    means = {"enc": 0.0, "dec": 0.0, "stop": 0.0, "kl": 0.0}  # others may have been added
+    means = {"enc": 0.0, "dec": 0.0, "stop": 0.0, "kl": 0.0}
     model.zero_grad()
     for i in range(0, len(rows), size):
         batch = data.collate(rows[i : i + size], stage, model)
         losses = sft.sft_losses(model, batch, eps[i : i + size])
+        losses = {name: loss for name, loss in losses.items() if name in means}  # of the paper
         sft.total_loss(losses, counts, {"kl": GOLD["beta"]}).backward()
-        for name in means.keys() & losses.keys():
-            means[name] += losses[name].item() / max(1, counts[name])
+        for name, value in losses.items():
+            means[name] += value.item() / max(1, counts[name])
 
     gold = GOLD["sft"][str(stage)]
     for name, mean in means.items():

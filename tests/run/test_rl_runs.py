@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import train
 from minatp import problems
+from minatp.run import evaluate
 
 from runs import go
 from small import SMALL, SMALL_RL
@@ -117,6 +118,32 @@ def test_the_variants_run(options, sft_run, tmp_path):
 
 def log_lines(text):
     return [line for line in text.splitlines() if line.startswith("rl  step ")]
+
+
+def test_the_diagnosis_takes_as_many_rows_as_eval_batch_allows(sft_run, tmp_path, monkeypatch):
+    """In any batches it is the same."""
+    sizes, validations = [], []
+
+    def counted(function):
+        def count(*args, **kwargs):
+            result = function(*args, **kwargs)
+            sizes.append(len(result.z))
+            return result
+
+        return count
+
+    monkeypatch.setattr(evaluate, "rollout", counted(evaluate.rollout))
+    for eval_batch in (500, 30):
+        sizes.clear()
+        out = tmp_path / str(eval_batch)
+        few = ["--updates", 1, "--val-every", 1, "--eval-batch", eval_batch]
+        go(*SMALL_RL, *few, "--init", sft_run, "--out", out)
+        assert max(sizes) == {500: 192, 30: 24}[eval_batch]
+        validations.append([r["validation"] for r in records_of(out) if "validation" in r])
+
+    for one, other in zip(*validations, strict=True):
+        for name in ("thought_share", "reward_variance", "reading", "drift"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
 def test_every_line_has_every_diagnostic(sft_run, tmp_path, capsys, monkeypatch):

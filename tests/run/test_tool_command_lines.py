@@ -153,6 +153,7 @@ def test_published_sets_are_evaluated_by_one_command(finished, tmp_path, capsys)
     (["--job", "2"], "did you mean --jobs?"),
     (["--jobs", "0"], "--jobs must be positive"),
     (["--seeds", "0,1,0"], "--seeds has the same number twice"),
+    (["--seeds", "0,-1"], "--seeds must be from 0 to 4294967295"),
     (["--options", "--lr 1e-3 --seed=7"], "--options: --seed cannot be given here"),
     (["--options", "--data 'a b"], "--options: No closing quotation"),
     (["--options", "--K 3", "--arms", "CoT; iCoT"], "--epochs needs 1 or 5 numbers ≥ 0"),
