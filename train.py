@@ -189,7 +189,7 @@ def rl(run):
         # (metrics are those of the last update)
         groups = (of_rewards, terms, explored.statistics, metrics)
         means = {name: value for group in groups for name, value in group.items()}
-        assert len(means) == sum(map(len, groups)), "a reward term has a name that the log has"
+        assert len(means) == sum(map(len, groups)), "a reward term has the name of another value"
         run.meter.add(means, {}, explored.n_position)
     run.finish()
 

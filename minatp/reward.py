@@ -1,4 +1,4 @@
-"""Rewards and measures as functions of strings (docs/method.md, Stage 2).
+"""Rewards and measures: functions of strings, and of a Chain (docs/method.md, Stage 2).
 
 Numbers are exact, as fractions.
 
